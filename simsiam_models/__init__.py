@@ -1,0 +1,7 @@
+"""SimSiam for timm: models, pretraining, published weights. Importing it registers the models with timm."""
+from . import resnet
+from .resnet import simsiam_resnet18_cifar, simsiam_resnet50
+from .simsiam import SimSiam, create_simsiam, simsiam_loss
+
+__version__ = '0.1.0'
+__all__ = ['SimSiam', 'create_simsiam', 'simsiam_loss', 'simsiam_resnet18_cifar', 'simsiam_resnet50']

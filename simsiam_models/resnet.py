@@ -1,0 +1,131 @@
+"""Image -> features: the backbones, registered with timm, and the table of published weights.
+
+`simsiam_resnet50` is timm's own ResNet-50 (the layout of torchvision's): everything timm offers a ResNet works on it.
+The file is called `resnet.py` because timm files its models under the name of their module.
+"""
+from typing import Any, NamedTuple
+
+import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+FAIR = 'https://dl.fbaipublicfiles.com/simsiam/models/'
+MM0 = 'https://download.openmmlab.com/mmselfsup/simsiam/simsiam_resnet50_8xb32-coslr-'
+MM1 = 'https://download.openmmlab.com/mmselfsup/1.x/simsiam/simsiam_resnet50_8xb32-coslr-'
+MM1_LINEAR = '_in1k/resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-'
+
+
+class Weights(NamedTuple):
+    """One published file: where it is, what trained it, and the linear top-1 (percent) its authors publish for it."""
+
+    url: str
+    layout: str  # key layout of the upstream file
+    epochs: int
+    batch: int
+    top1: float
+    license: str
+    sha256_prefix: str | None  # OpenMMLab file names carry 8 hex digits; FAIR's carry none
+    num_classes: int = 0  # 1000: backbone and linear classifier
+
+
+# The first tag is the default: the best published linear accuracy, under a licence that allows commercial use.
+# `bgr`: trained on BGR pixels with RGB statistics; half of the MMSelfSup page's numbers belong to these two files.
+WEIGHTS = {
+    'mm_ep200_in1k': Weights(
+        f'{MM0}200e_in1k_20220225-2f488143.pth', 'mmselfsup_0x', 200, 256, 69.84, 'apache-2.0', '2f488143'),
+    'mm_ep100_in1k': Weights(
+        f'{MM0}100e_in1k_20220225-68a88ad8.pth', 'mmselfsup_0x', 100, 256, 68.28, 'apache-2.0', '68a88ad8'),
+    'mm1x_ep200_in1k': Weights(
+        f'{MM1}200e_in1k/simsiam_resnet50_8xb32-coslr-200e_in1k_20220825-efe91299.pth',
+        'mmselfsup_1x', 200, 256, 69.8, 'apache-2.0', 'efe91299'),
+    'mm1x_ep100_in1k': Weights(
+        f'{MM1}100e_in1k/simsiam_resnet50_8xb32-coslr-100e_in1k_20220825-d07cb2e6.pth',
+        'mmselfsup_1x', 100, 256, 68.3, 'apache-2.0', 'd07cb2e6'),
+    'mm1x_ep200_lin_in1k': Weights(
+        f'{MM1}200e{MM1_LINEAR}519b5135.pth', 'mmselfsup_1x_linear', 200, 256, 69.8, 'apache-2.0', '519b5135', 1000),
+    'mm1x_ep100_lin_in1k': Weights(
+        f'{MM1}100e{MM1_LINEAR}f53ba400.pth', 'mmselfsup_1x_linear', 100, 256, 68.3, 'apache-2.0', 'f53ba400', 1000),
+    'mm_ep200_bgr_in1k': Weights(
+        f'{MM0}200e_in1k_20211213-b605f9f1.pth', 'mmselfsup_0x', 200, 256, 69.8, 'apache-2.0', 'b605f9f1'),
+    'mm_ep100_bgr_in1k': Weights(
+        f'{MM0}100e_in1k_20211230-65a0eff4.pth', 'mmselfsup_0x', 100, 256, 68.2, 'apache-2.0', '65a0eff4'),
+    'fb_bs512_ep100_in1k': Weights(
+        f'{FAIR}100ep/pretrain/checkpoint_0099.pth.tar', 'fair', 100, 512, 68.1, 'cc-by-nc-4.0', None),
+    'fb_bs256_ep100_in1k': Weights(
+        f'{FAIR}100ep-256bs/pretrain/checkpoint_0099.pth.tar', 'fair', 100, 256, 68.3, 'cc-by-nc-4.0', None),
+    'fb_bs256_ep200_in1k': Weights(
+        f'{FAIR}200ep-256bs/pretrain/checkpoint_0199.pth.tar', 'fair', 200, 256, 69.8, 'cc-by-nc-4.0', None),
+    'fb_bs512_ep100_lin_in1k': Weights(
+        f'{FAIR}100ep/linear/model_best.pth.tar', 'fair_linear', 100, 512, 68.1, 'cc-by-nc-4.0', None, 1000),
+    'fb_bs256_ep100_lin_in1k': Weights(
+        f'{FAIR}100ep-256bs/linear/model_best.pth.tar', 'fair_linear', 100, 256, 68.3, 'cc-by-nc-4.0', None, 1000),
+}
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    # Evaluation as published: resize the short side to 256 (bilinear), centre crop 224 = crop_pct 0.875.
+    return {
+        'num_classes': 0, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2011.10566', **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    **{
+        f'simsiam_resnet50.{tag}': _cfg(
+            url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
+        for tag, w in WEIGHTS.items()
+    },
+    'simsiam_resnet18_cifar.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
+})
+
+
+class CifarResNet(ResNet):
+    """ResNet for 32 px images (paper, appendix D): a 3x3 stem of stride 1 and no max-pool.
+
+    timm's own ResNets have no such stem, so an exported backbone of this kind loads after `import simsiam_models`.
+    """
+
+    def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
+        super().__init__(*args, in_chans=in_chans, **kwargs)
+        old = self.conv1
+        self.conv1 = nn.Conv2d(
+            in_chans, old.out_channels, 3, padding=1, bias=False, device=old.weight.device, dtype=old.weight.dtype)
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        self.maxpool = nn.Identity()
+        for i, info in enumerate(self.feature_info):  # strides were counted for the stem of stride 4
+            info['reduction'] = 1 if i == 0 else info['reduction'] // 4
+
+
+def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+    if pretrained:
+        _refuse_download(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+
+
+def _refuse_download(variant: str, cfg: Any, overlay: dict[str, Any] | None) -> None:
+    """Published weights cannot be downloaded yet; a file that the caller brings, or `local-dir:`, goes to timm."""
+    resolved = timm.models.resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
+    if resolved.source or resolved.file or resolved.state_dict or not resolved.url:
+        return
+    raise RuntimeError(
+        f'{variant}.{resolved.tag}: this version of simsiam_models cannot download published weights yet (they are at '
+        f'{resolved.url}). Use pretrained=False for random init, or load a backbone that train.py wrote: '
+        "timm.create_model('local-dir:OUTPUT/backbone', pretrained=True).")
+
+
+@register_model
+def simsiam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-50 as SimSiam trains it; without a classifier it maps (B, 3, H, W) to (B, 2048)."""
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_resnet(ResNet, 'simsiam_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def simsiam_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 with the CIFAR stem (paper, appendix D); without a classifier it maps (B, 3, 32, 32) to (B, 512)."""
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **dict(model_args, **kwargs))

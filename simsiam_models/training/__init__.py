@@ -1,0 +1,1 @@
+"""Loss -> trained weights: recipes, schedule, distributed, checkpoints, monitors, run log."""

@@ -1,0 +1,135 @@
+"""One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and on the CPU."""
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def default_device() -> str:
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+@contextmanager
+def join_world(device: str | None = None) -> Iterator[World]:
+    """The process group that torchrun asks for (nccl on CUDA, gloo elsewhere); without torchrun, a world of one."""
+    name = device or default_device()
+    size = int(os.environ.get('WORLD_SIZE', 1))
+    if size == 1:
+        yield World(0, 1, torch.device(name))
+        return
+    chosen = torch.device(name)
+    if chosen.type == 'cuda':
+        chosen = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo')
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:
+    """Every batch norm takes its statistics over all processes; parameters, buffers and their names stay the same.
+
+    torch's SyncBatchNorm runs on accelerators only; CPU processes get `GlobalBatchNorm`.
+    """
+    if world.size == 1:
+        return model
+    if world.device.type == 'cuda':
+        return convert_sync_batchnorm(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
+                setattr(parent, name, GlobalBatchNorm(child))
+    return model
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over the processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class GlobalBatchNorm(_BatchNorm):
+    """Batch norm whose training statistics are those of all processes' samples together; plain torch, for CPU processes."""
+
+    def __init__(self, bn: _BatchNorm) -> None:
+        super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
+        self.weight, self.bias = bn.weight, bn.bias
+        for name, buffer in bn.named_buffers(recurse=False):
+            self.register_buffer(name, buffer)
+        self.train(bn.training)
+        # timm's BatchNormAct2d carries its activation along.
+        self.drop, self.act = getattr(bn, 'drop', nn.Identity()), getattr(bn, 'act', nn.Identity())
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.ndim < 2:
+            raise ValueError(f'batch norm needs (B, C, ...), not {tuple(x.shape)}')
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return self.act(self.drop(super().forward(x)))
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        dtype, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        n = x.numel() // x.shape[1] * dist.get_world_size()  # every process holds as many samples
+        mean = _SumOverProcesses.apply(x.sum(dims)) / n  # (C,)
+        centred = x - mean.view(shape)
+        var = _SumOverProcesses.apply(centred.square().sum(dims)) / n  # (C,)
+        y = centred * torch.rsqrt(var + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                m = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean.to(self.running_mean), m)
+                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), m)
+        return self.act(self.drop(y.to(dtype)))
+
+
+def gather_rows(x: Tensor, n: int, world: World) -> Tensor:
+    """Rows rank, rank + world, ... of a table of n rows, held by each process -> the whole table on every process."""
+    if world.size == 1:
+        return x
+    share = -(-n // world.size)
+    padded = x.new_zeros(share, *x.shape[1:])
+    padded[:len(x)] = x
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[:n]
+
+
+def mean_over_processes(x: Tensor, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(x)
+    return x / world.size

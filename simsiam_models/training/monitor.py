@@ -1,0 +1,99 @@
+"""Watching a run: does the output collapse, and are images of one class near each other?"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import EvalImages
+from ..data.counted import permutation
+from .distributed import World, gather_rows
+
+
+@torch.no_grad()
+def output_std(z: Tensor) -> float:
+    """std x sqrt(d) of z / ||z|| (paper, section 4.1): per channel over the batch, averaged; 1 is healthy, 0 collapsed."""
+    z = F.normalize(z.float(), dim=1)  # (B, d)
+    return float(z.std(0).mean() * z.shape[1] ** 0.5)
+
+
+@torch.no_grad()
+def effective_rank(z: Tensor) -> float:
+    """How many directions the outputs use: exp of the entropy of their singular values (Roy & Vetterli, 2007).
+
+    Of the centred, normalised z (B, d); between 1 and min(B - 1, d).
+    """
+    z = F.normalize(z.float(), dim=1)
+    s = torch.linalg.svdvals((z - z.mean(0)).cpu())
+    share = s / s.sum().clamp_min(1e-12)
+    return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
+
+
+def is_collapsed(std: float, rank: float) -> bool:
+    """Constant outputs (std near 0), or outputs that differ along a line only.
+
+    The batch norm at the projector's end keeps each channel's variance, so that a collapse often shows in the rank first.
+    """
+    return not (std > 0.3 and rank > 2.0)  # NaN counts as collapsed
+
+
+@torch.no_grad()
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, t: float, chunk: int = 1024,
+) -> float:
+    """Weighted kNN (MMSelfSup's protocol): percent of queries whose class collects most of sum exp(s / T), s = cosine.
+
+    bank (N, d) with labels (N,), queries (M, d) with labels (M,); k is cut down to N.
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    classes = int(torch.max(bank_labels.max(), labels.max())) + 1
+    right = 0
+    for q, y in zip(queries.split(chunk), labels.split(chunk), strict=True):
+        s, at = (q @ bank.T).topk(min(k, len(bank)), dim=1)  # (m, k)
+        votes = s.new_zeros(len(q), classes).scatter_add_(1, bank_labels[at], (s / t).exp())
+        right += int((votes.argmax(1) == y).sum())
+    return 100 * right / len(queries)
+
+
+class KnnMonitor:
+    """Weighted kNN accuracy of a backbone's features on labelled images.
+
+    With validation images: bank = training images, queries = validation images. Without: every fifth image is a query.
+    At most `max_bank` and `max_queries` images, chosen by a fixed permutation: a monitor, not the benchmark.
+    """
+
+    def __init__(
+        self, train, val, size: int, resize: int, k: int, t: float, world: World, workers: int = 0,
+        max_bank: int = 50_000, max_queries: int = 10_000,
+    ) -> None:
+        order = permutation(0, 0, len(train))
+        held = len(order) // 5
+        bank, queries = (order, permutation(0, 0, len(val))) if val is not None else (order[held:], order[:held])
+        self.k, self.t, self.world = k, t, world
+        self.sets = [(train, bank[:max_bank]), (val if val is not None else train, queries[:max_queries])]
+        self.loaders = [
+            EvalImages(images, rows[world.rank::world.size], size, resize, workers=workers, device=world.device)
+            for images, rows in self.sets]
+        self.labels = [torch.from_numpy(images.labels[rows]).to(world.device) for images, rows in self.sets]
+
+    def describe(self) -> str:
+        (_, bank), (_, queries) = self.sets
+        return f'kNN (k={self.k}, T={self.t:g}; {len(bank)} bank images, {len(queries)} queries)'
+
+    def _accuracy(self, features) -> float:
+        tables = []
+        for loader, (_, rows) in zip(self.loaders, self.sets, strict=True):
+            tables.append(gather_rows(torch.cat([features(x) for x in loader]), len(rows), self.world))
+        return knn_accuracy(tables[0], self.labels[0], tables[1], self.labels[1], self.k, self.t)
+
+    @torch.no_grad()
+    def measure(self, backbone: nn.Module) -> float:
+        """Percent; the backbone is in evaluation mode for it and in the mode it was afterwards."""
+        training = backbone.training
+        backbone.eval()
+        try:
+            return self._accuracy(lambda x: backbone(x.contiguous(memory_format=torch.channels_last)).float())
+        finally:
+            backbone.train(training)
+
+    def measure_pixels(self) -> float:
+        """Percent, of the normalised pixels themselves."""
+        return self._accuracy(lambda x: x.flatten(1))

@@ -1,0 +1,168 @@
+"""train.py's command line: every number of a recipe is a flag, and --help is its manual."""
+import argparse
+import dataclasses
+import json
+from typing import Any
+
+from ..data.augment import Augmentation
+from .precision import AMP
+from .recipes import RECIPES, Recipe
+
+# flag, field, type, help. Fields of Augmentation and of Recipe; without the flag the recipe's own number holds.
+MODEL = [
+    ('--model', 'model', str, 'backbone: any timm model'),
+    ('--model-args', 'model_args', json.loads, 'its keyword arguments, as JSON, e.g. \'{"img_size": 96}\''),
+    ('--dim', 'dim', int, 'width of the outputs z and p, channels'),
+    ('--pred-dim', 'pred_dim', int, "the predictor's hidden width, channels (paper: dim / 4)"),
+    ('--proj-layers', 'proj_layers', int, 'fully connected layers of the projector'),
+]
+OPTIMIZATION = [
+    ('--epochs', 'epochs', int, 'passes over the data'),
+    ('--batch-size', 'batch_size', int, 'samples per step, over all processes together'),
+    ('--lr', 'lr', float, 'base learning rate, per 256 samples; the rate used is lr * batch / 256'),
+    ('--momentum', 'momentum', float, 'of SGD'),
+    ('--weight-decay', 'weight_decay', float, 'on all parameters, batch norm and biases too'),
+    ('--warmup-epochs', 'warmup_epochs', int, 'linear warm-up, epochs (paper: 10 for batches of 1024 and more)'),
+    ('--fix-pred-lr', 'fix_pred_lr', bool, "keep the predictor's learning rate constant (--no-fix-pred-lr: decay it)"),
+]
+AUGMENTATION = [
+    ('--image-size', 'size', int, 'side of a view, pixels'),
+    ('--crop-scale', 'crop_scale', (float, float), 'least and largest share of the area that a crop takes'),
+    ('--crop-ratio', 'crop_ratio', (float, float), 'least and largest width / height of a crop'),
+    ('--jitter-p', 'jitter_p', float, 'probability of colour jitter'),
+    ('--brightness', 'brightness', float, 'its factor is uniform in 1 - x .. 1 + x'),
+    ('--contrast', 'contrast', float, 'likewise'),
+    ('--saturation', 'saturation', float, 'likewise'),
+    ('--hue', 'hue', float, 'hue shift, uniform in -x .. x of the hue circle (at most 0.5)'),
+    ('--gray-p', 'gray_p', float, 'probability of grayscale'),
+    ('--blur-p', 'blur_p', float, 'probability of Gaussian blur'),
+    ('--blur-sigma', 'blur_sigma', (float, float), 'least and largest standard deviation of the blur, pixels'),
+    ('--flip-p', 'flip_p', float, 'probability of a horizontal flip'),
+]
+MONITOR = [
+    ('--eval-resize', 'eval_resize', int, 'short side before the centre crop, pixels'),
+    ('--knn-k', 'knn_k', int, 'neighbours'),
+    ('--knn-t', 'knn_t', float, 'temperature: a neighbour of cosine s weighs exp(s / T)'),
+    ('--knn-every', 'knn_every', int, 'measure every N epochs (0: only before and after)'),
+]
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='train.py', description=description, epilog=_recipe_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument_group('run').add_argument
+    add('data', nargs='?', metavar='DATA',
+        help='folder of images: one subfolder per class (also below DATA/train and DATA/val), or a flat folder; '
+             'default: the built-in demonstration data')
+    add('--recipe', choices=RECIPES, metavar='NAME',
+        help='one of the table below (default: in1k_bs512_ep100 for a folder, demo without DATA)')
+    add('--output', metavar='DIR',
+        help='folder of the run; the same command continues it (default: runs/RECIPE-DATA)')
+    add('--seed', type=int, default=0, help='of the weights, the order and the augmentation (default: 0)')
+    add('--max-steps', type=int, metavar='N', help='stop after N optimizer steps in all (default: run to the end)')
+    add('--max-unreadable', type=float, default=0.0, metavar='SHARE',
+        help='share of the images that may be unreadable; each is replaced by the next readable one (default: 0)')
+    add = parser.add_argument_group('speed').add_argument
+    add('--device', help='cuda, mps or cpu (default: the first of these that is there)')
+    add('--amp', choices=['auto', *AMP], default='auto',
+        help='precision of the forward pass: auto = bfloat16 where it is native (on a CPU: where a short timing finds it '
+             'faster), else float16 with a GradScaler on CUDA, else off (default: auto)')
+    add('--compile', action='store_true', help='torch.compile the model (default: off)')
+    add('--workers', type=int, metavar='N', help='data processes per training process (default: cores, at most 8; '
+        'none for the demonstration data)')
+    add('--grad-accum-steps', type=int, default=1, metavar='N',
+        help='must be 1: batch norm takes its statistics over the batch of one forward pass, so accumulated micro-batches '
+             'are another method, not a larger batch (default: 1)')
+    add = parser.add_argument_group('log').add_argument
+    add('--log-every', type=int, default=50, metavar='N', help='one line of figures every N steps (default: 50)')
+    add('--knn-data', metavar='DIR', help='labelled folder for the kNN monitor (default: DATA, if it is labelled)')
+    for title, table in (
+            ('model', MODEL), ('optimization', OPTIMIZATION), ('augmentation', AUGMENTATION), ('kNN monitor', MONITOR)):
+        group = parser.add_argument_group(f"{title} (default: the recipe's number, see the table below)")
+        for flag, name, kind, text in table:
+            _add_number(group, flag, name, kind, text)
+    return parser
+
+
+def _add_number(group: Any, flag: str, name: str, kind: Any, text: str) -> None:
+    if kind is bool:
+        group.add_argument(flag, dest=name, action=argparse.BooleanOptionalAction, help=text)
+    elif isinstance(kind, tuple):
+        group.add_argument(flag, dest=name, type=kind[0], nargs=2, metavar=('MIN', 'MAX'), help=text)
+    else:
+        group.add_argument(flag, dest=name, type=kind, metavar='JSON' if kind is json.loads else 'X', help=text)
+
+
+def _numbers(recipe: Recipe) -> dict[str, Any]:
+    numbers = dataclasses.asdict(recipe)
+    return {**numbers, **numbers.pop('augmentation')}
+
+
+def _recipe_table() -> str:
+    """Rows: flags. Columns: recipes."""
+    columns = {name: _numbers(recipe) for name, recipe in RECIPES.items()}
+    rows = [['recipe', *columns]]
+    for flag, name, _, _ in MODEL + OPTIMIZATION + AUGMENTATION + MONITOR:
+        if name != 'model_args':
+            rows.append([flag] + [_short(c[name]) for c in columns.values()])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ['  '.join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    about = [f'{name}: {recipe.about}' for name, recipe in RECIPES.items()]
+    return '\n'.join(['recipes:', *(f'  {line}' for line in lines), '', *(f'  {line}' for line in about)])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ' '.join(map(_short, value))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def resolve_recipe(args: argparse.Namespace) -> tuple[str, Recipe]:
+    """The named recipe with the flags' numbers in place of its own.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+    name = args.recipe or ('demo' if args.data is None else 'in1k_bs512_ep100')
+    recipe = RECIPES[name]
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
+    aug_names = {f.name for f in dataclasses.fields(Augmentation)}
+    names = {f.name for f in dataclasses.fields(Recipe)} - {'about', 'augmentation'}
+    aug = dataclasses.replace(recipe.augmentation, **{k: v for k, v in given.items() if k in aug_names})
+    numbers = {k: v for k, v in given.items() if k in names}
+    if numbers.get('model', recipe.model) != recipe.model:
+        numbers.setdefault('model_args', {})  # the recipe's belong to the recipe's model
+    if aug.size != recipe.augmentation.size:
+        numbers.setdefault('eval_resize', round(recipe.eval_resize * aug.size / recipe.augmentation.size))
+    recipe = dataclasses.replace(recipe, augmentation=aug, **numbers)
+    _check(args, recipe)
+    return name, recipe
+
+
+def _check(args: argparse.Namespace, recipe: Recipe) -> None:
+    aug = recipe.augmentation
+    if args.grad_accum_steps != 1:
+        raise ValueError(
+            f'--grad-accum-steps {args.grad_accum_steps}: refused, because batch norm takes its statistics over the batch '
+            'of one forward pass; accumulated micro-batches are another method. Use more processes or a smaller batch '
+            '(the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
+    rules = [
+        ('--epochs', recipe.epochs, recipe.epochs >= 1, 'at least 1'),
+        ('--batch-size', recipe.batch_size, recipe.batch_size >= 2, 'at least 2'),
+        ('--lr', recipe.lr, recipe.lr > 0, 'above 0'),
+        ('--warmup-epochs', recipe.warmup_epochs, 0 <= recipe.warmup_epochs < recipe.epochs, 'at least 0, below --epochs'),
+        ('--image-size', aug.size, aug.size >= 8, 'at least 8 pixels'),
+        ('--eval-resize', recipe.eval_resize, recipe.eval_resize >= aug.size, 'at least --image-size'),
+        ('--crop-scale', aug.crop_scale, 0 < aug.crop_scale[0] <= aug.crop_scale[1] <= 1, '0 < MIN <= MAX <= 1'),
+        ('--crop-ratio', aug.crop_ratio, 0 < aug.crop_ratio[0] <= aug.crop_ratio[1], '0 < MIN <= MAX'),
+        ('--blur-sigma', aug.blur_sigma, 0 < aug.blur_sigma[0] <= aug.blur_sigma[1], '0 < MIN <= MAX'),
+        ('--hue', aug.hue, 0 <= aug.hue <= 0.5, 'in 0 .. 0.5'),
+        ('--max-unreadable', args.max_unreadable, 0 <= args.max_unreadable < 1, 'at least 0, below 1'),
+        ('--log-every', args.log_every, args.log_every >= 1, 'at least 1'),
+        ('--model-args', recipe.model_args, isinstance(recipe.model_args, dict), 'a JSON object'),
+    ] + [(f'--{n.replace("_", "-")}', getattr(aug, n), 0 <= getattr(aug, n) <= 1, 'a probability')
+         for n in ('jitter_p', 'gray_p', 'blur_p', 'flip_p')]
+    for flag, value, ok, rule in rules:
+        if not ok:
+            raise ValueError(f'{flag} {value}: must be {rule}')

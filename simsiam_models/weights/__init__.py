@@ -1,0 +1,2 @@
+"""Published checkpoints and backbones, in and out."""
+from .export import export_backbone
