@@ -1,7 +1,7 @@
 """SimSiam's augmentation: which numbers it draws, and what they do to an image.
 
-The published list (FAIR, section 1 of the paper's appendix A; MMSelfSup has the same numbers): random resized crop, colour
-jitter, grayscale, Gaussian blur, flip, normalise. The crop is cut per image on the CPU (PIL, uint8); all else runs on whole
+The published list (paper, appendix A; FAIR and MMSelfSup release the same numbers): random resized crop, colour jitter,
+grayscale, Gaussian blur, flip, normalise. The crop is cut per image on the CPU (PIL, uint8); all else runs on whole
 batches, wherever the batch is, with parameters of its own for each sample.
 """
 import itertools

@@ -18,7 +18,7 @@ def _quiet(_worker: int) -> None:
 
 
 class _Batches(Sampler):
-    """Yields (epoch, indices); each global batch is a run of the epoch's permutation, each process takes its slice of it.
+    """Yields (epoch, indices): a global batch is a run of the epoch's permutation, a process takes its slice of it.
 
     Thus N processes see, batch for batch, what one process sees. The last incomplete batch is dropped.
     """
@@ -58,7 +58,7 @@ class _Crops(Dataset):
         return torch.from_numpy(out), torch.from_numpy(indices), bad
 
     def _read(self, index: int, bad: dict[int, str]) -> Image.Image:
-        """An unreadable image is replaced by the next readable one; its name is kept in `bad` (black if none is left)."""
+        """An unreadable image is named in `bad` and replaced by the next readable one (black if none is left)."""
         for step in range(len(self.images)):
             at = (index + step) % len(self.images)
             try:
@@ -69,7 +69,7 @@ class _Crops(Dataset):
 
 
 class TwoViews:
-    """The training data: iterating over it gives (x1, x2) of one epoch on the device, each (B / world, 3, S, S) float32.
+    """The training data: `epoch(e)` yields (x1, x2) on the device, each (B / world, 3, S, S) float32.
 
     Args:
         batch: samples per step over all processes.
@@ -122,12 +122,12 @@ class TwoViews:
         if len(self.unreadable) > allowed:
             first = next(iter(self.unreadable.values()))
             raise UnreadableError(
-                f'{first}; {len(self.unreadable)} unreadable so far, {allowed} of {len(self.images)} allowed: repair or '
-                'remove it, or allow a share of them with --max-unreadable 0.01')
+                f'{first}; {len(self.unreadable)} unreadable so far, {allowed} of {len(self.images)} allowed: repair '
+                'or remove it, or allow a share of them with --max-unreadable 0.01')
 
 
 class EvalImages:
-    """Images as features are measured: short side to `resize`, centre crop `size`, normalised; (B, 3, S, S) per batch."""
+    """Images as features are measured: short side to `resize`, centre crop `size`, normalised; (B, 3, S, S) each."""
 
     def __init__(
         self, images: Images, indices: np.ndarray, size: int, resize: int, batch: int = 256, workers: int = 0,

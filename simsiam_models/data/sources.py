@@ -78,7 +78,7 @@ class MemoryImages:
 
 
 def open_folder(root: str | Path) -> tuple[FolderImages, FolderImages | None]:
-    """The training images, and the labelled validation images if there are any: ROOT/train and ROOT/val, or ROOT itself."""
+    """Training images and labelled validation images, if there are any: ROOT/train and ROOT/val, or ROOT itself."""
     root = Path(root)
     if not (root / 'train').is_dir():
         return FolderImages(root), None

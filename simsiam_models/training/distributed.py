@@ -80,7 +80,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch norm whose training statistics are those of all processes' samples together; plain torch, for CPU processes."""
+    """Batch norm over the samples of all processes together; plain torch, for CPU processes."""
 
     def __init__(self, bn: _BatchNorm) -> None:
         super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)

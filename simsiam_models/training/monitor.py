@@ -10,7 +10,7 @@ from .distributed import World, gather_rows
 
 @torch.no_grad()
 def output_std(z: Tensor) -> float:
-    """std x sqrt(d) of z / ||z|| (paper, section 4.1): per channel over the batch, averaged; 1 is healthy, 0 collapsed."""
+    """std x sqrt(d) of z / ||z|| (paper, section 4.1), per channel over the batch, averaged: 1 healthy, 0 collapsed."""
     z = F.normalize(z.float(), dim=1)  # (B, d)
     return float(z.std(0).mean() * z.shape[1] ** 0.5)
 
@@ -30,7 +30,7 @@ def effective_rank(z: Tensor) -> float:
 def is_collapsed(std: float, rank: float) -> bool:
     """Constant outputs (std near 0), or outputs that differ along a line only.
 
-    The batch norm at the projector's end keeps each channel's variance, so that a collapse often shows in the rank first.
+    The batch norm at the projector's end keeps each channel's variance, so a collapse often shows in the rank first.
     """
     return not (std > 0.3 and rank > 2.0)  # NaN counts as collapsed
 
@@ -95,5 +95,5 @@ class KnnMonitor:
             backbone.train(training)
 
     def measure_pixels(self) -> float:
-        """Percent, of the normalised pixels themselves."""
-        return self._accuracy(lambda x: x.flatten(1))
+        """Percent, of the normalised pixels themselves, less each image's mean (without that they do worse)."""
+        return self._accuracy(lambda x: x.flatten(1) - x.mean((1, 2, 3))[:, None])

@@ -66,14 +66,14 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group('speed').add_argument
     add('--device', help='cuda, mps or cpu (default: the first of these that is there)')
     add('--amp', choices=['auto', *AMP], default='auto',
-        help='precision of the forward pass: auto = bfloat16 where it is native (on a CPU: where a short timing finds it '
-             'faster), else float16 with a GradScaler on CUDA, else off (default: auto)')
+        help='precision of the forward pass: auto = bfloat16 where it is native (on a CPU: where a short timing finds '
+             'it faster), else float16 with a GradScaler on CUDA, else off (default: auto)')
     add('--compile', action='store_true', help='torch.compile the model (default: off)')
     add('--workers', type=int, metavar='N', help='data processes per training process (default: cores, at most 8; '
         'none for the demonstration data)')
     add('--grad-accum-steps', type=int, default=1, metavar='N',
-        help='must be 1: batch norm takes its statistics over the batch of one forward pass, so accumulated micro-batches '
-             'are another method, not a larger batch (default: 1)')
+        help='must be 1: batch norm takes its statistics over the batch of one forward pass, so accumulated '
+             'micro-batches are another method, not a larger batch (default: 1)')
     add = parser.add_argument_group('log').add_argument
     add('--log-every', type=int, default=50, metavar='N', help='one line of figures every N steps (default: 50)')
     add('--knn-data', metavar='DIR', help='labelled folder for the kNN monitor (default: DATA, if it is labelled)')
@@ -144,14 +144,14 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     aug = recipe.augmentation
     if args.grad_accum_steps != 1:
         raise ValueError(
-            f'--grad-accum-steps {args.grad_accum_steps}: refused, because batch norm takes its statistics over the batch '
-            'of one forward pass; accumulated micro-batches are another method. Use more processes or a smaller batch '
+            f'--grad-accum-steps {args.grad_accum_steps}: refused, because batch norm takes its statistics over the '
+            'batch of one forward pass; accumulated micro-batches are another method. Use more processes or a smaller batch '
             '(the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
     rules = [
         ('--epochs', recipe.epochs, recipe.epochs >= 1, 'at least 1'),
         ('--batch-size', recipe.batch_size, recipe.batch_size >= 2, 'at least 2'),
         ('--lr', recipe.lr, recipe.lr > 0, 'above 0'),
-        ('--warmup-epochs', recipe.warmup_epochs, 0 <= recipe.warmup_epochs < recipe.epochs, 'at least 0, below --epochs'),
+        ('--warmup-epochs', recipe.warmup_epochs, 0 <= recipe.warmup_epochs < recipe.epochs, '0 .. --epochs - 1'),
         ('--image-size', aug.size, aug.size >= 8, 'at least 8 pixels'),
         ('--eval-resize', recipe.eval_resize, recipe.eval_resize >= aug.size, 'at least --image-size'),
         ('--crop-scale', aug.crop_scale, 0 < aug.crop_scale[0] <= aug.crop_scale[1] <= 1, '0 < MIN <= MAX <= 1'),

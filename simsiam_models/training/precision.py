@@ -24,7 +24,7 @@ def choose_amp(name: str, device: torch.device) -> str:
 
 
 def _bfloat16_is_faster(rounds: int = 5) -> bool:
-    """Median time of a small convolution, batch norm and ReLU, forward and backward; a processor without it is far slower."""
+    """By the median time of a small convolution, batch norm and ReLU, forward and backward."""
     layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
     layer = layer.to(memory_format=torch.channels_last)
     x = torch.randn(16, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)

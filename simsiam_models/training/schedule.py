@@ -22,7 +22,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def lr_at(epoch: int, recipe: Recipe) -> float:
-    """Linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), epoch = 0 .. epochs - 1."""
+    """Linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), epoch from 0."""
     warm = recipe.warmup_epochs
     if epoch < warm:
         return scaled_lr(recipe) * (epoch + 1) / warm

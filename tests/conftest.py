@@ -1,0 +1,47 @@
+"""Real images for the tests: scikit-learn's handwritten digits, written out as files."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [  # a tiny backbone and recipe for 32 px images
+    '--recipe', 'demo', '--model', 'resnet18', '--model-args',
+    '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_type": "deep", "stem_width": 8}',
+    '--dim', '64', '--pred-dim', '16', '--image-size', '32', '--eval-resize', '32', '--device', 'cpu', '--amp', 'off',
+    '--knn-every', '0', '--knn-k', '20', '--hue', '0.1', '--crop-scale', '0.6', '1', '--flip-p', '0', '--gray-p', '0']
+
+
+def write_digits(folder: Path, n: int) -> Path:
+    """The first n digits as 32 px files in one folder per class, PNG and JPEG in turn."""
+    digits = load_digits()
+    for i in range(n):
+        image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        target = folder / str(digits.target[i])
+        target.mkdir(parents=True, exist_ok=True)
+        image.save(target / (f'{i:04}.png' if i % 2 else f'{i:04}.jpg'), **({} if i % 2 else {'quality': 95}))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp('digits'), 1000)
+
+
+@pytest.fixture(scope='session')
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp('few_digits'), 64)
+
+
+def run_train(*args: str | Path, processes: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
+    """train.py as a user starts it: its own process, or torchrun's processes, one thread each."""
+    launcher = [] if processes == 1 else [
+        '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / 'train.py'), *map(str, args)], capture_output=True, text=True,
+        timeout=timeout, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})

@@ -1,0 +1,81 @@
+"""The monitors: spread of the outputs, and kNN against a loop."""
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional as F
+
+from simsiam_models import create_simsiam, simsiam_loss
+from simsiam_models.training.monitor import effective_rank, is_collapsed, knn_accuracy, output_std
+
+
+def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
+    z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert output_std(z) == pytest.approx(1, abs=0.02)
+    assert output_std(torch.ones(64, 32)) == pytest.approx(0, abs=1e-6)
+
+
+def test_effective_rank_counts_directions():
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(256, 256, generator=g)).Q
+    assert effective_rank(torch.cat([q[:, :8], -q[:, :8]], 1).T.repeat(4, 1)) == pytest.approx(8, rel=1e-3)
+    assert effective_rank(torch.randn(100, 1, generator=g) * torch.ones(1, 50)) == pytest.approx(1, abs=0.01)
+
+
+def test_not_a_number_counts_as_collapsed():
+    assert is_collapsed(float('nan'), 5.0) and is_collapsed(1.0, float('nan'))
+
+
+def test_knn_equals_a_float64_loop():
+    g = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 7, generator=g), torch.randn(33, 7, generator=g)
+    y, labels = torch.randint(0, 5, (60,), generator=g), torch.randint(0, 5, (33,), generator=g)
+    right = 0
+    for q, label in zip(queries.double(), labels, strict=True):
+        s = [float(q @ b / q.norm() / b.norm()) for b in bank.double()]
+        votes = np.zeros(5)
+        for i in sorted(range(60), key=lambda i: -s[i])[:9]:
+            votes[int(y[i])] += np.exp(s[i] / 0.07)
+        right += int(votes.argmax() == int(label))
+    assert knn_accuracy(bank, y, queries, labels, 9, 0.07, chunk=8) == pytest.approx(100 * right / 33)
+
+
+def test_knn_takes_fewer_neighbours_than_asked_where_there_are_fewer():
+    x, y = torch.eye(3), torch.arange(3)
+    assert knn_accuracy(x, y, x, y, 200, 0.07) == 100
+
+
+def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, float]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
+    images = F.interpolate(images, size=32, mode='bilinear')
+    model = create_simsiam(
+        'resnet18', dim=128, pred_dim=32, proj_layers=2, layers=(1, 1, 1, 1), channels=(16, 32, 64, 64), stem_type='deep',
+        stem_width=8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    seen = []
+    for _ in range(steps):
+        x = images[torch.randint(len(images), (64,))]
+        x1, x2 = (
+            torch.roll(x, tuple(torch.randint(-4, 5, (2,)).tolist()), (2, 3)) * (0.5 + torch.rand(64, 1, 1, 1))
+            + 0.1 * torch.randn_like(x) for _ in range(2))
+        z1, z2 = model.encode(x1), model.encode(x2)
+        p1, p2 = model.predictor(z1), model.predictor(z2)
+        if stop_gradient:
+            loss = simsiam_loss(p1, p2, z1, z2)
+        else:
+            loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append((output_std(z1), effective_rank(z1)))
+    return seen
+
+
+def test_a_run_without_stop_gradient_is_called_collapsed_within_100_steps():
+    assert any(is_collapsed(*f) for f in train_on_digits(stop_gradient=False))
+
+
+def test_a_healthy_run_is_never_called_collapsed():
+    assert not any(is_collapsed(*f) for f in train_on_digits(stop_gradient=True))
