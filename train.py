@@ -214,7 +214,7 @@ class Run:
                     'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'knn': knn})
             if step:
                 self.finished = False
-                self.log.say(f'stopped after {self.args.max_steps} steps; without --max-steps the same command continues')
+                self.log.say(f'stopped after {self.args.max_steps} steps; the same command without --max-steps goes on')
                 break
         return figures
 
@@ -273,8 +273,8 @@ class Run:
         lines, knn = [], f['knn']
         if f.get('collapsed'):
             lines.append(
-                f'The outputs have collapsed (std x sqrt(d) {f["std"]:.2f}, effective rank {f["rank"]:.1f}): the backbone '
-                'is of no use. Try a lower --lr and a batch of at least 64.')
+                f'The outputs have collapsed (std x sqrt(d) {f["std"]:.2f}, effective rank {f["rank"]:.1f}): the '
+                'backbone is of no use. Try a lower --lr and a batch of at least 64.')
         if self.views.unreadable:
             lines.append(f'{len(self.views.unreadable)} images could not be read and were replaced:')
             lines += [f'  {text}' for text in list(self.views.unreadable.values())[:5]]

@@ -21,7 +21,8 @@ def write_digits(folder: Path, n: int) -> Path:
     """The first n digits as 32 px files in one folder per class, PNG and JPEG in turn."""
     digits = load_digits()
     for i in range(n):
-        image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8)).resize((32, 32), Image.Resampling.BICUBIC)
+        image = Image.fromarray((digits.images[i] * 255 / 16).astype(np.uint8))
+        image = image.resize((32, 32), Image.Resampling.BICUBIC)
         target = folder / str(digits.target[i])
         target.mkdir(parents=True, exist_ok=True)
         image.save(target / (f'{i:04}.png' if i % 2 else f'{i:04}.jpg'), **({} if i % 2 else {'quality': 95}))

@@ -1,4 +1,4 @@
-"""The augmentation: counted random numbers, operators against torchvision and SciPy, batches that depend on nothing else.
+"""The augmentation: counted random numbers, operators against torchvision and SciPy, batches that are pure functions.
 
 References are independent: torchvision's operators, its RandomResizedCrop, and SciPy's Gaussian filter.
 """
@@ -16,7 +16,15 @@ from torchvision.transforms.v2 import functional as F
 
 from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews
 from simsiam_models.data.augment import (
-    CROP_DRAWS, Finish, blur, crop, crop_box, draw, finish, normalize, shift_hue,
+    CROP_DRAWS,
+    Finish,
+    blur,
+    crop,
+    crop_box,
+    draw,
+    finish,
+    normalize,
+    shift_hue,
 )
 from simsiam_models.data.counted import permutation, philox, uniforms
 
@@ -52,8 +60,9 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 def parameters(batch: int, **kwargs: np.ndarray) -> Finish:
     """Nothing happens, but for what is given."""
     nothing = dict(
-        jitter=np.zeros(batch, bool), order=np.tile(np.arange(4), (batch, 1)), factors=np.tile([1.0, 1, 1, 0], (batch, 1)),
-        gray=np.zeros(batch, bool), sigma=np.zeros(batch), flip=np.zeros(batch, bool))
+        jitter=np.zeros(batch, bool), order=np.tile(np.arange(4), (batch, 1)),
+        factors=np.tile([1.0, 1, 1, 0], (batch, 1)), gray=np.zeros(batch, bool),
+        sigma=np.zeros(batch), flip=np.zeros(batch, bool))
     return Finish(**{**nothing, **kwargs})
 
 

@@ -51,8 +51,8 @@ def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, 
     images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
     images = F.interpolate(images, size=32, mode='bilinear')
     model = create_simsiam(
-        'resnet18', dim=128, pred_dim=32, proj_layers=2, layers=(1, 1, 1, 1), channels=(16, 32, 64, 64), stem_type='deep',
-        stem_width=8)
+        'resnet18', dim=128, pred_dim=32, proj_layers=2, layers=(1, 1, 1, 1), channels=(16, 32, 64, 64),
+        stem_type='deep', stem_width=8)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
     seen = []
     for _ in range(steps):

@@ -32,7 +32,8 @@ def test_heads_have_the_released_layout():
 
 def test_residual_blocks_start_at_zero():
     backbone = create_simsiam(dim=16, pred_dim=4).backbone
-    assert all(block.bn3.weight.abs().max() == 0 for stage in range(1, 5) for block in getattr(backbone, f'layer{stage}'))
+    stages = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
+    assert all(block.bn3.weight.abs().max() == 0 for stage in stages for block in stage)
 
 
 @pytest.mark.parametrize('name', ['mobilenetv3_small_050', 'vit_tiny_patch16_224', 'convnext_atto', 'vgg11'])

@@ -8,7 +8,13 @@ import torch
 from PIL import Image
 
 from simsiam_models.data import (
-    Augmentation, EvalImages, FolderImages, MemoryImages, TwoViews, UnreadableError, open_folder,
+    Augmentation,
+    EvalImages,
+    FolderImages,
+    MemoryImages,
+    TwoViews,
+    UnreadableError,
+    open_folder,
 )
 
 AUG = Augmentation(size=16)
@@ -35,6 +41,14 @@ def broken(path: Path, kind: str) -> Path:
     else:
         path.write_text('this is no image\n')
     return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # bits are compared
+    yield
+    torch.set_num_threads(before)
 
 
 BROKEN = ['truncated', 'empty', 'text']
@@ -256,7 +270,6 @@ def test_allowed_unreadable_files_are_replaced_and_counted_once(tmp_path, worker
 @pytest.mark.parametrize('workers', [0, 2])
 def test_the_replacement_is_the_next_readable_image(tmp_path, workers):
     # The same training on a source in which files 2, 3 -> 4 and 11 -> 0 gives the same bits.
-    torch.set_num_threads(1)
     source = holes(tmp_path)
     instead = [0, 1, 4, 4, 4, 5, 6, 7, 8, 9, 10, 0]
     clean = MemoryImages(np.stack([np.asarray(picture(i)) for i in instead]), None, [], 'clean')

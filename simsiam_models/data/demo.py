@@ -1,7 +1,7 @@
 """The built-in demonstration data: patterned materials, photographed many times over, drawn in memory.
 
-A class is one material, known by the directions and the arrangement of its strokes (hatching, weave, brick, chevrons, ...).
-Every picture is a new sample of it: own place, scale and small turn, own two colours, either of which may be the darker,
+A class is one material, known by the directions and the arrangement of its strokes (hatching, weave, brick, chevrons).
+Every picture is a new sample of it: own place, scale and small turn, own two colours, either of which may be darker,
 own depth of engraving, and own light with a slope, soft shadows and sensor noise. Pictures of one class share neither
 pixels nor colours, so nearest neighbours among pixels say little; crop, flip and colour jitter keep the class.
 """

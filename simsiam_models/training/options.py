@@ -145,8 +145,8 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
     if args.grad_accum_steps != 1:
         raise ValueError(
             f'--grad-accum-steps {args.grad_accum_steps}: refused, because batch norm takes its statistics over the '
-            'batch of one forward pass; accumulated micro-batches are another method. Use more processes or a smaller batch '
-            '(the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
+            'batch of one forward pass; accumulated micro-batches are another method. Use more processes or a '
+            'smaller batch (the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
     rules = [
         ('--epochs', recipe.epochs, recipe.epochs >= 1, 'at least 1'),
         ('--batch-size', recipe.batch_size, recipe.batch_size >= 2, 'at least 2'),

@@ -42,8 +42,8 @@ RECIPES = {
         'paper, appendix D: 91.8 linear top-1 (published)', model='simsiam_resnet18_cifar', proj_layers=2, epochs=800,
         batch_size=512, lr=0.03, weight_decay=5e-4, augmentation=Augmentation(size=32, blur_p=0.0),
         eval_resize=32, knn_k=200, knn_t=0.1),
-    # Ours, found by short runs on the demonstration data: many cheap steps of a narrow network, and a colour jitter strong
-    # enough that colour and light are no short cut.
+    # Ours, found by short runs on the demonstration data: many cheap steps of a narrow network, and a colour jitter so
+    # strong that colour and light are no short cut.
     'demo': Recipe(
         'ours: minutes on two CPU cores, for the built-in demonstration data and small images', model='resnet18',
         model_args=dict(
