@@ -109,7 +109,9 @@ def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: 
 def _refuse_download(variant: str, cfg: Any, overlay: dict[str, Any] | None) -> None:
     """Published weights cannot be downloaded yet; a file that the caller brings, or `local-dir:`, goes to timm."""
     resolved = timm.models.resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
-    if resolved.source or resolved.file or resolved.state_dict or not resolved.url:
+    if resolved.source or resolved.file or resolved.state_dict or resolved.hf_hub_id:
+        return  # the caller brings the weights
+    if resolved.url not in {w.url for w in WEIGHTS.values()}:
         return
     raise RuntimeError(
         f'{variant}.{resolved.tag}: this version of simsiam_models cannot download published weights yet (they are at '

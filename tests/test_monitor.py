@@ -6,6 +6,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from simsiam_models import create_simsiam, simsiam_loss
+from simsiam_models.data import demo_images
 from simsiam_models.training.monitor import effective_rank, is_collapsed, knn_accuracy, output_std
 
 
@@ -79,3 +80,11 @@ def test_a_run_without_stop_gradient_is_called_collapsed_within_100_steps():
 
 def test_a_healthy_run_is_never_called_collapsed():
     assert not any(is_collapsed(*f) for f in train_on_digits(stop_gradient=True))
+
+
+def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ():
+    (train, val), (again, _) = demo_images(), demo_images()
+    assert (len(train), len(val), len(train.classes)) == (3000, 768, 12)
+    assert np.array_equal(train.images, again.images)
+    seen = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in seen for image in val.images)

@@ -174,6 +174,7 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     radius = math.ceil(4 * float(sigma.max()))
     offset = np.arange(-radius, radius + 1)
     taps = np.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    taps[np.abs(offset) > np.ceil(4 * sigma)[:, None]] = 0  # whatever the other samples' sigma
     taps /= taps.sum(1, keepdims=True)  # (B, 2 radius + 1)
     band = np.zeros((len(sigma), size, size))
     rows = np.arange(size)

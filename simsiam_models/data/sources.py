@@ -1,4 +1,5 @@
 """Where images come from: a folder of files, or arrays in memory. Labels are optional and never used in training."""
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -36,13 +37,15 @@ class FolderImages:
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA is a folder of images')
         found = sorted(
-            p.relative_to(root).as_posix() for p in root.rglob('*') if p.suffix.lower() in EXTENSIONS and p.is_file())
+            os.path.relpath(os.path.join(folder, name), root)
+            for folder, _, names in os.walk(root, followlinks=True) for name in names
+            if name.lower().endswith(EXTENSIONS))
         if not found:
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
         self.root, self.name = root, str(root)
         # One buffer, not a list of strings: worker processes share it without copying.
-        self._paths = np.array([p.encode() for p in found])
-        folders = [p.split('/', 1)[0] if '/' in p else None for p in found]
+        self._paths = np.array([os.fsencode(p) for p in found])
+        folders = [p.split(os.sep, 1)[0] if os.sep in p else None for p in found]
         flat = None in folders
         self.classes = [] if flat else sorted(set(folders))
         self.labels = None if flat else np.searchsorted(self.classes, folders).astype(np.int64)
@@ -51,13 +54,15 @@ class FolderImages:
         return len(self._paths)
 
     def path(self, index: int) -> Path:
-        return self.root / self._paths[index].decode()
+        return self.root / os.fsdecode(self._paths[index])
 
     def read(self, index: int) -> Image.Image:
         """Raises UnreadableError, naming the file, where PIL cannot decode it."""
         path = self.path(index)
         try:
             with Image.open(path) as image:
+                if image.mode.startswith('I;16'):  # convert() would cut at 255: all white
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
                 return image.convert('RGB')
         # PIL raises nearly anything on a broken file (OSError, SyntaxError, ValueError, DecompressionBombError, ...).
         except Exception as e:
