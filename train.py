@@ -304,3 +304,6 @@ if __name__ == '__main__':
         if os.environ.get('RANK', '0') == '0' or isinstance(e, UnreadableError):
             print(f'train.py: {e}', file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print('train.py: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
+        sys.exit(130)

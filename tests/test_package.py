@@ -1,0 +1,40 @@
+"""The wheel, and the README's commands."""
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from conftest import ROOT
+
+README = (ROOT / 'README.md').read_text()
+
+
+def test_the_wheel_holds_only_the_package(tmp_path: Path):
+    sources = tmp_path / 'sources'  # setuptools writes into the folder that it builds
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (sources / name).parent.mkdir(parents=True, exist_ok=True)
+        (sources / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', str(sources), '--no-deps', '--no-build-isolation', '-q', '-w',
+         str(tmp_path)], check=True, timeout=120)
+    names = zipfile.ZipFile(next(tmp_path.glob('simsiam_models-*.whl'))).namelist()
+    assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'simsiam_models'}
+    assert 'simsiam_models/py.typed' in names and 'simsiam_models/data/demo.py' in names
+    assert any(name.endswith('licenses/LICENSE') for name in names)
+
+
+def test_the_readme_has_one_command_for_the_demonstration_and_one_for_the_tests():
+    blocks = re.findall(r'<!-- (\w+) -->\n```bash\n(.*?)\n```', README, re.S)
+    assert [name for name, _ in blocks] == ['demo', 'tests']
+    assert all('\n' not in command and command.startswith('python3 -m pip install') for _, command in blocks)
+
+
+def test_the_first_block_of_the_readme_runs_as_written():
+    code = re.search(r'```python\n(.*?)\n```', README, re.S).group(1)
+    assert len(code.splitlines()) == 5
+    scope: dict = {}
+    exec(code, scope)
+    assert scope['features'].shape == (1, 2048)
+    assert [m.shape[1] for m in scope['maps']] == [64, 256, 512, 1024, 2048]
