@@ -42,7 +42,7 @@ from simsiam_models.weights import export_backbone
 FREE = {'output', 'device', 'workers', 'log_every', 'max_steps', 'compile', 'processes', 'knn_data', 'max_unreadable'}
 
 
-def load_data(args: argparse.Namespace, recipe: Recipe) -> tuple[Any, Any, str]:
+def load_data(args: argparse.Namespace) -> tuple[Any, Any, str]:
     """Training images, labelled validation images or None, and a name for the run's folder."""
     if args.data is None:
         return *demo_images(), 'demo'
@@ -88,7 +88,7 @@ def compile_or_not(model: SimSiam, views: TwoViews, log: RunLog) -> None:
 def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """One run, or the rest of one; returns the last figures."""
     name, recipe = resolve_recipe(args)
-    train, val, data_name = load_data(args, recipe)
+    train, val, data_name = load_data(args)
     workers = args.workers
     if workers is None:
         workers = 0 if args.data is None else min(8, os.cpu_count() or 1)
@@ -119,8 +119,8 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
     run = Run(args, recipe, world, views, monitor, model, net, optimizer, scaler, amp, folder, log)
     log.say(run.describe(name))
-    with_labels = state.get('knn') or run.measure_before()
-    figures = run.train(state.get('epoch', 0), state.get('step', 0), with_labels)
+    knn = state.get('knn') or run.measure_before()
+    figures = run.train(state.get('epoch', 0), state.get('step', 0), knn)
     log.close()
     if world.main and run.finished:
         export_backbone(

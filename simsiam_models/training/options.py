@@ -8,10 +8,18 @@ from ..data.augment import Augmentation
 from .precision import AMP
 from .recipes import RECIPES, Recipe
 
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
 # flag, field, type, help. Fields of Augmentation and of Recipe; without the flag the recipe's own number holds.
 MODEL = [
     ('--model', 'model', str, 'backbone: any timm model'),
-    ('--model-args', 'model_args', json.loads, 'its keyword arguments, as JSON, e.g. \'{"img_size": 96}\''),
+    ('--model-args', 'model_args', json_object, 'its keyword arguments, as JSON, e.g. \'{"img_size": 96}\''),
     ('--dim', 'dim', int, 'width of the outputs z and p, channels'),
     ('--pred-dim', 'pred_dim', int, "the predictor's hidden width, channels (paper: dim / 4)"),
     ('--proj-layers', 'proj_layers', int, 'fully connected layers of the projector'),
@@ -91,7 +99,7 @@ def _add_number(group: Any, flag: str, name: str, kind: Any, text: str) -> None:
     elif isinstance(kind, tuple):
         group.add_argument(flag, dest=name, type=kind[0], nargs=2, metavar=('MIN', 'MAX'), help=text)
     else:
-        group.add_argument(flag, dest=name, type=kind, metavar='JSON' if kind is json.loads else 'X', help=text)
+        group.add_argument(flag, dest=name, type=kind, metavar='JSON' if kind is json_object else 'X', help=text)
 
 
 def _numbers(recipe: Recipe) -> dict[str, Any]:
@@ -160,7 +168,6 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
         ('--hue', aug.hue, 0 <= aug.hue <= 0.5, 'in 0 .. 0.5'),
         ('--max-unreadable', args.max_unreadable, 0 <= args.max_unreadable < 1, 'at least 0, below 1'),
         ('--log-every', args.log_every, args.log_every >= 1, 'at least 1'),
-        ('--model-args', recipe.model_args, isinstance(recipe.model_args, dict), 'a JSON object'),
     ] + [(f'--{n.replace("_", "-")}', getattr(aug, n), 0 <= getattr(aug, n) <= 1, 'a probability')
          for n in ('jitter_p', 'gray_p', 'blur_p', 'flip_p')]
     for flag, value, ok, rule in rules:
