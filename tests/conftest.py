@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -27,6 +28,15 @@ def write_digits(folder: Path, n: int) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         image.save(target / (f'{i:04}.png' if i % 2 else f'{i:04}.jpg'), **({} if i % 2 else {'quality': 95}))
     return folder
+
+
+@pytest.fixture
+def one_thread():
+    """For tests that compare bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='session')

@@ -43,12 +43,7 @@ def broken(path: Path, kind: str) -> Path:
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # bits are compared
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 BROKEN = ['truncated', 'empty', 'text']

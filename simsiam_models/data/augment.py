@@ -102,15 +102,16 @@ def finish(images: Tensor, params: Finish) -> Tensor:
     x = images.float() / 255
     on = np.flatnonzero(params.jitter)
     if len(on):
-        x[_at(on, x)] = _jitter(x[_at(on, x)], params.order[on], params.factors[on])
-    on = np.flatnonzero(params.gray)
-    if len(on):
-        x[_at(on, x)] = _gray(x[_at(on, x)]).expand(-1, 3, -1, -1)
+        rows = _at(on, x)
+        x[rows] = _jitter(x[rows], params.order[on], params.factors[on])
+    rows = _at(np.flatnonzero(params.gray), x)
+    x[rows] = _gray(x[rows]).expand(-1, 3, -1, -1)
     on = np.flatnonzero(params.sigma)
     if len(on):
-        x[_at(on, x)] = blur(x[_at(on, x)], params.sigma[on])
-    on = _at(np.flatnonzero(params.flip), x)
-    x[on] = x[on].flip(-1)
+        rows = _at(on, x)
+        x[rows] = blur(x[rows], params.sigma[on])
+    rows = _at(np.flatnonzero(params.flip), x)
+    x[rows] = x[rows].flip(-1)
     return normalize(x)
 
 

@@ -20,7 +20,7 @@ _STREAM = {'train': 1, 'val': 2}  # each split draws from its own stream: no pic
 
 
 def demo_images() -> tuple[MemoryImages, MemoryImages]:
-    """3000 training and 768 validation images of 12 classes, 32 px; the same on every machine and in every run."""
+    """3000 training and 768 validation images of 12 classes, 32 px; the same in every run."""
     return _split('train'), _split('val')
 
 
