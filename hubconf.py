@@ -22,7 +22,7 @@ def simsiam_r50_lin(pretrained=True, **kwargs):
 
 
 def simsiam_r50_full(pretrained=True, **kwargs):
-    """SimSiam ResNet-50 with projector and predictor: forward(x1, x2) -> p1, p2, z1, z2."""
+    """SimSiam ResNet-50 with its published projector and predictor: forward(x1, x2) -> p1, p2, z1, z2."""
     import simsiam_models
 
     return simsiam_models.create_simsiam('simsiam_resnet50', pretrained=pretrained, **kwargs)

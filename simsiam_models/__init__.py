@@ -2,6 +2,9 @@
 from . import resnet
 from .resnet import simsiam_resnet18_cifar, simsiam_resnet50
 from .simsiam import SimSiam, create_simsiam, simsiam_loss
+from .weights import Checkpoint, load_checkpoint
 
 __version__ = '0.1.0'
-__all__ = ['SimSiam', 'create_simsiam', 'simsiam_loss', 'simsiam_resnet18_cifar', 'simsiam_resnet50']
+__all__ = [
+    'Checkpoint', 'SimSiam', 'create_simsiam', 'load_checkpoint', 'simsiam_loss', 'simsiam_resnet18_cifar',
+    'simsiam_resnet50']

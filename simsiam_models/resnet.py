@@ -3,13 +3,20 @@
 `simsiam_resnet50` is timm's own ResNet-50 (the layout of torchvision's): everything timm offers a ResNet works on it.
 The file is called `resnet.py` because timm files its models under the name of their module.
 """
+import functools
+import logging
 from typing import Any, NamedTuple
 
 import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch import nn
+from torch import Tensor, nn
+
+from .weights import sources
+from .weights.layouts import load_checkpoint, recognize
+
+_logger = logging.getLogger('simsiam_models')
 
 FAIR = 'https://dl.fbaipublicfiles.com/simsiam/models/'
 MM0 = 'https://download.openmmlab.com/mmselfsup/simsiam/simsiam_resnet50_8xb32-coslr-'
@@ -100,23 +107,56 @@ class CifarResNet(ResNet):
             info['reduction'] = 1 if i == 0 else info['reduction'] // 4
 
 
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """A checkpoint of any known layout -> the entries that `model` loads.
+
+    Raises:
+        ValueError: the keys fit no known layout.
+        RuntimeError: the backbone would not be filled completely. timm itself lets that pass when `num_classes` differs
+            from the file's, and goes on with random weights.
+    """
+    checkpoint = recognize(state_dict)
+    state = checkpoint.model_state() if model.num_classes else checkpoint.backbone
+    needed = [k for k in model.state_dict() if not k.startswith('fc.')]
+    missing = [k for k in needed if k not in state]
+    if missing:
+        raise RuntimeError(
+            f'the checkpoint (layout {checkpoint.layout}) lacks {len(missing)} of the {len(needed)} entries of the '
+            f'backbone: {", ".join(missing[:3])}, ...')
+    _logger.info(checkpoint.describe())
+    return state
+
+
+def published(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
+    """'simsiam_resnet50.TAG' and its row in WEIGHTS, unless the caller names another source of weights."""
+    cfg = timm.models.resolve_pretrained_cfg(
+        variant, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+    weights = WEIGHTS.get(cfg.tag)
+    if weights is None or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
+        return None
+    return f'{variant}.{cfg.tag}', weights
+
+
 def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+    """timm's builder, with published weights as local files and files of the caller read in any layout."""
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     if pretrained:
-        _refuse_download(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    return build_model_with_cfg(cls, variant, pretrained, **kwargs)
+        if found := published(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
+            overlay['file'] = str(sources.fetch(*found, cache_dir=kwargs.get('cache_dir')))
+            _name_licence(*found)
+        elif overlay.get('file') and not overlay.get('state_dict'):
+            # timm reads only what weights_only=True admits; OpenMMLab's files need the restricted reader.
+            overlay['state_dict'] = load_checkpoint(overlay['file']).model_state()
+    model = build_model_with_cfg(
+        cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory, and in each copy of the configuration
+    return model
 
 
-def _refuse_download(variant: str, cfg: Any, overlay: dict[str, Any] | None) -> None:
-    """Published weights cannot be downloaded yet; a file that the caller brings, or `local-dir:`, goes to timm."""
-    resolved = timm.models.resolve_pretrained_cfg(variant, pretrained_cfg=cfg, pretrained_cfg_overlay=overlay)
-    if resolved.source or resolved.file or resolved.state_dict or resolved.hf_hub_id:
-        return  # the caller brings the weights
-    if resolved.url not in {w.url for w in WEIGHTS.values()}:
-        return
-    raise RuntimeError(
-        f'{variant}.{resolved.tag}: this version of simsiam_models cannot download published weights yet (they are at '
-        f'{resolved.url}). Use pretrained=False for random init, or load a backbone that train.py wrote: '
-        "timm.create_model('local-dir:OUTPUT/backbone', pretrained=True).")
+@functools.cache
+def _name_licence(name: str, weights: Weights) -> None:
+    if '-nc-' in weights.license:
+        _logger.warning(f'{name}: these weights are licensed {weights.license.upper()}, for non-commercial use only')
 
 
 @register_model

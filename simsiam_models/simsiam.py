@@ -2,13 +2,20 @@
 
 The names are the paper's: two views `x1, x2`; encoder f = backbone + projector, `z = f(x)`; predictor h, `p = h(z)`.
 """
+import logging
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import resnet  # noqa: F401  registers the models
+from . import resnet
+from .weights import sources
+from .weights.layouts import load_checkpoint
+
+_logger = logging.getLogger('simsiam_models')
 
 
 def projector(in_dim: int, dim: int = 2048, layers: int = 3) -> nn.Sequential:
@@ -95,8 +102,50 @@ def create_simsiam(
     """SimSiam over `timm.create_model(model_name, num_classes=0, **backbone_kwargs)`.
 
     With the defaults this is the paper's model of 38,199,360 parameters. timm starts the last batch norm of each
-    residual block at zero, as the released recipes do.
+    residual block at zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
+    `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of a
+    `local-dir:` folder; with other models of timm the heads start at random, which is said.
+
+    Raises:
+        ValueError: the weights hold no heads, or heads of other widths than dim, pred_dim and proj_layers.
+        RuntimeError: no source has the weights.
     """
     if backbone_kwargs.setdefault('num_classes', 0) != 0:
         raise ValueError(f'num_classes={backbone_kwargs["num_classes"]}: SimSiam has no classifier; leave it out')
-    return SimSiam(timm.create_model(model_name, pretrained=pretrained, **backbone_kwargs), dim, pred_dim, proj_layers)
+    heads = _published_heads(model_name, backbone_kwargs) if pretrained else {}
+    model = SimSiam(timm.create_model(model_name, pretrained=pretrained, **backbone_kwargs), dim, pred_dim, proj_layers)
+    if heads:
+        _load_heads(model, heads, f'dim={dim}, pred_dim={pred_dim}, proj_layers={proj_layers}')
+    elif pretrained:
+        _logger.warning(f'{model_name}: pretrained backbone; projector and predictor start at random')
+    return model
+
+
+def _published_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Projector and predictor that belong to the weights which timm will load; empty where there are none to expect."""
+    if model_name.startswith('local-dir:'):
+        file = Path(model_name.removeprefix('local-dir:')) / sources.HEADS
+        return load_file(file) if file.exists() else {}
+    name, _, tag = model_name.partition('.')
+    if name != 'simsiam_resnet50':
+        return {}
+    if file := (kwargs.get('pretrained_cfg_overlay') or {}).get('file'):
+        return load_checkpoint(file).heads_state()
+    found = resnet.published(name, {**({'pretrained_cfg': tag} if tag else {}), **kwargs})
+    if found is None:
+        return {}
+    if found[1].num_classes:
+        raise ValueError(
+            f'{found[0]} holds a classifier and no heads; take its pretraining weights, '
+            f'{found[0].replace("_lin_", "_")}')
+    return load_file(sources.fetch(*found, filename=sources.HEADS, cache_dir=kwargs.get('cache_dir')))
+
+
+def _load_heads(model: SimSiam, heads: dict[str, Tensor], asked: str) -> None:
+    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith('backbone.')}
+    wrong = [k for k in {*own, *heads} if k not in own or k not in heads or own[k] != heads[k].shape]
+    if wrong:
+        raise ValueError(
+            f'the heads of these weights do not fit {asked} ({len(wrong)} entries differ, first {min(wrong)}); published '
+            'heads have dim=2048, pred_dim=512, proj_layers=3')
+    model.load_state_dict(heads, strict=False)  # every entry of the heads is there: compared above

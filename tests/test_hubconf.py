@@ -66,9 +66,10 @@ def test_r50_full_is_the_papers_model():
 
 
 @pytest.mark.parametrize('name', ENTRY_POINTS)
-def test_weights_are_asked_for_by_default_and_refused_in_a_clear_sentence(name):
-    with pytest.raises(RuntimeError, match='cannot download published weights yet') as e:
-        load(name)
+def test_weights_are_asked_for_by_default(name, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match='HF_HUB_OFFLINE is set and no cache has it') as e:
+        load(name, cache_dir=tmp_path)
     assert 'pretrained=False' in str(e.value)
 
 

@@ -1,2 +1,3 @@
 """Published checkpoints and backbones, in and out."""
 from .export import export_backbone
+from .layouts import Checkpoint, load_checkpoint

@@ -1,0 +1,96 @@
+"""The `simsiam` command: a thin table of subcommands. Heavy imports wait until a command runs."""
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+def weights_list(args: argparse.Namespace) -> int:
+    from .resnet import WEIGHTS
+    from .weights import sources
+
+    print(f'{"tag":26}{"epochs":>7}{"batch":>7}{"top-1":>7}  {"licence":14}cached')
+    for tag, w in WEIGHTS.items():
+        path = sources.cached(f'simsiam_resnet50.{tag}', w)
+        where = '' if path is None else 'Hub' if path.name == sources.MODEL else 'converted'
+        print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1:>7}  {w.license:14}{where or "no"}')
+    print('\ntop-1: ImageNet linear evaluation in percent, as published by the authors; not measured again here.')
+    return 0
+
+
+def weights_info(args: argparse.Namespace) -> int:
+    from .weights.published import describe
+
+    print(describe(args.tag))
+    return 0
+
+
+def weights_verify(args: argparse.Namespace) -> int:
+    from .weights.verify import verify
+
+    passed, lines = verify(args.target)
+    print('\n'.join([*lines, 'passed' if passed else 'FAILED']))
+    return 0 if passed else 1
+
+
+def convert(args: argparse.Namespace) -> int:
+    from .weights.convert import convert
+
+    print(convert(args.source, args.out, args.to))
+    return 0
+
+
+def publish(args: argparse.Namespace) -> int:
+    from .weights.publish import publish
+
+    print(publish(args.checkpoint, args.tag, dry_run=args.dry_run, license=args.license))
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser('simsiam', description='SimSiam weights and benchmarks.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    def add(to: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], text: str):
+        command = to.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    weights = commands.add_parser('weights', help='published weights: list, info, verify').add_subparsers(
+        required=True, metavar='COMMAND')
+    add(weights, 'list', weights_list, 'the published weights, and which of them a cache holds')
+    command = add(weights, 'info', weights_info, 'where one file comes from, and every number published for it')
+    command.add_argument('tag', metavar='TAG')
+    command = add(weights, 'verify', weights_verify, 'check hash, keys, values and outputs of a tag or a checkpoint')
+    command.add_argument('target', metavar='TAG|PATH')
+
+    command = add(commands, 'convert', convert, 'a checkpoint of any known layout -> another layout')
+    command.add_argument('source', type=Path, metavar='IN')
+    command.add_argument('out', type=Path, metavar='OUT')
+    command.add_argument(
+        '--to', required=True, choices=['timm', 'torchvision', 'detectron2', 'mmdet', 'onnx'],
+        help='timm is a folder that timm and transformers load; the others are one file')
+
+    command = add(commands, 'publish', publish, 'write a Hub repository from a checkpoint, and upload it')
+    command.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
+    command.add_argument('--tag', required=True, help='the repository is NAMESPACE/simsiam_resnet50.TAG')
+    command.add_argument('--license', help='licence of your own weights; published tags have theirs')
+    command.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    logging.basicConfig(format='%(message)s')
+    try:
+        return args.run(args)
+    except (ValueError, RuntimeError, OSError) as e:
+        print(f'simsiam: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

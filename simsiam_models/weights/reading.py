@@ -1,0 +1,263 @@
+"""A checkpoint file -> plain containers of tensors, without running anything that the file says.
+
+torch.load(weights_only=True) reads most files. Older ones carry objects of their training code beside the tensors (`meta`
+of OpenMMLab, numpy scalars), which it refuses: for these there is an own reader of torch's two formats. Its unpickler knows
+tensors, numpy arrays and plain containers; every other name in the file becomes an inert `Opaque`, and no import happens.
+"""
+import math
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch's format from before 1.6
+STORAGES = {
+    'FloatStorage': torch.float32, 'DoubleStorage': torch.float64, 'HalfStorage': torch.float16,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16,
+    'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool, 'UntypedStorage': torch.uint8,
+}
+
+
+def read(path: str | Path) -> Any:
+    """The contents of a .safetensors, torch or pickle file: dict, list, tuple, numbers, strings and CPU tensors.
+
+    numpy arrays come back as tensors; objects of unknown classes as `Opaque`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a checkpoint, or is damaged; one sentence says which.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist')
+    if path.is_dir():
+        raise ValueError(f'{path} is a folder, not a checkpoint file')
+    with open(path, 'rb') as f:
+        head = f.read(64)
+    if not head:
+        raise ValueError(f'{path} is empty')
+    if head.lstrip()[:1] == b'<':
+        raise ValueError(f'{path} is a web page, not a checkpoint: it begins with {head.lstrip()[:30]!r}')
+    try:
+        if head[8:9] == b'{' and not head.startswith((b'PK', b'\x80')):
+            return load_file(path)
+        try:
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except Exception:  # refused, or not a torch file: the restricted reader says which
+            return _restricted(path)
+    except Exception as e:  # a damaged file raises whatever its bytes lead to
+        reason = f'{type(e).__name__}: {e}'.split('\n')[0][:200]
+        raise ValueError(f'{path} cannot be read as a checkpoint ({reason}); is it complete?') from None
+
+
+class Opaque:
+    """What is left of an object of an unknown class: nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'Opaque':
+        return object.__new__(cls)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> 'Opaque':
+        return Opaque()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, value: Any) -> None:
+        pass
+
+    extend = add = append
+
+
+class _Dtype:
+    def __init__(self, code: str) -> None:
+        self.code, self.order = code, '<'
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1] if state[1] in ('<', '>') else '<'
+
+
+class _Array:
+    """A numpy array while it is unpickled; numpy itself takes no part."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, self.shape, self.dtype, self.fortran, self.raw = state
+
+    def tensor(self) -> Tensor | Opaque:
+        if not isinstance(self.dtype, _Dtype) or self.dtype.code not in {
+                'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'b1'}:
+            return Opaque()  # objects, strings, records
+        raw = self.raw.encode('latin1') if isinstance(self.raw, str) else bytes(self.raw)
+        flat = np.frombuffer(raw, np.dtype(self.dtype.code).newbyteorder(self.dtype.order))
+        array = flat.reshape(self.shape, order='F' if self.fortran else 'C')
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), order='C'))
+
+
+class _Storage:
+    """`numel` elements in a buffer that may be filled after the tensors on it were made."""
+
+    def __init__(self, buffer: bytearray, dtype: torch.dtype) -> None:
+        self.flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits what is listed in `find_class`. All of it is ours or a builtin container; nothing is looked up by name."""
+
+    def __init__(self, file: BinaryIO, storage: Any = None) -> None:
+        super().__init__(file, encoding='latin1')
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
+            return name
+        numpy = module.removeprefix('numpy._core.').removeprefix('numpy.core.')
+        admitted = {
+            ('torch._utils', '_rebuild_tensor'): self.tensor,
+            ('torch._utils', '_rebuild_tensor_v2'): self.tensor,
+            ('torch._utils', '_rebuild_parameter'): self.parameter,
+            ('torch._utils', '_rebuild_parameter_with_state'): self.parameter,
+            ('torch._tensor', '_rebuild_from_type_v2'): self.subclass,
+            ('torch', 'Size'): tuple,
+            ('collections', 'OrderedDict'): dict,
+            ('collections', 'defaultdict'): self.defaultdict,
+            ('builtins', 'set'): set, ('__builtin__', 'set'): set,
+            ('_codecs', 'encode'): self.encode,
+            ('numpy', 'dtype'): self.dtype,
+            ('multiarray', '_reconstruct'): self.array,
+            ('numeric', '_frombuffer'): self.frombuffer,
+        }
+        return admitted.get((module, name)) or admitted.get((numpy, name)) or type('Opaque', (Opaque,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        if self.storage is None or not isinstance(pid, tuple) or pid[0] != 'storage':
+            return Opaque()
+        _, kind, key, _, numel, *view = pid
+        if not isinstance(kind, str) or not isinstance(numel, int) or numel < 0:
+            raise ValueError('a storage without type or size')
+        return self.storage(STORAGES[kind], str(key), numel, view[0] if view else None)
+
+    def tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        if not isinstance(storage, _Storage):
+            raise ValueError('a tensor without storage')
+        if offset < 0 or min(size, default=0) < 0 or min(stride, default=0) < 0:
+            raise ValueError('a tensor of negative extent')
+        last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        if math.prod(size) and (last >= len(storage.flat) or math.prod(size) > len(storage.flat)):
+            raise ValueError('a tensor larger than its storage')
+        return storage.flat.as_strided(size, stride, offset) if math.prod(size) else storage.flat.new_empty(size)
+
+    def parameter(self, data: Any, *_: Any) -> Any:
+        return data
+
+    def subclass(self, build: Any, kind: Any, args: tuple, state: Any) -> Any:
+        return build(*args)
+
+    def defaultdict(self, *_: Any) -> dict:
+        return {}
+
+    def encode(self, text: str, encoding: str = 'latin1') -> bytes:
+        return text.encode('latin1')
+
+    def dtype(self, code: str, *_: Any) -> _Dtype:
+        return _Dtype(code)
+
+    def array(self, *_: Any) -> _Array:
+        return _Array()
+
+    def frombuffer(self, raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> _Array:
+        array = _Array()
+        array.__setstate__((1, shape, dtype, order == 'F', raw))
+        return array
+
+
+def _restricted(path: Path) -> Any:
+    if zipfile.is_zipfile(path):
+        return _read_zip(path)
+    with open(path, 'rb') as f:
+        first = _Unpickler(f).load()
+        if first == LEGACY_MAGIC:
+            return _read_legacy(f, path.stat().st_size)
+        if isinstance(first, Opaque) or f.read(1):
+            raise ValueError('not a checkpoint of a known format')
+        return _plain(first, {})
+
+
+def _read_zip(path: Path) -> Any:
+    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K` (zipfile checks each CRC)."""
+    size = path.stat().st_size
+    buffers: dict[str, bytearray] = {}
+    with zipfile.ZipFile(path) as archive:
+        infos = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in infos if name.count('/') == 1 and name.endswith('/data.pkl')]
+        if len(pickles) != 1:
+            raise ValueError('a zip archive, but not of torch.save')
+        prefix = pickles[0].removesuffix('data.pkl')
+        if f'{prefix}constants.pkl' in infos:
+            raise ValueError('a TorchScript program, not a checkpoint')
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
+            raise ValueError('compressed or larger inside than outside, which torch.save never writes')
+        if f'{prefix}byteorder' in infos and archive.read(f'{prefix}byteorder') != b'little':
+            raise ValueError('written on a big-endian machine')
+
+        def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+            if key not in buffers:
+                buffers[key] = bytearray(archive.read(f'{prefix}data/{key}'))
+            return _Storage(buffers[key], dtype)
+
+        with archive.open(pickles[0]) as f:
+            return _plain(_Unpickler(f, storage).load(), {})
+
+
+def _read_legacy(f: BinaryIO, size: int) -> Any:
+    """torch's older format: pickles of protocol, system, contents and storage keys; then each storage as count + bytes."""
+    buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
+
+    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+        if numel * dtype.itemsize > size:
+            raise ValueError('a storage larger than the file')
+        if view is not None:
+            raise ValueError('views of storages, which torch wrote before 0.4')
+        if key not in buffers:
+            if sum(len(b) for b, _ in buffers.values()) + numel * dtype.itemsize > size:
+                raise ValueError('storages larger than the file')
+            buffers[key] = bytearray(numel * dtype.itemsize), dtype
+        return _Storage(buffers[key][0], dtype)
+
+    _Unpickler(f).load()  # protocol
+    system = _Unpickler(f).load()
+    if not isinstance(system, dict) or not system.get('little_endian', True):
+        raise ValueError('written on a big-endian machine')
+    contents = _Unpickler(f, storage).load()
+    for key in _Unpickler(f).load():
+        if str(key) not in buffers:
+            raise ValueError('a storage that no tensor uses')
+        buffer, dtype = buffers.pop(str(key))
+        if int.from_bytes(f.read(8), 'little') * dtype.itemsize != len(buffer) or f.readinto(buffer) != len(buffer):
+            raise ValueError('the file ends early')
+    if buffers:
+        raise ValueError('the file ends early')
+    return _plain(contents, {})
+
+
+def _plain(x: Any, seen: dict[int, Any]) -> Any:
+    """Arrays to tensors, inside dicts, lists and tuples."""
+    if isinstance(x, _Array):
+        return x.tensor()
+    if type(x) not in (dict, list, tuple) or id(x) in seen:
+        return x
+    seen[id(x)] = x  # also keeps x alive, so that its id stays its own
+    if type(x) is tuple:
+        return tuple(_plain(v, seen) for v in x)
+    for key, value in list(x.items() if type(x) is dict else enumerate(x)):
+        x[key] = _plain(value, seen)
+    return x
