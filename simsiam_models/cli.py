@@ -29,7 +29,7 @@ def weights_info(args: argparse.Namespace) -> int:
 def weights_verify(args: argparse.Namespace) -> int:
     from .weights.verify import verify
 
-    passed, lines = verify(args.target)
+    passed, lines = verify(args.target, args.dtype)
     print('\n'.join([*lines, 'passed' if passed else 'FAILED']))
     return 0 if passed else 1
 
@@ -64,6 +64,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('tag', metavar='TAG')
     command = add(weights, 'verify', weights_verify, 'check hash, keys, values and outputs of a tag or a checkpoint')
     command.add_argument('target', metavar='TAG|PATH')
+    command.add_argument(
+        '--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32', help='of the computed outputs')
 
     command = add(commands, 'convert', convert, 'a checkpoint of any known layout -> another layout')
     command.add_argument('source', type=Path, metavar='IN')

@@ -129,8 +129,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 def published(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
     """'simsiam_resnet50.TAG' and its row in WEIGHTS, unless the caller names another source of weights."""
-    cfg = timm.models.resolve_pretrained_cfg(
-        variant, pretrained_cfg=kwargs.get('pretrained_cfg'), pretrained_cfg_overlay=kwargs.get('pretrained_cfg_overlay'))
+    given = {k: kwargs.get(k) for k in ('pretrained_cfg', 'pretrained_cfg_overlay')}
+    cfg = timm.models.resolve_pretrained_cfg(variant, **given)
     weights = WEIGHTS.get(cfg.tag)
     if weights is None or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
         return None
@@ -148,7 +148,8 @@ def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: 
             # timm reads only what weights_only=True admits; OpenMMLab's files need the restricted reader.
             overlay['state_dict'] = load_checkpoint(overlay['file']).model_state()
     model = build_model_with_cfg(
-        cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+        cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs)
     model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory, and in each copy of the configuration
     return model
 

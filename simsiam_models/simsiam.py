@@ -102,9 +102,11 @@ def create_simsiam(
     """SimSiam over `timm.create_model(model_name, num_classes=0, **backbone_kwargs)`.
 
     With the defaults this is the paper's model of 38,199,360 parameters. timm starts the last batch norm of each
-    residual block at zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
-    `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of a
-    `local-dir:` folder; with other models of timm the heads start at random, which is said.
+    residual block at zero, as the released recipes do.
+
+    `pretrained=True` loads backbone, projector and predictor of `simsiam_resnet50` (tags as for timm), of a checkpoint
+    file given by `pretrained_cfg_overlay=dict(file=...)`, or of a `local-dir:` folder; with other models of timm the
+    heads start at random, which is said.
 
     Raises:
         ValueError: the weights hold no heads, or heads of other widths than dim, pred_dim and proj_layers.
@@ -146,6 +148,6 @@ def _load_heads(model: SimSiam, heads: dict[str, Tensor], asked: str) -> None:
     wrong = [k for k in {*own, *heads} if k not in own or k not in heads or own[k] != heads[k].shape]
     if wrong:
         raise ValueError(
-            f'the heads of these weights do not fit {asked} ({len(wrong)} entries differ, first {min(wrong)}); published '
-            'heads have dim=2048, pred_dim=512, proj_layers=3')
+            f'the heads of these weights do not fit {asked} ({len(wrong)} entries differ, first {min(wrong)}); '
+            'published heads have dim=2048, pred_dim=512, proj_layers=3')
     model.load_state_dict(heads, strict=False)  # every entry of the heads is there: compared above

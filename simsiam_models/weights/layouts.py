@@ -62,7 +62,7 @@ def _lightly_backbone(key: str) -> str:
 
 
 def _lightly_old_head(key: str) -> str:
-    """lightly before 1.2: one Sequential per layer, 0.0 0.1 1.0 -> 0 1 3; a last layer on its own is 1.weight -> 3.weight."""
+    """lightly before 1.2: one Sequential per layer, 0.0 0.1 1.0 -> 0 1 3; a bare last layer 1.weight -> 3.weight."""
     if m := re.match(r'(\d+)\.(\d+)\.(.+)', key):
         return f'{3 * int(m[1]) + int(m[2])}.{m[3]}'
     number, _, rest = key.partition('.')
@@ -129,13 +129,13 @@ LAYOUTS = [
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a SimSiam checkpoint of any known layout; nothing in the file is executed.
 
-    Known are FAIR (pretraining, linear), MMSelfSup 0.x and 1.x and MMPretrain (pretraining, linear, multi-head), lightly,
-    solo-learn, VISSL, torchvision and timm, mmdet and mmseg, detectron2, ONNX files that `simsiam convert` wrote, this
-    package's checkpoints, and the folders that it exports for timm.
+    Known are FAIR (pretraining, linear), MMSelfSup 0.x and 1.x and MMPretrain (pretraining, linear, multi-head),
+    lightly, solo-learn, VISSL, torchvision and timm, mmdet and mmseg, detectron2, ONNX files that `simsiam convert`
+    wrote, this package's checkpoints, and the folders that it exports for timm.
 
     Returns:
         Parts under our names, in float32. `info['dropped']` counts what was left out, `info['notes']` says what was
-        changed: FAIR's frozen random bias before the projector's last batch norm is folded into that norm's running mean.
+        changed: FAIR's frozen random bias before the projector's last batch norm goes into that norm's running mean.
 
     Raises:
         FileNotFoundError: there is no such file.

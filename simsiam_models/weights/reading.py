@@ -1,11 +1,13 @@
 """A checkpoint file -> plain containers of tensors, without running anything that the file says.
 
-torch.load(weights_only=True) reads most files. Older ones carry objects of their training code beside the tensors (`meta`
-of OpenMMLab, numpy scalars), which it refuses: for these there is an own reader of torch's two formats. Its unpickler knows
-tensors, numpy arrays and plain containers; every other name in the file becomes an inert `Opaque`, and no import happens.
+torch.load(weights_only=True) reads most files. Older ones carry objects of their training code beside the tensors
+(`meta` of OpenMMLab, numpy scalars), which it refuses: for these there is an own reader of torch's two formats. Its
+unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an inert `Opaque`, and
+no import happens.
 """
 import math
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,8 +20,9 @@ from torch import Tensor
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch's format from before 1.6
 STORAGES = {
     'FloatStorage': torch.float32, 'DoubleStorage': torch.float64, 'HalfStorage': torch.float16,
-    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32, 'ShortStorage': torch.int16,
-    'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool, 'UntypedStorage': torch.uint8,
+    'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
+    'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
+    'UntypedStorage': torch.uint8,
 }
 
 
@@ -47,7 +50,9 @@ def read(path: str | Path) -> Any:
         if head[8:9] == b'{' and not head.startswith((b'PK', b'\x80')):
             return load_file(path)
         try:
-            return torch.load(path, map_location='cpu', weights_only=True)
+            with warnings.catch_warnings():  # about the protocol of pickles that torch did not write
+                warnings.simplefilter('ignore')
+                return torch.load(path, map_location='cpu', weights_only=True)
         except Exception:  # refused, or not a torch file: the restricted reader says which
             return _restricted(path)
     except Exception as e:  # a damaged file raises whatever its bytes lead to
@@ -193,7 +198,7 @@ def _restricted(path: Path) -> Any:
 
 
 def _read_zip(path: Path) -> Any:
-    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K` (zipfile checks each CRC)."""
+    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`; zipfile checks CRCs."""
     size = path.stat().st_size
     buffers: dict[str, bytearray] = {}
     with zipfile.ZipFile(path) as archive:
@@ -219,7 +224,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _read_legacy(f: BinaryIO, size: int) -> Any:
-    """torch's older format: pickles of protocol, system, contents and storage keys; then each storage as count + bytes."""
+    """torch's older format: pickles of protocol, system, contents, storage keys; then each storage as count + bytes."""
     buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
 
     def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:

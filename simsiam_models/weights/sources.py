@@ -1,8 +1,8 @@
 """Where published weights come from: the caches, the Hugging Face Hub, their authors' servers, in this order.
 
-Whatever the source, the caller gets a local safetensors file in our layout whose hash was checked. A file from an author's
-server is converted once and kept beside torch.hub's other checkpoints, under a name that holds a hash of its address (both
-of FAIR's files are called checkpoint_0099.pth.tar).
+Whatever the source, the caller gets a local safetensors file in our layout whose hash was checked. A file from an
+author's server is converted once and kept beside torch.hub's other checkpoints, under a name that holds a hash of its
+address (both of FAIR's files are called checkpoint_0099.pth.tar).
 """
 import hashlib
 import json
@@ -26,7 +26,8 @@ from . import tensorfile
 from .layouts import load_checkpoint
 
 MODEL, HEADS = 'model.safetensors', 'heads.safetensors'
-PINS = Path(__file__).with_name('pins.json')  # tag -> {repo, revision, files: {name: sha256}}, written by `simsiam publish`
+# tag -> {repo, revision, files: {name: sha256}, fingerprint}, written by `simsiam publish`.
+PINS = Path(__file__).with_name('pins.json')
 PROBE_SECONDS = 1.8  # a dead Hub costs no more than this
 PATIENCE = 10  # seconds: the longest Retry-After that is waited for
 URL_TIMEOUT = 10  # seconds without a byte from an author's server
@@ -236,7 +237,8 @@ def download(url: str, target: Path, sha256_prefix: str | None) -> str:
     with open(target, 'wb') as f, tqdm(
             desc=url.rsplit('/', 1)[1], unit='B', unit_scale=True, disable=None, leave=False) as bar:
         for _ in range(4):
-            request = urllib.request.Request(url, headers={'User-Agent': 'simsiam_models', 'Accept-Encoding': 'identity'})
+            request = urllib.request.Request(
+                url, headers={'User-Agent': 'simsiam_models', 'Accept-Encoding': 'identity'})
             if f.tell():
                 request.add_header('Range', f'bytes={f.tell()}-')
             try:

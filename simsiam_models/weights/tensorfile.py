@@ -1,11 +1,12 @@
 """safetensors files that can tell whether they are whole: their header holds a hash of what they hold."""
 import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 CONTENT = 'content_sha256'
@@ -30,11 +31,21 @@ def file_sha256(path: str | Path) -> str:
 
 
 def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
-    """Write under a temporary name, then rename: the file is either whole or not there."""
+    """Write under a temporary name, then rename: the file is either whole or not there. Equal contents, equal bytes."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    # safetensors writes metadata in random order, so the header is completed here: length, JSON, spaces up to 8 bytes.
+    data = save(tensors)
+    end = 8 + int.from_bytes(data[:8], 'little')
+    header = {'__metadata__': {'format': 'pt', CONTENT: content_sha256(tensors), **dict(sorted(metadata.items()))}}
+    text = json.dumps(header | json.loads(data[8:end])).encode()
+    text += b' ' * (-len(text) % 8)
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
-        save_file(tensors, part, metadata={'format': 'pt', CONTENT: content_sha256(tensors), **metadata})
+        with open(part, 'wb') as f:
+            f.write(len(text).to_bytes(8, 'little') + text)
+            f.write(memoryview(data)[end:])
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

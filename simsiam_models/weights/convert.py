@@ -1,0 +1,228 @@
+"""A checkpoint of any layout -> the file that timm, torchvision, detectron2, mmdet or an ONNX runtime loads."""
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from .export import export_checkpoint
+from .layouts import Checkpoint, load_checkpoint
+
+TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
+SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # their readers, ours included, go by the suffix
+COUNTER = 'num_batches_tracked'
+EPS = 1e-5  # of every batch norm in a ResNet-50
+
+
+def convert(source: str | Path, out: str | Path, to: str) -> str:
+    """Write the backbone of `source`, and its linear classifier where the target has a place for one.
+
+    Args:
+        source: a checkpoint in any layout that `load_checkpoint` knows.
+        out: a new folder for timm, a new file for every other target.
+        to: one of TARGETS.
+
+    Returns:
+        What was read, written and left out, and the code that uses the result.
+
+    Raises:
+        ValueError: unknown target or layout, `out` exists, or the backbone is not a ResNet-50.
+        FileNotFoundError: there is no `source`.
+        RuntimeError: the target needs a package that is not installed.
+    """
+    source, out = Path(source), Path(out)
+    if to not in TARGETS:
+        raise ValueError(f'{to!r} is not a target: choose one of {", ".join(TARGETS)}')
+    if not source.exists():
+        raise FileNotFoundError(f'{source} does not exist: name a checkpoint to convert')
+    if out.exists() and not (to == 'timm' and out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f'{out} exists already: name a new {"folder" if to == "timm" else "file"}, or remove it first')
+    if to in SUFFIX and out.suffix != SUFFIX[to]:
+        raise ValueError(f'{out} does not end in {SUFFIX[to]}, by which a {to} file is recognized: rename it')
+    checkpoint = load_checkpoint(source)
+    _check_resnet50(checkpoint.backbone, source)
+    if to == 'timm':
+        export_checkpoint(checkpoint, out)
+    else:
+        _write(out, WRITERS[to], checkpoint)
+    return '\n'.join([
+        f'{source}: {checkpoint.describe()}', *_left_out(checkpoint, to), f'Wrote {out} for {to}. Use it with',
+        _usage(checkpoint, out, to)])
+
+
+def read_onnx(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of an ONNX file: its initializers and, from its metadata, the counters of the batch norms."""
+    onnx = _import_onnx()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file')
+    try:
+        model = onnx.load(path)
+        counters = json.loads({p.key: p.value for p in model.metadata_props}.get(COUNTER, '{}'))
+        state = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    except Exception as error:  # protobuf, onnx and numpy each raise their own kinds for a damaged file
+        raise ValueError(f'{path} is not a readable ONNX file ({type(error).__name__})') from error
+    if not state:
+        raise ValueError(f'{path} is not an ONNX file with weights in it')
+    return state | {name: torch.tensor(n) for name, n in counters.items()}
+
+
+def _check_resnet50(backbone: dict[str, Tensor], source: Path) -> None:
+    with torch.device('meta'):  # names and shapes, no memory
+        expected = {k: v.shape for k, v in timm.create_model('resnet50', num_classes=0).state_dict().items()}
+    for problem, names in {
+        'missing': [k for k in expected if k not in backbone],
+        'unknown': [k for k in backbone if k not in expected],
+        'of another shape': [k for k in expected if k in backbone and backbone[k].shape != expected[k]],
+    }.items():
+        if names:
+            raise ValueError(
+                f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network that convert '
+                f'writes: {len(names)} {problem}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
+
+
+def _left_out(checkpoint: Checkpoint, to: str) -> list[str]:
+    left = [name for name in ('projector', 'predictor') if getattr(checkpoint, name)]
+    if to == 'timm' and len(left) == 2:
+        left = []  # in a file of their own, which takes both or none
+    if checkpoint.classifier and (to in ('detectron2', 'mmdet') or 'fc.weight' not in checkpoint.model_state()):
+        left = [*left, 'classifier']
+    return [f'Left out: {", ".join(left)}.'] if left else []
+
+
+def _write(out: Path, writer: Callable[[Checkpoint, Path], None], checkpoint: Checkpoint) -> None:
+    """Write to a temporary name first: `out` is whole or absent."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(out.name + '.part')
+    try:
+        writer(checkpoint, part)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies: of a tensor that is a view, torch.save would write the whole storage."""
+    return {k: v.clone() for k, v in state.items()}
+
+
+def _write_torchvision(checkpoint: Checkpoint, path: Path) -> None:
+    torch.save(_own(checkpoint.model_state()), path)
+
+
+def _write_mmdet(checkpoint: Checkpoint, path: Path) -> None:
+    torch.save({'meta': {}, 'state_dict': _own(checkpoint.backbone)}, path)
+
+
+def _detectron2_name(name: str) -> str:
+    if 'layer' not in name:
+        name = f'stem.{name}'
+    name = re.sub(r'layer(\d)', lambda m: f'res{int(m[1]) + 1}', name)  # their stem counts as stage 1
+    name = re.sub(r'bn(\d)', r'conv\1.norm', name)
+    return name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
+
+
+def _write_detectron2(checkpoint: Checkpoint, path: Path) -> None:
+    model = {_detectron2_name(k): v.numpy() for k, v in checkpoint.backbone.items()}
+    # Protocol 3 writes bytes as they are and module names as lines of text.
+    data = pickle.dumps({'model': model, '__author__': 'SimSiam', 'matching_heuristics': True}, protocol=3)
+    # numpy 2 writes the new name of this module, which numpy before 1.26 lacks; every numpy reads the old name.
+    path.write_bytes(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
+
+
+def _import_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeError("ONNX files need the onnx package: pip install 'simsiam-models[onnx]'") from error
+    return onnx
+
+
+def _write_onnx(checkpoint: Checkpoint, path: Path) -> None:
+    """ResNet-50 in ONNX operators, one operator for one timm module.
+
+    Written out by hand and not traced: the weights keep their names and batch norms stay separate, so that the way
+    back loses nothing, and the file does not depend on the version of torch.
+    """
+    onnx = _import_onnx()
+    helper, number = onnx.helper, onnx.TensorProto.FLOAT
+    state = checkpoint.model_state()
+    nodes = []
+
+    def add(op: str, *inputs: str, to: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(op, inputs, [to], name=to, **attributes))
+        return to
+
+    def conv_bn(x: str, conv: str, bn: str, stride: int = 1) -> str:
+        k = state[f'{conv}.weight'].shape[-1]
+        x = add('Conv', x, f'{conv}.weight', to=conv, kernel_shape=[k] * 2, pads=[k // 2] * 4, strides=[stride] * 2)
+        parts = [f'{bn}.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')]
+        return add('BatchNormalization', x, *parts, to=bn, epsilon=EPS)
+
+    x = add('Relu', conv_bn('images', 'conv1', 'bn1', 2), to='act1')
+    x = add('MaxPool', x, to='maxpool', kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
+    for stage, depth in enumerate((3, 4, 6, 3), 1):
+        for i in range(depth):
+            block, shortcut = f'layer{stage}.{i}', x
+            stride = 2 if i == 0 and stage > 1 else 1  # in the 3x3 convolution
+            x = add('Relu', conv_bn(x, f'{block}.conv1', f'{block}.bn1'), to=f'{block}.act1')
+            x = add('Relu', conv_bn(x, f'{block}.conv2', f'{block}.bn2', stride), to=f'{block}.act2')
+            x = conv_bn(x, f'{block}.conv3', f'{block}.bn3')
+            if i == 0:
+                shortcut = conv_bn(shortcut, f'{block}.downsample.0', f'{block}.downsample.1', stride)
+            x = add('Relu', add('Add', x, shortcut, to=f'{block}.add'), to=f'{block}.act3')
+    x = add('GlobalAveragePool', x, to='global_pool')
+    x = add('Flatten', x, to='features', axis=1)  # (B, 2048)
+    if 'fc.weight' in state:
+        x = add('Gemm', x, 'fc.weight', 'fc.bias', to='logits', transB=1)
+    width = len(state.get('fc.weight', state['layer4.2.bn3.weight']))
+    graph = helper.make_graph(
+        nodes, 'simsiam_resnet50',
+        [helper.make_tensor_value_info('images', number, ['batch', 3, 'height', 'width'])],
+        [helper.make_tensor_value_info(x, number, ['batch', width])],
+        [onnx.numpy_helper.from_array(v.contiguous().numpy(), k) for k, v in state.items()
+         if not k.endswith(COUNTER)])
+    # Opset 17 with file version 8 is of 2022: current and much older runtimes read it.
+    model = helper.make_model(
+        graph, producer_name='simsiam_models', opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    counters = {k: int(v) for k, v in state.items() if k.endswith(COUNTER)}  # inference has no operator for them
+    helper.set_model_props(model, {COUNTER: json.dumps(counters)})
+    onnx.save(model, path)
+
+
+WRITERS = {
+    'torchvision': _write_torchvision, 'detectron2': _write_detectron2, 'mmdet': _write_mmdet, 'onnx': _write_onnx,
+}
+
+
+def _usage(checkpoint: Checkpoint, out: Path, to: str) -> str:
+    file, fc = repr(str(out)), checkpoint.classifier and checkpoint.classifier.get('bias')
+    if to == 'timm':
+        return f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)'
+    if to == 'torchvision':
+        build = f'torchvision.models.resnet50(num_classes={len(fc)})' if fc is not None else (
+            'torchvision.models.resnet50(); model.fc = torch.nn.Identity()')
+        return (
+            f'  model = {build}\n  model.load_state_dict(torch.load({file}, weights_only=True))\n'
+            f'In eval mode it gives the same {"features" if fc is None else "logits"} as the timm model.')
+    # The detectors' defaults are other pixels: wrong ones raise no error, only the accuracy drops.
+    if to == 'detectron2':
+        return (
+            f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]\n'
+            '  MODEL.PIXEL_STD: [58.395, 57.12, 57.375]\n  MODEL.RESNETS.STRIDE_IN_1X1: False\n'
+            '  INPUT.FORMAT: "RGB"')
+    if to == 'mmdet':
+        return (
+            "  backbone=dict(type='ResNet', depth=50, style='pytorch', "
+            f"init_cfg=dict(type='Pretrained', checkpoint={file}))\n"
+            'with RGB images, mean [123.675, 116.28, 103.53] and std [58.395, 57.12, 57.375].')
+    output = 'features' if fc is None else 'logits'
+    return (
+        f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
+        'images: float32 (B, 3, H, W), RGB in 0..1 minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225).')
