@@ -49,6 +49,10 @@ def read(path: str | Path) -> Any:
     try:
         if head[8:9] == b'{' and not head.startswith((b'PK', b'\x80')):
             return load_file(path)
+        if zipfile.is_zipfile(path):  # torch does not check what it reads from a zip archive
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f'damaged: {damaged} has another checksum than it should')
         try:
             with warnings.catch_warnings():  # about the protocol of pickles that torch did not write
                 warnings.simplefilter('ignore')

@@ -61,7 +61,7 @@ def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path 
     if path := _from_caches(name, filename, converted, cache_dir, reasons):
         return path
     if constants.HF_HUB_OFFLINE:
-        reasons.append('HF_HUB_OFFLINE is set and no cache has it')
+        reasons.append(f'HF_HUB_OFFLINE is set and no cache has it, neither {hub_id(name)} nor {converted}')
     else:
         with _one_process(converted):
             if path := _from_caches(name, filename, converted, cache_dir, []):  # another process was quicker
@@ -94,6 +94,7 @@ def pin(name: str) -> dict[str, Any]:
 def _sentence(e: Exception) -> str:
     if isinstance(e, Unavailable):
         return str(e)
+    e = e.__cause__ or e  # the Hub client wraps what it met into advice
     if isinstance(e, OSError) and e.strerror and not isinstance(e, urllib.error.URLError):
         return f'{e.strerror}{f" ({e.filename})" if e.filename else ""}'
     return ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
@@ -137,10 +138,15 @@ def _is_intact(path: Path, name: str, filename: str) -> bool:
 
 def _one_process(converted: Path) -> AbstractContextManager:
     """Of the processes of one machine, one downloads; the others wait and then find the file in the cache."""
+    stem = converted.name.split('.')[0]
     try:
         converted.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(converted.with_name(f'{converted.name.split(".")[0]}.lock')).acquire()
-    except OSError:  # a folder that cannot be written: the attempts to write into it will say so
+        held = FileLock(converted.with_name(f'{stem}.lock')).acquire()
+        for left in converted.parent.glob(f'{stem}.*.download'):  # of a process that was killed
+            left.unlink(missing_ok=True)
+        return held
+    # A folder that cannot be written (the attempts to write into it will say so), or cannot be locked.
+    except (OSError, NotImplementedError):
         return nullcontext()
 
 
@@ -233,41 +239,32 @@ def download(url: str, target: Path, sha256_prefix: str | None) -> str:
         Unavailable: refused, silent, incomplete, a web page, or another hash than the name promises.
         OSError: the file cannot be written.
     """
-    problem = ''
+    name = None  # the server's name for the contents (ETag): without one, a second try starts over
     with open(target, 'wb') as f, tqdm(
             desc=url.rsplit('/', 1)[1], unit='B', unit_scale=True, disable=None, leave=False) as bar:
-        for _ in range(4):
-            request = urllib.request.Request(
-                url, headers={'User-Agent': 'simsiam_models', 'Accept-Encoding': 'identity'})
+        for wait in (1, 1, 1, 0):
+            if not name:
+                f.seek(0)
+                f.truncate()
+            headers = {'User-Agent': 'simsiam_models', 'Accept-Encoding': 'identity'}
             if f.tell():
-                request.add_header('Range', f'bytes={f.tell()}-')
+                headers |= {'Range': f'bytes={f.tell()}-', 'If-Range': name}
             try:
-                response = urllib.request.urlopen(request, timeout=URL_TIMEOUT)
+                with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=URL_TIMEOUT) as r:
+                    name, problem = _receive(r, name, f, bar)
             except urllib.error.HTTPError as e:
-                wait = e.headers.get('Retry-After', '')
-                problem = f'HTTP {e.code} {e.reason}'
-                if e.code != 429 and e.code < 500 or wait.isdigit() and int(wait) > PATIENCE:
+                after = e.headers.get('Retry-After', '')
+                name, problem = None, f'HTTP {e.code} {e.reason}'
+                if e.code not in (416, 429) and e.code < 500 or after.isdigit() and int(after) > PATIENCE:
                     break
-                time.sleep(int(wait) if wait.isdigit() else 1)
-                continue
+                time.sleep(int(after) if wait and after.isdigit() else wait)
             except OSError as e:
-                problem = f'cannot be reached ({getattr(e, "reason", e)})'
+                if isinstance(e, urllib.error.URLError):
+                    problem = f'cannot be reached ({e.reason})'
+                    break
+                raise
+            if not problem:
                 break
-            with response:
-                if 'html' in response.headers.get('Content-Type', ''):
-                    problem = 'the server answers with a web page'
-                    break
-                if response.status != 206:
-                    f.seek(0)
-                    f.truncate()
-                length = response.headers.get('Content-Length')
-                total = f.tell() + int(length) if length else None
-                bar.total = total
-                bar.update(f.tell() - bar.n)
-                problem = _copy(response, f, bar)
-                if not problem and (total is None or f.tell() == total):
-                    break
-                problem = problem or f'the connection was cut after {f.tell()} of {total} bytes'
         f.flush()
         os.fsync(f.fileno())
     if problem:
@@ -276,6 +273,27 @@ def download(url: str, target: Path, sha256_prefix: str | None) -> str:
     if sha256_prefix and not sha256.startswith(sha256_prefix):
         raise Unavailable(f'the file that arrived has sha256 {sha256[:8]}..., its name promises {sha256_prefix}')
     return sha256
+
+
+def _receive(response: Any, name: str | None, f: Any, bar: tqdm) -> tuple[str | None, str]:
+    """Append an answer to what is there, or begin again; returns the contents' name and what went wrong, or ''."""
+    headers = response.headers
+    if 'html' in headers.get('Content-Type', ''):
+        return None, 'the server answers with a web page'
+    now = headers.get('ETag') or headers.get('Last-Modified')
+    if response.status != 206:
+        f.seek(0)
+        f.truncate()
+    elif now != name or not headers.get('Content-Range', '').startswith(f'bytes {f.tell()}-'):
+        return None, 'the file changed while it was read'  # halves of two files are never joined
+    length = headers.get('Content-Length')
+    total = f.tell() + int(length) if length else None
+    bar.total = total
+    bar.update(f.tell() - bar.n)
+    problem = _copy(response, f, bar)
+    if not problem and total is not None and f.tell() != total:
+        problem = f'the connection was cut after {f.tell()} of {total} bytes'
+    return None if now and now.startswith('W/') else now, problem
 
 
 def _copy(response: Any, f: Any, bar: tqdm) -> str:
