@@ -1,0 +1,123 @@
+"""The `simsiam` command, and `weights verify`, which it is the way to."""
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from simsiam_models import create_simsiam
+from simsiam_models.cli import main
+from simsiam_models.resnet import WEIGHTS
+from simsiam_models.weights import layouts, tensorfile
+from simsiam_models.weights.export import export_checkpoint
+from simsiam_models.weights.verify import TOLERANCE, deviation, fingerprint
+
+
+@pytest.fixture(scope='module')
+def model() -> nn.Module:
+    """A ResNet-50 that tells its inputs apart: no zero gammas, and statistics of some batches."""
+    torch.manual_seed(0)
+    model = timm.create_model('simsiam_resnet50', zero_init_last=False)
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(4, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.fixture(scope='module')
+def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('exported') / 'repo'
+    export_checkpoint(layouts.recognize(model.state_dict()), folder)
+    return folder
+
+
+def test_list_names_every_tag_with_its_licence(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr('torch.hub.get_dir', lambda: str(tmp_path))
+    assert main(['weights', 'list']) == 0
+    lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
+    for tag, w in WEIGHTS.items():
+        assert lines[tag][1:] == [str(w.epochs), str(w.batch), str(w.top1), w.license, 'no']
+
+
+def test_info_lists_the_numbers_of_the_file_and_names_those_of_another(capsys):
+    assert main(['weights', 'info', 'mm_ep200_in1k']) == 0
+    own, others = capsys.readouterr().out.split('measured with another file')
+    assert '69.84' in own and '60.4' in own and '85.2' not in own
+    assert '85.2' in others and 'mm_ep200_bgr_in1k' in others
+
+
+@pytest.mark.parametrize('args, text', [
+    (['weights', 'info', 'nope'], 'mm_ep200_in1k'), (['weights', 'verify', 'nope'], 'neither a file nor a tag'),
+    (['convert', 'nope', 'out', '--to', 'timm'], 'nope does not exist')])
+def test_a_mistake_is_one_sentence_and_exit_code_1(args, text, capsys):
+    assert main(args) == 1
+    error = capsys.readouterr().err
+    assert text in error and error.startswith('simsiam: ') and error.count('\n') == 1
+
+
+def test_verify_passes_what_was_exported(exported, capsys):
+    assert main(['weights', 'verify', str(exported)]) == 0
+    out = capsys.readouterr().out
+    assert 'all 318 entries' in out and 'FAIL' not in out and out.endswith('passed\n')
+
+
+@pytest.mark.parametrize('damage, text', [('flipped', 'FAIL hash'), ('nan', 'FAIL values'), ('missing', 'FAIL keys')])
+def test_verify_fails_what_is_damaged(exported, tmp_path, capsys, damage, text):
+    path = tmp_path / 'model.safetensors'
+    tensors = load_file(exported / 'model.safetensors')
+    if damage == 'nan':
+        tensors['layer4.2.conv3.weight'][0] = float('nan')
+    if damage == 'missing':
+        del tensors['bn1.running_var']
+    tensorfile.write(path, tensors)
+    if damage == 'flipped':
+        data = bytearray(path.read_bytes())
+        data[-1000] ^= 1
+        path.write_bytes(data)
+    assert main(['weights', 'verify', str(path)]) == 1
+    assert text in capsys.readouterr().out
+
+
+def test_a_fingerprint_is_the_same_for_every_way_to_compute_it_and_another_for_other_weights(model):
+    before, threads = fingerprint(model), torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert deviation(before, fingerprint(model)) < TOLERANCE['float32']
+    torch.set_num_threads(threads)
+    assert deviation(before, fingerprint(copy.deepcopy(model).double())) < TOLERANCE['float32']
+    assert deviation(before, fingerprint(copy.deepcopy(model).bfloat16())) < TOLERANCE['bfloat16']
+    bgr = copy.deepcopy(model)
+    bgr.conv1.weight.data = bgr.conv1.weight.data.flip(1)
+    assert deviation(before, fingerprint(bgr)) > TOLERANCE['bfloat16']
+
+
+def test_verify_compares_with_the_fingerprint_beside_the_file(exported, tmp_path, capsys, model):
+    folder = tmp_path / 'repo'
+    shutil.copytree(exported, folder)
+    found = fingerprint(model)
+    (folder / 'fingerprint.json').write_text(json.dumps(found))
+    assert main(['weights', 'verify', str(folder)]) == 0
+    found['outputs'][3] += 0.01 * found['std']
+    (folder / 'fingerprint.json').write_text(json.dumps(found))
+    assert main(['weights', 'verify', str(folder)]) == 1
+    assert 'FAIL fingerprint' in capsys.readouterr().out
+
+
+def test_heads_of_other_widths_are_refused(tmp_path):
+    small = create_simsiam('simsiam_resnet50', dim=64, pred_dim=16)
+    torch.save({'model': small.state_dict()}, tmp_path / 'small.pth')
+    file = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'small.pth')))
+    with pytest.raises(ValueError, match='do not fit dim=2048'):
+        create_simsiam('simsiam_resnet50', pretrained=True, **file)
+    again = create_simsiam('simsiam_resnet50', pretrained=True, dim=64, pred_dim=16, **file)
+    for k, v in again.state_dict().items():
+        assert torch.equal(v, small.state_dict()[k]), k
+
+
+def test_a_classifier_has_no_heads_to_load():
+    with pytest.raises(ValueError, match='take its pretraining weights, simsiam_resnet50.mm1x_ep200_in1k'):
+        create_simsiam('simsiam_resnet50.mm1x_ep200_lin_in1k', pretrained=True)
