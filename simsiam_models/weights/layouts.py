@@ -65,6 +65,8 @@ def _lightly_old_head(key: str) -> str:
     """lightly before 1.2: one Sequential per layer, 0.0 0.1 1.0 -> 0 1 3; a bare last layer 1.weight -> 3.weight."""
     if m := re.match(r'(\d+)\.(\d+)\.(.+)', key):
         return f'{3 * int(m[1]) + int(m[2])}.{m[3]}'
+    if key.startswith('layers.'):  # the heads of the time between
+        return key.removeprefix('layers.')
     number, _, rest = key.partition('.')
     return f'{3 * int(number)}.{rest}'
 
@@ -165,10 +167,17 @@ def recognize(raw: Any) -> Checkpoint:
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f'holds a {type(raw).__name__}, not a dictionary of tensors')
+    try:
+        return _recognize(raw)
+    except (AttributeError, RuntimeError, TypeError) as e:  # nested or shaped as no writer of these layouts does it
+        raise ValueError(f'looks like a known layout but is none ({" ".join(str(e).split())[:200]})') from None
+
+
+def _recognize(raw: Mapping) -> Checkpoint:
     state, outer = _unwrap(raw)
     layout = next((x for x in LAYOUTS if all(any(re.match(r, k) for k in state) for r in x.betrayed_by)), None)
     if layout is None:
-        keys = [str(k) for k in (state or raw)]
+        keys = [repr(str(k))[1:-1][:80] for k in (state or raw)]
         raise ValueError(
             f'no known checkpoint layout ({len(state)} tensors); the first keys are '
             f'{", ".join(keys[:8]) or "none: it is empty"}')

@@ -1,14 +1,15 @@
 """A checkpoint file -> plain containers of tensors, without running anything that the file says.
 
-torch.load(weights_only=True) reads most files. Older ones carry objects of their training code beside the tensors
-(`meta` of OpenMMLab, numpy scalars), which it refuses: for these there is an own reader of torch's two formats. Its
-unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an inert `Opaque`, and
-no import happens.
+torch.load(weights_only=True) reads torch's present format, unless a file carries objects of its training code beside the
+tensors (`meta` of OpenMMLab, numpy scalars). For those, for torch's older format and for bare pickles there is an own
+reader. Its unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an inert
+`Opaque`, and no import happens. What a hostile file can still do is exhaust memory or stack, which ends the process.
 """
+import functools
 import math
 import pickle
-import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,21 +45,19 @@ def read(path: str | Path) -> Any:
         head = f.read(64)
     if not head:
         raise ValueError(f'{path} is empty')
-    if head.lstrip()[:1] == b'<':
-        raise ValueError(f'{path} is a web page, not a checkpoint: it begins with {head.lstrip()[:30]!r}')
     try:
-        if head[8:9] == b'{' and not head.startswith((b'PK', b'\x80')):
+        if head[8:9] == b'{' and 8 + int.from_bytes(head[:8], 'little') <= path.stat().st_size:
             return load_file(path)
-        if zipfile.is_zipfile(path):  # torch does not check what it reads from a zip archive
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f'damaged: {damaged} has another checksum than it should')
-        try:
-            with warnings.catch_warnings():  # about the protocol of pickles that torch did not write
-                warnings.simplefilter('ignore')
+        if head.lstrip()[:1] == b'<':
+            raise ValueError(f'a web page: it begins with {head.lstrip()[:30]!r}')
+        if not zipfile.is_zipfile(path):
+            return _read_pickle(path)
+        with zipfile.ZipFile(path) as archive:
+            prefix = _check_zip(archive, path.stat().st_size)
+            try:
                 return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception:  # refused, or not a torch file: the restricted reader says which
-            return _restricted(path)
+            except Exception:  # refused: the restricted reader leaves out what torch refuses
+                return _read_zip(archive, prefix)
     except Exception as e:  # a damaged file raises whatever its bytes lead to
         reason = f'{type(e).__name__}: {e}'.split('\n')[0][:200]
         raise ValueError(f'{path} cannot be read as a checkpoint ({reason}); is it complete?') from None
@@ -88,6 +87,28 @@ class Opaque:
     extend = add = append
 
 
+class _Admitted:
+    """A function that a file may call, and do nothing else with."""
+
+    __slots__ = ('_call',)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError('a function that is given a state')
+
+
+class _Dict(dict):
+    """An OrderedDict or defaultdict while it is unpickled; torch gives those of modules a state, `_metadata`."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _Dtype:
     def __init__(self, code: str) -> None:
         self.code, self.order = code, '<'
@@ -102,11 +123,14 @@ class _Array:
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.fortran, self.raw = state
 
+    @functools.cached_property
     def tensor(self) -> Tensor | Opaque:
         if not isinstance(self.dtype, _Dtype) or self.dtype.code not in {
                 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'b1'}:
             return Opaque()  # objects, strings, records
-        raw = self.raw.encode('latin1') if isinstance(self.raw, str) else bytes(self.raw)
+        raw = self.raw.encode('latin1') if isinstance(self.raw, str) else self.raw
+        if not isinstance(raw, bytes | bytearray):
+            return Opaque()
         flat = np.frombuffer(raw, np.dtype(self.dtype.code).newbyteorder(self.dtype.order))
         array = flat.reshape(self.shape, order='F' if self.fortran else 'C')
         return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), order='C'))
@@ -137,15 +161,17 @@ class _Unpickler(pickle.Unpickler):
             ('torch._utils', '_rebuild_parameter_with_state'): self.parameter,
             ('torch._tensor', '_rebuild_from_type_v2'): self.subclass,
             ('torch', 'Size'): tuple,
-            ('collections', 'OrderedDict'): dict,
-            ('collections', 'defaultdict'): self.defaultdict,
+            ('collections', 'OrderedDict'): lambda *_: _Dict(),
+            ('collections', 'defaultdict'): lambda *_: _Dict(),
             ('builtins', 'set'): set, ('__builtin__', 'set'): set,
-            ('_codecs', 'encode'): self.encode,
-            ('numpy', 'dtype'): self.dtype,
-            ('multiarray', '_reconstruct'): self.array,
+            ('builtins', 'bytes'): self.no_bytes, ('__builtin__', 'bytes'): self.no_bytes,
+            ('_codecs', 'encode'): lambda text, *_: text.encode('latin1'),
+            ('numpy', 'dtype'): lambda code, *_: _Dtype(code),
+            ('multiarray', '_reconstruct'): lambda *_: _Array(),
             ('numeric', '_frombuffer'): self.frombuffer,
         }
-        return admitted.get((module, name)) or admitted.get((numpy, name)) or type('Opaque', (Opaque,), {})
+        found = admitted.get((module, name)) or admitted.get((numpy, name))
+        return _Admitted(found) if found else type('Opaque', (Opaque,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storage is None or not isinstance(pid, tuple) or pid[0] != 'storage':
@@ -161,7 +187,8 @@ class _Unpickler(pickle.Unpickler):
         if offset < 0 or min(size, default=0) < 0 or min(stride, default=0) < 0:
             raise ValueError('a tensor of negative extent')
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        if math.prod(size) and (last >= len(storage.flat) or math.prod(size) > len(storage.flat)):
+        # An expanded tensor (stride 0) may have more elements than its storage; few files have a reason for it.
+        if math.prod(size) and (last >= len(storage.flat) or math.prod(size) > max(len(storage.flat), 2**24)):
             raise ValueError('a tensor larger than its storage')
         return storage.flat.as_strided(size, stride, offset) if math.prod(size) else storage.flat.new_empty(size)
 
@@ -171,17 +198,8 @@ class _Unpickler(pickle.Unpickler):
     def subclass(self, build: Any, kind: Any, args: tuple, state: Any) -> Any:
         return build(*args)
 
-    def defaultdict(self, *_: Any) -> dict:
-        return {}
-
-    def encode(self, text: str, encoding: str = 'latin1') -> bytes:
-        return text.encode('latin1')
-
-    def dtype(self, code: str, *_: Any) -> _Dtype:
-        return _Dtype(code)
-
-    def array(self, *_: Any) -> _Array:
-        return _Array()
+    def no_bytes(self, *args: Any) -> Any:
+        return Opaque() if args else b''
 
     def frombuffer(self, raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> _Array:
         array = _Array()
@@ -189,9 +207,7 @@ class _Unpickler(pickle.Unpickler):
         return array
 
 
-def _restricted(path: Path) -> Any:
-    if zipfile.is_zipfile(path):
-        return _read_zip(path)
+def _read_pickle(path: Path) -> Any:
     with open(path, 'rb') as f:
         first = _Unpickler(f).load()
         if first == LEGACY_MAGIC:
@@ -201,43 +217,51 @@ def _restricted(path: Path) -> Any:
         return _plain(first, {})
 
 
-def _read_zip(path: Path) -> Any:
-    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`; zipfile checks CRCs."""
-    size = path.stat().st_size
+def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
+    """Is this what torch.save writes, and undamaged? torch itself checks no checksum. Returns the folder inside."""
+    infos = {info.filename: info for info in archive.infolist()}
+    pickles = [name for name in infos if name.count('/') == 1 and name.endswith('/data.pkl')]
+    if len(pickles) != 1:
+        raise ValueError('a zip archive, but not of torch.save')
+    prefix = pickles[0].removesuffix('data.pkl')
+    if f'{prefix}constants.pkl' in infos:
+        raise ValueError('a TorchScript program, not a checkpoint')
+    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
+        raise ValueError('compressed or larger inside than outside, which torch.save never writes')
+    if damaged := archive.testzip():
+        raise ValueError(f'damaged: {damaged} has another checksum than it should')
+    return prefix
+
+
+def _read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
+    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
     buffers: dict[str, bytearray] = {}
-    with zipfile.ZipFile(path) as archive:
-        infos = {info.filename: info for info in archive.infolist()}
-        pickles = [name for name in infos if name.count('/') == 1 and name.endswith('/data.pkl')]
-        if len(pickles) != 1:
-            raise ValueError('a zip archive, but not of torch.save')
-        prefix = pickles[0].removesuffix('data.pkl')
-        if f'{prefix}constants.pkl' in infos:
-            raise ValueError('a TorchScript program, not a checkpoint')
-        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
-            raise ValueError('compressed or larger inside than outside, which torch.save never writes')
-        if f'{prefix}byteorder' in infos and archive.read(f'{prefix}byteorder') != b'little':
-            raise ValueError('written on a big-endian machine')
+    if f'{prefix}byteorder' in archive.namelist() and archive.read(f'{prefix}byteorder') != b'little':
+        raise ValueError('written on a big-endian machine')
 
-        def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
-            if key not in buffers:
-                buffers[key] = bytearray(archive.read(f'{prefix}data/{key}'))
-            return _Storage(buffers[key], dtype)
+    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+        if key not in buffers:
+            buffers[key] = bytearray(archive.read(f'{prefix}data/{key}'))
+        return _Storage(buffers[key], dtype)
 
-        with archive.open(pickles[0]) as f:
-            return _plain(_Unpickler(f, storage).load(), {})
+    with archive.open(f'{prefix}data.pkl') as f:
+        return _plain(_Unpickler(f, storage).load(), {})
 
 
 def _read_legacy(f: BinaryIO, size: int) -> Any:
     """torch's older format: pickles of protocol, system, contents, storage keys; then each storage as count + bytes."""
     buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
+    left = size
 
     def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+        nonlocal left
         if numel * dtype.itemsize > size:
             raise ValueError('a storage larger than the file')
         if view is not None:
             raise ValueError('views of storages, which torch wrote before 0.4')
         if key not in buffers:
-            if sum(len(b) for b, _ in buffers.values()) + numel * dtype.itemsize > size:
+            left -= numel * dtype.itemsize
+            if left < 0:
                 raise ValueError('storages larger than the file')
             buffers[key] = bytearray(numel * dtype.itemsize), dtype
         return _Storage(buffers[key][0], dtype)
@@ -261,12 +285,21 @@ def _read_legacy(f: BinaryIO, size: int) -> Any:
 def _plain(x: Any, seen: dict[int, Any]) -> Any:
     """Arrays to tensors, inside dicts, lists and tuples."""
     if isinstance(x, _Array):
-        return x.tensor()
-    if type(x) not in (dict, list, tuple) or id(x) in seen:
+        return x.tensor
+    if isinstance(x, _Admitted):
+        return Opaque()
+    if type(x) not in (dict, _Dict, list, tuple):
         return x
-    seen[id(x)] = x  # also keeps x alive, so that its id stays its own
+    if id(x) in seen:
+        return seen[id(x)][1]
     if type(x) is tuple:
-        return tuple(_plain(v, seen) for v in x)
-    for key, value in list(x.items() if type(x) is dict else enumerate(x)):
-        x[key] = _plain(value, seen)
-    return x
+        y = tuple(_plain(v, seen) for v in x)
+        seen[id(x)] = x, y  # x stays alive, so that its id stays its own
+        return y
+    y = [] if type(x) is list else {}
+    seen[id(x)] = x, y
+    if type(x) is list:
+        y += [_plain(v, seen) for v in x]
+    else:
+        y.update((k, _plain(v, seen)) for k, v in x.items())
+    return y
