@@ -1,9 +1,10 @@
 """A checkpoint file -> plain containers of tensors, without running anything that the file says.
 
-torch.load(weights_only=True) reads torch's present format, unless a file carries objects of its training code beside the
-tensors (`meta` of OpenMMLab, numpy scalars). For those, for torch's older format and for bare pickles there is an own
-reader. Its unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an inert
-`Opaque`, and no import happens. What a hostile file can still do is exhaust memory or stack, which ends the process.
+torch.load(weights_only=True) reads torch's present format, unless a file carries objects of its training code beside
+the tensors (`meta` of OpenMMLab, numpy scalars). For those, for torch's older format and for bare pickles there is an
+own reader. Its unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an
+inert `Opaque`, and no import happens. What a hostile file can still do is exhaust memory or stack, which ends the
+process.
 """
 import functools
 import math
