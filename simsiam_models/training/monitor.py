@@ -28,11 +28,12 @@ def effective_rank(z: Tensor) -> float:
 
 
 def is_collapsed(std: float, rank: float) -> bool:
-    """Constant outputs (std near 0), or outputs that differ along a line only.
+    """Outputs that shrink towards one point (std), or differ along a line only (rank).
 
-    The batch norm at the projector's end keeps each channel's variance, so a collapse often shows in the rank first.
+    Between what was seen, on the handwritten digits with 8 seeds each: healthy runs stay above std 0.93 and rank 15;
+    without stop-gradient each falls below std 0.43 within 100 steps.
     """
-    return not (std > 0.3 and rank > 2.0)  # NaN counts as collapsed
+    return not (std > 0.6 and rank > 2.0)  # NaN counts as collapsed
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def read(path: str | Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             prefix = _check_zip(archive, path.stat().st_size)
             try:
-                return torch.load(path, map_location='cpu', weights_only=True)
+                return _plain(torch.load(path, map_location='cpu', weights_only=True), {})
             except Exception:  # refused: the restricted reader leaves out what torch refuses
                 return _read_zip(archive, prefix)
     except Exception as e:  # a damaged file raises whatever its bytes lead to
@@ -284,23 +284,26 @@ def _read_legacy(f: BinaryIO, size: int) -> Any:
 
 
 def _plain(x: Any, seen: dict[int, Any]) -> Any:
-    """Arrays to tensors, inside dicts, lists and tuples."""
+    """Plain data as it is, arrays as tensors, containers as dict, list, tuple and set of such; all else as `Opaque`.
+
+    torch's own reader needs it too: it admits what any library has registered as safe, SystemExit among others.
+    """
     if isinstance(x, _Array):
         return x.tensor
-    if isinstance(x, _Admitted):
-        return Opaque()
-    if type(x) not in (dict, _Dict, list, tuple):
+    if x is None or isinstance(x, Tensor | str | bytes | bytearray | int | float | complex | torch.dtype | torch.device):
         return x
+    if not isinstance(x, dict | list | tuple | set):
+        return Opaque()
     if id(x) in seen:
         return seen[id(x)][1]
-    if type(x) is tuple:
-        y = tuple(_plain(v, seen) for v in x)
+    if isinstance(x, tuple | set):
+        y = (tuple if isinstance(x, tuple) else set)(_plain(v, seen) for v in x)
         seen[id(x)] = x, y  # x stays alive, so that its id stays its own
         return y
-    y = [] if type(x) is list else {}
+    y = [] if isinstance(x, list) else {}
     seen[id(x)] = x, y
-    if type(x) is list:
+    if isinstance(x, list):
         y += [_plain(v, seen) for v in x]
     else:
-        y.update((k, _plain(v, seen)) for k, v in x.items())
+        y.update((_plain(k, seen), _plain(v, seen)) for k, v in x.items())
     return y
