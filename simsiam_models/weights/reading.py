@@ -26,6 +26,7 @@ STORAGES = {
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
     'UntypedStorage': torch.uint8,
 }
+PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
 
 
 def read(path: str | Path) -> Any:
@@ -290,7 +291,7 @@ def _plain(x: Any, seen: dict[int, Any]) -> Any:
     """
     if isinstance(x, _Array):
         return x.tensor
-    if x is None or isinstance(x, Tensor | str | bytes | bytearray | int | float | complex | torch.dtype | torch.device):
+    if x is None or isinstance(x, PLAIN):
         return x
     if not isinstance(x, dict | list | tuple | set):
         return Opaque()
