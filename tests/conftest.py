@@ -1,7 +1,10 @@
 """Real images for the tests: scikit-learn's handwritten digits, written out as files."""
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
+# Nothing is kept in the user's cache: neither the compiled kernel nor listings of folders that tests fill.
+os.environ['SIMSIAM_CACHE'] = tempfile.mkdtemp(prefix='simsiam-tests-')
+atexit.register(shutil.rmtree, os.environ['SIMSIAM_CACHE'], ignore_errors=True)
 ROOT = Path(__file__).resolve().parent.parent
 TINY = [  # a tiny backbone and recipe for 32 px images
     '--recipe', 'demo', '--model', 'resnet18', '--model-args',

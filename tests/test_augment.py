@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews
+from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews, kernel
 from simsiam_models.data.augment import (
     CROP_DRAWS,
     Finish,
@@ -363,7 +363,10 @@ def test_the_crop_has_numbers_of_its_own():
 # Batches
 
 
-def test_views_are_what_the_parts_give():
+@pytest.mark.parametrize('with_kernel', [True, False])
+def test_views_are_what_the_parts_give(monkeypatch, with_kernel):
+    if not with_kernel:
+        monkeypatch.setattr(kernel, 'library', lambda: None)
     data = source()
     batches = list(TwoViews(data, AUG, batch=8, seed=4).epoch(3))
     assert len(batches) == 3
@@ -372,9 +375,12 @@ def test_views_are_what_the_parts_give():
         indices = order[8 * b:8 * b + 8]
         for v, x in enumerate(views):
             u, p = draw(AUG, 4, 3, indices, v)
-            crops = [
-                crop(data.read(i), crop_box(AUG, row, 40, 36), 32) for i, row in zip(indices, u, strict=True)]
-            want = finish(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2), p)
+            crops = np.stack([
+                crop(Image.fromarray(data.read(i)), crop_box(AUG, row, 40, 36), 32)
+                for i, row in zip(indices, u, strict=True)])
+            if with_kernel:  # its crops are PIL's within a level, see test_kernel.py
+                kernel.views([data.read(i) for i in indices], u, AUG.rule(), None, crops, np.arange(8))
+            want = finish(torch.from_numpy(crops).permute(0, 3, 1, 2), p)
             torch.testing.assert_close(x, want, rtol=0, atol=1e-5)
 
 
@@ -446,8 +452,8 @@ class Photos:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
-        return self.images[index]
+    def read(self, index: int) -> np.ndarray:
+        return np.asarray(self.images[index])
 
 
 @pytest.mark.parametrize('width, height', [(427, 333), (333, 427), (301, 301), (640, 257), (256, 256), (300, 256)])

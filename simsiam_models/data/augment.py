@@ -1,11 +1,12 @@
 """SimSiam's augmentation: which numbers it draws, and what they do to an image.
 
 The published list (paper, appendix A; FAIR and MMSelfSup release the same numbers): random resized crop, colour jitter,
-grayscale, Gaussian blur, flip, normalise. The crop is cut per image on the CPU (PIL, uint8); all else runs on whole
-batches, wherever the batch is, with parameters of its own for each sample.
+grayscale, Gaussian blur, flip, normalise. On a CPU kernel.c does all of it, one view at a time. For a GPU the CPU cuts
+the crop (uint8), and `finish` does the rest on whole batches, with parameters of its own for each sample.
 """
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,10 @@ class Augmentation:
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     flip_p: float = 0.5
 
+    def rule(self) -> np.ndarray:
+        """(4,) float64, what kernel.c asks of the crop."""
+        return np.array([*self.crop_scale, *self.crop_ratio])
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -51,6 +56,11 @@ class Finish:
     gray: np.ndarray  # bool
     sigma: np.ndarray  # 0 where there is no blur
     flip: np.ndarray  # bool
+
+    def table(self) -> np.ndarray:
+        """(B, 12) float32: jitter, order, factors, gray, sigma, flip; the rows that kernel.c reads."""
+        columns = [self.jitter, *self.order.T, *self.factors.T, self.gray, self.sigma, self.flip]
+        return np.stack([c.astype(np.float32) for c in columns], 1)
 
 
 def draw(aug: Augmentation, seed: int, epoch: int, indices: np.ndarray, view: int) -> tuple[np.ndarray, Finish]:
@@ -94,24 +104,18 @@ def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.nd
     return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def finish(images: Tensor, params: Finish) -> Tensor:
+def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """(B, 3, S, S) uint8 on any device -> (B, 3, S, S) float32, jittered, grayed, blurred, flipped, normalised.
 
-    Colours are computed as torchvision does on float images: in [0, 1], clamped after each operator.
+    Makes the host wait for nothing. `colours` may be a compiled `jitter_and_gray`.
     """
-    x = images.float() / 255
-    on = np.flatnonzero(params.jitter)
-    if len(on):
-        rows = _at(on, x)
-        x[rows] = _jitter(x[rows], params.order[on], params.factors[on])
-    rows = _at(np.flatnonzero(params.gray), x)
-    x[rows] = _gray(x[rows]).expand(-1, 3, -1, -1)
+    table = _send(params.table(), images)
+    x = (colours or jitter_and_gray)(images, table)
     on = np.flatnonzero(params.sigma)
     if len(on):
-        rows = _at(on, x)
+        rows = _send(on, images)
         x[rows] = blur(x[rows], params.sigma[on])
-    rows = _at(np.flatnonzero(params.flip), x)
-    x[rows] = x[rows].flip(-1)
+    x = torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x)
     return normalize(x)
 
 
@@ -121,8 +125,10 @@ def normalize(x: Tensor) -> Tensor:
     return (x - mean) / std
 
 
-def _at(rows: np.ndarray, x: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(x.device)
+def _send(array: np.ndarray, to: Tensor) -> Tensor:
+    """To the device of `to`; on CUDA without waiting for it."""
+    x = torch.from_numpy(array)
+    return x.pin_memory().to(to.device, non_blocking=True) if to.is_cuda else x.to(to.device)
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -130,24 +136,32 @@ def _gray(x: Tensor) -> Tensor:
     return (GRAY[0] * r + GRAY[1] * g + GRAY[2] * b).unsqueeze(1)  # (B, 1, S, S)
 
 
-def _jitter(x: Tensor, order: np.ndarray, factors: np.ndarray) -> Tensor:
-    f = torch.from_numpy(factors.astype(np.float32)).to(x.device).view(-1, 4, 1, 1, 1)
-    for step in range(4):
-        done = torch.empty_like(x)
-        for op in range(4):
-            rows = np.flatnonzero(order[:, step] == op)
-            if not len(rows):
-                continue
-            on = _at(rows, x)
-            y, a = x[on], f[on, op]
-            if op == 3:
-                done[on] = shift_hue(y, a)
-                continue
-            # Blend with black, with the mean gray, or with the gray image.
-            other = 0.0 if op == 0 else _gray(y).mean((1, 2, 3), keepdim=True) if op == 1 else _gray(y)
-            done[on] = (a * y + (1 - a) * other).clamp(0, 1)
-        x = done
-    return x
+def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
+    """(B, 3, S, S) uint8 and (B, 12), `Finish.table` -> colours in [0, 1], computed as torchvision does on float.
+
+    Each sample has its own order of the four operators, and no branch depends on it: the three that blend (brightness,
+    contrast, saturation) get three places before hue and three behind it, and do nothing where they are not called for.
+    """
+    x = images.float() / 255
+    jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9] > 0
+    hue_at = (order == 3).float().argmax(1)
+    for place in range(3):
+        x = _blend(x, order[:, place], factors, jitter & (place < hue_at))
+    turned = shift_hue(x, factors[:, 3].view(-1, 1, 1, 1))
+    x = torch.where(jitter.view(-1, 1, 1, 1), turned, x)
+    for place in range(1, 4):
+        x = _blend(x, order[:, place], factors, jitter & (place > hue_at))
+    return torch.where(gray.view(-1, 1, 1, 1), _gray(x), x)
+
+
+def _blend(x: Tensor, op: Tensor, factors: Tensor, on: Tensor) -> Tensor:
+    """Operator op (B,) where on (B,): blend with black (0), with the mean gray (1), or with the gray image (2)."""
+    factor = factors.gather(1, op.long()[:, None]).squeeze(1)
+    factor = torch.where(on, factor, torch.ones_like(factor)).view(-1, 1, 1, 1)
+    op, other = op.view(-1, 1, 1, 1), _gray(x)
+    other = torch.where(op == 1, other.mean((1, 2, 3), keepdim=True), other)
+    other = torch.where(op == 0, torch.zeros_like(other), other)
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -172,14 +186,18 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     The kernel is the true Gaussian, cut at 4 sigma; PIL's is a cascade of box filters that approximates it.
     """
     size = x.shape[-1]
-    radius = math.ceil(4 * float(sigma.max()))
-    offset = np.arange(-radius, radius + 1)
-    taps = np.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    taps[np.abs(offset) > np.ceil(4 * sigma)[:, None]] = 0  # whatever the other samples' sigma
-    taps /= taps.sum(1, keepdims=True)  # (B, 2 radius + 1)
-    band = np.zeros((len(sigma), size, size))
-    rows = np.arange(size)
-    for i, o in enumerate(offset):
-        np.add.at(band, (slice(None), rows, np.clip(rows + o, 0, size - 1)), taps[:, i, None])
-    m = torch.from_numpy(band.astype(np.float32)).to(x.device)[:, None]  # (B, 1, S, S)
+    reach = np.ceil(4 * sigma)
+    o = np.arange(int(reach.max()) + 2)
+    taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2), whatever the others' sigma
+    taps /= 2 * taps.sum(1, keepdims=True) - taps[:, :1]
+    beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # what lies at distance o and farther
+    taps, beyond = _send(taps.astype(np.float32), x), _send(beyond.astype(np.float32), x)
+    i = torch.arange(size, device=x.device)
+    last = len(o) - 1
+    m = taps[:, (i[:, None] - i).abs().clamp_max(last)]  # (B, S, S)
+    m[:, :, 0] = beyond[:, i.clamp_max(last)]  # the edge stands for all that lies behind it
+    m[:, :, -1] = beyond[:, (size - 1 - i).clamp_max(last)]
+    if size == 1:
+        m = torch.ones_like(m)
+    m = m[:, None]
     return m @ x @ m.transpose(-1, -2)

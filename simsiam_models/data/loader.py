@@ -1,71 +1,126 @@
-"""Batches of two views, in an order and with an augmentation that depend on (seed, epoch, index) alone."""
-from collections.abc import Iterator
+"""Batches of two views, in an order and with an augmentation that depend on (seed, epoch, index) alone.
+
+Threads fill a batch where it lies: decoding and kernel.c release the interpreter lock, so nothing is pickled, copied or
+collated, and a source is in memory once.
+"""
+import functools
+import logging
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .augment import Augmentation, Finish, crop, crop_box, draw, finish, normalize
+from . import kernel
+from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray, normalize
 from .counted import permutation
-from .sources import Images, UnreadableError
+from .decode import UnreadableError
+from .sources import Images
+
+AHEAD = 3  # batches that are being filled while one is trained on
+SHARE = 16  # samples that a thread takes at a time
+GROUP = 1 << 19  # bytes of images that are handed to the kernel together
+
+_logger = logging.getLogger('simsiam_models')
 
 
-def _quiet(_worker: int) -> None:
-    torch.set_num_threads(1)
+def in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[tuple[Any, list[Callable[[], Any]]]]) -> Iterator[Any]:
+    """Yield the first of each pair once its calls have run: in threads, AHEAD pairs early, or without any here and now.
 
-
-class _Batches(Sampler):
-    """Yields (epoch, indices): a global batch is a run of the epoch's permutation, a process takes its slice of it.
-
-    Thus N processes see, batch for batch, what one process sees. The last incomplete batch is dropped.
+    Raises what a call raises.
     """
+    if threads is None:
+        for what, calls in jobs:
+            for call in calls:
+                call()
+            yield what
+        return
+    waiting: deque[tuple[Any, list[Future]]] = deque()
+    try:
+        for what, calls in jobs:
+            waiting.append((what, [threads.submit(call) for call in calls]))
+            if len(waiting) > AHEAD:
+                yield _done(waiting.popleft())
+        while waiting:
+            yield _done(waiting.popleft())
+    finally:  # also where the consumer stops early
+        for _, futures in waiting:
+            for future in futures:
+                future.cancel()
 
-    def __init__(self, n: int, batch: int, seed: int, rank: int, world: int) -> None:
-        self.n, self.batch, self.seed, self.rank, self.world = n, batch, seed, rank, world
-        self.epoch, self.start = 0, 0
 
-    def __len__(self) -> int:
-        return self.n // self.batch
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        order = permutation(self.seed, self.epoch, self.n)
-        share = self.batch // self.world
-        for b in range(self.start, len(self)):
-            first = b * self.batch + self.rank * share
-            yield self.epoch, order[first:first + share]
+def _done(job: tuple[Any, list[Future]]) -> Any:
+    for future in job[1]:
+        future.result()
+    return job[0]
 
 
-class _Crops(Dataset):
-    """(epoch, indices) -> (2, B, S, S, 3) uint8 crops, the indices, and which files could not be read."""
+def _threads(workers: int) -> ThreadPoolExecutor | None:
+    return ThreadPoolExecutor(workers, 'simsiam-data') if workers else None
 
-    def __init__(self, images: Images, aug: Augmentation, seed: int) -> None:
-        self.images, self.aug, self.seed = images, aug, seed
 
-    def __getitem__(self, batch: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, dict[int, str]]:
-        epoch, indices = batch
-        size = self.aug.size
-        out = np.empty((2, len(indices), size, size, 3), np.uint8)
-        draws = [draw(self.aug, self.seed, epoch, indices, view)[0] for view in (0, 1)]
-        bad: dict[int, str] = {}
-        for i, index in enumerate(indices):
-            image = self._read(int(index), bad)
-            for view in (0, 1):
-                box = crop_box(self.aug, draws[view][i], *image.size)
-                out[view, i] = crop(image, box, size)
-        return torch.from_numpy(out), torch.from_numpy(indices), bad
+def _parts(n: int) -> list[slice]:
+    return [slice(i, min(i + SHARE, n)) for i in range(0, n, SHARE)]
 
-    def _read(self, index: int, bad: dict[int, str]) -> Image.Image:
-        """An unreadable image is named in `bad` and replaced by the next readable one (black if none is left)."""
-        for step in range(len(self.images)):
-            at = (index + step) % len(self.images)
-            try:
-                return self.images.read(at)
-            except UnreadableError as e:
-                bad[at] = str(e)
-        return Image.new('RGB', (self.aug.size, self.aug.size))
+
+class _Buffers:
+    """Arrays for batches, used again once nobody holds a tensor on them: new memory costs half of what a view does."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type, pinned: bool) -> None:
+        self.shape, self.dtype, self.pinned, self.free = shape, dtype, pinned, []
+
+    def take(self) -> Tensor:
+        if self.pinned:  # torch keeps pinned memory itself, and waits for copies that are under way
+            return torch.empty(self.shape, dtype=torch.uint8, pin_memory=True)
+        try:
+            array = self.free.pop()
+        except IndexError:
+            array = np.empty(self.shape, self.dtype)
+        lease = array.view()  # a tensor, and whoever shares its memory, holds this object
+        weakref.finalize(lease, self.free.append, array).atexit = False
+        return torch.from_numpy(lease)
+
+
+class _Batch:
+    """A batch while it is filled: `views` (2, B, S, S, 3), uint8 crops or finished float32."""
+
+    def __init__(self, owner: 'TwoViews', epoch: int, indices: np.ndarray) -> None:
+        aug = owner.aug
+        self.owner, self.indices, self.bad = owner, indices, {}
+        drawn = [draw(aug, owner.seed, epoch, indices, view) for view in (0, 1)]
+        self.params = [d[1] for d in drawn]
+        self.u = np.concatenate([d[0] for d in drawn])  # (2 B, 22)
+        self.table = np.concatenate([p.table() for p in self.params]) if owner.whole else None
+        self.tensor = owner.buffers.take()
+        self.views = self.tensor.flatten(0, 1).numpy()
+
+    def fill(self, part: slice) -> None:
+        """Read samples and cut their views."""
+        images: list[np.ndarray] = []
+        first = part.start
+        for i in range(part.start, part.stop):
+            images.append(self.owner.read(int(self.indices[i]), self.bad))
+            if sum(x.nbytes for x in images) >= GROUP or i == part.stop - 1:
+                self._cut(images, first)
+                images, first = [], i + 1
+
+    def _cut(self, images: list[np.ndarray], first: int) -> None:
+        both = np.arange(first, first + len(images))
+        both = np.concatenate([both, both + len(self.indices)])
+        images = images + images
+        if kernel.library() is not None:
+            table = None if self.table is None else self.table[both]
+            kernel.views(images, self.u[both], self.owner.rule, table, self.views, both)
+            return
+        aug = self.owner.aug
+        for image, row in zip(images, both, strict=True):
+            height, width, _ = image.shape
+            self.views[row] = crop(Image.fromarray(image), crop_box(aug, self.u[row], width, height), aug.size)
 
 
 class TwoViews:
@@ -73,7 +128,10 @@ class TwoViews:
 
     Args:
         batch: samples per step over all processes.
+        workers: threads that read and cut; 0: the caller's own.
         max_unreadable: share of the images that may be unreadable (each is replaced by the next readable one).
+        on_device: cut crops of bytes on the CPU and finish them by torch on `device`, as a GPU needs it. Default: where
+            `device` is no CPU or kernel.c is not there; else the kernel does everything.
 
     Raises:
         ValueError: the batch does not fit the data or the processes.
@@ -83,6 +141,7 @@ class TwoViews:
     def __init__(
         self, images: Images, aug: Augmentation, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
         device: torch.device | str = 'cpu', workers: int = 0, max_unreadable: float = 0.0,
+        on_device: bool | None = None,
     ) -> None:
         if batch % world:
             raise ValueError(
@@ -95,26 +154,57 @@ class TwoViews:
             raise ValueError(f'--batch-size {batch} on {world} processes: batch norm needs at least 2 samples each')
         self.images, self.aug, self.seed, self.device = images, aug, seed, torch.device(device)
         self.max_unreadable, self.unreadable = max_unreadable, {}
-        self._batches = _Batches(len(images), batch, seed, rank, world)
-        cuda = self.device.type == 'cuda'
-        more: dict[str, Any] = dict(persistent_workers=True, prefetch_factor=4) if workers else {}
-        self._loader = DataLoader(
-            _Crops(images, aug, seed), sampler=self._batches, batch_size=None, num_workers=workers, pin_memory=cuda,
-            worker_init_fn=_quiet, **more)
+        self.batch, self.rank, self.world = batch, rank, world
+        self.rule = aug.rule()
+        self.whole = not on_device and self.device.type == 'cpu' and kernel.library() is not None
+        self.buffers = _Buffers(
+            (2, batch // world, aug.size, aug.size, 3), np.float32 if self.whole else np.uint8,
+            self.device.type == 'cuda')
+        self._colours = _compiled(jitter_and_gray) if self.device.type == 'cuda' else jitter_and_gray
+        self._threads = _threads(workers)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        """Steps per epoch; the last incomplete batch is dropped."""
+        return len(self.images) // self.batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The views of one epoch, from its batch number `start` on."""
-        self._batches.epoch, self._batches.start = epoch, start
-        for crops, indices, bad in self._loader:
-            self._count(bad)
-            crops = crops.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
-            yield tuple(finish(crops[v], self._finish(epoch, indices, v)) for v in (0, 1))
+        for batch in self.batches(epoch, start):
+            yield self._finished(batch)
 
-    def _finish(self, epoch: int, indices: Tensor, view: int) -> Finish:
-        return draw(self.aug, self.seed, epoch, indices.numpy(), view)[1]
+    def batches(self, epoch: int, start: int = 0) -> Iterator['_Batch']:
+        """What the CPU has to do for `epoch`: its batches, read and cut."""
+        for batch in in_order(self._threads, self._jobs(epoch, start)):
+            self._count(batch.bad)
+            yield batch
+
+    def _jobs(self, epoch: int, start: int) -> Iterator[tuple[_Batch, list[Callable[[], None]]]]:
+        """A global batch is a run of the epoch's permutation, and a process takes its slice of it.
+
+        Thus N processes see, batch for batch, what one process sees.
+        """
+        order = permutation(self.seed, epoch, len(self.images))
+        share = self.batch // self.world
+        for b in range(start, len(self)):
+            first = b * self.batch + self.rank * share
+            batch = _Batch(self, epoch, order[first:first + share])
+            yield batch, [functools.partial(batch.fill, part) for part in _parts(share)]
+
+    def _finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        x = batch.tensor.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
+        if self.whole:
+            return x[0], x[1]
+        return finish(x[0], batch.params[0], self._colours), finish(x[1], batch.params[1], self._colours)
+
+    def read(self, index: int, bad: dict[int, str]) -> np.ndarray:
+        """An unreadable image is named in `bad` and replaced by the next readable one (black if none is left)."""
+        for step in range(len(self.images)):
+            at = (index + step) % len(self.images)
+            try:
+                return self.images.read(at)
+            except UnreadableError as e:
+                bad[at] = str(e)
+        return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
     def _count(self, bad: dict[int, str]) -> None:
         self.unreadable.update(bad)
@@ -126,6 +216,23 @@ class TwoViews:
                 'or remove it, or allow a share of them with --max-unreadable 0.01')
 
 
+def _compiled(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Fused by torch.compile, or as it is where that fails, which is said once."""
+    state = {'run': torch.compile(colours, dynamic=False)}
+
+    def run(images: Tensor, table: Tensor) -> Tensor:
+        try:
+            return state['run'](images, table)
+        except Exception as e:  # compilers fail in many ways, none of which should end the run
+            if state['run'] is colours:
+                raise
+            _logger.warning(f'the augmentation cannot be compiled here ({type(e).__name__}); going on without, slower')
+            state['run'] = colours
+            return colours(images, table)
+
+    return run
+
+
 class EvalImages:
     """Images as features are measured: short side to `resize`, centre crop `size`, normalised; (B, 3, S, S) each."""
 
@@ -133,26 +240,26 @@ class EvalImages:
         self, images: Images, indices: np.ndarray, size: int, resize: int, batch: int = 256, workers: int = 0,
         device: torch.device | str = 'cpu',
     ) -> None:
-        chunks = [indices[i:i + batch] for i in range(0, len(indices), batch)]
-        self.device = torch.device(device)
-        self._loader = DataLoader(
-            _Centre(images, size, resize), sampler=chunks, batch_size=None, num_workers=workers, worker_init_fn=_quiet)
+        self.images, self.indices, self.size, self.resize, self.batch = images, indices, size, resize, batch
+        self.device, self._threads = torch.device(device), _threads(workers)
 
     def __iter__(self) -> Iterator[Tensor]:
-        for x in self._loader:
+        for x in in_order(self._threads, self._jobs()):
             yield normalize(x.to(self.device).permute(0, 3, 1, 2).float() / 255)
 
+    def _jobs(self) -> Iterator[tuple[Tensor, list[Callable[[], None]]]]:
+        for i in range(0, len(self.indices), self.batch):
+            rows = self.indices[i:i + self.batch]
+            x = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
+            yield x, [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in _parts(len(rows))]
 
-class _Centre(Dataset):
-    def __init__(self, images: Images, size: int, resize: int) -> None:
-        self.images, self.size, self.resize = images, size, resize
-
-    def __getitem__(self, indices: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.stack([self._one(int(i)) for i in indices]))
+    def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:
+        for i, row in enumerate(rows):
+            out[i] = self._one(int(row))
 
     def _one(self, index: int) -> np.ndarray:
         try:
-            image = self.images.read(index)
+            image = Image.fromarray(self.images.read(index))
         except UnreadableError:  # counted and judged where it is trained on; here it is black
             return np.zeros((self.size, self.size, 3), np.uint8)
         w, h = image.size

@@ -4,29 +4,29 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from PIL import Image
+
+from .decode import UnreadableError, decode
+from .index import open_index
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
-class UnreadableError(RuntimeError):
-    """An image file could not be decoded."""
-
-
 class Images(Protocol):
-    """What the loader asks of a source: `len`, labels or None, and one RGB image by its index."""
+    """What the loader asks of a source: `len`, labels or None, and one RGB image by its index, from any thread."""
 
     name: str
-    labels: np.ndarray | None  # (N,) int64
+    labels: np.ndarray | None  # (N,) whole numbers
     classes: list[str]
 
     def __len__(self) -> int: ...
 
-    def read(self, index: int) -> Image.Image: ...
+    def read(self, index: int) -> np.ndarray: ...  # (H, W, 3) uint8, or UnreadableError
 
 
 class FolderImages:
     """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
+
+    The listing is cached as long as no folder below `root` changes, and mapped, not loaded.
 
     Raises:
         FileNotFoundError: no such folder, or no image in it.
@@ -36,37 +36,28 @@ class FolderImages:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA is a folder of images')
-        found = sorted(
-            os.path.relpath(os.path.join(folder, name), root)
-            for folder, _, names in os.walk(root, followlinks=True) for name in names
-            if name.lower().endswith(EXTENSIONS))
-        if not found:
+        self._index = open_index(root, EXTENSIONS)
+        if not len(self._index):
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
         self.root, self.name = root, str(root)
-        # One buffer, not a list of strings: worker processes share it without copying.
-        self._paths = np.array([os.fsencode(p) for p in found])
-        folders = [p.split(os.sep, 1)[0] if os.sep in p else None for p in found]
-        flat = None in folders
-        self.classes = [] if flat else sorted(set(folders))
-        self.labels = None if flat else np.searchsorted(self.classes, folders).astype(np.int64)
+        self.classes, self.labels = self._index.classes, self._index.labels
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._index)
 
     def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(self._paths[index])
+        return self.root / os.fsdecode(self._index.path(index))
 
-    def read(self, index: int) -> Image.Image:
-        """Raises UnreadableError, naming the file, where PIL cannot decode it."""
+    def read(self, index: int) -> np.ndarray:
+        """(H, W, 3) uint8. Raises UnreadableError, naming the file, where it cannot be decoded."""
         path = self.path(index)
         try:
-            with Image.open(path) as image:
-                if image.mode.startswith('I;16'):  # convert() would cut at 255: all white
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                return image.convert('RGB')
-        # PIL raises nearly anything on a broken file (OSError, SyntaxError, ValueError, DecompressionBombError, ...).
-        except Exception as e:
-            raise UnreadableError(f'{path}: cannot be read as an image ({e})') from None
+            with open(path, 'rb', buffering=0) as f:
+                data = bytearray(os.fstat(f.fileno()).st_size)
+                del data[f.readinto(data):]
+        except OSError as e:
+            raise UnreadableError(f'{path}: cannot be read ({e.strerror})') from None
+        return decode(data, str(path))
 
 
 class MemoryImages:
@@ -78,8 +69,8 @@ class MemoryImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+    def read(self, index: int) -> np.ndarray:
+        return self.images[index]
 
 
 def open_folder(root: str | Path) -> tuple[FolderImages, FolderImages | None]:

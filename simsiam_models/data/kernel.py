@@ -1,0 +1,158 @@
+"""kernel.c, compiled at first use with the machine's C compiler and kept; without one, NumPy, PIL and torch stand in.
+
+No compiler is needed to install the package, and the code is made for the processor that runs it. SIMSIAM_KERNEL=0
+leaves it out.
+"""
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from .cache import cache_folder
+
+SOURCE = Path(__file__).with_name('kernel.c')
+# No contraction of a * b + c: the same numbers from every processor. The other two only drop errno and signals.
+FLAGS = ['-O3', '-std=gnu11', '-fPIC', '-shared', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
+NATIVE = (['-march=native'], ['-mcpu=native'], [])  # the first that the compiler knows
+COMPILE_SECONDS = 120
+
+_logger = logging.getLogger('simsiam_models')
+_thread = threading.local()
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None (said once, with the reason)."""
+    if os.environ.get('SIMSIAM_KERNEL') == '0':
+        return None
+    try:
+        lib = _load()
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        reason = ' '.join(str(e).split())[:200]
+        _logger.warning(f'the augmentation kernel cannot be compiled ({reason}): going on without, slower')
+        return None
+    i64, pointer = ctypes.c_int64, ctypes.c_void_p
+    lib.philox_words.argtypes = [i64, pointer, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32, i64, pointer]
+    lib.philox_words.restype = None
+    lib.crop_boxes.argtypes = [i64, pointer, pointer, pointer, pointer]
+    lib.crop_boxes.restype = None
+    lib.views.argtypes = [i64, *[pointer] * 6, ctypes.c_int, pointer]
+    lib.scratch_bytes.argtypes, lib.scratch_bytes.restype = [i64, pointer, ctypes.c_int], i64
+    return lib
+
+
+def _load() -> ctypes.CDLL:
+    compiler = os.environ.get('CC') or next(filter(None, map(shutil.which, ('cc', 'gcc', 'clang'))), None)
+    if compiler is None:
+        raise RuntimeError('no C compiler: neither cc nor gcc nor clang')
+    source = SOURCE.read_bytes()
+    # A home folder may be shared by machines whose processors differ.
+    made_for = hashlib.sha256(repr((source, FLAGS, compiler, platform.machine(), _processor())).encode()).hexdigest()
+    folder = cache_folder()
+    if folder is None or not _is_ours(folder):
+        with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
+            return _compile(compiler, Path(once) / 'kernel.so')
+    path = folder / f'kernel-{made_for[:16]}.so'
+    if not path.exists():
+        return _compile(compiler, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged
+        return _compile(compiler, path)
+
+
+def _compile(compiler: str, path: Path) -> ctypes.CDLL:
+    """Under a name of this process's own, then renamed: other processes see a whole file or none."""
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    try:
+        for native in NATIVE:
+            command = [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm']
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=COMPILE_SECONDS, stdin=subprocess.DEVNULL)
+            if done.returncode == 0:
+                os.replace(part, path)
+                return ctypes.CDLL(str(path))
+        raise RuntimeError(f'{compiler}: {done.stderr or done.stdout or f"exit status {done.returncode}"}')
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """What others can write is not loaded as code."""
+    status = folder.stat()
+    return not hasattr(os, 'getuid') or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
+
+
+def _processor() -> str:
+    try:
+        with open('/proc/cpuinfo') as f:
+            return next((line for line in f if line.startswith(('flags', 'Features'))), '')
+    except OSError:
+        return platform.processor()
+
+
+def philox_words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
+    """counted._words: (n,) indices -> (n, 4 blocks) random 32-bit words."""
+    indices = np.ascontiguousarray(indices, np.int64)
+    out = np.empty((len(indices), 4 * blocks), np.uint32)
+    library().philox_words(
+        len(indices), indices.ctypes.data, epoch, seed & (2**64 - 1), first_block, blocks, out.ctypes.data)
+    return out
+
+
+def crop_boxes(u: np.ndarray, sizes: np.ndarray, rule: np.ndarray) -> np.ndarray:
+    """(n, 22) numbers in [0, 1) and (n, 2) widths and heights -> (n, 4) left, top, width, height.
+
+    rule: least and largest share of the area, least and largest width / height.
+    """
+    u, rule = np.ascontiguousarray(u, np.float64), np.ascontiguousarray(rule, np.float64)
+    sizes, out = np.ascontiguousarray(sizes, np.int64), np.empty((len(u), 4), np.int64)
+    library().crop_boxes(len(u), u.ctypes.data, sizes.ctypes.data, rule.ctypes.data, out.ctypes.data)
+    return out
+
+
+def views(
+    images: list[np.ndarray], u: np.ndarray, rule: np.ndarray, table: np.ndarray | None, out: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    """Cut image i by u[i] and write it to out[rows[i]]: finished by table[i], or the bytes of the crop without a table.
+
+    Args:
+        images: n of (H, W, 3) uint8.
+        u: (n, 22) float64, for the crop's box.
+        rule: as for `crop_boxes`.
+        table: (n, 12) float32, `augment.Finish.table`, or None.
+        out: (N, S, S, 3), C order; float32 with a table, else uint8.
+        rows: (n,) which of them.
+    """
+    n, size = len(images), out.shape[1]
+    images = [np.ascontiguousarray(x) for x in images]
+    u, rows = np.ascontiguousarray(u), np.asarray(rows, np.int64)
+    if table is not None:
+        table = np.ascontiguousarray(table, np.float32)
+    # A kernel that is handed a wrong shape would write anywhere.
+    assert all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 for x in images)
+    assert u.shape == (n, 22) and u.dtype == np.float64 and rule.shape == (4,) and rule.dtype == np.float64
+    assert out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
+    assert out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
+    assert rows.shape == (n,) and (n == 0 or (rows.min() >= 0 and rows.max() < len(out)))
+    pointers = np.array([x.ctypes.data for x in images], np.uintp)
+    sizes = np.array([x.shape[1::-1] for x in images], np.int64)
+    targets = (out.ctypes.data + rows * out.strides[0]).astype(np.uintp)
+    parameters = None if table is None else table.ctypes.data
+    need = library().scratch_bytes(n, parameters, size)
+    if len(getattr(_thread, 'scratch', b'')) < need:
+        _thread.scratch = np.empty(need, np.uint8)
+    if library().views(
+            n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
+            targets.ctypes.data, size, _thread.scratch.ctypes.data):
+        raise MemoryError(f'no memory for views of {size} pixels')
