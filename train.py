@@ -29,17 +29,26 @@ from torch import nn
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
 from simsiam_models.data import TwoViews, UnreadableError, demo_images, open_folder
 from simsiam_models.training import checkpoint
-from simsiam_models.training.distributed import World, join_world, mean_over_processes, synchronize_batchnorm
-from simsiam_models.training.monitor import KnnMonitor, effective_rank, is_collapsed, output_std
+from simsiam_models.training.autoperf import Perf, choose_perf
+from simsiam_models.training.distributed import (
+    World,
+    default_workers,
+    join_world,
+    mean_over_processes,
+    synchronize_batchnorm,
+)
+from simsiam_models.training.monitor import KnnMonitor, Moment, Reading, is_collapsed
 from simsiam_models.training.options import build_parser, resolve_recipe
 from simsiam_models.training.precision import AMP, choose_amp
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.runlog import RunLog
-from simsiam_models.training.schedule import make_optimizer, scaled_lr, set_lr
+from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr, set_lr
 from simsiam_models.weights import export_backbone
 
 # What may differ between a run and its continuation: nothing here changes what is learned.
-FREE = {'output', 'device', 'workers', 'log_every', 'max_steps', 'compile', 'processes', 'knn_data', 'max_unreadable'}
+FREE = {
+    'output', 'device', 'workers', 'log_every', 'max_steps', 'compile', 'auto_perf', 'perf', 'processes', 'knn_data',
+    'max_unreadable'}
 
 
 def load_data(args: argparse.Namespace) -> tuple[Any, Any, str]:
@@ -71,13 +80,13 @@ def make_model(recipe: Recipe, seed: int) -> SimSiam:
             f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
 
 
-def compile_or_not(model: SimSiam, views: TwoViews, log: RunLog) -> None:
+def compile_or_not(model: SimSiam, views: TwoViews, perf: Perf, log: RunLog) -> None:
     """Compile in place where that works; a trial on a copy leaves the batch norm statistics alone."""
     try:
         trial = copy.deepcopy(model)
         trial.compile()
         size = views.aug.size
-        x = torch.zeros(4, 3, size, size, device=views.device).contiguous(memory_format=torch.channels_last)
+        x = torch.zeros(4, 3, size, size, device=views.device).contiguous(memory_format=perf.memory_format)
         simsiam_loss(*trial(x, x)).backward()
     except Exception as e:  # compilers fail in many ways, none of which should end the run
         log.say(f'--compile does not work here ({type(e).__name__}); going on without it')
@@ -89,9 +98,7 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
     """One run, or the rest of one; returns the last figures."""
     name, recipe = resolve_recipe(args)
     train, val, data_name = load_data(args)
-    workers = args.workers
-    if workers is None:
-        workers = 0 if args.data is None else min(8, os.cpu_count() or 1)
+    workers = default_workers(world.device) if args.workers is None else args.workers
     views = TwoViews(
         train, recipe.augmentation, recipe.batch_size, args.seed, world.rank, world.size, world.device, workers,
         args.max_unreadable)
@@ -100,24 +107,26 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
 
     folder = Path(args.output or f'runs/{name}-{data_name}')
     log = RunLog(folder, world.main)
-    amp = claim(args, name, recipe, folder, world, log)
-    model.to(world.device, memory_format=torch.channels_last)
+    shape = (recipe.batch_size // world.size, 3, recipe.augmentation.size, recipe.augmentation.size)
+    record, continued = claim(args, name, recipe, model, shape, folder, world, log)
+    amp, perf = decide_perf(args, recipe, model, shape, record, continued, folder, world, log)
+    model.to(world.device, memory_format=perf.memory_format)
     synchronize_batchnorm(model, world)
     optimizer = make_optimizer(model, recipe)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=amp == 'float16')
+    scaler = make_scaler(amp, world)
     state = checkpoint.load(folder, log.say) or {}
     if state:
         model.load_state_dict(state['model'])
-        optimizer.load_state_dict(state['optimizer'])
+        load_optimizer(optimizer, state['optimizer'])
         scaler.load_state_dict(state['scaler'])
-    if args.compile:
-        compile_or_not(model, views, log)
+    if perf.compile:
+        compile_or_not(model, views, perf, log)
     net = model
     if world.size > 1:  # buffers need no broadcast: synchronised batch norm keeps them equal
         net = nn.parallel.DistributedDataParallel(
             model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False)
 
-    run = Run(args, recipe, world, views, monitor, model, net, optimizer, scaler, amp, folder, log)
+    run = Run(args, recipe, world, model, net, optimizer, scaler, amp, perf, views, monitor, folder, log)
     log.say(run.describe(name))
     knn = state.get('knn') or run.measure_before()
     figures = run.train(state.get('epoch', 0), state.get('step', 0), knn)
@@ -130,22 +139,64 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
     return figures
 
 
-def claim(args: argparse.Namespace, name: str, recipe: Recipe, folder: Path, world: World, log: RunLog) -> str:
-    """Make the folder this run's; returns the precision, which a continued run keeps."""
-    amp = [choose_amp(args.amp, world.device)]
+def claim(
+    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, shape: tuple[int, ...], folder: Path,
+    world: World, log: RunLog,
+) -> tuple[dict[str, Any], bool]:
+    """Make the folder this run's; returns its recorded arguments, and whether it was this run's before.
+
+    A continued run keeps the recorded precision.
+    """
+    amp, claimed = choose_amp(args.amp, world.device, model, shape), [None, False]
     if world.main:
         numbers = dataclasses.asdict(recipe)
         del numbers['about']
         record = {
-            'recipe': name, 'data': args.data and str(Path(args.data).resolve()), 'seed': args.seed, 'amp': amp[0],
-            **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args))}, 'processes': world.size}
+            'recipe': name, 'data': args.data and str(Path(args.data).resolve()), 'seed': args.seed, 'amp': amp,
+            **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args))}, 'processes': world.size,
+            'perf': None}
         old = checkpoint.claim_folder(folder, record, FREE | ({'amp'} if args.amp == 'auto' else set()))
+        claimed = [old or record, old is not None]
         if old is not None:
-            amp = [old['amp']]
             log.say(f'{folder} holds this run: continuing it')
     if world.size > 1:
-        dist.broadcast_object_list(amp)
-    return amp[0]
+        dist.broadcast_object_list(claimed)
+    return claimed[0], claimed[1]
+
+
+def decide_perf(
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, shape: tuple[int, ...], record: dict[str, Any],
+    continued: bool, folder: Path, world: World, log: RunLog,
+) -> tuple[str, Perf]:
+    """Precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
+    amp = record['amp']
+    if record.get('perf'):
+        perf = Perf(**record['perf'])
+        return amp, dataclasses.replace(perf, compile=perf.compile or args.compile and not args.auto_perf)
+    if not args.auto_perf:
+        return amp, Perf(compile=args.compile)
+    chosen = [None]
+    if world.main:
+        amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
+        chosen = [choose_perf(
+            model, shape, world.device, amps, lambda *how: trial_run(args, recipe, world.device, *how).trial_step,
+            log.say)]
+        checkpoint.amend_record(folder, {'amp': chosen[0][0], 'perf': dataclasses.asdict(chosen[0][1])})
+    if world.size > 1:
+        dist.broadcast_object_list(chosen)
+    return chosen[0]
+
+
+def make_scaler(amp: str, world: World) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(world.device.type, enabled=amp == 'float16')
+
+
+def trial_run(
+    args: argparse.Namespace, recipe: Recipe, device: torch.device, model: SimSiam, amp: str, perf: Perf) -> 'Run':
+    """A run without data that only steps: what --auto-perf and tests/perf/step.py time."""
+    world = World(0, 1, device)
+    model.train()
+    return Run(args, recipe, world, model, model, make_optimizer(model, recipe), make_scaler(amp, world), amp, perf)
 
 
 @dataclasses.dataclass
@@ -155,15 +206,16 @@ class Run:
     args: argparse.Namespace
     recipe: Recipe
     world: World
-    views: TwoViews
-    monitor: KnnMonitor | None
     model: SimSiam
     net: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.SGD
     scaler: torch.amp.GradScaler
     amp: str
-    folder: Path
-    log: RunLog
+    perf: Perf
+    views: TwoViews | None = None
+    monitor: KnnMonitor | None = None
+    folder: Path | None = None
+    log: RunLog | None = None
     finished: bool = True
 
     def describe(self, name: str) -> str:
@@ -174,7 +226,7 @@ class Run:
             f'{images.name}: {len(images)} images, {kind}; {len(self.views)} steps per epoch',
             f'recipe {name}: {r.model}, {parameters:,} parameters, {r.epochs} epochs, batch {r.batch_size} '
             f'({r.batch_size // self.world.size} x {self.world.size} processes), lr {r.lr:g} per 256 samples = '
-            f'{scaled_lr(r):g}, {self.world.device.type}, amp {self.amp} -> {self.folder}']
+            f'{scaled_lr(r):g}, {self.world.device.type}, amp {self.amp}, {self.perf} -> {self.folder}']
         if self.monitor is None:
             lines.append('no class folders, so no kNN monitor; --knn-data DIR names a labelled folder')
         if r.batch_size >= 1024 and not r.warmup_epochs:
@@ -222,28 +274,31 @@ class Run:
         """Steps `start` .. of one epoch; returns how many of its steps are done."""
         self.model.train()
         steps, last = len(self.views), self.args.max_steps
-        losses, began, waited, clock = [], time.perf_counter(), 0.0, time.perf_counter()
+        losses, waited, pending = [], 0.0, None
+        began, clock = Moment(self.world.device), time.perf_counter()
         for step, (x1, x2) in enumerate(self.views.epoch(epoch, start), start + 1):
             waited += time.perf_counter() - clock
-            loss, z = self.train_step(x1, x2, epoch * steps + step)
+            done = epoch * steps + step
+            loss, z = self.train_step(x1, x2, done)
             losses.append(loss)
             self.log.step()
-            done = epoch * steps + step
+            if pending:  # this step is launched, so reading the one before does not hold it up
+                self.report(figures, *pending)
+                pending = None
             if step % self.args.log_every == 0 or step == steps or done == last:
-                seconds = time.perf_counter() - began
-                loss = float(mean_over_processes(torch.stack(losses).mean(), self.world))
-                figures.update(
-                    epoch=epoch, step=step, loss=loss, std=output_std(z), rank=effective_rank(z), lr=lr,
-                    images_per_second=len(losses) * self.recipe.batch_size / seconds, waiting=waited / seconds)
-                self.report(figures, steps)
-                losses, began, waited = [], time.perf_counter(), 0.0
-            if done == last:
+                mean = mean_over_processes(torch.stack(losses).mean(), self.world)
+                reading = Reading(mean, z)
+                pending = reading, began, len(losses), waited, dict(epoch=epoch, step=step, lr=lr)
+                losses, waited, began = [], 0.0, reading.moment
+            if done == last or step == steps:
+                self.report(figures, *pending)  # before a checkpoint is written
                 return step
             clock = time.perf_counter()
         return steps
 
     def train_step(self, x1: torch.Tensor, x2: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimizer step; loss and z stay on the device, so the host does not wait."""
+        x1, x2 = (x.contiguous(memory_format=self.perf.memory_format) for x in (x1, x2))
         # Dropout and stochastic depth, where a backbone has them, are counted too.
         torch.manual_seed((self.args.seed * 1_000_003 + count) * self.world.size + self.world.rank)
         with torch.autocast(self.world.device.type, AMP[self.amp], enabled=self.amp != 'off'):
@@ -255,7 +310,18 @@ class Run:
         self.scaler.update()
         return loss.detach(), z1
 
-    def report(self, f: dict[str, Any], steps: int) -> None:
+    def trial_step(self, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        self.train_step(x1, x2, 0)
+
+    def report(
+        self, f: dict[str, Any], reading: Reading, began: Moment, n: int, waited: float, where: dict[str, Any],
+    ) -> None:
+        """The figures of the n steps up to `reading` into f and the log."""
+        measured = reading.read()
+        seconds, steps = reading.moment.since(began), len(self.views)
+        f.update(
+            where, **measured, images_per_second=n * self.recipe.batch_size / seconds,
+            waiting=min(1.0, waited / seconds))
         if not math.isfinite(f['loss']):
             raise FloatingPointError(
                 f'the loss is {f["loss"]} at epoch {f["epoch"]}, step {f["step"]}: lower --lr ({self.recipe.lr:g}), or '

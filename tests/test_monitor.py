@@ -1,4 +1,6 @@
 """The monitors: spread of the outputs, and kNN against a loop."""
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.nn import functional as F
 
 from simsiam_models import create_simsiam, simsiam_loss
 from simsiam_models.data import demo_images
-from simsiam_models.training.monitor import effective_rank, is_collapsed, knn_accuracy, output_std
+from simsiam_models.training.monitor import Moment, Reading, effective_rank, is_collapsed, knn_accuracy, output_std
 
 
 def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
@@ -25,6 +27,29 @@ def test_effective_rank_counts_directions():
 
 def test_not_a_number_counts_as_collapsed():
     assert is_collapsed(float('nan'), 5.0) and is_collapsed(1.0, float('nan'))
+
+
+def test_a_reading_holds_the_values_of_the_step_it_was_started_at():
+    z = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    loss = torch.tensor(-0.25)
+    expected = {'loss': -0.25, 'std': output_std(z), 'rank': effective_rank(z)}
+    reading = Reading(loss, z)
+    z.zero_()
+    loss.zero_()
+    assert reading.read() == expected
+
+
+def test_a_reading_of_outputs_that_are_no_numbers_is_no_number():
+    figures = Reading(torch.tensor(float('nan')), torch.full((4, 3), float('nan'))).read()
+    assert all(np.isnan(v) for v in figures.values())
+
+
+def test_moments_are_seconds_apart():
+    first = Moment(torch.device('cpu'))
+    time.sleep(0.02)
+    second = Moment(torch.device('cpu'))
+    second.wait()
+    assert 0.02 <= second.since(first) < 1
 
 
 def test_knn_equals_a_float64_loop():

@@ -1,7 +1,9 @@
 """train.py from end to end on real image files."""
+import copy
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,17 @@ import timm
 import torch
 from conftest import TINY, run_train
 from PIL import Image
+from torch import nn
 
 import train
+from simsiam_models import simsiam_loss
 from simsiam_models.data import open_folder
 from simsiam_models.data.loader import EvalImages
+from simsiam_models.training.monitor import effective_rank, output_std
 from simsiam_models.training.options import build_parser, resolve_recipe
-from simsiam_models.training.recipes import RECIPES
+from simsiam_models.training.precision import choose_amp
+from simsiam_models.training.recipes import RECIPES, Recipe
+from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr
 
 
 @pytest.fixture(scope='module')
@@ -39,6 +46,123 @@ def test_log_lines_hold_the_figures(finished):
     steps = [line for line in lines if 'loss' in line]
     assert {'epoch', 'step', 'loss', 'std', 'rank', 'lr', 'images_per_second', 'waiting', 'collapsed'} <= set(steps[0])
     assert steps[-1]['loss'] < steps[0]['loss'] and not steps[-1]['collapsed']
+
+
+def in_process(data: Path, output: Path, *more: str) -> dict:
+    return train.main([str(data), *TINY, '--batch-size', '16', '--workers', '0', '--output', str(output), *more])
+
+
+def figure_lines(output: Path) -> list[dict]:
+    return [line for line in map(json.loads, (output / 'log.jsonl').read_text().splitlines()) if 'loss' in line]
+
+
+def test_figures_are_those_of_their_step_and_are_read_after_the_next_is_launched(
+        few_digits, tmp_path, monkeypatch, one_thread):
+    seen, order = [], []
+    train_step, report = train.Run.train_step, train.Run.report
+
+    def watch_step(self, x1, x2, count):
+        loss, z = train_step(self, x1, x2, count)
+        seen.append((float(loss), output_std(z), effective_rank(z)))
+        order.append(f'step {count}')
+        return loss, z
+
+    def watch_report(self, figures, *pending):
+        report(self, figures, *pending)
+        order.append(f'read {figures["epoch"] * 4 + figures["step"]}')
+    monkeypatch.setattr(train.Run, 'train_step', watch_step)
+    monkeypatch.setattr(train.Run, 'report', watch_report)
+    last = in_process(few_digits, tmp_path, '--epochs', '2', '--log-every', '2', '--max-steps', '7')
+    lines = figure_lines(tmp_path)
+    assert [(f['epoch'], f['step']) for f in lines] == [(0, 2), (0, 4), (1, 2), (1, 3)]
+    for f, steps in zip(lines, [(0, 1), (2, 3), (4, 5), (6,)], strict=True):
+        mean = sum(seen[i][0] for i in steps) / len(steps)
+        assert (f['loss'], f['std'], f['rank']) == pytest.approx((mean, *seen[steps[-1]][1:]), rel=1e-6)
+        assert f['images_per_second'] > 0 and 0 <= f['waiting'] <= 1
+    assert order == [
+        'step 1', 'step 2', 'step 3', 'read 2', 'step 4', 'read 4', 'step 5', 'step 6', 'step 7', 'read 6', 'read 7']
+    assert last['loss'] == lines[-1]['loss']
+
+
+@pytest.mark.parametrize('bad_step, where', [(2, 'epoch 0, step 2'), (4, 'epoch 0, step 4'), (7, 'epoch 1, step 4')])
+def test_a_loss_that_is_no_number_stops_before_a_checkpoint_is_written(
+        few_digits, tmp_path, monkeypatch, one_thread, bad_step, where):
+    calls = []
+
+    def loss(*outputs):
+        calls.append(1)
+        return simsiam_loss(*outputs) * (float('nan') if len(calls) == bad_step else 1)
+    monkeypatch.setattr(train, 'simsiam_loss', loss)
+    with pytest.raises(FloatingPointError, match=f'the loss is nan at {where}: lower --lr'):
+        in_process(few_digits, tmp_path, '--epochs', '2', '--log-every', '2')
+    written = (tmp_path / 'checkpoint.pth').exists() and torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
+    if bad_step <= 4:
+        assert not written
+    else:
+        assert written['epoch'] == 1 and all(v.isfinite().all() for v in written['model'].values())
+        assert [(f['epoch'], f['step']) for f in figure_lines(tmp_path)] == [(0, 2), (0, 4), (1, 2)]
+
+
+def make_steps(optimizer, parameters: list[torch.Tensor], n: int = 3) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(5)
+    for _ in range(n):
+        for p in parameters:
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=g))
+        optimizer.step()
+    return [p.detach().clone() for p in parameters]
+
+
+def test_a_checkpoint_of_the_unfused_optimizer_continues_in_the_fused_one():
+    recipe = Recipe('', batch_size=64, lr=0.1)
+    old = nn.Conv2d(3, 4, 3)
+    new = copy.deepcopy(old).to(memory_format=torch.channels_last)
+    groups = [dict(params=list(old.parameters()), fix_lr=False), dict(params=[], fix_lr=True)]
+    before = torch.optim.SGD(groups, scaled_lr(recipe), 0.9, weight_decay=1e-4)
+    make_steps(before, list(old.parameters()))
+    new.load_state_dict(old.state_dict())
+    optimizer = make_optimizer(new, recipe)
+    load_optimizer(optimizer, before.state_dict())
+    assert all(group['fused'] for group in optimizer.param_groups)
+    for p in new.parameters():
+        assert optimizer.state[p]['momentum_buffer'].stride() == p.stride()
+    expected = make_steps(before, list(old.parameters()))
+    for a, b in zip(make_steps(optimizer, list(new.parameters())), expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_an_overflow_in_the_first_step_leaves_weights_and_momentum_clean():
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer, scaler = make_optimizer(model, Recipe('')), torch.amp.GradScaler('cpu')
+    scaler.scale(model(torch.full((1, 3), 1e38)).sum() * 1e38).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(not optimizer.state[p]['momentum_buffer'].any() for p in model.parameters())
+
+
+class Slow(nn.Module):
+    """Takes longer in one of the precisions, or refuses bfloat16."""
+
+    def __init__(self, slow_in_bf16: bool, refuses: bool = False) -> None:
+        super().__init__()
+        self.bn, self.slow_in_bf16, self.refuses = nn.BatchNorm2d(3), slow_in_bf16, refuses
+
+    def forward(self, *views: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        bf16 = torch.is_autocast_enabled('cpu')
+        if bf16 and self.refuses:
+            raise RuntimeError('not implemented for BFloat16')
+        time.sleep(0.01 if bf16 == self.slow_in_bf16 else 0.001)
+        return tuple(self.bn(x + torch.rand(1)) for x in views)
+
+
+@pytest.mark.parametrize('model, expected', [
+    (Slow(True), 'off'), (Slow(False), 'bfloat16'), (Slow(False, refuses=True), 'off')])
+def test_auto_times_the_runs_own_model_and_leaves_it_alone(model, expected):
+    state, buffers = torch.get_rng_state(), copy.deepcopy(model.state_dict())
+    assert choose_amp('auto', torch.device('cpu'), model, (4, 3, 8, 8)) == expected
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, buffers[k]) for k, v in model.state_dict().items())
 
 
 def test_plain_timm_loads_the_backbone_and_gives_the_runs_features(finished, digits):

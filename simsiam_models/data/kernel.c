@@ -1,9 +1,9 @@
 /* The augmentation of one view in one call, for CPUs: counted numbers, crop box, crop, colours, blur, flip, normalise.
  *
- * augment.py and counted.py say the same in NumPy, PIL and torch; the tests hold the two against each other. Compiled at
- * first use by kernel.py, called through ctypes, which releases the interpreter lock. Plain C: loops over whole rows and
- * planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not depend
- * on the processor.
+ * augment.py and counted.py say the same in NumPy, PIL and torch; the tests hold the two against each other. Compiled
+ * at first use by kernel.py, called through ctypes, which releases the interpreter lock. Plain C: loops over whole rows
+ * and planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not
+ * depend on the processor.
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,8 +11,8 @@
 #include <string.h>
 
 /* Philox4x32-10 (Salmon et al., SC 2011): n rows of `blocks` blocks of four 32-bit words. */
-void philox_words(int64_t n, const int64_t *indices, uint32_t epoch, uint64_t seed, uint32_t first_block, int64_t blocks,
-                  uint32_t *out) {
+void philox_words(int64_t n, const int64_t *indices, uint32_t epoch, uint64_t seed, uint32_t first_block,
+                  int64_t blocks, uint32_t *out) {
     for (int64_t i = 0; i < n; i++)
         for (int64_t b = 0; b < blocks; b++, out += 4) {
             uint64_t index = (uint64_t)indices[i];
@@ -53,14 +53,20 @@ static void crop_box(const double *u, int64_t width, int64_t height, const doubl
 
 /* n images of sizes (width, height). */
 void crop_boxes(int64_t n, const double *u, const int64_t *sizes, const double *rule, int64_t *boxes) {
-    for (int64_t i = 0; i < n; i++, u += 2 * TRIES + 2) crop_box(u, sizes[2 * i], sizes[2 * i + 1], rule, boxes + 4 * i);
+    for (int64_t i = 0; i < n; i++)
+        crop_box(u + i * (2 * TRIES + 2), sizes[2 * i], sizes[2 * i + 1], rule, boxes + 4 * i);
 }
 
-/* Antialiased bilinear resize, within one level of PIL's: a triangle as wide as the scale; along the columns first, a row
- * of bytes at a time, then along that row. Integers throughout: the same bytes from every processor and compiler.
+/* Antialiased bilinear resize, within one level of PIL's: a triangle as wide as the scale; along the columns first, a
+ * row of bytes at a time, then along that row. Integers throughout: the same bytes from every processor and compiler.
  * The weights of a pixel sum to exactly 1 << bits: what rounding one loses, the next one gets.
  * triangle() returns the largest number of taps. */
 typedef struct { int first, taps; } Span;
+
+static double height(double x, double width) {
+    double y = width - fabs(x);
+    return y > 0 ? y : 0;
+}
 
 static int triangle(int in, int out, int bits, int stride, Span *spans, int32_t *weights) {
     double scale = (double)in / out, width = scale < 1 ? 1 : scale;
@@ -70,9 +76,10 @@ static int triangle(int in, int out, int bits, int stride, Span *spans, int32_t 
         int first = (int)(centre - width + 0.5), last = (int)(centre + width + 0.5);
         first = first < 0 ? 0 : first;
         last = last > in ? in : last;
-        for (int i = first; i < last; i++) sum += fmax(0, 1 - fabs(i - centre + 0.5) / width);
+        for (int i = first; i < last; i++) sum += height(i - centre + 0.5, width);
+        double full = (1 << bits) / sum;
         for (int i = first; i < last; i++) {
-            double k = fmax(0, 1 - fabs(i - centre + 0.5) / width) / sum * (1 << bits) + left;
+            double k = height(i - centre + 0.5, width) * full + left;
             weights[i - first] = (int32_t)rint(k);
             left = k - weights[i - first];
             if (bits == 16 && weights[i - first] > 65535) weights[i - first] = 65535;
@@ -87,7 +94,7 @@ static int triangle(int in, int out, int bits, int stride, Span *spans, int32_t 
 #define X_BITS 14 /* so that weights are 16-bit numbers, and a pixel times a weight of the other axis ... */
 #define Y_BITS 16 /* ... is the upper half of a product of two 16-bit numbers */
 
-/* A weighted sum of `taps` rows of n bytes. Products are cut to whole 1/256 of a level: half a unit each makes up for it. */
+/* A weighted sum of `taps` rows of n bytes. Products are cut to whole 1/256 of a level; half a unit each makes up. */
 static void shrink_scalar(const uint8_t *rows, int64_t pitch, int taps, const int32_t *k, int n, uint8_t *out) {
     for (int x = 0; x < n; x++) {
         uint32_t sum = 128 + (uint32_t)taps / 2;
@@ -121,7 +128,8 @@ static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *
     }
 }
 
-static void narrow_row(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out, int size) {
+static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out,
+                          int size) {
     const __m256i pairs = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,
                                            6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
     const __m128i half = _mm_set1_epi32(1 << (X_BITS - 1));
@@ -137,7 +145,8 @@ static void narrow_row(const uint8_t *row, const Span *spans, const int16_t *wei
         s = _mm_srai_epi32(_mm_add_epi32(s, half), X_BITS);
         s = _mm_packus_epi16(_mm_packs_epi32(s, s), s);
         uint32_t rgb = (uint32_t)_mm_cvtsi128_si32(s);
-        memcpy(out, &rgb, 4);
+        if (x < size - 1) memcpy(out, &rgb, 4); /* the fourth byte is the next pixel's */
+        else memcpy(out, &rgb, 3);
     }
 }
 #else
@@ -145,7 +154,8 @@ static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *
     shrink_scalar(rows, pitch, taps, k, n, out);
 }
 
-static void narrow_row(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out, int size) {
+static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out,
+                          int size) {
     for (int x = 0; x < size; x++, out += 3) {
         const uint8_t *p = row + 3 * spans[x].first;
         int32_t r = 1 << (X_BITS - 1), g = r, b = r;
@@ -159,9 +169,10 @@ static void narrow_row(const uint8_t *row, const Span *spans, const int16_t *wei
 }
 #endif
 
-/* (w, h) pixels of an RGB image, `pitch` bytes a row -> (size, size, 3), and one byte behind it is written to. */
+/* (w, h) pixels of an RGB image, `pitch` bytes a row -> (size, size, 3). */
 static int resize(const uint8_t *image, int64_t pitch, int w, int h, uint8_t *out, int size) {
-    int sx = 2 * (int)ceil(w > size ? (double)w / size : 1) + 1, sy = 2 * (int)ceil(h > size ? (double)h / size : 1) + 1;
+    int sx = 2 * (int)ceil(w > size ? (double)w / size : 1) + 1;
+    int sy = 2 * (int)ceil(h > size ? (double)h / size : 1) + 1;
     int n = 3 * w, room = (sx + 3) / 4 * 4;
     Span *spans = malloc(2 * (size_t)size * sizeof *spans);
     int32_t *weights = malloc((size_t)size * (room > sy ? room : sy) * sizeof *weights);
@@ -179,14 +190,16 @@ static int resize(const uint8_t *image, int64_t pitch, int w, int h, uint8_t *ou
         for (int y = 0; y < size; y++) {
             Span span = spans[size + y];
             shrink(image + span.first * pitch, pitch, span.taps, weights + (size_t)y * sy, n, row);
-            narrow_row(row, spans, pairs, groups, out + (size_t)y * 3 * size, size);
+            uint8_t *to = out + (size_t)y * 3 * size;
+            if (groups == 1) narrow(row, spans, pairs, 1, to, size); /* a copy of the loop for the usual scales */
+            else narrow(row, spans, pairs, groups, to, size);
         }
     }
     free(spans), free(weights), free(pairs), free(row);
     return failed;
 }
 
-/* Colours: planes of `n` floats in [0, 1], computed as torchvision does on float images, clamped after each operator. */
+/* Colours: planes of n floats in [0, 1], computed as torchvision does on float images, clamped after each operator. */
 #define GRAY(r, g, b) (0.2989f * (r) + 0.587f * (g) + 0.114f * (b))
 
 static inline float clamp(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
@@ -243,9 +256,10 @@ static void gray(float *restrict x, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] = x[n + i] = x[2 * n + i] = GRAY(x[i], x[n + i], x[2 * n + i]);
 }
 
-/* out[i] = taps[0] mid[i] + sum over o of taps[o] (before[o][i] + behind[o][i]); a block at a time stays in registers. */
+/* out[i] = taps[0] before[0][i] + sum over o > 0 of taps[o] (before[o][i] + behind[o][i]); 32 at a time. */
 typedef float eight __attribute__((vector_size(32), aligned(4), may_alias));
-static void weigh(const float *const *before, const float *const *behind, const float *taps, int radius, int n, float *out) {
+static void weigh(const float *const *before, const float *const *behind, const float *taps, int radius, int n,
+                  float *out) {
     int i = 0;
     for (; i + 32 <= n; i += 32) {
         const eight *mid = (const eight *)(before[0] + i);
@@ -267,7 +281,8 @@ static void weigh(const float *const *before, const float *const *behind, const 
 
 /* The true Gaussian, cut at 4 sigma; edge pixels repeat. Each plane (size, size), columns first; tmp: one plane,
  * line: size + 2 radius floats, rows: 2 radius + 2 pointers. */
-static void blur(float *x, int planes, int size, const float *taps, int radius, float *tmp, float *line, const float **rows) {
+static void blur(float *x, int planes, int size, const float *taps, int radius, float *tmp, float *line,
+                 const float **rows) {
     const float **before = rows, **behind = rows + radius + 1;
     for (int c = 0; c < planes; c++, x += (int64_t)size * size) {
         for (int y = 0; y < size; y++) {
@@ -287,8 +302,9 @@ static void blur(float *x, int planes, int size, const float *taps, int radius, 
     }
 }
 
-/* What happens to a crop (size, size, 3) of bytes behind the crop -> floats (size, size, 3). p, as augment.Finish.table:
- * jitter, four operators in order (0 brightness, 1 contrast, 2 saturation, 3 hue), their factors, gray, sigma, flip. */
+/* What happens to a crop (size, size, 3) of bytes behind the crop -> floats (size, size, 3). p is a row of
+ * augment.Finish.table: jitter, four operators in order (0 brightness, 1 contrast, 2 saturation, 3 hue), their factors,
+ * gray, sigma, flip. */
 #define PARAMETERS 12
 static int radius_of(const float *p) { return (int)ceilf(4 * p[10]); }
 
@@ -298,7 +314,7 @@ int64_t scratch_bytes(int64_t n, const float *parameters, int size) {
     for (int64_t i = 0; parameters && i < n; i++)
         if (radius < radius_of(parameters + i * PARAMETERS)) radius = radius_of(parameters + i * PARAMETERS);
     int64_t floats = parameters ? 4 * pixels + size + 3 * radius + 1 : 0;
-    return (2 * radius + 2) * (int64_t)sizeof(float *) + floats * (int64_t)sizeof(float) + 3 * pixels + 4;
+    return (2 * radius + 2) * (int64_t)sizeof(float *) + floats * (int64_t)sizeof(float) + 3 * pixels;
 }
 
 static void finish(const uint8_t *restrict crop, const float *p, float *restrict out, int size, void *scratch) {
@@ -324,28 +340,28 @@ static void finish(const uint8_t *restrict crop, const float *p, float *restrict
         blur(x, p[9] ? 1 : 3, size, taps, radius, tmp, line, rows);
         if (p[9]) memcpy(x + n, x, (size_t)n * sizeof *x), memcpy(x + 2 * n, x, (size_t)n * sizeof *x);
     }
-    const float k[3] = {1 / 0.229f, 1 / 0.224f, 1 / 0.225f}, m[3] = {0.485f / 0.229f, 0.456f / 0.224f, 0.406f / 0.225f};
+    const float kr = 1 / 0.229f, kg = 1 / 0.224f, kb = 1 / 0.225f;
+    const float mr = 0.485f * kr, mg = 0.456f * kg, mb = 0.406f * kb;
     for (int y = 0; y < size; y++, r += size, g += size, b += size, out += 3 * size)
         if (p[11])
             for (int i = 0, j = size - 1; i < size; i++, j--)
-                out[3 * i] = r[j] * k[0] - m[0], out[3 * i + 1] = g[j] * k[1] - m[1], out[3 * i + 2] = b[j] * k[2] - m[2];
+                out[3 * i] = r[j] * kr - mr, out[3 * i + 1] = g[j] * kg - mg, out[3 * i + 2] = b[j] * kb - mb;
         else
             for (int i = 0; i < size; i++)
-                out[3 * i] = r[i] * k[0] - m[0], out[3 * i + 1] = g[i] * k[1] - m[1], out[3 * i + 2] = b[i] * k[2] - m[2];
+                out[3 * i] = r[i] * kr - mr, out[3 * i + 1] = g[i] * kg - mg, out[3 * i + 2] = b[i] * kb - mb;
 }
 
 /* n views. Of each: an RGB image (height, width, 3) of bytes, 22 numbers for its box, a row of PARAMETERS, and where it
  * goes: floats, finished, or without parameters the bytes of the crop. Returns 1 where memory is short. */
 int views(int64_t n, const uint8_t *const *images, const int64_t *sizes, const double *u, const double *rule,
           const float *parameters, void *const *out, int size, void *scratch) {
-    uint8_t *crop = (uint8_t *)scratch + scratch_bytes(n, parameters, size) - (3 * (int64_t)size * size + 4);
+    uint8_t *crop = (uint8_t *)scratch + scratch_bytes(n, parameters, size) - 3 * (int64_t)size * size;
     for (int64_t i = 0; i < n; i++, u += 2 * TRIES + 2) {
         int64_t width = sizes[2 * i], height = sizes[2 * i + 1], box[4];
         crop_box(u, width, height, rule, box);
         const uint8_t *corner = images[i] + (box[1] * width + box[0]) * 3;
-        if (resize(corner, 3 * width, (int)box[2], (int)box[3], crop, size)) return 1;
+        if (resize(corner, 3 * width, (int)box[2], (int)box[3], parameters ? crop : out[i], size)) return 1;
         if (parameters) finish(crop, parameters + i * PARAMETERS, out[i], size, scratch);
-        else memcpy(out[i], crop, (size_t)size * size * 3);
     }
     return 0;
 }

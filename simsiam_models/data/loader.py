@@ -24,7 +24,7 @@ from .sources import Images
 
 AHEAD = 3  # batches that are being filled while one is trained on
 SHARE = 16  # samples that a thread takes at a time
-GROUP = 1 << 19  # bytes of images that are handed to the kernel together
+GROUP = 1 << 22  # bytes of images that are handed to the kernel together
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -170,7 +170,7 @@ class TwoViews:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The views of one epoch, from its batch number `start` on."""
         for batch in self.batches(epoch, start):
-            yield self._finished(batch)
+            yield self.finished(batch)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator['_Batch']:
         """What the CPU has to do for `epoch`: its batches, read and cut."""
@@ -190,7 +190,8 @@ class TwoViews:
             batch = _Batch(self, epoch, order[first:first + share])
             yield batch, [functools.partial(batch.fill, part) for part in _parts(share)]
 
-    def _finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+    def finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
+        """The views of a batch, on the device."""
         x = batch.tensor.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
         if self.whole:
             return x[0], x[1]

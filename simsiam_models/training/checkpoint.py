@@ -47,6 +47,12 @@ def claim_folder(folder: Path, args: dict[str, Any], free: set[str]) -> dict[str
     return None
 
 
+def amend_record(folder: Path, changes: dict[str, Any]) -> None:
+    """Write what was decided after the folder was claimed into its arguments."""
+    record = {**json.loads((folder / ARGS).read_text()), **changes}
+    write_atomically(folder / ARGS, lambda f: f.write((json.dumps(record, indent=2) + '\n').encode()))
+
+
 def save(folder: Path, state: dict[str, Any]) -> None:
     """Write the newest checkpoint; the one before is kept beside it."""
     if (folder / LAST).exists():

@@ -28,6 +28,14 @@ def default_device() -> str:
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
+def default_workers(device: torch.device) -> int:
+    """Threads for data: one where the CPU trains too, else this process's share of the cores, at most 8."""
+    if device.type == 'cpu':
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+
+
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
     """The process group that torchrun asks for (nccl on CUDA, gloo elsewhere); without torchrun, a world of one."""

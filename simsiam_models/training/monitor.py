@@ -1,4 +1,7 @@
 """Watching a run: does the output collapse, and are images of one class near each other?"""
+import time
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,10 +12,15 @@ from .distributed import World, gather_rows
 
 
 @torch.no_grad()
-def output_std(z: Tensor) -> float:
-    """std x sqrt(d) of z / ||z|| (paper, section 4.1), per channel over the batch, averaged: 1 healthy, 0 collapsed."""
+def spread(z: Tensor) -> Tensor:
+    """std x sqrt(d) of z / ||z|| (paper, section 4.1), per channel over the batch, averaged: a scalar beside z."""
     z = F.normalize(z.float(), dim=1)  # (B, d)
-    return float(z.std(0).mean() * z.shape[1] ** 0.5)
+    return z.std(0).mean() * z.shape[1] ** 0.5
+
+
+def output_std(z: Tensor) -> float:
+    """`spread` as a number: 1 healthy, 0 collapsed."""
+    return float(spread(z))
 
 
 @torch.no_grad()
@@ -54,6 +62,52 @@ def knn_accuracy(
     return 100 * right / len(queries)
 
 
+class Moment:
+    """A point of the run: where the device's queue of work stands on CUDA, which the host fills ahead; else a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock, self.event = time.perf_counter(), None
+        if device.type == 'cuda':
+            self.event = torch.cuda.Event(enable_timing=True, blocking=True)
+            self.event.record(torch.cuda.current_stream(device))
+
+    def wait(self) -> None:
+        """Until the device is there."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def since(self, earlier: 'Moment') -> float:
+        """Seconds; wait() first."""
+        if self.event is not None:
+            return earlier.event.elapsed_time(self.event) / 1000
+        return self.clock - earlier.clock
+
+
+class Reading:
+    """Loss, spread and z of a step, on their way to the host.
+
+    The copies start behind the step and are read after the next one is launched, so the device never runs dry. Only
+    CUDA can say when a copy has arrived; elsewhere it is made at once.
+    """
+
+    @torch.no_grad()
+    def __init__(self, loss: Tensor, z: Tensor) -> None:
+        self._host = [self._copy(x) for x in (loss, spread(z), z)]
+        self.moment = Moment(z.device)
+
+    @staticmethod
+    def _copy(x: Tensor) -> Tensor:
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+        return host.copy_(x, non_blocking=x.is_cuda)
+
+    def read(self) -> dict[str, float]:
+        self.moment.wait()
+        loss, std, z = self._host
+        # The singular values of a NaN do not exist; the loss says it.
+        rank = effective_rank(z) if bool(z.isfinite().all()) else float('nan')
+        return {'loss': float(loss), 'std': float(std), 'rank': rank}
+
+
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 
@@ -73,7 +127,8 @@ class KnnMonitor:
         self.loaders = [
             EvalImages(images, rows[world.rank::world.size], size, resize, workers=workers, device=world.device)
             for images, rows in self.sets]
-        self.labels = [torch.from_numpy(images.labels[rows]).to(world.device) for images, rows in self.sets]
+        self.labels = [
+            torch.from_numpy(images.labels[rows].astype(np.int64)).to(world.device) for images, rows in self.sets]
 
     def describe(self) -> str:
         (_, bank), (_, queries) = self.sets

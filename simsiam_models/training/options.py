@@ -77,8 +77,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         help='precision of the forward pass: auto = bfloat16 where it is native (on a CPU: where a short timing finds '
              'it faster), else float16 with a GradScaler on CUDA, else off (default: auto)')
     add('--compile', action='store_true', help='torch.compile the model (default: off)')
-    add('--workers', type=int, metavar='N', help='data processes per training process (default: cores, at most 8; '
-        'none for the demonstration data)')
+    add('--auto-perf', action='store_true',
+        help='time memory formats, torch.compile and (on a CPU, with --amp auto) precisions for about a minute, and '
+             'take the fastest; a continued run keeps the choice (default: channels last, not compiled)')
+    add('--workers', type=int, metavar='N', help='threads per process that read and cut images, 0: none '
+        "(default: 1 where the CPU trains too, else the process's share of the cores, at most 8)")
     add('--grad-accum-steps', type=int, default=1, metavar='N',
         help='must be 1: batch norm takes its statistics over the batch of one forward pass, so accumulated '
              'micro-batches are another method, not a larger batch (default: 1)')

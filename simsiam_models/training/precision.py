@@ -1,6 +1,8 @@
 """Which precision the forward pass runs in."""
+import copy
 import statistics
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -8,8 +10,10 @@ from torch import nn
 AMP = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'off': None}
 
 
-def choose_amp(name: str, device: torch.device) -> str:
+def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequence[int]) -> str:
     """Resolve `auto`: bfloat16 where the card has it, else float16 on CUDA; on a CPU what a short timing says.
+
+    `model` and the `shape` (B, 3, H, W) of its views are the run's: whether bfloat16 pays depends on both.
 
     Raises:
         ValueError: float16 on a CPU, whose operators lack it.
@@ -20,21 +24,38 @@ def choose_amp(name: str, device: torch.device) -> str:
         return name
     if device.type == 'cuda':
         return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
-    return 'bfloat16' if device.type == 'cpu' and _bfloat16_is_faster() else 'off'
+    return 'bfloat16' if device.type == 'cpu' and _bfloat16_is_faster(model, shape) else 'off'
 
 
-def _bfloat16_is_faster(rounds: int = 5) -> bool:
-    """By the median time of a small convolution, batch norm and ReLU, forward and backward."""
-    layer = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
-    layer = layer.to(memory_format=torch.channels_last)
-    x = torch.randn(16, 64, 16, 16, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15, seconds: float = 5.0) -> bool:
+    """By the median time of forward and backward of a copy of the model, both precisions in turn.
+
+    Of large images some samples are enough, of no fewer than 8: the heads' weights cost the same for any batch. At
+    least 3 rounds, then until the seconds are over.
+    """
+    trial = copy.deepcopy(model).to('cpu', memory_format=torch.channels_last)
+    batch, *image = shape
+    batch = min(batch, max(8, 2**18 // (image[1] * image[2])))
+    x = torch.randn(batch, *image, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    spent: dict[bool, list[float]] = {False: [], True: []}
     with torch.random.fork_rng(devices=[]):
-        for _ in range(rounds + 1):
-            for bf16, spent in seconds.items():
-                start = time.perf_counter()
-                with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-                    y = layer(x)
-                y.float().sum().backward()
-                spent.append(time.perf_counter() - start)
-    return statistics.median(seconds[True][1:]) < 0.9 * statistics.median(seconds[False][1:])
+        try:
+            for bf16 in spent:
+                _forward_backward(trial, x, bf16)
+        except RuntimeError:  # an operator of this model has no bfloat16
+            return False
+        end = time.perf_counter() + seconds
+        while len(spent[True]) < 3 or len(spent[True]) < rounds and time.perf_counter() < end:
+            for bf16, times in spent.items():
+                times.append(_forward_backward(trial, x, bf16))
+    return statistics.median(spent[True]) < 0.9 * statistics.median(spent[False])
+
+
+def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+        outputs = model(x, x)
+    sum(y.float().sum() for y in outputs).backward()
+    model.zero_grad(set_to_none=True)
+    return time.perf_counter() - start

@@ -1,5 +1,6 @@
 """The optimizer's groups and the learning rate of each epoch."""
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,34 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     groups = [
         dict(params=[p for n, p in named if not n.startswith('predictor.')], fix_lr=False),
         dict(params=[p for n, p in named if n.startswith('predictor.')], fix_lr=recipe.fix_pred_lr)]
-    return torch.optim.SGD(groups, scaled_lr(recipe), recipe.momentum, weight_decay=recipe.weight_decay)
+    # One kernel for all parameters. With a GradScaler it also skips overflowed steps without asking the host.
+    fused = True if all(p.device.type in ('cuda', 'cpu') for _, p in named) else None
+    optimizer = torch.optim.SGD(
+        groups, scaled_lr(recipe), recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
+    lay_out_momentum(optimizer)
+    return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+    """Load a checkpoint's state, perhaps of an older version or another device; the implementation stays this run's."""
+    own = [{k: group[k] for k in ('fused', 'foreach')} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, ours in zip(optimizer.param_groups, own, strict=True):
+        group.update(ours)
+    lay_out_momentum(optimizer)
+
+
+def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
+    """Each momentum buffer in its parameter's memory format, zero where there is none yet.
+
+    The fused kernel needs the first: on a CPU it walks through both as they lie in memory. Without the second it leaves
+    the buffers uninitialised when the very first step overflows in float16.
+    """
+    for group in optimizer.param_groups:
+        for p in group['params'] if group['momentum'] else []:
+            buffer = torch.zeros_like(p)  # keeps the memory format
+            old = optimizer.state[p].get('momentum_buffer')
+            optimizer.state[p]['momentum_buffer'] = buffer if old is None else buffer.copy_(old)
 
 
 def lr_at(epoch: int, recipe: Recipe) -> float:
