@@ -80,14 +80,18 @@ def make_model(recipe: Recipe, seed: int) -> SimSiam:
             f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
 
 
-def compile_or_not(model: SimSiam, views: TwoViews, perf: Perf, log: RunLog) -> None:
-    """Compile in place where that works; a trial on a copy leaves the batch norm statistics alone."""
+def compile_or_not(model: SimSiam, shape: tuple[int, ...], amp: str, perf: Perf, world: World, log: RunLog) -> None:
+    """Compile in place where that works; a trial on a copy leaves the batch norm statistics alone.
+
+    The trial has the run's own shape and precision, so that the run takes over what was compiled for it.
+    """
     try:
         trial = copy.deepcopy(model)
         trial.compile()
-        size = views.aug.size
-        x = torch.zeros(4, 3, size, size, device=views.device).contiguous(memory_format=perf.memory_format)
-        simsiam_loss(*trial(x, x)).backward()
+        x = torch.zeros(shape, device=world.device).contiguous(memory_format=perf.memory_format)
+        with torch.autocast(world.device.type, AMP[amp], enabled=amp != 'off'):
+            outputs = trial(x, x)
+        simsiam_loss(*(y.float() for y in outputs)).backward()
     except Exception as e:  # compilers fail in many ways, none of which should end the run
         log.say(f'--compile does not work here ({type(e).__name__}); going on without it')
         return
@@ -120,7 +124,7 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
         load_optimizer(optimizer, state['optimizer'])
         scaler.load_state_dict(state['scaler'])
     if perf.compile:
-        compile_or_not(model, views, perf, log)
+        compile_or_not(model, shape, amp, perf, world, log)
     net = model
     if world.size > 1:  # buffers need no broadcast: synchronised batch norm keeps them equal
         net = nn.parallel.DistributedDataParallel(
@@ -147,7 +151,8 @@ def claim(
 
     A continued run keeps the recorded precision.
     """
-    amp, claimed = choose_amp(args.amp, world.device, model, shape), [None, False]
+    known = args.amp == 'auto' and (folder / checkpoint.ARGS).exists()  # then what is recorded holds
+    amp, claimed = 'off' if known else choose_amp(args.amp, world.device, model, shape), [None, False]
     if world.main:
         numbers = dataclasses.asdict(recipe)
         del numbers['about']

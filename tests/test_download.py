@@ -243,7 +243,7 @@ HUB_FAULTS = {  # fault, a word of its reason, most requests for files, most sec
     'cut body': (fake.cut, '.', 8, 9),  # the client itself tries 6 times, with 1 s between
     'short body': (fake.short, 'size', 3, 4),
     'flipped byte': (fake.flipped, 'sha256|hash', 3, 4),
-    'captive portal': (fake.html, 'commit|etag|page', 2, 4),
+    'captive portal': (fake.html, 'commit|etag|page|firewall and proxy', 2, 4),
     'page for file': (fake.on('GET', fake.html), 'size|page', 3, 4),
     'no ETag': (fake.no_etag, 'etag', 2, 4),
 }

@@ -1,4 +1,5 @@
-"""The CUDA paths of train.py: precisions and the prefetching copies. Skipped where there is no card."""
+"""The CUDA paths: precisions, views that the card finishes, steps without waiting. Skipped where there is no card."""
+import argparse
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,9 @@ import torch
 from conftest import TINY
 
 import train
+from simsiam_models.data import Augmentation, FolderImages, TwoViews
+from simsiam_models.training.autoperf import Perf
+from simsiam_models.training.recipes import RECIPES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -16,3 +20,28 @@ def test_ten_steps_on_the_card_lower_the_loss(few_digits: Path, tmp_path: Path, 
         str(few_digits), *TINY, '--device', 'cuda', '--amp', amp, '--epochs', '10', '--batch-size', '64',
         '--workers', '2', '--output', str(tmp_path)])
     assert -1 <= figures['loss'] < 0 and not figures['collapsed']
+
+
+def test_the_card_finishes_the_views_that_the_kernel_finishes(few_digits: Path):
+    images, aug = FolderImages(few_digits), Augmentation(size=32)
+    here = TwoViews(images, aug, 16, workers=2).epoch(0)
+    there = TwoViews(images, aug, 16, workers=2, device='cuda').epoch(0)
+    for a, b in zip(here, there, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert y.is_cuda and (x - y.cpu()).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize('amp', ['bfloat16', 'float16', 'off'])
+def test_neither_data_nor_step_makes_the_host_wait(few_digits: Path, amp: str):
+    recipe, device = RECIPES['demo'], torch.device('cuda')
+    model = train.make_model(recipe, 0).to(device, memory_format=torch.channels_last)
+    run = train.trial_run(argparse.Namespace(seed=0), recipe, device, model, amp, Perf())
+    views = TwoViews(FolderImages(few_digits), recipe.augmentation, 16, workers=2, device=device)
+    for x1, x2 in views.epoch(0):  # compilers and cuDNN's first calls may wait
+        run.train_step(x1, x2, 0)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for x1, x2 in views.epoch(1):
+            run.train_step(x1, x2, 0)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')

@@ -21,7 +21,7 @@ def test_the_wheel_holds_only_the_package(tmp_path: Path):
          str(tmp_path)], check=True, timeout=120)
     names = zipfile.ZipFile(next(tmp_path.glob('simsiam_models-*.whl'))).namelist()
     assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'simsiam_models'}
-    assert 'simsiam_models/py.typed' in names and 'simsiam_models/data/demo.py' in names
+    assert {'simsiam_models/py.typed', 'simsiam_models/data/demo.py', 'simsiam_models/data/kernel.c'} <= set(names)
     assert any(name.endswith('licenses/LICENSE') for name in names)
 
 

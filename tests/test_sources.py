@@ -43,6 +43,10 @@ def broken(path: Path, kind: str) -> Path:
     return path
 
 
+def broken_read(index: int) -> np.ndarray:
+    raise UnreadableError(f'{index}: gone')
+
+
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -181,6 +185,24 @@ def test_without_torchvisions_decoder_pil_gives_the_same_bits(tmp_path, monkeypa
     want = FolderImages(tmp_path).read(0)
     monkeypatch.setattr('simsiam_models.data.decode._JPEG', None)
     assert np.array_equal(FolderImages(tmp_path).read(0), want)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('name', ['a.jpg', 'a.png'])
+def test_a_decompression_bomb_is_unreadable_as_in_pil(tmp_path, monkeypatch, name):
+    picture(1, 300, 200).save(tmp_path / name)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(UnreadableError, match='exceeds limit'):
+        FolderImages(tmp_path).read(0)
+
+
+def test_a_folder_that_went_away_is_not_tried_file_by_file(tmp_path, monkeypatch):
+    images = FolderImages(fill(tmp_path, [f'{i}.png' for i in range(40)]))
+    tried = []
+    monkeypatch.setattr(FolderImages, 'read', lambda self, i: (tried.append(i), broken_read(i))[1])
+    with pytest.raises(UnreadableError):
+        next(iter(TwoViews(images, AUG, batch=4).epoch(0)))
+    assert len(tried) <= 4
 
 
 def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):

@@ -244,6 +244,7 @@ def assert_one_line(result: subprocess.CompletedProcess, words: str) -> None:
 
 
 @pytest.mark.parametrize('extra, words', [
+    (['--workers', '-1'], '--workers -1: must be at least 0'),
     (['--batch-size', '65'], 'larger than the data set'),
     (['--model', 'resnet_of_mine'], 'Unknown model (resnet_of_mine)'),
     (['--model-args', '{"wings": 2}'], 'wings'),

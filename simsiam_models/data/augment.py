@@ -121,7 +121,8 @@ def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], T
 
 def normalize(x: Tensor) -> Tensor:
     """[0, 1] colours -> ImageNet mean 0, standard deviation 1, per channel."""
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = (
+        _send(np.array(v, np.float32).reshape(3, 1, 1), x) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (x - mean) / std
 
 

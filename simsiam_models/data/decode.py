@@ -24,9 +24,9 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
         UnreadableError: `name` cannot be decoded.
     """
     try:
-        if _JPEG is not None and data[:3] == b'\xff\xd8\xff' and (pixels := _decode_jpeg(data)) is not None:
-            return pixels
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data)) as image:  # reads the header, and refuses decompression bombs
+            if _JPEG is not None and image.format == 'JPEG' and (pixels := _decode_jpeg(data)) is not None:
+                return pixels
             if image.mode.startswith('I;16'):  # convert() would cut at 255: all white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert('RGB'))

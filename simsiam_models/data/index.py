@@ -57,6 +57,8 @@ def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
     if index is not None:
         return index
     listing = _scan(key['root'], extensions)
+    if file is not None and (index := _load(file, key)) is not None:  # another process was sooner
+        return index
     if file is not None and listing.lasting and len(listing):
         try:
             _save(file, key, listing)

@@ -27,12 +27,17 @@ NATIVE = (['-march=native', '-mprefer-vector-width=512'], ['-march=native'], ['-
 COMPILE_SECONDS = 120
 
 _logger = logging.getLogger('simsiam_models')
-_thread = threading.local()
+_lock, _thread = threading.Lock(), threading.local()
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel, or None (said once, with the reason)."""
+    with _lock:
+        return _library()
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None (said once, with the reason)."""
+def _library() -> ctypes.CDLL | None:
     if os.environ.get('SIMSIAM_KERNEL') == '0':
         return None
     try:
@@ -73,12 +78,15 @@ def _load() -> ctypes.CDLL:
 
 def _compile(compiler: str, path: Path) -> ctypes.CDLL:
     """Under a name of this process's own, then renamed: other processes see a whole file or none."""
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
+    handle, name = tempfile.mkstemp('.part', path.stem, path.parent)  # process ids repeat between containers
+    os.close(handle)
+    part = Path(name)
     try:
         for native in NATIVE:
             command = [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm']
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMPILE_SECONDS, stdin=subprocess.DEVNULL)
+                command, capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS,
+                stdin=subprocess.DEVNULL)
             if done.returncode == 0:
                 os.replace(part, path)
                 return ctypes.CDLL(str(path))
@@ -140,12 +148,17 @@ def views(
     u, rows = np.ascontiguousarray(u), np.asarray(rows, np.int64)
     if table is not None:
         table = np.ascontiguousarray(table, np.float32)
-    # A kernel that is handed a wrong shape would write anywhere.
-    assert all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 for x in images)
-    assert u.shape == (n, 22) and u.dtype == np.float64 and rule.shape == (4,) and rule.dtype == np.float64
-    assert out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
-    assert out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
-    assert rows.shape == (n,) and (n == 0 or (rows.min() >= 0 and rows.max() < len(out)))
+    # A kernel that is handed a wrong shape would read and write anywhere.
+    fits = (
+        all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
+        and u.shape == (n, 22) and u.dtype == np.float64 and rule.shape == (4,) and rule.dtype == np.float64
+        and out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
+        and out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
+        and rows.shape == (n,) and (n == 0 or (rows.min() >= 0 and rows.max() < len(out))))
+    if not fits:
+        raise ValueError(
+            f'the kernel needs images (H, W, 3) uint8 and arrays that fit; it got {[x.shape for x in images[:3]]}, '
+            f'u {u.shape}, rows {rows.shape}, out {out.shape} {out.dtype}')
     pointers = np.array([x.ctypes.data for x in images], np.uintp)
     sizes = np.array([x.shape[1::-1] for x in images], np.int64)
     targets = (out.ctypes.data + rows * out.strides[0]).astype(np.uintp)

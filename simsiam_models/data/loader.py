@@ -192,7 +192,9 @@ class TwoViews:
 
     def finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
         """The views of a batch, on the device."""
-        x = batch.tensor.to(self.device, non_blocking=True).permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
+        # Only pinned memory may be copied behind our back: the other kind is soon filled again.
+        x = batch.tensor.to(self.device, non_blocking=batch.tensor.is_pinned())
+        x = x.permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
         if self.whole:
             return x[0], x[1]
         return finish(x[0], batch.params[0], self._colours), finish(x[1], batch.params[1], self._colours)
@@ -205,6 +207,8 @@ class TwoViews:
                 return self.images.read(at)
             except UnreadableError as e:
                 bad[at] = str(e)
+                if len(bad) > int(self.max_unreadable * len(self.images)):
+                    break  # the run ends when this batch is counted: a folder that went away is not tried file by file
         return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
     def _count(self, bad: dict[int, str]) -> None:
@@ -219,10 +223,12 @@ class TwoViews:
 
 def _compiled(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     """Fused by torch.compile, or as it is where that fails, which is said once."""
-    state = {'run': torch.compile(colours, dynamic=False)}
+    state: dict[str, Any] = {'run': None}
 
     def run(images: Tensor, table: Tensor) -> Tensor:
         try:
+            if state['run'] is None:  # raises at once where there is no compiler for this Python
+                state['run'] = torch.compile(colours, dynamic=False)
             return state['run'](images, table)
         except Exception as e:  # compilers fail in many ways, none of which should end the run
             if state['run'] is colours:

@@ -53,8 +53,7 @@ class FolderImages:
         path = self.path(index)
         try:
             with open(path, 'rb', buffering=0) as f:
-                data = bytearray(os.fstat(f.fileno()).st_size)
-                del data[f.readinto(data):]
+                data = bytearray(f.readall())
         except OSError as e:
             raise UnreadableError(f'{path}: cannot be read ({e.strerror})') from None
         return decode(data, str(path))

@@ -171,6 +171,7 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
         ('--hue', aug.hue, 0 <= aug.hue <= 0.5, 'in 0 .. 0.5'),
         ('--max-unreadable', args.max_unreadable, 0 <= args.max_unreadable < 1, 'at least 0, below 1'),
         ('--log-every', args.log_every, args.log_every >= 1, 'at least 1'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
     ] + [(f'--{n.replace("_", "-")}', getattr(aug, n), 0 <= getattr(aug, n) <= 1, 'a probability')
          for n in ('jitter_p', 'gray_p', 'blur_p', 'flip_p')]
     for flag, value, ok, rule in rules:
