@@ -2,11 +2,14 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
@@ -121,3 +124,10 @@ def test_heads_of_other_widths_are_refused(tmp_path):
 def test_a_classifier_has_no_heads_to_load():
     with pytest.raises(ValueError, match='take its pretraining weights, simsiam_resnet50.mm1x_ep200_in1k'):
         create_simsiam('simsiam_resnet50.mm1x_ep200_lin_in1k', pretrained=True)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    done = subprocess.run(
+        ['bash', '-c', f'{sys.executable} -m simsiam_models.cli weights list | head -1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == '' and done.stdout.startswith('tag')
