@@ -60,19 +60,16 @@ def _load() -> ctypes.CDLL:
     compiler = os.environ.get('CC') or next(filter(None, map(shutil.which, ('cc', 'gcc', 'clang'))), None)
     if compiler is None:
         raise RuntimeError('no C compiler: neither cc nor gcc nor clang')
-    source = SOURCE.read_bytes()
-    # A home folder may be shared by machines whose processors differ.
-    made_for = hashlib.sha256(repr((source, FLAGS, compiler, platform.machine(), _processor())).encode()).hexdigest()
     folder = cache_folder()
     if folder is None or not _is_ours(folder):
         with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
             return _compile(compiler, Path(once) / 'kernel.so')
-    path = folder / f'kernel-{made_for[:16]}.so'
-    if not path.exists():
-        return _compile(compiler, path)
+    # A home folder may be shared by machines whose processors differ.
+    made_for = repr((SOURCE.read_bytes(), FLAGS, NATIVE, compiler, platform.machine(), _processor()))
+    path = folder / f'kernel-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.so'
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # damaged
+    except OSError:  # not there, or damaged
         return _compile(compiler, path)
 
 

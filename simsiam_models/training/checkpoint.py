@@ -43,14 +43,18 @@ def claim_folder(folder: Path, args: dict[str, Any], free: set[str]) -> dict[str
     if taken:
         raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; give another --output')
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(record, lambda f: f.write((json.dumps(args, indent=2) + '\n').encode()))
+    _write_args(folder, args)
     return None
+
+
+def _write_args(folder: Path, args: dict[str, Any]) -> None:
+    write_atomically(folder / ARGS, lambda f: f.write((json.dumps(args, indent=2) + '\n').encode()))
 
 
 def amend_record(folder: Path, changes: dict[str, Any]) -> None:
     """Write what was decided after the folder was claimed into its arguments."""
     record = {**json.loads((folder / ARGS).read_text()), **changes}
-    write_atomically(folder / ARGS, lambda f: f.write((json.dumps(record, indent=2) + '\n').encode()))
+    _write_args(folder, record)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
