@@ -356,7 +356,7 @@ def test_a_file_of_another_kind_is_ignored_and_written_again(settled, cache, sca
 @pytest.mark.parametrize('change', [
     {'images': 3}, {'images': 5}, {'classes': []}, {'root': '/elsewhere'}, {'extensions': ['.png']}, {'arrays': {}},
     {'arrays': {'paths': [0, 8]}}, {'arrays': {'offsets': [0, 10**9], 'paths': [0, 5]}}, {'size': 0}, {'folders': None},
-    {'folders': {'cat/': None}}, {'folders': {'': [1, 2]}},
+    {'folders': {'cat/': None}}, {'folders': {'': [1, 2]}}, {'files': None}, {'files': {'cat/1.png': [1, 2, 3, 4]}},
 ], ids=str)
 def test_a_header_that_does_not_fit_the_file_is_ignored(settled, cache, scans, change):
     file = kept(settled, cache)
@@ -449,15 +449,26 @@ for _ in range(100):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-def test_a_long_listing_is_opened_at_once_and_takes_little_memory(tmp_path):
+@pytest.mark.parametrize('kind', ['folder', 'list', 'tar'])
+def test_a_long_listing_is_opened_at_once_and_takes_little_memory(tmp_path, kind):
     root = settle(fill(tmp_path / 'data', ['n0000/0.png']))
     n, classes = 2_000_000, 1000
-    listing = index._scan(str(root), EXTENSIONS)
-    listing.paths, listing.offsets, listing.runs = bytearray(), index.array('q', [0]), []
+    if kind == 'folder':
+        listing = index._scan(str(root), EXTENSIONS)
+        listing.paths, listing.offsets, listing.runs = bytearray(), index.array('q', [0]), []
+    else:
+        listing = index.Listing()
+        listing.labels = index.array('i', np.repeat(np.arange(classes, dtype=np.int32), n // classes))
+        listing.classes = [f'n{c:04}' for c in range(classes)]
+        listing.files['n0000/0.png'] = index.file_stamp(root / 'n0000/0.png')
+    if kind == 'tar':
+        listing.columns = {'shards': index.array('i', bytes(4 * n)), 'starts': index.array('q', range(n)),
+                           'sizes': index.array('q', range(n))}
     for c in range(classes):
         for i in range(n // classes):
             listing.add(f'n{c:04}/n{c:04}_{i}.JPEG')
-        listing.runs.append((f'n{c:04}', n // classes))
+        if kind == 'folder':
+            listing.runs.append((f'n{c:04}', n // classes))
     key = {'root': str(root), 'extensions': list(EXTENSIONS)}
     index._save(tmp_path / 'cache.idx', key, listing)
     code = '''
@@ -470,12 +481,15 @@ found = index._load(index.Path(sys.argv[1]), json.loads(sys.argv[2]))
 seconds = time.perf_counter() - start
 few = [os.fsdecode(found.path(i)) for i in range(0, len(found), len(found) // 50)]
 labels = found.labels[::len(found) // 50].tolist()
-print(json.dumps([len(found), seconds, private() - before, few, labels]))
+starts = [int(found.columns['starts'][i]) for i in range(0, len(found), len(found) // 50)] if found.columns else []
+print(json.dumps([len(found), seconds, private() - before, few, labels, starts, found.digest]))
 '''
     process = child(code, tmp_path / 'cache.idx', json.dumps(key))
-    length, seconds, grown, few, labels = json.loads(process.communicate(timeout=60)[0])
+    length, seconds, grown, few, labels, starts, digest = json.loads(process.communicate(timeout=60)[0])
     assert length == n
     assert seconds < 0.5
     assert grown < 50 * 2**20
     assert few == [f'n{i // 2000:04}/n{i // 2000:04}_{i % 2000}.JPEG' for i in range(0, n, n // 50)]
     assert labels == [i // 2000 for i in range(0, n, n // 50)]
+    assert starts == (list(range(0, n, n // 50)) if kind == 'tar' else [])
+    assert digest == listing.index().digest

@@ -14,7 +14,7 @@ from simsiam_models.data import (
     MemoryImages,
     TwoViews,
     UnreadableError,
-    open_folder,
+    open_data,
 )
 
 AUG = Augmentation(size=16)
@@ -107,8 +107,8 @@ def test_class_folders_may_be_links(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere: no such folder'):
         FolderImages(tmp_path / 'nowhere')
-    with pytest.raises(FileNotFoundError, match='nowhere: no such folder'):
-        open_folder(tmp_path / 'nowhere')
+    with pytest.raises(FileNotFoundError, match='nowhere: no such file or folder'):
+        open_data(tmp_path / 'nowhere')
 
 
 def test_an_empty_folder_is_named(tmp_path):
@@ -119,25 +119,25 @@ def test_an_empty_folder_is_named(tmp_path):
 
 def test_train_and_val_are_opened_together(tmp_path):
     fill(tmp_path, ['train/a/1.png', 'train/a/2.png', 'train/b/1.png', 'val/a/3.png', 'val/b/2.png'])
-    train, val = open_folder(tmp_path)
+    train, val = open_data(tmp_path)
     assert (len(train), len(val)) == (3, 2)
     assert train.classes == val.classes == ['a', 'b']
     assert val.labels.tolist() == [0, 1]
 
 
 def test_without_train_the_folder_itself_is_the_training_data(tmp_path):
-    train, val = open_folder(fill(tmp_path, ['a/1.png', 'b/1.png']))
+    train, val = open_data(fill(tmp_path, ['a/1.png', 'b/1.png']))
     assert len(train) == 2 and val is None
 
 
 def test_without_val_there_is_only_training_data(tmp_path):
-    train, val = open_folder(fill(tmp_path, ['train/a/1.png', 'train/b/1.png']))
+    train, val = open_data(fill(tmp_path, ['train/a/1.png', 'train/b/1.png']))
     assert len(train) == 2 and val is None
 
 
 @pytest.mark.parametrize('val_names', [['val/1.png'], ['val/a/1.png', 'val/other/1.png']])
 def test_val_with_other_classes_or_none_is_of_no_use(tmp_path, val_names):
-    _, val = open_folder(fill(tmp_path, ['train/a/1.png', 'train/b/1.png', *val_names]))
+    _, val = open_data(fill(tmp_path, ['train/a/1.png', 'train/b/1.png', *val_names]))
     assert val is None
 
 

@@ -4,14 +4,18 @@ import io
 import numpy as np
 import torch
 import torchvision  # noqa: F401 - registers torch.ops.image
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # torchvision 0.29 announces that its decoders will go (its Python function warns); PIL's take a sixth longer.
 _JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
 _UNCHANGED = 0  # torchvision.io.ImageReadMode: the file's own channels
 
 
-class UnreadableError(RuntimeError):
+class DataError(RuntimeError):
+    """The data cannot be used as they are, or not any more; one sentence says why."""
+
+
+class UnreadableError(DataError):
     """An image file could not be decoded."""
 
 
@@ -32,7 +36,8 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
             return np.array(image.convert('RGB'))
     # PIL raises nearly anything on a broken file (OSError, SyntaxError, ValueError, DecompressionBombError, ...).
     except Exception as e:
-        raise UnreadableError(f'{name}: cannot be read as an image ({e})') from None
+        reason = 'of no known kind' if isinstance(e, UnidentifiedImageError) else e
+        raise UnreadableError(f'{name}: cannot be read as an image ({reason})') from None
 
 
 def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:

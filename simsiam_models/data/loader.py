@@ -1,13 +1,16 @@
 """Batches of two views, in an order and with an augmentation that depend on (seed, epoch, index) alone.
 
+Of a stream, which has an order of its own, the index is the position in the epoch.
+
 Threads fill a batch where it lies: decoding and kernel.c release the interpreter lock, so nothing is pickled, copied or
 collated, and a source is in memory once.
 """
 import functools
+import itertools
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -19,8 +22,8 @@ from torch import Tensor
 from . import kernel
 from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray, normalize
 from .counted import permutation
-from .decode import UnreadableError
-from .sources import Images
+from .decode import DataError, UnreadableError, decode
+from .sources import Images, Stream
 
 AHEAD = 3  # batches that are being filled while one is trained on
 SHARE = 16  # samples that a thread takes at a time
@@ -29,8 +32,10 @@ GROUP = 1 << 22  # bytes of images that are handed to the kernel together
 _logger = logging.getLogger('simsiam_models')
 
 
-def in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[tuple[Any, list[Callable[[], Any]]]]) -> Iterator[Any]:
-    """Yield the first of each pair once its calls have run: in threads, AHEAD pairs early, or without any here and now.
+def in_order(
+    threads: ThreadPoolExecutor | None, jobs: Iterable[tuple[Any, list[Callable[[], Any]]]], ahead: int = AHEAD,
+) -> Iterator[Any]:
+    """Yield the first of each pair once its calls have run: in threads, `ahead` pairs early, or without here and now.
 
     Raises what a call raises.
     """
@@ -44,11 +49,13 @@ def in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[tuple[Any, list[
     try:
         for what, calls in jobs:
             waiting.append((what, [threads.submit(call) for call in calls]))
-            if len(waiting) > AHEAD:
+            if len(waiting) > ahead:
                 yield _done(waiting.popleft())
         while waiting:
             yield _done(waiting.popleft())
     finally:  # also where the consumer stops early
+        if isinstance(jobs, Generator):
+            jobs.close()
         for _, futures in waiting:
             for future in futures:
                 future.cancel()
@@ -89,9 +96,12 @@ class _Buffers:
 class _Batch:
     """A batch while it is filled: `views` (2, B, S, S, 3), uint8 crops or finished float32."""
 
-    def __init__(self, owner: 'TwoViews', epoch: int, indices: np.ndarray) -> None:
+    def __init__(
+        self, owner: 'TwoViews', epoch: int, indices: np.ndarray, raw: list[bytes | np.ndarray] | None = None,
+    ) -> None:
         aug = owner.aug
-        self.owner, self.indices, self.bad = owner, indices, {}
+        self.owner, self.epoch, self.indices, self.bad = owner, epoch, indices, {}
+        self.raw = raw  # of a stream: all samples of the global batch, undecoded
         drawn = [draw(aug, owner.seed, epoch, indices, view) for view in (0, 1)]
         self.params = [d[1] for d in drawn]
         self.u = np.concatenate([d[0] for d in drawn])  # (2 B, 22)
@@ -104,10 +114,26 @@ class _Batch:
         images: list[np.ndarray] = []
         first = part.start
         for i in range(part.start, part.stop):
-            images.append(self.owner.read(int(self.indices[i]), self.bad))
+            read = self.owner.read if self.raw is None else self._decode
+            images.append(read(int(self.indices[i]), self.bad))
             if sum(x.nbytes for x in images) >= GROUP or i == part.stop - 1:
                 self._cut(images, first)
                 images, first = [], i + 1
+
+    def _decode(self, position: int, bad: dict[int, str]) -> np.ndarray:
+        """An unreadable sample is replaced by the next readable one of the global batch (black if there is none)."""
+        owner, n = self.owner, len(self.raw)
+        first, before = position - position % n, self.epoch * len(owner.images)
+        for step in range(n):
+            at = first + (position + step) % n
+            data = self.raw[at - first]
+            if isinstance(data, np.ndarray):
+                return data
+            try:
+                return decode(data, f'{owner.images.name}: image {at} of epoch {self.epoch}')
+            except UnreadableError as e:
+                bad[before + at] = str(e)
+        return np.zeros((owner.aug.size, owner.aug.size, 3), np.uint8)
 
     def _cut(self, images: list[np.ndarray], first: int) -> None:
         both = np.arange(first, first + len(images))
@@ -129,17 +155,21 @@ class TwoViews:
     Args:
         batch: samples per step over all processes.
         workers: threads that read and cut; 0: the caller's own.
-        max_unreadable: share of the images that may be unreadable (each is replaced by the next readable one).
+        max_unreadable: share of the images that may be unreadable (each is replaced by the next readable one); of a
+            stream, share of an epoch.
         on_device: cut crops of bytes on the CPU and finish them by torch on `device`, as a GPU needs it. Default: where
             `device` is no CPU or kernel.c is not there; else the kernel does everything.
 
     Raises:
         ValueError: the batch does not fit the data or the processes.
         UnreadableError: more unreadable files than allowed, while iterating.
+        DataError: a stream that breaks off, or ends within an epoch.
+
+    `unreadable` says what could not be read, by index; of a stream, by epoch * length + position.
     """
 
     def __init__(
-        self, images: Images, aug: Augmentation, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
+        self, images: Images | Stream, aug: Augmentation, batch: int, seed: int = 0, rank: int = 0, world: int = 1,
         device: torch.device | str = 'cpu', workers: int = 0, max_unreadable: float = 0.0,
         on_device: bool | None = None,
     ) -> None:
@@ -162,6 +192,9 @@ class TwoViews:
             self.device.type == 'cuda')
         self._colours = _compiled(jitter_and_gray) if self.device.type == 'cuda' else jitter_and_gray
         self._threads = _threads(workers)
+        self.stream = hasattr(images, 'samples')
+        # A stream is read in a thread of its own, which is one batch early.
+        self._reader = ThreadPoolExecutor(1, 'simsiam-stream') if self.stream and workers else None
 
     def __len__(self) -> int:
         """Steps per epoch; the last incomplete batch is dropped."""
@@ -174,8 +207,10 @@ class TwoViews:
 
     def batches(self, epoch: int, start: int = 0) -> Iterator['_Batch']:
         """What the CPU has to do for `epoch`: its batches, read and cut."""
-        for batch in in_order(self._threads, self._jobs(epoch, start)):
-            self._count(batch.bad)
+        jobs = self._stream_jobs(epoch, start) if self.stream else self._jobs(epoch, start)
+        for batch in in_order(self._threads, jobs, AHEAD - 1 if self.stream else AHEAD):
+            batch.raw = None  # so that AHEAD + 1 global batches wait undecoded at most, the one being read included
+            self._count(batch.bad, epoch)
             yield batch
 
     def _jobs(self, epoch: int, start: int) -> Iterator[tuple[_Batch, list[Callable[[], None]]]]:
@@ -189,6 +224,41 @@ class TwoViews:
             first = b * self.batch + self.rank * share
             batch = _Batch(self, epoch, order[first:first + share])
             yield batch, [functools.partial(batch.fill, part) for part in _parts(share)]
+
+    def _stream_jobs(self, epoch: int, start: int) -> Iterator[tuple[_Batch, list[Callable[[], None]]]]:
+        """A global batch is a run of the stream. Every process reads all of it, and decodes its slice."""
+        samples = self.images.samples(self.seed, epoch, start * self.batch)
+        share = self.batch // self.world
+
+        def take(b: int) -> list[bytes | np.ndarray]:
+            raw = list(itertools.islice(samples, self.batch))
+            if len(raw) < self.batch:
+                had = b * self.batch + len(raw)
+                raise DataError(
+                    f'{self.images.name}: the stream ended after {had} images of epoch {epoch}, where '
+                    f'{len(self.images)} were expected; give --images-per-epoch {had}, or less')
+            return raw
+
+        def job(b: int, raw: list[bytes | np.ndarray]) -> tuple[_Batch, list[Callable[[], None]]]:
+            first = b * self.batch + self.rank * share
+            batch = _Batch(self, epoch, np.arange(first, first + share), raw)
+            return batch, [functools.partial(batch.fill, part) for part in _parts(share)]
+
+        if self._reader is None:
+            for b in range(start, len(self)):
+                yield job(b, take(b))
+            return
+        waiting = None
+        try:
+            for b in range(start, len(self)):
+                raw = (waiting or self._reader.submit(take, b)).result()
+                waiting = self._reader.submit(take, b + 1) if b + 1 < len(self) else None
+                yield job(b, raw)
+                del raw
+        finally:  # also where the consumer stops early; a generator is closed where it runs
+            if waiting is not None:
+                waiting.cancel()
+            self._reader.submit(getattr(samples, 'close', int))
 
     def finished(self, batch: _Batch) -> tuple[Tensor, Tensor]:
         """The views of a batch, on the device."""
@@ -211,13 +281,19 @@ class TwoViews:
                     break  # the run ends when this batch is counted: a folder that went away is not tried file by file
         return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
-    def _count(self, bad: dict[int, str]) -> None:
+    def _count(self, bad: dict[int, str], epoch: int) -> None:
         self.unreadable.update(bad)
+        self.judge(self.unreadable, epoch)
+
+    def judge(self, unreadable: dict[int, str], epoch: int) -> None:
+        """Raises UnreadableError where these are more than are allowed."""
         allowed = int(self.max_unreadable * len(self.images))
-        if len(self.unreadable) > allowed:
-            first = next(iter(self.unreadable.values()))
+        found = list(unreadable.values())
+        if self.stream and found:  # where an image comes in one epoch says nothing about another
+            found = [text for at, text in unreadable.items() if at // len(self.images) == epoch]
+        if len(found) > allowed:
             raise UnreadableError(
-                f'{first}; {len(self.unreadable)} unreadable so far, {allowed} of {len(self.images)} allowed: repair '
+                f'{found[0]}; {len(found)} unreadable so far, {allowed} of {len(self.images)} allowed: repair '
                 'or remove it, or allow a share of them with --max-unreadable 0.01')
 
 

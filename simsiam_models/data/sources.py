@@ -1,12 +1,18 @@
-"""Where images come from: a folder of files, or arrays in memory. Labels are optional and never used in training."""
+"""Where images come from. Here: a folder of files, or arrays in memory; opening.py knows the rest.
+
+Labels are optional and never used in training.
+"""
+import functools
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from .decode import UnreadableError, decode
-from .index import open_index
+from .index import Index, digest, open_index
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
@@ -15,32 +21,36 @@ class Images(Protocol):
     """What the loader asks of a source: `len`, labels or None, and one RGB image by its index, from any thread."""
 
     name: str
-    labels: np.ndarray | None  # (N,) whole numbers
+    labels: np.ndarray | None  # (N,) whole numbers from 0
     classes: list[str]
+    digest: str  # 16 hexadecimal characters: which images these are, wherever they lie
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray: ...  # (H, W, 3) uint8, or UnreadableError
 
 
-class FolderImages:
-    """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
+@runtime_checkable
+class Stream(Protocol):
+    """A source without random access: images come in its own order, undecoded, and it never has labels."""
 
-    The listing is cached as long as no folder below `root` changes, and mapped, not loaded.
+    name: str
+    labels: None
+    classes: list[str]
+    digest: str
+    promise: str  # one sentence: what can be reproduced and what cannot
 
-    Raises:
-        FileNotFoundError: no such folder, or no image in it.
-    """
+    def __len__(self) -> int: ...  # images per epoch
 
-    def __init__(self, root: str | Path) -> None:
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f'{root}: no such folder; DATA is a folder of images')
-        self._index = open_index(root, EXTENSIONS)
-        if not len(self._index):
-            raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
-        self.root, self.name = root, str(root)
-        self.classes, self.labels = self._index.classes, self._index.labels
+    def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]: ...  # from position start on
+
+
+class FileImages:
+    """Image files that an index names, relative to `root` or from the top of the file system."""
+
+    def __init__(self, root: Path, index: Index, name: str) -> None:
+        self.root, self.name, self._index = root, name, index
+        self.classes, self.labels, self.digest = index.classes, index.labels, index.digest
 
     def __len__(self) -> int:
         return len(self._index)
@@ -54,9 +64,28 @@ class FolderImages:
         try:
             with open(path, 'rb', buffering=0) as f:
                 data = bytearray(f.readall())
-        except OSError as e:
-            raise UnreadableError(f'{path}: cannot be read ({e.strerror})') from None
+        except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+            raise UnreadableError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e})') from None
         return decode(data, str(path))
+
+
+class FolderImages(FileImages):
+    """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
+
+    The listing is cached as long as no folder below `root` changes, and mapped, not loaded.
+
+    Raises:
+        FileNotFoundError: no such folder, or no image in it.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f'{root}: no such folder; DATA is a folder of images')
+        index = open_index(root, EXTENSIONS)
+        if not len(index):
+            raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
+        super().__init__(root, index, str(root))
 
 
 class MemoryImages:
@@ -65,20 +94,13 @@ class MemoryImages:
     def __init__(self, images: np.ndarray, labels: np.ndarray | None, classes: list[str], name: str) -> None:
         self.images, self.labels, self.classes, self.name = images, labels, classes, name
 
+    @functools.cached_property
+    def digest(self) -> str:
+        labels = np.zeros(0) if self.labels is None else self.labels.astype('<i8')
+        return digest(json.dumps([self.images.shape, self.classes]), self.images, labels)
+
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
-
-
-def open_folder(root: str | Path) -> tuple[FolderImages, FolderImages | None]:
-    """Training images and labelled validation images, if there are any: ROOT/train and ROOT/val, or ROOT itself."""
-    root = Path(root)
-    if not (root / 'train').is_dir():
-        return FolderImages(root), None
-    train = FolderImages(root / 'train')
-    val = FolderImages(root / 'val') if (root / 'val').is_dir() else None
-    if val is not None and (val.labels is None or val.classes != train.classes):
-        val = None  # not the same classes: of no use to the monitor
-    return train, val
