@@ -8,12 +8,16 @@
                                                             that divides the batch
   python train.py CIFAR10_FOLDER --recipe cifar10_ep800     paper, appendix D (91.8 published)
 
-The same command continues a run that was stopped. OUTPUT/ ends with checkpoint.pth (model, optimizer, position),
-log.jsonl (a line per interval), args.json (all arguments, resolved) and backbone/, which plain timm loads:
+`simsiam preflight DATA` looks at the data first and recommends a command.
+
+The same command continues a run that was stopped or killed. SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) finish the step, write
+a checkpoint and exit with 128 + the signal's number: 143, 138, 130. Exit code 1: one line says why it cannot go on.
+
+OUTPUT/ ends with checkpoint.pth (model, optimizer, position), log.jsonl (a line per interval), args.json (all
+arguments, resolved) and backbone/, which plain timm loads:
   timm.create_model('local-dir:OUTPUT/backbone', pretrained=True)
 """
 import argparse
-import copy
 import dataclasses
 import math
 import os
@@ -26,10 +30,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from simsiam_models import SimSiam, create_simsiam, simsiam_loss
-from simsiam_models.data import TwoViews, UnreadableError, demo_images, open_folder
+from simsiam_models import SimSiam, simsiam_loss
+from simsiam_models.data import DataError, TwoViews, open_data
 from simsiam_models.training import checkpoint
-from simsiam_models.training.autoperf import Perf, choose_perf
+from simsiam_models.training.autoperf import Perf
 from simsiam_models.training.distributed import (
     World,
     default_workers,
@@ -37,71 +41,39 @@ from simsiam_models.training.distributed import (
     mean_over_processes,
     synchronize_batchnorm,
 )
+from simsiam_models.training.doctor import Diagnosis, Doctor
 from simsiam_models.training.monitor import KnnMonitor, Moment, Reading, is_collapsed
-from simsiam_models.training.options import build_parser, resolve_recipe
-from simsiam_models.training.precision import AMP, choose_amp
+from simsiam_models.training.options import ROLLBACKS, build_parser, resolve_recipe
+from simsiam_models.training.precision import AMP
 from simsiam_models.training.recipes import Recipe
-from simsiam_models.training.runlog import RunLog
-from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr, set_lr
+from simsiam_models.training.runlog import RunLog, check_extras
+from simsiam_models.training.schedule import load_optimizer, make_optimizer, set_lr
+from simsiam_models.training.setup import (
+    FREE,
+    claim,
+    compile_or_not,
+    decide_perf,
+    load_monitor,
+    make_model,
+    make_scaler,
+)
+from simsiam_models.training.stopping import Signals, Stopped
+from simsiam_models.training.wording import clock_time, describe, describe_continuation, verdict
 from simsiam_models.weights import export_backbone
 
-# What may differ between a run and its continuation: nothing here changes what is learned.
-FREE = {
-    'output', 'device', 'workers', 'log_every', 'max_steps', 'compile', 'auto_perf', 'perf', 'processes', 'knn_data',
-    'max_unreadable'}
+ROLL_BACK, COLLAPSED, UNSAVED = 1, 2, 3  # what can be the trouble with a run, in the order of priority
+MENDABLE = {'learning rate too high', 'not finite', 'unknown cause'}  # maybe by half the learning rate
 
 
-def load_data(args: argparse.Namespace) -> tuple[Any, Any, str]:
-    """Training images, labelled validation images or None, and a name for the run's folder."""
-    if args.data is None:
-        return *demo_images(), 'demo'
-    train, val = open_folder(args.data)
-    return train, val, Path(args.data).resolve().name
+class RunError(RuntimeError):
+    """The run cannot go on as it is."""
 
 
-def load_monitor(args: argparse.Namespace, recipe: Recipe, train: Any, val: Any, world: World, workers: int):
-    if args.knn_data is not None:
-        train, val = open_folder(args.knn_data)
-        if train.labels is None:
-            raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
-    if train.labels is None or len(train) < 5:
-        return None
-    return KnnMonitor(
-        train, val, recipe.augmentation.size, recipe.eval_resize, recipe.knn_k, recipe.knn_t, world, workers)
-
-
-def make_model(recipe: Recipe, seed: int) -> SimSiam:
-    torch.manual_seed(seed)
-    try:
-        return create_simsiam(
-            recipe.model, dim=recipe.dim, pred_dim=recipe.pred_dim, proj_layers=recipe.proj_layers, **recipe.model_args)
-    except (RuntimeError, TypeError) as e:  # timm: no such model, no such argument
-        raise ValueError(
-            f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
-
-
-def compile_or_not(model: SimSiam, shape: tuple[int, ...], amp: str, perf: Perf, world: World, log: RunLog) -> None:
-    """Compile in place where that works; a trial on a copy leaves the batch norm statistics alone.
-
-    The trial has the run's own shape and precision, so that the run takes over what was compiled for it.
-    """
-    try:
-        trial = copy.deepcopy(model)
-        trial.compile()
-        x = torch.zeros(shape, device=world.device).contiguous(memory_format=perf.memory_format)
-        with torch.autocast(world.device.type, AMP[amp], enabled=amp != 'off'):
-            outputs = trial(x, x)
-        simsiam_loss(*(y.float() for y in outputs)).backward()
-    except Exception as e:  # compilers fail in many ways, none of which should end the run
-        log.say(f'--compile does not work here ({type(e).__name__}); going on without it')
-        return
-    model.compile()
-
-
-def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
+def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[str, Any]:
     """One run, or the rest of one; returns the last figures."""
     name, recipe = resolve_recipe(args)
-    train, val, data_name = load_data(args)
+    check_extras(args.tensorboard, args.wandb)
+    train, val = open_data(args.data, args.images_per_epoch)
     workers = default_workers(world.device) if args.workers is None else args.workers
     views = TwoViews(
         train, recipe.augmentation, recipe.batch_size, args.seed, world.rank, world.size, world.device, workers,
@@ -109,91 +81,54 @@ def pretrain(args: argparse.Namespace, world: World) -> dict[str, Any]:
     monitor = load_monitor(args, recipe, train, val, world, workers)
     model = make_model(recipe, args.seed)
 
-    folder = Path(args.output or f'runs/{name}-{data_name}')
+    folder = Path(args.output or f'runs/{name}-{data_name(args.data)}')
     log = RunLog(folder, world.main)
     shape = (recipe.batch_size // world.size, 3, recipe.augmentation.size, recipe.augmentation.size)
-    record, continued = claim(args, name, recipe, model, shape, folder, world, log)
-    amp, perf = decide_perf(args, recipe, model, shape, record, continued, folder, world, log)
+    record, state = claim(args, name, recipe, model, shape, train, folder, world, log)
+    amp, perf = decide_perf(
+        args, model, shape, record, state is not None, folder,
+        lambda *how: trial_run(args, recipe, world.device, *how).trial_step, world, log)
     model.to(world.device, memory_format=perf.memory_format)
     synchronize_batchnorm(model, world)
-    optimizer = make_optimizer(model, recipe)
-    scaler = make_scaler(amp, world)
-    state = checkpoint.load(folder, log.say) or {}
-    if state:
-        model.load_state_dict(state['model'])
-        load_optimizer(optimizer, state['optimizer'])
-        scaler.load_state_dict(state['scaler'])
     if perf.compile:
-        compile_or_not(model, shape, amp, perf, world, log)
+        compile_or_not(model, shape, amp, perf, world.device, log.say)
     net = model
     if world.size > 1:  # buffers need no broadcast: synchronised batch norm keeps them equal
         net = nn.parallel.DistributedDataParallel(
             model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False)
 
-    run = Run(args, recipe, world, model, net, optimizer, scaler, amp, perf, views, monitor, folder, log)
-    log.say(run.describe(name))
-    knn = state.get('knn') or run.measure_before()
-    figures = run.train(state.get('epoch', 0), state.get('step', 0), knn)
-    log.close()
+    run = Run(
+        args, recipe, world, model, net, make_optimizer(model, recipe), make_scaler(amp, world), amp, perf, views,
+        monitor, folder, log, signals, Doctor(model, recipe.lr, recipe.batch_size),
+        {**{k: v for k, v in record.items() if k not in FREE}, 'amp': amp})
+    log.say(describe(run, name))
+    if state is not None:
+        run.restore(state)
+        log.resume(state['log_bytes'])
+        log.say(describe_continuation(run, state['processes']))
+    log.attach(args.tensorboard, args.wandb, record, run.done)
+    if state is None:
+        run.measure_before()
+        saved = run.save()
+        if not world.share(lambda: saved):
+            raise RunError(f'no checkpoint can be written to {folder}')
+    try:
+        run.train()
+    finally:
+        log.close()
     if world.main and run.finished:
         export_backbone(
             model.backbone, folder / checkpoint.BACKBONE, recipe.model, recipe.model_args, recipe.augmentation.size,
             recipe.eval_resize)
-        log.say(run.verdict(figures))
-    return figures
+        log.say(verdict(run))
+    return run.figures
 
 
-def claim(
-    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, shape: tuple[int, ...], folder: Path,
-    world: World, log: RunLog,
-) -> tuple[dict[str, Any], bool]:
-    """Make the folder this run's; returns its recorded arguments, and whether it was this run's before.
-
-    A continued run keeps the recorded precision.
-    """
-    known = args.amp == 'auto' and (folder / checkpoint.ARGS).exists()  # then what is recorded holds
-    amp, claimed = 'off' if known else choose_amp(args.amp, world.device, model, shape), [None, False]
-    if world.main:
-        numbers = dataclasses.asdict(recipe)
-        del numbers['about']
-        record = {
-            'recipe': name, 'data': args.data and str(Path(args.data).resolve()), 'seed': args.seed, 'amp': amp,
-            **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args))}, 'processes': world.size,
-            'perf': None}
-        old = checkpoint.claim_folder(folder, record, FREE | ({'amp'} if args.amp == 'auto' else set()))
-        claimed = [old or record, old is not None]
-        if old is not None:
-            log.say(f'{folder} holds this run: continuing it')
-    if world.size > 1:
-        dist.broadcast_object_list(claimed)
-    return claimed[0], claimed[1]
-
-
-def decide_perf(
-    args: argparse.Namespace, recipe: Recipe, model: SimSiam, shape: tuple[int, ...], record: dict[str, Any],
-    continued: bool, folder: Path, world: World, log: RunLog,
-) -> tuple[str, Perf]:
-    """Precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
-    amp = record['amp']
-    if record.get('perf'):
-        perf = Perf(**record['perf'])
-        return amp, dataclasses.replace(perf, compile=perf.compile or args.compile and not args.auto_perf)
-    if not args.auto_perf:
-        return amp, Perf(compile=args.compile)
-    chosen = [None]
-    if world.main:
-        amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
-        chosen = [choose_perf(
-            model, shape, world.device, amps, lambda *how: trial_run(args, recipe, world.device, *how).trial_step,
-            log.say)]
-        checkpoint.amend_record(folder, {'amp': chosen[0][0], 'perf': dataclasses.asdict(chosen[0][1])})
-    if world.size > 1:
-        dist.broadcast_object_list(chosen)
-    return chosen[0]
-
-
-def make_scaler(amp: str, world: World) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(world.device.type, enabled=amp == 'float16')
+def data_name(data: str | None) -> str:
+    """For the name of the run's folder."""
+    if data is None:
+        return 'demo'
+    return Path(data).resolve().name if Path(data).exists() else ''.join(c if c.isalnum() else '-' for c in data)
 
 
 def trial_run(
@@ -206,7 +141,7 @@ def trial_run(
 
 @dataclasses.dataclass
 class Run:
-    """What the loop works on."""
+    """What the loop works on, and where it is."""
 
     args: argparse.Namespace
     recipe: Recipe
@@ -221,88 +156,116 @@ class Run:
     monitor: KnnMonitor | None = None
     folder: Path | None = None
     log: RunLog | None = None
-    finished: bool = True
+    signals: Signals | None = None
+    doctor: Doctor | None = None
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)  # what a checkpoint belongs to
 
-    def describe(self, name: str) -> str:
-        r, images = self.recipe, self.views.images
-        parameters = sum(p.numel() for p in self.model.parameters())
-        kind = f'{len(images.classes)} classes' if images.labels is not None else 'no labels'
-        lines = [
-            f'{images.name}: {len(images)} images, {kind}; {len(self.views)} steps per epoch',
-            f'recipe {name}: {r.model}, {parameters:,} parameters, {r.epochs} epochs, batch {r.batch_size} '
-            f'({r.batch_size // self.world.size} x {self.world.size} processes), lr {r.lr:g} per 256 samples = '
-            f'{scaled_lr(r):g}, {self.world.device.type}, amp {self.amp}, {self.perf} -> {self.folder}']
-        if self.monitor is None:
-            lines.append('no class folders, so no kNN monitor; --knn-data DIR names a labelled folder')
-        if r.batch_size >= 1024 and not r.warmup_epochs:
-            lines.append('the paper warms up for 10 epochs at batches of 1024 and more: --warmup-epochs 10')
-        if r.batch_size < 64:
-            lines.append(f'batch norm sees {r.batch_size} samples; the paper tried no batch below 64')
-        return '\n'.join(lines)
+    epoch: int = 0
+    step: int = 0  # steps of this epoch that are done
+    lr_scale: float = 1.0  # halved by each rollback
+    rollbacks: int = 0
+    figures: dict[str, Any] = dataclasses.field(default_factory=lambda: {'knn': {}})
+    diagnosis: Diagnosis | None = None
+    trouble: int = 0
+    saved_at: float = 0.0  # when the newest checkpoint was written, time.monotonic()
+    tried_at: float = 0.0
+    saved: tuple[int, int] | None = None  # epoch and step that it holds
+    saved_healthy: bool = True
+    known_unreadable: dict[int, str] = dataclasses.field(default_factory=dict)  # over all processes
 
-    def measure_before(self) -> dict[str, float]:
+    @property
+    def done(self) -> int:
+        """Optimizer steps so far."""
+        return self.epoch * len(self.views) + self.step
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch == self.recipe.epochs
+
+    def measure_before(self) -> None:
         """kNN accuracy of the untrained backbone, and of the pixels where images are small."""
         if self.monitor is None:
-            return {}
+            return
         before = {'random': self.monitor.measure(self.model.backbone)}
         if self.recipe.augmentation.size <= 64:
             before['pixels'] = self.monitor.measure_pixels()
         text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
         self.log.figures('', {'epoch': 0, 'knn': before}, f'before training, {self.monitor.describe()}: {text}')
-        return before
+        self.figures['knn'] = before
 
-    def train(self, epoch: int, step: int, knn: dict[str, float]) -> dict[str, Any]:
-        """From step `step` of `epoch` to the end; a checkpoint is written after each epoch and at --max-steps."""
-        r, steps, figures = self.recipe, len(self.views), {'knn': knn}
-        self.log.start(r.epochs * steps, epoch * steps + step)
-        while epoch < r.epochs:
-            lr = set_lr(self.optimizer, epoch, r)
-            step = self.train_epoch(epoch, step, lr, figures)
-            if step == steps:
-                epoch, step = epoch + 1, 0
-                if self.monitor and (epoch == r.epochs or r.knn_every and epoch % r.knn_every == 0):
-                    knn['trained'] = self.monitor.measure(self.model.backbone)
-                    self.log.figures(
-                        '', {'epoch': epoch, 'knn': knn['trained']},
-                        f'epoch {epoch}: {self.monitor.describe()} {knn["trained"]:.1f} %')
-            if self.world.main:
-                checkpoint.save(self.folder, {
-                    'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                    'scaler': self.scaler.state_dict(), 'epoch': epoch, 'step': step, 'knn': knn})
-            if step:
-                self.finished = False
-                self.log.say(f'stopped after {self.args.max_steps} steps; the same command without --max-steps goes on')
-                break
-        return figures
+    def train(self) -> None:
+        """To the end, or to --max-steps.
 
-    def train_epoch(self, epoch: int, start: int, lr: float, figures: dict[str, Any]) -> int:
-        """Steps `start` .. of one epoch; returns how many of its steps are done."""
+        Raises:
+            Stopped: a signal came; a checkpoint of this very step is written.
+            RunError: the run is in trouble; the last good checkpoint is kept.
+        """
+        steps, last = len(self.views), self.args.max_steps
+        self.log.start(self.recipe.epochs * steps, self.done)
+        while not self.finished and (last is None or self.done < last):
+            self.signals.deferred = True
+            if self.step < steps:
+                self.train_epoch()
+            signal, _, trouble = self.world.agree(self.wishes())
+            if trouble == ROLL_BACK:
+                self.roll_back()
+                continue
+            if trouble:
+                raise RunError(self.reason(trouble))
+            if self.step == steps and not signal:
+                self.end_epoch()
+            saved = self.save()
+            if self.trouble == ROLL_BACK:  # no numbers any more, which every process sees
+                self.roll_back()
+                continue
+            if signal:
+                if not self.world.share(lambda saved=saved: saved):
+                    raise RunError('stopped by a signal without a new checkpoint; the one before is kept')
+                raise Stopped(signal)
+        self.signals.deferred = False
+        if not self.finished:
+            self.log.say(f'stopped after {self.done} steps; the same command without --max-steps goes on')
+        elif not self.world.share(lambda: self.saved in (None, (self.epoch, self.step))):
+            raise RunError(
+                'all epochs are done, but the last checkpoint could not be written; make room, and the same command '
+                'goes on from the one before')
+
+    def train_epoch(self) -> None:
+        """The rest of this epoch, or up to --max-steps, a signal or trouble."""
         self.model.train()
+        lr = set_lr(self.optimizer, self.epoch, self.recipe, self.lr_scale)
         steps, last = len(self.views), self.args.max_steps
         losses, waited, pending = [], 0.0, None
         began, clock = Moment(self.world.device), time.perf_counter()
-        for step, (x1, x2) in enumerate(self.views.epoch(epoch, start), start + 1):
+        for x1, x2 in self.views.epoch(self.epoch, self.step):
             waited += time.perf_counter() - clock
-            done = epoch * steps + step
-            loss, z = self.train_step(x1, x2, done)
+            loss, p1, z1 = self.train_step(x1, x2, self.done + 1)
+            self.step += 1
             losses.append(loss)
             self.log.step()
             if pending:  # this step is launched, so reading the one before does not hold it up
-                self.report(figures, *pending)
+                self.report(*pending)
                 pending = None
-            if step % self.args.log_every == 0 or step == steps or done == last:
+            signal, due, trouble = self.world.agree(self.wishes())
+            ending = self.step == steps or self.done == last
+            if self.step % self.args.log_every == 0 or ending:
                 mean = mean_over_processes(torch.stack(losses).mean(), self.world)
-                reading = Reading(mean, z)
-                pending = reading, began, len(losses), waited, dict(epoch=epoch, step=step, lr=lr)
+                reading = Reading(mean, x1, p1, z1, self.model)
+                where = dict(epoch=self.epoch, step=self.step, lr=lr)
+                pending = reading, began, len(losses), waited, where, self.done
                 losses, waited, began = [], 0.0, reading.moment
-            if done == last or step == steps:
-                self.report(figures, *pending)  # before a checkpoint is written
-                return step
+            if ending or signal or trouble or due:  # before a checkpoint is written
+                if pending:
+                    self.report(*pending)
+                    pending = None
+                if ending or signal or trouble:
+                    return
+                self.save()
             clock = time.perf_counter()
-        return steps
 
-    def train_step(self, x1: torch.Tensor, x2: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimizer step; loss and z stay on the device, so the host does not wait."""
+    def train_step(
+        self, x1: torch.Tensor, x2: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """One optimizer step; loss, p1 and z1 stay on the device, so the host does not wait."""
         x1, x2 = (x.contiguous(memory_format=self.perf.memory_format) for x in (x1, x2))
         # Dropout and stochastic depth, where a backbone has them, are counted too.
         torch.manual_seed((self.args.seed * 1_000_003 + count) * self.world.size + self.world.rank)
@@ -313,68 +276,189 @@ class Run:
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach(), z1
+        return loss.detach(), p1.detach(), z1
 
     def trial_step(self, x1: torch.Tensor, x2: torch.Tensor) -> None:
         self.train_step(x1, x2, 0)
 
     def report(
-        self, f: dict[str, Any], reading: Reading, began: Moment, n: int, waited: float, where: dict[str, Any],
-    ) -> None:
-        """The figures of the n steps up to `reading` into f and the log."""
+        self, reading: Reading, began: Moment, n: int, waited: float, where: dict[str, Any], done: int) -> None:
+        """The figures of the n steps up to `reading` into self.figures and the log."""
+        f, steps = self.figures, len(self.views)
         measured = reading.read()
-        seconds, steps = reading.moment.since(began), len(self.views)
+        seconds = reading.moment.since(began)
         f.update(
             where, **measured, images_per_second=n * self.recipe.batch_size / seconds,
             waiting=min(1.0, waited / seconds))
-        if not math.isfinite(f['loss']):
+        if not math.isfinite(f['loss']) and self.args.on_collapse != 'rollback':
             raise FloatingPointError(
                 f'the loss is {f["loss"]} at epoch {f["epoch"]}, step {f["step"]}: lower --lr ({self.recipe.lr:g}), or '
                 f'use --amp off (now {self.amp}); the last checkpoint is kept')
-        f['collapsed'] = is_collapsed(f['std'], f['rank'])
+        f['collapsed'] = is_collapsed(f['std'], f['rank'], f['samples'])
+        before, self.diagnosis = self.diagnosis, self.doctor.examine(f)
+        f['diagnosis'] = self.diagnosis and self.diagnosis.name
+        left = (self.recipe.epochs * steps - done) * seconds / n
         text = (f'loss {f["loss"]:.4f}  std {f["std"]:.2f}  rank {f["rank"]:.0f}  lr {f["lr"]:.3g}  '
-                f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %')
+                f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %  left {clock_time(left)}')
         if f['collapsed']:
             text += '  COLLAPSED'
         figures = {k: v for k, v in f.items() if k != 'knn'}
-        self.log.figures(f'epoch {f["epoch"] + 1}/{self.recipe.epochs} step {f["step"]}/{steps}  ', figures, text)
+        self.log.figures(f'epoch {f["epoch"] + 1}/{self.recipe.epochs} step {f["step"]}/{steps}  ', figures, text, done)
+        if self.diagnosis and (before is None or before.name != self.diagnosis.name):
+            self.log.say(str(self.diagnosis))
+        if self.world.main and self.doctor.confirmed and self.args.on_collapse != 'warn':
+            able = self.diagnosis.name in MENDABLE and self.rollbacks < ROLLBACKS
+            self.trouble = ROLL_BACK if able and self.args.on_collapse == 'rollback' else COLLAPSED
 
-    def verdict(self, f: dict[str, Any]) -> str:
-        """The run in plain words."""
-        lines, knn = [], f['knn']
-        if f.get('collapsed'):
-            lines.append(
-                f'The outputs have collapsed (std x sqrt(d) {f["std"]:.2f}, effective rank {f["rank"]:.1f}): the '
-                'backbone is of no use. Try a lower --lr and a batch of at least 64.')
-        if self.views.unreadable:
-            lines.append(f'{len(self.views.unreadable)} images could not be read and were replaced:')
-            lines += [f'  {text}' for text in list(self.views.unreadable.values())[:5]]
-        if 'trained' in knn:
-            raw = f', raw pixels {knn["pixels"]:.1f} %' if 'pixels' in knn else ''
-            gain = knn['trained'] - max(knn['random'], knn.get('pixels', 0.0))
-            lines.append(
-                f'{self.monitor.describe()}: trained backbone {knn["trained"]:.1f} %, random backbone '
-                f'{knn["random"]:.1f} %{raw}: {gain:+.1f} points over the better of them, learned without labels.')
-        lines.append(
-            'The backbone is ready for timm: '
-            f"timm.create_model('local-dir:{self.folder / checkpoint.BACKBONE}', pretrained=True)")
-        return '\n'.join(lines)
+    def reason(self, trouble: int) -> str:
+        if trouble == UNSAVED:
+            return (
+                f'no checkpoint could be written for {3 * self.args.checkpoint_minutes:g} minutes; make room in '
+                f'{self.folder}, and the same command goes on from the newest one')
+        advice = ' Half the learning rate did not help.' if self.rollbacks else ''
+        return f'{self.diagnosis or "the outputs have collapsed"}{advice} The last healthy checkpoint is kept'
+
+    def wishes(self) -> list[int]:
+        """A signal's number, whether a checkpoint is due, and the trouble: what each process has to say."""
+        due, trouble = 0, self.trouble
+        if self.world.main:
+            now, patience = time.monotonic(), 60 * self.args.checkpoint_minutes
+            due = int(now - self.tried_at > patience or bool(
+                self.args.checkpoint_steps and self.done % self.args.checkpoint_steps == 0))
+            if self.tried_at > self.saved_at and now - self.saved_at > 3 * patience:
+                trouble = trouble or UNSAVED
+        return [self.signals.number, due, trouble]
+
+    def end_epoch(self) -> None:
+        """All steps of an epoch are done: count unreadable images, measure kNN where it is due."""
+        r, epoch = self.recipe, self.epoch + 1
+        self.gather_unreadable()
+        if self.known_unreadable:
+            n = len(self.known_unreadable)
+            self.log.figures(
+                '', {'epoch': epoch, 'unreadable': n, 'images': len(self.views.images)},
+                f'epoch {epoch}: {n} of {len(self.views.images)} images are unreadable so far and were replaced; '
+                f'{self.folder / checkpoint.UNREADABLE} names them', self.done)
+        if self.monitor and (epoch == r.epochs or r.knn_every and epoch % r.knn_every == 0):
+            if self.save():  # measuring may take longer than a scheduler waits
+                self.signals.deferred = False
+            knn = self.figures['knn']
+            knn['trained'] = self.monitor.measure(self.model.backbone)
+            self.signals.deferred = True
+            self.log.figures(
+                '', {'epoch': epoch, 'knn': knn['trained']},
+                f'epoch {epoch}: {self.monitor.describe()} {knn["trained"]:.1f} %', self.done)
+        self.epoch, self.step = epoch, 0
+
+    def gather_unreadable(self) -> None:
+        """What any process could not read; rank 0 writes it down.
+
+        Raises:
+            UnreadableError: together they found more than is allowed.
+        """
+        found = dict(self.known_unreadable)
+        for part in self.world.gather(self.views.unreadable):
+            found.update(part)
+        if len(found) == len(self.known_unreadable):
+            return
+        self.known_unreadable = found
+        if self.world.main:
+            text = ''.join(f'{found[i]}\n' for i in sorted(found))
+            try:
+                checkpoint.write_atomically(self.folder / checkpoint.UNREADABLE, lambda f: f.write(text.encode()))
+            except OSError as e:
+                self.log.say(f'{self.folder / checkpoint.UNREADABLE} cannot be written ({e.strerror})')
+        self.views.judge(found, self.epoch)
+
+    def save(self) -> bool:
+        """Write a checkpoint, on rank 0; False where that is not possible: the one before is kept."""
+        self.gather_unreadable()
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+            if self.args.on_collapse != 'rollback':
+                raise FloatingPointError(
+                    f'weights are no numbers any more at epoch {self.epoch}, step {self.step}: lower --lr '
+                    f'({self.recipe.lr:g}), or use --amp off (now {self.amp}); the last checkpoint is kept')
+            self.trouble = ROLL_BACK if self.rollbacks < ROLLBACKS else COLLAPSED
+            return False
+        if not self.world.main:
+            return True
+        self.tried_at = time.monotonic()
+        healthy = self.diagnosis is None
+        every = self.args.keep_every
+        keep = self.epoch if every and self.step == 0 and self.epoch and self.epoch % every == 0 else 0
+        try:
+            checkpoint.save(self.folder, {
+                'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                'scaler': self.scaler.state_dict(), 'epoch': self.epoch, 'step': self.step, 'knn': self.figures['knn'],
+                'lr_scale': self.lr_scale, 'rollbacks': self.rollbacks, 'doctor': self.doctor.state_dict(),
+                'unreadable': self.known_unreadable, 'log_bytes': self.log.size(), 'run': self.identity,
+                'processes': self.world.size, 'healthy': healthy,
+            }, self.args.keep_last, keep, rotate=self.saved_healthy)
+        except OSError as e:
+            self.log.say(
+                f'no checkpoint written to {self.folder} ({e.strerror or e}); the one before is kept, the next try is '
+                f'in {self.args.checkpoint_minutes:g} minutes or after this epoch')
+            return False
+        # An unhealthy one is replaced by the next, so that a healthy one is never pushed out.
+        self.saved_at, self.saved_healthy, self.saved = self.tried_at, healthy, (self.epoch, self.step)
+        return True
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state['model'])
+        load_optimizer(self.optimizer, state['optimizer'])
+        self.scaler.load_state_dict(state['scaler'])
+        self.epoch, self.step, self.figures['knn'] = state['epoch'], state['step'], state['knn']
+        self.lr_scale, self.rollbacks = state['lr_scale'], state['rollbacks']
+        self.doctor.load_state_dict(state['doctor'])
+        self.doctor.lr = self.recipe.lr * self.lr_scale
+        self.known_unreadable, self.saved_healthy = state['unreadable'], state['healthy']
+        self.saved_at = self.tried_at = time.monotonic()
+
+    def roll_back(self) -> None:
+        """To the newest healthy checkpoint, at half the learning rate."""
+        scale, rollbacks, diagnosis = self.lr_scale / 2, self.rollbacks + 1, self.diagnosis
+        state = self.world.share(lambda: checkpoint.load(self.folder, self.log.say, healthy=True))
+        if state is None:
+            raise RunError(f'{self.folder} holds no healthy checkpoint to go back to')
+        self.restore(state)
+        self.lr_scale, self.rollbacks, self.trouble, self.diagnosis = scale, rollbacks, 0, None
+        self.log.say(
+            f'rollback {rollbacks} of {ROLLBACKS} ({diagnosis.name if diagnosis else "not finite"}): from epoch '
+            f'{self.epoch}, step {self.step} on, at {scale:g} of the learning rate')
+        self.log.move(self.done)
+        self.save()
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = build_parser(__doc__).parse_args(argv)
-    with join_world(args.device) as world:
-        return pretrain(args, world)
+    with Signals() as signals, join_world(args.device) as world:
+        return pretrain(args, world, signals)
+
+
+def another_is_gone(e: RuntimeError) -> bool:
+    """Whether this process stopped because it lost one of the others."""
+    return int(os.environ.get('WORLD_SIZE', 1)) > 1 and (
+        isinstance(e, dist.DistError) or any(word in str(e) for word in ('gloo', 'NCCL', 'Connection')))
 
 
 if __name__ == '__main__':
     try:
         main()
-    except (ValueError, OSError, FloatingPointError, UnreadableError) as e:
-        # All processes meet the same error, save for unreadable files.
-        if os.environ.get('RANK', '0') == '0' or isinstance(e, UnreadableError):
+    except torch.OutOfMemoryError as e:
+        print(f'train.py: out of memory: lower --batch-size, or use more processes or --amp ({e})', file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError, FloatingPointError, RunError, DataError) as e:
+        # All processes meet the same error, save for what they read.
+        if os.environ.get('RANK', '0') == '0' or isinstance(e, DataError):
             print(f'train.py: {e}', file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print('train.py: stopped; the same command goes on from the last checkpoint', file=sys.stderr)
-        sys.exit(130)
+    except Stopped as e:
+        if os.environ.get('RANK', '0') == '0':
+            print(f'train.py: {e}; the same command goes on from the last checkpoint', file=sys.stderr)
+        sys.exit(e.code)
+    except RuntimeError as e:
+        if not another_is_gone(e):
+            raise
+        why = str(e).splitlines()[0]
+        print(f'train.py: another process of this run is gone; this one ends too ({why})', file=sys.stderr)
+        sys.exit(1)

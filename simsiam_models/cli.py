@@ -49,6 +49,16 @@ def publish(args: argparse.Namespace) -> int:
     return 0
 
 
+def preflight(args: argparse.Namespace) -> int:
+    from .training.preflight import preflight
+
+    sample = sys.maxsize if args.all else args.sample
+    preflight(
+        args.data, args.recipe, args.batch_size, args.device, args.seconds, args.workers, sample, args.json,
+        args.images_per_epoch)
+    return 0
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('simsiam', description='SimSiam weights and benchmarks.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -80,6 +90,24 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument('--tag', required=True, help='the repository is NAMESPACE/simsiam_resnet50.TAG')
     command.add_argument('--license', help='licence of your own weights; published tags have theirs')
     command.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
+
+    command = add(
+        commands, 'preflight', preflight,
+        'what is in a data set, how fast it trains here, and the command of train.py that follows from it')
+    command.add_argument('data', metavar='DATA', help="as for train.py; 'demo' is the built-in demonstration data")
+    command.add_argument('--recipe', metavar='NAME', help="one of train.py's (default: what fits data and device)")
+    command.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less where it must be")
+    command.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
+    command.add_argument(
+        '--seconds', type=float, default=120.0, metavar='S', help='in all; at most half are for reading (default: 120)')
+    command.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: train.py's)")
+    which = command.add_mutually_exclusive_group()
+    which.add_argument(
+        '--sample', type=int, metavar='N', help='images to read (default: as many as half of the seconds allow)')
+    which.add_argument('--all', action='store_true', help='read every image, however long it takes')
+    command.add_argument(
+        '--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
+    command.add_argument('--json', type=Path, metavar='FILE', help='write the same there, as a record')
     return parser
 
 

@@ -11,6 +11,7 @@ from test_distributed import _spawn
 from torch import nn
 
 import train
+from simsiam_models.training import setup
 from simsiam_models.training.autoperf import Perf, choose_perf
 from simsiam_models.training.distributed import World
 from simsiam_models.training.options import build_parser, resolve_recipe
@@ -97,7 +98,7 @@ def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_pat
     def chosen(model, shape, device, amps, make_step, say):
         asked.append((shape, amps))
         return 'bfloat16', EAGER_PLAIN
-    monkeypatch.setattr(train, 'choose_perf', chosen)
+    monkeypatch.setattr(setup, 'choose_perf', chosen)
     args = [
         str(few_digits), *TINY, '--amp', 'auto', '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output',
         str(tmp_path)]
@@ -112,13 +113,12 @@ def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_pat
 
 def _decide(rank: int, folder: Path) -> list[str]:
     args = build_parser('').parse_args(['--auto-perf', '--device', 'cpu'])
-    _, recipe = resolve_recipe(args)
     world, record = World(rank, 2, CPU), {'amp': 'off', 'perf': None}
     if world.main:
         (folder / 'args.json').write_text('{}')
-        train.choose_perf = lambda *given: ('bfloat16', EAGER_PLAIN)  # the other process keeps the real one, unused
-    amp, perf = train.decide_perf(
-        args, recipe, nn.Linear(1, 1), (2, 3, 8, 8), record, False, folder, world, RunLog(folder, False))
+        setup.choose_perf = lambda *given: ('bfloat16', EAGER_PLAIN)  # the other process keeps the real one, unused
+    amp, perf = setup.decide_perf(
+        args, nn.Linear(1, 1), (2, 3, 8, 8), record, False, folder, print, world, RunLog(folder, False))
     return [amp, str(perf)]
 
 
@@ -128,7 +128,7 @@ def test_the_first_process_decides_for_all(tmp_path):
 
 def test_a_named_precision_is_not_changed(few_digits, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, 'choose_perf', lambda *a: asked.append(a[3]) or (a[3][0], Perf()))
+    monkeypatch.setattr(setup, 'choose_perf', lambda *a: asked.append(a[3]) or (a[3][0], Perf()))
     train.main([
         str(few_digits), *TINY, '--amp', 'off', '--auto-perf', '--epochs', '1', '--batch-size', '16', '--workers', '0',
         '--max-steps', '1', '--output', str(tmp_path)])

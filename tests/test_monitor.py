@@ -5,11 +5,23 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from simsiam_models import create_simsiam, simsiam_loss
+from simsiam_models import SimSiam, create_simsiam, simsiam_loss
 from simsiam_models.data import demo_images
-from simsiam_models.training.monitor import Moment, Reading, effective_rank, is_collapsed, knn_accuracy, output_std
+from simsiam_models.training.monitor import (
+    Moment,
+    Reading,
+    constant_channels,
+    effective_rank,
+    is_collapsed,
+    knn_accuracy,
+    output_std,
+    pixel_spread,
+)
 
 
 def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
@@ -29,19 +41,84 @@ def test_not_a_number_counts_as_collapsed():
     assert is_collapsed(float('nan'), 5.0) and is_collapsed(1.0, float('nan'))
 
 
-def test_a_reading_holds_the_values_of_the_step_it_was_started_at():
-    z = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+def test_the_rank_of_a_few_samples_is_no_collapse_but_their_std_is():
+    assert is_collapsed(1.0, 1.0, 64) and not is_collapsed(1.0, 1.0, 2)
+    assert is_collapsed(0.1, 1.0, 2)
+
+
+@pytest.fixture
+def small_model() -> SimSiam:
+    return create_simsiam('resnet10t', dim=8, pred_dim=4, proj_layers=2)
+
+
+def test_a_reading_holds_the_values_of_the_step_it_was_started_at(small_model: SimSiam):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 8, 8, generator=g)
+    z, p = (torch.randn(16, 8, generator=g).to(torch.bfloat16) for _ in range(2))
     loss = torch.tensor(-0.25)
-    expected = {'loss': -0.25, 'std': output_std(z), 'rank': effective_rank(z)}
-    reading = Reading(loss, z)
-    z.zero_()
-    loss.zero_()
+    cosine = F.cosine_similarity(p.double(), z.double()).mean()
+    with torch.no_grad():
+        small_model.projector[1].running_var[:3] = 1e-6
+    channels = sum(m.num_features for m in small_model.modules() if isinstance(m, _BatchNorm))
+    expected = {
+        'loss': -0.25, 'std': output_std(z), 'rank': effective_rank(z), 'p_std': output_std(p),
+        'p_rank': effective_rank(p), 'cosine': pytest.approx(float(cosine), abs=1e-6),
+        'pixels': float(pixel_spread(x)), 'constant_channels': pytest.approx(3 / channels), 'samples': 16,
+        'z_has_gradient': 0}
+    reading = Reading(loss, x, p, z, small_model)
+    for t in (x, z, p, loss, small_model.projector[1].running_var):
+        t.zero_()
     assert reading.read() == expected
 
 
-def test_a_reading_of_outputs_that_are_no_numbers_is_no_number():
-    figures = Reading(torch.tensor(float('nan')), torch.full((4, 3), float('nan'))).read()
-    assert all(np.isnan(v) for v in figures.values())
+def test_a_reading_says_whether_z_carries_a_gradient(small_model: SimSiam):
+    x = torch.randn(4, 3, 32, 32)
+    z = small_model.encode(x)
+    p = small_model.predictor(z)
+    loss = torch.tensor(0.0)
+    assert Reading(loss, x, p, z, small_model).read()['z_has_gradient'] == 1
+    assert Reading(loss, x, p, z.detach(), small_model).read()['z_has_gradient'] == 0
+
+
+def test_a_reading_of_outputs_that_are_no_numbers_is_no_number(small_model: SimSiam):
+    z = torch.full((4, 3), float('nan'))
+    figures = Reading(torch.tensor(float('nan')), torch.zeros(4, 3, 8, 8), z, z, small_model).read()
+    assert all(np.isnan(figures[k]) for k in ('loss', 'std', 'rank', 'p_std', 'p_rank', 'cosine'))
+
+
+class Questions(TorchDispatchMode):
+    """Collects the operations that would make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'equal', '_linalg_eigh'):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_starting_a_reading_asks_the_device_for_no_value(small_model: SimSiam):
+    z = torch.randn(16, 8)
+    with Questions() as questions:
+        reading = Reading(z.mean(), torch.randn(16, 3, 8, 8), z, z, small_model)
+    assert questions.asked == []
+    with Questions() as questions:
+        reading.read()
+    assert questions.asked  # so they are seen where they are
+
+
+def test_a_model_without_batch_norm_has_no_constant_channels():
+    assert constant_channels(nn.Linear(2, 2)) == 0
+
+
+def test_pictures_of_one_colour_each_do_not_differ_in_pixels():
+    colours = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert float(pixel_spread(colours.expand(8, 3, 16, 16))) == pytest.approx(0, abs=1e-6)
+    for size in (32, 224):
+        noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+        assert float(pixel_spread(noise)) == pytest.approx(1, abs=0.02)
 
 
 def test_moments_are_seconds_apart():

@@ -1,42 +1,119 @@
-"""The run's folder: whose it is, and checkpoints that are either whole or not there."""
+"""The run's folder: whose it is, and checkpoints that are either whole or not there.
+
+checkpoint.pth is the newest, checkpoint_previous.pth the one before it (with --keep-last checkpoint_previous_2.pth, ...
+too), checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10. Only rank 0 touches the folder.
+"""
 import json
 import os
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 ARGS, LAST, PREVIOUS, LOG, BACKBONE = 'args.json', 'checkpoint.pth', 'checkpoint_previous.pth', 'log.jsonl', 'backbone'
+UNREADABLE = 'unreadable.txt'
+KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'run', 'processes', 'healthy'}
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """`write(file)` into a temporary name, sync, rename: the old file stays until the new one is whole."""
+def _sync_folder(folder: Path) -> None:
+    """Names are on the disk, too. Not every file system can."""
+    try:
+        at = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(at)
+    except OSError:
+        pass
+    finally:
+        os.close(at)
+
+
+class _File:
+    """Remembers why a write failed: torch.save tells it in words of its own."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_part(path: Path, write: Callable[[Any], Any]) -> Path:
+    """`write(file)` into a temporary name beside `path`, synced; nothing is left of it where that fails.
+
+    Raises:
+        OSError: no room, no right, no folder.
+    """
     part = path.with_name(path.name + '.part')
-    with open(part, 'wb') as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, 'wb') as f:
+            file = _File(f)
+            try:
+                write(file)
+            except Exception:
+                if file.error is not None:
+                    raise file.error from None
+                raise
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass
+        raise
+    return part
 
 
-def claim_folder(folder: Path, args: dict[str, Any], free: set[str]) -> dict[str, Any] | None:
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """The old file stays until the new one is whole."""
+    os.replace(write_part(path, write), path)
+    _sync_folder(path.parent)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> str:
+    """'key: old there, new here; ...' for the keys outside `free` that differ; '' where none does."""
+    old, new = _flat(old), _flat(new)
+    keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]
+    return '; '.join(f'{k}: {old.get(k)} there, {new.get(k)} here' for k in keys)
+
+
+def _flat(record: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back, the augmentation's numbers beside the others."""
+    record = json.loads(json.dumps(record))
+    return {**record, **(record.pop('augmentation', None) or {})}
+
+
+def claim_folder(
+    folder: Path, args: dict[str, Any], free: set[str], fresh: bool = False) -> dict[str, Any] | None:
     """Make the folder this run's, or find that it was already: then its recorded arguments are returned.
 
-    `free` names the arguments that may differ between a run and its continuation.
+    `free` names the arguments that may differ between a run and its continuation; `fresh` refuses to continue one.
 
     Raises:
         ValueError: the folder holds another run, or files of an unknown one; nothing in it is touched.
     """
     record = folder / ARGS
+    if fresh and record.exists():
+        raise ValueError(f'{folder} holds a run, and --resume never does not continue it; give another --output')
     if record.exists():
         try:
             old = json.loads(record.read_text())
         except ValueError:
             raise ValueError(f'{record} is not readable; give another --output, or remove the folder') from None
-        new = json.loads(json.dumps(args))
-        keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]
-        if keys:
-            said = '; '.join(f'{k}: {old.get(k)} there, {new.get(k)} here' for k in keys)
+        said = differences(old, args, free)
+        if said:
             raise ValueError(f'{folder} holds another run ({said}); give another --output')
         return old
     taken = [n for n in (LAST, PREVIOUS, LOG, BACKBONE) if (folder / n).exists()]
@@ -57,25 +134,87 @@ def amend_record(folder: Path, changes: dict[str, Any]) -> None:
     _write_args(folder, record)
 
 
-def save(folder: Path, state: dict[str, Any]) -> None:
-    """Write the newest checkpoint; the one before is kept beside it."""
-    if (folder / LAST).exists():
-        os.replace(folder / LAST, folder / PREVIOUS)
-    write_atomically(folder / LAST, lambda f: torch.save(state, f))
+def _names(n: int) -> list[str]:
+    """Of the n newest checkpoints, newest first."""
+    return [LAST, PREVIOUS, *(f'checkpoint_previous_{i}.pth' for i in range(2, n))][:n]
 
 
-def load(folder: Path, say: Any = print) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None; a torn one is named and passed over.
+def save(
+    folder: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch: int = 0, rotate: bool = True) -> None:
+    """Write the newest checkpoint; `keep_last` are kept, and this one also under its epoch's name if that is not 0.
+
+    The new one is whole on the disk before the older ones move. Without `rotate` it takes the place of the newest.
 
     Raises:
-        RuntimeError: there are checkpoints and none is readable.
+        OSError: it could not be written; what was there is still there.
     """
-    found = [p for p in (folder / LAST, folder / PREVIOUS) if p.exists()]
+    part = write_part(folder / LAST, lambda f: torch.save(state, f))
+    names = [folder / n for n in _names(keep_last)]
+    for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+        if rotate and newer.exists():
+            os.replace(newer, older)
+    os.replace(part, folder / LAST)
+    if keep_as_epoch:
+        kept = folder / f'checkpoint_epoch{keep_as_epoch:04}.pth'
+        part = kept.with_name(kept.name + '.part')
+        part.unlink(missing_ok=True)
+        try:
+            os.link(folder / LAST, part)  # no second copy
+        except OSError:
+            shutil.copyfile(folder / LAST, part)
+        os.replace(part, kept)
+    _sync_folder(folder)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """One checkpoint, every byte of it checked.
+
+    Raises:
+        ValueError: it is torn, damaged, or none of ours.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:  # torch.load alone may take damaged numbers for good ones
+                raise ValueError('damaged')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:  # a torn file raises whatever its bytes lead to
+        raise ValueError(f'{path} cannot be read ({type(e).__name__})') from None
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise ValueError(f'{path} is no checkpoint of train.py')
+    return state
+
+
+def load(
+    folder: Path, say: Callable[[str], Any] = print, run: dict[str, Any] | None = None, free: set[str] = frozenset(),
+    healthy: bool = False,
+) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, or None; a torn one is named and passed over.
+
+    `run` is what the checkpoint must belong to, apart from the keys in `free`. `healthy`: only one that was written
+    before any sign of a collapse.
+
+    Raises:
+        ValueError: the newest one belongs to another model, recipe or data set; the differing keys are named.
+            Or there are checkpoints and none is readable.
+    """
+    last = sorted(folder.glob('checkpoint_previous_*.pth'), key=lambda p: (len(p.name), p.name))
+    found = [p for p in (folder / LAST, folder / PREVIOUS, *last) if p.exists()]
+    found += sorted(folder.glob('checkpoint_epoch*.pth'), reverse=True)
+    torn = 0
     for path in found:
         try:
-            return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e:  # a torn file raises whatever its bytes lead to
-            say(f'{path} cannot be read ({type(e).__name__}); looking for the one before')
-    if found:
-        raise RuntimeError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
+            state = read(path)
+        except ValueError as e:
+            say(f'{e}; looking for the one before')
+            torn += 1
+            continue
+        said = differences(state['run'], run, free) if run is not None else ''
+        if said:
+            raise ValueError(f'{path} belongs to another run ({said}); give another --output')
+        if torn:
+            say(f'continuing from {path}')
+        if state['healthy'] or not healthy:
+            return state
+    if torn and torn == len(found):
+        raise ValueError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
     return None

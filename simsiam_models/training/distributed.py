@@ -1,8 +1,9 @@
 """One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and on the CPU."""
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,42 @@ class World:
     rank: int
     size: int
     device: torch.device
+    control: Any = None  # a gloo group, in which processes decide together without waiting for a GPU
 
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def agree(self, wishes: Sequence[int]) -> list[int]:
+        """The largest of each wish over the processes."""
+        if self.size == 1:
+            return list(wishes)
+        table = torch.tensor(wishes, dtype=torch.int32)
+        dist.all_reduce(table, dist.ReduceOp.MAX, self.control)
+        return table.tolist()
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 makes, on every process; what it raises, too."""
+        if self.size == 1:
+            return make()
+        box = [None, None]
+        if self.main:
+            try:
+                box[0] = make()
+            except Exception as e:  # or the others would wait for ever
+                box[1] = e
+        dist.broadcast_object_list(box, 0, self.control)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every process's object, in the order of ranks."""
+        if self.size == 1:
+            return [mine]
+        table = [None] * self.size
+        dist.all_gather_object(table, mine, self.control)
+        return table
 
 
 def default_device() -> str:
@@ -50,7 +83,7 @@ def join_world(device: str | None = None) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo')
     try:
-        yield World(dist.get_rank(), size, chosen)
+        yield World(dist.get_rank(), size, chosen, dist.new_group(backend='gloo'))
     finally:
         dist.destroy_process_group()
 

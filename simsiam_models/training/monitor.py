@@ -1,14 +1,21 @@
 """Watching a run: does the output collapse, and are images of one class near each other?"""
+import math
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import EvalImages
 from ..data.counted import permutation
 from .distributed import World, gather_rows
+
+COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
+FEW = 8  # samples
+RANKED = 256  # rows of p whose rank is taken: an eighth of the time of 512
+PICTURES, GRID = 64, 32  # what is looked at of a batch
 
 
 @torch.no_grad()
@@ -37,13 +44,34 @@ def effective_rank(z: Tensor) -> float:
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 
 
-def is_collapsed(std: float, rank: float) -> bool:
-    """Outputs that shrink towards one point (std), or differ along a line only (rank).
+def is_collapsed(std: float, rank: float, samples: float = math.inf) -> bool:
+    """Outputs that shrink towards one point (std), or differ along a line only (rank); NaN counts too.
 
-    Between what was seen, on the handwritten digits with 8 seeds each: healthy runs stay above std 0.93 and rank 15;
-    without stop-gradient each falls below std 0.43 within 100 steps.
+    Of fewer than 8 samples the rank, which is below their number, says nothing. Seen by tests/perf/collapse.py: std
+    0.747 and rank 11.7 or more in 60 healthy runs; without stop-gradient 10 of 12 stay below std 0.6 before step 120.
     """
-    return not (std > 0.6 and rank > 2.0)  # NaN counts as collapsed
+    return not (std > COLLAPSED_STD and (rank > COLLAPSED_RANK or samples < FEW))
+
+
+@torch.no_grad()
+def pixel_spread(x: Tensor) -> Tensor:
+    """How much pictures (B, 3, S, S) differ from each other beyond their mean colour: 0 for blank ones.
+
+    Of PICTURES of them, and about GRID x GRID pixels of each.
+    """
+    step = max(1, x.shape[-1] // GRID)
+    x = x[:PICTURES, :, ::step, ::step].float()
+    return (x - x.mean((2, 3), keepdim=True)).std(0).mean()
+
+
+@torch.no_grad()
+def constant_channels(model: nn.Module) -> Tensor:
+    """Share of batch norm channels whose running variance is below 1e-5 (the usual eps): they pass nothing on."""
+    variances = [
+        m.running_var for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+    if not variances:
+        return torch.zeros((), device=next(model.parameters()).device)
+    return (torch.cat(variances) < 1e-5).float().mean()
 
 
 @torch.no_grad()
@@ -86,16 +114,26 @@ class Moment:
 
 
 class Reading:
-    """Loss, spread and z of a step, on their way to the host.
+    """Figures of a step on their way to the host: how the outputs are spread, and what `doctor` asks for besides.
 
     The copies start behind the step and are read after the next one is launched, so the device has work meanwhile. Only
     CUDA can say when a copy has arrived; elsewhere it is made at once.
+
+    Args:
+        x1: the normalised view (B, 3, S, S).
+        p1, z1: (B, d), as the model returned them.
     """
 
     @torch.no_grad()
-    def __init__(self, loss: Tensor, z: Tensor) -> None:
-        self._host = [self._copy(x) for x in (loss, spread(z), z)]
-        self.moment = Moment(z.device)
+    def __init__(self, loss: Tensor, x1: Tensor, p1: Tensor, z1: Tensor, model: nn.Module) -> None:
+        self._known = {'samples': float(len(z1)), 'z_has_gradient': float(z1.requires_grad)}
+        scalars = {
+            'loss': loss, 'std': spread(z1), 'p_std': spread(p1), 'pixels': pixel_spread(x1),
+            'cosine': F.cosine_similarity(p1.float(), z1.float()).mean(), 'constant_channels': constant_channels(model)}
+        self._names = list(scalars)
+        together = torch.stack([x.to(z1.device, torch.float32) for x in scalars.values()])
+        self._host = [self._copy(x) for x in (together, z1, p1[:RANKED])]
+        self.moment = Moment(z1.device)
 
     @staticmethod
     def _copy(x: Tensor) -> Tensor:
@@ -103,11 +141,15 @@ class Reading:
         return host.copy_(x, non_blocking=x.is_cuda)
 
     def read(self) -> dict[str, float]:
+        """loss, std, rank; the same of p: p_std, p_rank; the other names as above."""
         self.moment.wait()
-        loss, std, z = self._host
-        # The singular values of a NaN do not exist; the loss says it.
-        rank = effective_rank(z) if bool(z.isfinite().all()) else float('nan')
-        return {'loss': float(loss), 'std': float(std), 'rank': rank}
+        scalars, z, p = self._host
+        figures = dict(zip(self._names, scalars.tolist(), strict=True))
+        return {**figures, 'rank': _rank_or_nan(z), 'p_rank': _rank_or_nan(p), **self._known}
+
+
+def _rank_or_nan(z: Tensor) -> float:
+    return effective_rank(z) if bool(z.isfinite().all()) else math.nan  # a NaN has no singular values
 
 
 class KnnMonitor:

@@ -8,6 +8,8 @@ from ..data.augment import Augmentation
 from .precision import AMP
 from .recipes import RECIPES, Recipe
 
+ROLLBACKS = 3  # then the learning rate is an eighth, and was not the cause
+
 
 def json_object(text: str) -> dict[str, Any]:
     value = json.loads(text)
@@ -61,16 +63,34 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group('run').add_argument
     add('data', nargs='?', metavar='DATA',
-        help='folder of images: one subfolder per class (also below DATA/train and DATA/val), or a flat folder; '
-             'default: the built-in demonstration data')
+        help='folder of images (one subfolder per class, also below DATA/train and DATA/val, or flat), list of files '
+             '(.txt, .csv), folder or pattern of .tar shards, Arrow or Parquet folder, CIFAR folder, '
+             'torchvision:NAME[:ROOT], hf:REPO[:SPLIT] or hf-stream:REPO[:SPLIT]; default: the demonstration data')
+    add('--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
     add('--recipe', choices=RECIPES, metavar='NAME',
         help='one of the table below (default: in1k_bs512_ep100 for a folder, demo without DATA)')
     add('--output', metavar='DIR',
         help='folder of the run; the same command continues it (default: runs/RECIPE-DATA)')
+    add('--resume', default='auto', metavar='auto|never|FILE',
+        help="auto: go on from the newest checkpoint in the run's folder; never: refuse a folder that holds a run; "
+             'FILE: begin a new folder from this checkpoint of the same recipe and data (default: auto)')
     add('--seed', type=int, default=0, help='of the weights, the order and the augmentation (default: 0)')
     add('--max-steps', type=int, metavar='N', help='stop after N optimizer steps in all (default: run to the end)')
-    add('--max-unreadable', type=float, default=0.0, metavar='SHARE',
-        help='share of the images that may be unreadable; each is replaced by the next readable one (default: 0)')
+    add('--max-unreadable', type=float, default=0.1, metavar='SHARE',
+        help='share of the images that may be unreadable: each is counted, named in OUTPUT/unreadable.txt and replaced '
+             'by the next readable one; with more the run stops (default: 0.1)')
+    add('--on-collapse', choices=['warn', 'stop', 'rollback'], default='warn',
+        help='when the outputs collapse: say so; or stop; or go back to the last healthy checkpoint, at half the '
+             f'learning rate, at most {ROLLBACKS} times (default: warn)')
+    add = parser.add_argument_group('checkpoints').add_argument
+    add('--checkpoint-minutes', type=float, default=10.0, metavar='M',
+        help='write one inside the epoch when the newest is M minutes old; one is written after each epoch, at '
+             '--max-steps and on SIGTERM, SIGUSR1 and SIGINT as well. While none can be written (disk full, folder '
+             'gone) the run goes on, and stops when the newest is 3 M minutes old (default: 10)')
+    add('--checkpoint-steps', type=int, metavar='N', help='write one every N steps as well (default: off)')
+    add('--keep-last', type=int, default=2, metavar='N', help='keep the N newest (default: 2)')
+    add('--keep-every', type=int, default=0, metavar='K',
+        help='keep the one after every K-th epoch for good, as checkpoint_epochNNNN.pth (default: off)')
     add = parser.add_argument_group('speed').add_argument
     add('--device', help='cuda, mps or cpu (default: the first of these that is there)')
     add('--amp', choices=['auto', *AMP], default='auto',
@@ -87,7 +107,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
              'micro-batches are another method, not a larger batch (default: 1)')
     add = parser.add_argument_group('log').add_argument
     add('--log-every', type=int, default=50, metavar='N', help='one line of figures every N steps (default: 50)')
-    add('--knn-data', metavar='DIR', help='labelled folder for the kNN monitor (default: DATA, if it is labelled)')
+    add('--tensorboard', action='store_true', help='figures for TensorBoard in OUTPUT/tensorboard as well')
+    add('--wandb', metavar='PROJECT', help='figures to this project of Weights & Biases as well')
+    add('--knn-data', metavar='DATA', help='labelled images for the kNN monitor (default: DATA, if it is labelled)')
     for title, table in (
             ('model', MODEL), ('optimization', OPTIMIZATION), ('augmentation', AUGMENTATION), ('kNN monitor', MONITOR)):
         group = parser.add_argument_group(f"{title} (default: the recipe's number, see the table below)")
@@ -171,6 +193,13 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
         ('--hue', aug.hue, 0 <= aug.hue <= 0.5, 'in 0 .. 0.5'),
         ('--max-unreadable', args.max_unreadable, 0 <= args.max_unreadable < 1, 'at least 0, below 1'),
         ('--log-every', args.log_every, args.log_every >= 1, 'at least 1'),
+        ('--checkpoint-minutes', args.checkpoint_minutes, args.checkpoint_minutes > 0, 'above 0'),
+        ('--checkpoint-steps', args.checkpoint_steps, args.checkpoint_steps is None or args.checkpoint_steps >= 1,
+         'at least 1'),
+        ('--keep-last', args.keep_last, args.keep_last >= 2, 'at least 2: a torn one falls back to the one before'),
+        ('--keep-every', args.keep_every, args.keep_every >= 0, 'at least 0'),
+        ('--images-per-epoch', args.images_per_epoch, args.images_per_epoch is None or args.images_per_epoch >= 1,
+         'at least 1'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
     ] + [(f'--{n.replace("_", "-")}', getattr(aug, n), 0 <= getattr(aug, n) <= 1, 'a probability')
          for n in ('jitter_p', 'gray_p', 'blur_p', 'flip_p')]

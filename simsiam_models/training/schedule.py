@@ -57,9 +57,9 @@ def lr_at(epoch: int, recipe: Recipe) -> float:
     return scaled_lr(recipe) * 0.5 * (1 + math.cos(math.pi * (epoch - warm) / (recipe.epochs - warm)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, epoch: int, recipe: Recipe) -> float:
-    """Sets the rate of every group for this epoch; returns that of the backbone."""
-    lr = lr_at(epoch, recipe)
+def set_lr(optimizer: torch.optim.Optimizer, epoch: int, recipe: Recipe, scale: float = 1.0) -> float:
+    """Sets the rate of every group for this epoch, times `scale`; returns that of the backbone."""
+    lr = lr_at(epoch, recipe) * scale
     for group in optimizer.param_groups:
-        group['lr'] = scaled_lr(recipe) if group['fix_lr'] else lr
+        group['lr'] = scaled_lr(recipe) * scale if group['fix_lr'] else lr
     return lr

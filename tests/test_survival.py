@@ -1,0 +1,396 @@
+"""Runs that are killed, stopped, starved of disk or continued elsewhere. tests/killing.py has the accidents."""
+import atexit
+import functools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from simsiam_models.training import checkpoint
+
+EPOCHS, STEPS = 3, 4  # 64 digits in batches of 16
+ENV = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
+
+class Server:
+    """tests/killing.py, which forks a process for each run."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / 'tests/killing.py'), 'serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True, cwd=ROOT, env={**os.environ, **ENV})
+
+    def ask(self, **request) -> int:
+        self.process.stdin.write(json.dumps(request) + '\n')
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+@functools.cache
+def server() -> Server:
+    made = Server()
+    atexit.register(made.process.stdin.close)
+    return made
+
+
+class Process:
+    """train.py with an accident: forked, or torchrun's processes."""
+
+    def __init__(
+        self, data: Path, output: Path, *more: str, accident: tuple[str, int] = ('none', 0), processes: int = 1,
+        restarts: int = 0, **env: str,
+    ) -> None:
+        folder = Path(tempfile.mkdtemp(dir=output.parent))
+        self.out, self.err = folder / 'out', folder / 'err'
+        self.out.touch()
+        self.err.touch()
+        args = [
+            accident[0], str(accident[1]), str(data), *TINY, '--epochs', str(EPOCHS), '--batch-size', '16',
+            '--log-every', '2', '--output', str(output), *more]
+        self.torchrun = None
+        if processes == 1:
+            self.pid = server().ask(args=args, env=env, out=str(self.out), err=str(self.err))
+            return
+        with open(self.out, 'w') as out, open(self.err, 'w') as err:
+            self.torchrun = subprocess.Popen(
+                [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
+                 '--nproc-per-node', str(processes), '--max-restarts', str(restarts), str(ROOT / 'tests/killing.py'),
+                 *args], stdout=out, stderr=err, cwd=ROOT, env={**os.environ, **ENV, **env})
+
+    def wait(self) -> tuple[int, str, str]:
+        """Exit code (minus the signal's number, if one killed it), what it said, what it complained of."""
+        code = server().ask(wait=self.pid) if self.torchrun is None else self.torchrun.wait(240)
+        return code, self.out.read_text(), self.err.read_text()
+
+    def wait_for(self, words: str) -> None:
+        end = time.monotonic() + 120
+        while words not in self.out.read_text():
+            assert time.monotonic() < end, self.err.read_text()
+            time.sleep(0.01)
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def run(*args, **kwargs) -> tuple[int, str, str]:
+    return Process(*args, **kwargs).wait()
+
+
+def weights(output: Path, name: str = 'checkpoint.pth') -> dict[str, torch.Tensor]:
+    state = torch.load(output / name, weights_only=True)
+    momentum = state['optimizer']['state']
+    return {**state['model'], **{f'momentum {k}': v['momentum_buffer'] for k, v in momentum.items()}}
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    different = [k for k, v in one.items() if not torch.equal(v, two[k])]
+    assert not different
+    lines = [[{k: v for k, v in json.loads(line).items() if k not in ('images_per_second', 'waiting')}
+              for line in (f / 'log.jsonl').read_text().splitlines()] for f in (a, b)]
+    assert lines[0] == lines[1]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(few_digits, tmp_path_factory) -> Path:
+    """Lines of the log are at even steps; so are all checkpoints, so that lines of continued runs are the same."""
+    output = tmp_path_factory.mktemp('undisturbed') / 'run'
+    code, out, err = run(few_digits, output, '--checkpoint-steps', '2', '--workers', '2')
+    assert code == 0, err
+    return output
+
+
+KILLS = [
+    ('read', 1), ('read', 70), ('batch', 1), ('batch', 6), ('backward', 3), ('before step', 1), ('before step', 5),
+    ('after step', 2), ('after step', 4), ('before write', 1), ('before write', 2), ('in write', 1), ('in write', 2),
+    ('in write', 3), ('after write', 1), ('after write', 2), ('before sync', 1), ('before sync', 3), ('after sync', 2),
+    ('after sync', 4), ('before rename', 1), ('before rename', 2), ('before rename', 3), ('before rename', 4),
+    ('after rename', 1), ('after rename', 2), ('after rename', 3), ('in load', 1)]
+
+
+def test_a_run_killed_28_times_ends_in_the_bits_and_lines_of_an_undisturbed_one(few_digits, tmp_path, undisturbed):
+    """Each accident is met by a run that goes on from where the one before died."""
+    order, killed = random.Random(0).sample(KILLS, len(KILLS)), 0
+    output = tmp_path / 'run'
+    for accident in order:
+        args = few_digits, output, '--checkpoint-steps', '2', '--workers', '2'
+        code, out, err = run(*args, accident=accident)
+        assert code in (-9, 0), (accident, err)
+        killed += code == -9
+        if code == 0:  # done before the accident: another run from its beginning
+            assert_same_run(output, undisturbed)
+            shutil.rmtree(output)
+    assert killed >= 20
+    code, out, err = run(*args)
+    assert code == 0, err
+    assert_same_run(output, undisturbed)
+
+
+def test_a_run_killed_at_moments_of_the_clock_ends_in_the_same_bits(few_digits, tmp_path, undisturbed):
+    """From outside, wherever it is."""
+    output, moments = tmp_path / 'run', random.Random(1)
+    args = few_digits, output, '--checkpoint-steps', '2', '--workers', '2'
+    for _ in range(6):
+        process = Process(*args)
+        time.sleep(moments.uniform(0, 1.5))
+        process.send(signal.SIGKILL)
+        process.wait()
+    code, out, err = run(*args)
+    assert code == 0, err
+    assert_same_run(output, undisturbed)
+
+
+def test_two_processes_of_which_one_is_killed_end_in_the_same_bits(few_digits, tmp_path):
+    outputs = [tmp_path / n for n in ('whole', 'killed')]
+    more = '--checkpoint-steps', '2', '--workers', '0'
+    assert run(few_digits, outputs[0], *more, processes=2)[0] == 0
+    code, out, err = run(
+        few_digits, outputs[1], *more, processes=2, restarts=2, accident=('rank 1 dies', 7),
+        MARKER=str(tmp_path / 'marker'))
+    assert code == 0, err
+    assert (tmp_path / 'marker').exists() and 'continuing after epoch 1, step 2' in out
+    assert_same_run(*outputs)
+    assert 'Traceback' not in err.replace('Traceback : ', '')
+
+
+@pytest.mark.parametrize('name, code', [('SIGTERM', 143), ('SIGINT', 130), ('SIGUSR1', 138)])
+def test_a_signal_ends_the_step_saves_it_and_exits_with_its_number(few_digits, tmp_path, undisturbed, name, code):
+    output = tmp_path / 'run'
+    args = few_digits, output, '--checkpoint-steps', '2', '--workers', '0'
+    got, out, err = run(*args, accident=(name, 6))
+    assert got == code and err.splitlines() == [
+        f'train.py: stopped by {name}; the same command goes on from the last checkpoint']
+    state = checkpoint.read(output / 'checkpoint.pth')
+    assert (state['epoch'], state['step']) == (1, 2)
+    got, out, err = run(*args)
+    assert got == 0 and 'continuing after epoch 1, step 2' in out
+    assert_same_run(output, undisturbed)
+
+
+def test_a_signal_to_one_process_stops_both_at_the_same_step(few_digits, tmp_path):
+    code, out, err = run(
+        few_digits, tmp_path / 'run', '--workers', '0', processes=2, accident=('SIGTERM on rank 1', 6))
+    assert code != 0 and err.count('train.py: stopped by SIGTERM') == 1
+    state = checkpoint.read(tmp_path / 'run/checkpoint.pth')
+    assert (state['epoch'], state['step']) == (1, 2)
+
+
+def test_a_signal_before_the_first_step_stops_at_once(few_digits, tmp_path):
+    process = Process(few_digits, tmp_path / 'run', '--auto-perf', '--workers', '0')
+    process.wait_for('auto-perf')
+    process.send(signal.SIGTERM)
+    code, out, err = process.wait()
+    assert code == 143 and 'stopped by SIGTERM' in err
+    assert not list((tmp_path / 'run').glob('*.pth'))
+
+
+@pytest.fixture
+def half_way(few_digits, tmp_path) -> tuple[tuple, Path]:
+    """A run that was stopped after 6 of its 12 steps, with checkpoints of steps 4 and 6."""
+    args = few_digits, tmp_path / 'run', '--checkpoint-steps', '2', '--workers', '0'
+    assert run(*args, '--max-steps', '6')[0] == 0
+    assert checkpoint.read(tmp_path / 'run/checkpoint_previous.pth')['step'] == 0
+    return args, tmp_path / 'run'
+
+
+def garbage_inside(data: bytes) -> bytes:
+    """Numbers of the largest tensor are changed; the archive is whole."""
+    at = len(data) // 2
+    return data[:at] + bytes(255 - b for b in data[at:at + 64]) + data[at + 64:]
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda data: data[:len(data) // 2], lambda data: b'', lambda data: random.Random(0).randbytes(len(data)),
+    lambda data: bytes(len(data)), garbage_inside, None], ids=[
+    'truncated', 'empty', 'random bytes', 'zeros', 'damaged inside', 'rename lost'])
+def test_a_spoiled_newest_checkpoint_falls_back_to_the_one_before_and_says_so(half_way, undisturbed, spoil):
+    args, output = half_way
+    path = output / 'checkpoint.pth'
+    if spoil is None:
+        path.rename(output / 'checkpoint.pth.part')
+    else:
+        path.write_bytes(spoil(path.read_bytes()))
+    code, out, err = run(*args)
+    assert code == 0, err
+    assert 'continuing after epoch 1, step 0' in out
+    assert ('checkpoint.pth cannot be read' in out) == (spoil is not None)
+    assert_same_run(output, undisturbed)
+
+
+def test_no_readable_checkpoint_is_one_line(half_way):
+    args, output = half_way
+    for path in output.glob('*.pth'):
+        path.write_bytes(b'')
+    code, out, err = run(*args)
+    assert code == 1 and err.strip().splitlines()[-1].endswith('remove the folder or give another --output')
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('more, words', [
+    (['--dim', '32'], 'dim: 64 there, 32 here'), (['--lr', '0.1'], 'lr: 0.4 there, 0.1 here'),
+    (['--model', 'resnet10t', '--model-args', '{}'], 'model: resnet18 there, resnet10t here'),
+    (['--recipe', 'cifar10_ep800'], 'recipe: demo there, cifar10_ep800 here')])
+@pytest.mark.parametrize('way', ['the same folder', '--resume FILE', 'a copied checkpoint'])
+def test_a_checkpoint_of_another_model_or_recipe_is_refused_with_the_differing_keys(
+        half_way, tmp_path, way, more, words):
+    args, output = half_way
+    before = (output / 'checkpoint.pth').read_bytes()
+    if way == 'the same folder':
+        code, out, err = run(*args, *more)
+    elif way == '--resume FILE':
+        code, out, err = run(args[0], tmp_path / 'new', *args[2:], *more, '--resume', str(output / 'checkpoint.pth'))
+    else:
+        record = json.loads((output / 'args.json').read_text())
+        assert run(args[0], tmp_path / 'new', *args[2:], *more, '--max-steps', '1')[0] == 0
+        shutil.copy(output / 'checkpoint.pth', tmp_path / 'new/checkpoint.pth')
+        code, out, err = run(args[0], tmp_path / 'new', *args[2:], *more)
+        assert record != json.loads((tmp_path / 'new/args.json').read_text())
+    assert code == 1 and words in err and len(err.strip().splitlines()) == 1, err
+    assert (output / 'checkpoint.pth').read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_is_refused(half_way, few_digits, tmp_path):
+    args, output = half_way
+    other = tmp_path / 'other'
+    shutil.copytree(few_digits, other)
+    next(other.rglob('*.png')).rename(other / '0' / 'renamed.png')
+    code, out, err = run(other, *args[1:])
+    assert code == 1 and 'digest: ' in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_same_data_elsewhere_are_the_same_data(half_way, few_digits, tmp_path, undisturbed):
+    args, output = half_way
+    shutil.copytree(few_digits, tmp_path / 'moved')
+    code, out, err = run(tmp_path / 'moved', *args[1:])
+    assert code == 0, err
+    assert_same_run(output, undisturbed)
+
+
+def test_resume_begins_a_new_folder_from_a_file(half_way, tmp_path, undisturbed):
+    args, output = half_way
+    code, out, err = run(args[0], tmp_path / 'new', *args[2:], '--resume', str(output / 'checkpoint.pth'))
+    assert code == 0 and 'continuing after epoch 1, step 2' in out, err
+    for k, v in weights(undisturbed).items():
+        assert torch.equal(v, weights(tmp_path / 'new')[k])
+
+
+def test_resume_never_refuses_a_folder_that_holds_a_run(half_way):
+    args, output = half_way
+    code, out, err = run(*args, '--resume', 'never')
+    assert code == 1 and '--resume never' in err
+
+
+@pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
+def test_another_number_of_processes_takes_every_sample_exactly_once_per_epoch(few_digits, tmp_path, before, after):
+    output, seen = tmp_path / 'run', tmp_path / 'samples'
+    more = '--workers', '0', '--keep-last', '5'
+    assert run(few_digits, output, *more, '--max-steps', '6', processes=before, SAMPLES=str(seen))[0] == 0
+    code, out, err = run(few_digits, output, *more, processes=after, SAMPLES=str(seen))
+    assert code == 0 and f'now with {after} processes, before with {before}' in out, err
+    lines = [json.loads(line) for line in seen.read_text().splitlines()]
+    for epoch in range(EPOCHS):
+        counts = Counter(i for line in lines if line['epoch'] == epoch for i in line['indices'])
+        assert counts == Counter(range(64))
+
+
+def test_the_last_n_and_every_kth_epoch_are_kept(few_digits, tmp_path):
+    output = tmp_path / 'run'
+    assert run(few_digits, output, '--epochs', '6', '--workers', '0', '--keep-last', '3', '--keep-every', '2')[0] == 0
+    names = {p.name: checkpoint.read(p)['epoch'] for p in output.glob('*.pth')}
+    assert names == {
+        'checkpoint.pth': 6, 'checkpoint_previous.pth': 5, 'checkpoint_previous_2.pth': 5,  # before and after kNN
+        'checkpoint_epoch0002.pth': 2, 'checkpoint_epoch0004.pth': 4, 'checkpoint_epoch0006.pth': 6}
+
+
+def test_checkpoints_are_written_by_the_clock(few_digits, tmp_path):
+    output = tmp_path / 'run'
+    args = few_digits, output, '--workers', '0', '--checkpoint-minutes', '1e-9'
+    assert run(*args, accident=('before step', 3))[0] == -9
+    assert checkpoint.read(output / 'checkpoint.pth')['step'] == 2
+
+
+@pytest.mark.parametrize('accident', ['full for a while', 'vanished'])
+def test_a_run_goes_on_while_no_checkpoint_can_be_written(few_digits, tmp_path, undisturbed, accident):
+    output = tmp_path / 'run'
+    code, out, err = run(few_digits, output, '--checkpoint-steps', '2', '--workers', '0', accident=(accident, 5))
+    assert code == 0, err
+    assert 'the one before is kept' in out
+    assert not list(output.glob('*.part'))
+    for k, v in weights(undisturbed).items():
+        assert torch.equal(v, weights(output)[k])
+
+
+def test_a_run_stops_when_the_newest_checkpoint_gets_too_old_and_keeps_it(few_digits, tmp_path, undisturbed):
+    output = tmp_path / 'run'
+    args = few_digits, output, '--checkpoint-minutes', '0.0001', '--checkpoint-steps', '2', '--workers', '0'
+    code, out, err = run(*args, accident=('full disk', 5))
+    assert code == 1 and 'no checkpoint could be written for' in err and len(err.strip().splitlines()) == 1
+    state = checkpoint.read(output / 'checkpoint.pth')
+    assert (state['epoch'], state['step']) == (1, 0)
+    assert run(*args)[0] == 0
+    for k, v in weights(undisturbed).items():
+        assert torch.equal(v, weights(output)[k])
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line(few_digits, tmp_path):
+    code, out, err = run(
+        few_digits, tmp_path / 'run', '--workers', '0', accident=('full from the start', 0))
+    assert code == 1 and 'no checkpoint can be written' in err and len(err.strip().splitlines()) == 1
+
+
+def spoil_files(data: Path, share: float) -> list[str]:
+    files = sorted(p for p in data.rglob('*') if p.is_file())
+    bad = random.Random(0).sample(files, round(share * len(files)))
+    for path in bad:
+        path.write_bytes(b'no image')
+    return [str(p) for p in bad]
+
+
+@pytest.mark.parametrize('workers, processes', [(0, 1), (2, 1), (1, 2)])
+def test_five_percent_of_corrupt_images_are_replaced_and_counted_exactly(few_digits, tmp_path, workers, processes):
+    data, output = tmp_path / 'data', tmp_path / 'run'
+    shutil.copytree(few_digits, data)
+    bad = spoil_files(data, 0.05)
+    args = data, output, '--workers', str(workers)
+    assert run(*args, '--max-steps', '5', processes=processes)[0] == 0  # the count goes on after a restart
+    code, out, err = run(*args, processes=processes)
+    assert code == 0, err
+    assert sorted(line.split(': ')[0] for line in (output / 'unreadable.txt').read_text().splitlines()) == sorted(bad)
+    lines = [json.loads(line) for line in (output / 'log.jsonl').read_text().splitlines()]
+    counts = [line for line in lines if 'unreadable' in line]
+    assert counts == [{'epoch': e, 'unreadable': len(bad), 'images': 64} for e in (1, 2, 3)]
+    assert f'{len(bad)} images could not be read' in out
+
+
+def test_sixty_percent_of_corrupt_images_stop_the_run_with_a_sentence(few_digits, tmp_path):
+    data = tmp_path / 'data'
+    shutil.copytree(few_digits, data)
+    spoil_files(data, 0.6)
+    code, out, err = run(data, tmp_path / 'run', '--workers', '2')
+    assert code == 1 and '6 of 64 allowed' in err and '--max-unreadable' in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_no_numbers_are_rolled_back_at_half_the_learning_rate(few_digits, tmp_path):
+    output = tmp_path / 'run'
+    code, out, err = run(
+        few_digits, output, '--workers', '0', '--on-collapse', 'rollback', accident=('no number', 7))
+    assert code == 0, err
+    assert 'rollback 1 of 3 (not finite): from epoch 1, step 0 on, at 0.5 of the learning rate' in out
+    state = checkpoint.read(output / 'checkpoint.pth')
+    assert (state['epoch'], state['lr_scale'], state['rollbacks']) == (EPOCHS, 0.5, 1)
+    assert all(v.isfinite().all() for v in state['model'].values())
+    rates = [json.loads(line)['lr'] for line in (output / 'log.jsonl').read_text().splitlines() if '"lr"' in line]
+    assert rates[-1] == pytest.approx(0.5 * rates[0] * 0.25)  # the cosine's third epoch of three
