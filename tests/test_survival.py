@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -394,3 +395,34 @@ def test_no_numbers_are_rolled_back_at_half_the_learning_rate(few_digits, tmp_pa
     assert all(v.isfinite().all() for v in state['model'].values())
     rates = [json.loads(line)['lr'] for line in (output / 'log.jsonl').read_text().splitlines() if '"lr"' in line]
     assert rates[-1] == pytest.approx(0.5 * rates[0] * 0.25)  # the cosine's third epoch of three
+
+
+def two_machines(folders: list[Path], data: Path, *more: str) -> list[str]:
+    """torchrun on two 'machines' with one process each, each in a folder of its own; what they said."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    jobs = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        jobs.append(subprocess.Popen(
+            [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank',
+             str(rank), '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'x',
+             '--local-addr', '127.0.0.1', str(ROOT / 'train.py'), str(data), *TINY, '--epochs', str(EPOCHS),
+             '--batch-size', '16', '--workers', '0', '--output', 'run', *more],
+            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ENV}))
+    said = [job.communicate(timeout=240)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    return said
+
+
+def test_only_the_first_machine_needs_the_runs_folder(few_digits, tmp_path):
+    machines = [tmp_path / 'one', tmp_path / 'two']
+    two_machines(machines, few_digits, '--max-steps', '6')
+    said = two_machines(machines, few_digits)
+    assert 'continuing after epoch 1, step 2' in ''.join(said)
+    folders = [f for f in machines if (f / 'run').exists()]  # c10d gives rank 0 to either
+    assert len(folders) == 1
+    assert run(few_digits, tmp_path / 'whole', '--workers', '0', processes=2)[0] == 0
+    one, whole = weights(folders[0] / 'run'), weights(tmp_path / 'whole')
+    assert all(torch.equal(v, one[k]) for k, v in whole.items())
