@@ -304,8 +304,9 @@ class Run:
             text += '  COLLAPSED'
         figures = {k: v for k, v in f.items() if k != 'knn'}
         self.log.figures(f'epoch {f["epoch"] + 1}/{self.recipe.epochs} step {f["step"]}/{steps}  ', figures, text, done)
-        if self.diagnosis and (before is None or before.name != self.diagnosis.name):
-            self.log.say(str(self.diagnosis))
+        now = self.diagnosis
+        if now and (before is None or (before.name, before.collapsed) != (now.name, now.collapsed)):
+            self.log.say(str(now))
         if self.world.main and self.doctor.confirmed and self.args.on_collapse != 'warn':
             able = self.diagnosis.name in MENDABLE and self.rollbacks < ROLLBACKS
             self.trouble = ROLL_BACK if able and self.args.on_collapse == 'rollback' else COLLAPSED
@@ -315,8 +316,8 @@ class Run:
             return (
                 f'no checkpoint could be written for {3 * self.args.checkpoint_minutes:g} minutes; make room in '
                 f'{self.folder}, and the same command goes on from the newest one')
-        advice = ' Half the learning rate did not help.' if self.rollbacks else ''
-        return f'{self.diagnosis or "the outputs have collapsed"}{advice} The last healthy checkpoint is kept'
+        advice = '; half the learning rate did not help' if self.rollbacks else ''
+        return f'{self.diagnosis or "the outputs have collapsed"}{advice}; the last healthy checkpoint is kept'
 
     def wishes(self) -> list[int]:
         """A signal's number, whether a checkpoint is due, and the trouble: what each process has to say."""
@@ -408,11 +409,14 @@ class Run:
         load_optimizer(self.optimizer, state['optimizer'])
         self.scaler.load_state_dict(state['scaler'])
         self.epoch, self.step, self.figures['knn'] = state['epoch'], state['step'], state['knn']
-        self.lr_scale, self.rollbacks = state['lr_scale'], state['rollbacks']
+        self.rollbacks = state['rollbacks']
+        self.scale_lr(state['lr_scale'])
         self.doctor.load_state_dict(state['doctor'])
-        self.doctor.lr = self.recipe.lr * self.lr_scale
         self.known_unreadable, self.saved_healthy = state['unreadable'], state['healthy']
         self.saved_at = self.tried_at = time.monotonic()
+
+    def scale_lr(self, scale: float) -> None:
+        self.lr_scale, self.doctor.lr = scale, self.recipe.lr * scale
 
     def roll_back(self) -> None:
         """To the newest healthy checkpoint, at half the learning rate."""
@@ -421,7 +425,8 @@ class Run:
         if state is None:
             raise RunError(f'{self.folder} holds no healthy checkpoint to go back to')
         self.restore(state)
-        self.lr_scale, self.rollbacks, self.trouble, self.diagnosis = scale, rollbacks, 0, None
+        self.rollbacks, self.trouble, self.diagnosis = rollbacks, 0, None
+        self.scale_lr(scale)
         self.log.say(
             f'rollback {rollbacks} of {ROLLBACKS} ({diagnosis.name if diagnosis else "not finite"}): from epoch '
             f'{self.epoch}, step {self.step} on, at {scale:g} of the learning rate')

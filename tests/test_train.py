@@ -17,6 +17,7 @@ import train
 from simsiam_models import simsiam_loss
 from simsiam_models.data import open_data
 from simsiam_models.data.loader import EvalImages
+from simsiam_models.training.doctor import Diagnosis
 from simsiam_models.training.monitor import effective_rank, output_std
 from simsiam_models.training.options import build_parser, resolve_recipe
 from simsiam_models.training.precision import choose_amp
@@ -338,3 +339,53 @@ def test_an_image_folder_of_large_photographs_trains_at_224(tmp_path):
         data, '--model', 'resnet18', '--batch-size', '2', '--dim', '16', '--pred-dim', '4', '--epochs', '1',
         '--workers', '0', '--device', 'cpu', '--amp', 'off', '--output', tmp_path / 'out')
     assert result.returncode == 0, result.stderr
+
+
+COLLAPSING = [  # the demonstration at 30 times its rate
+    '--lr', '12', '--epochs', '6', '--knn-every', '0', '--log-every', '10', '--amp', 'off', '--device', 'cpu']
+
+
+def test_on_collapse_stop_ends_the_run_and_keeps_a_healthy_checkpoint(tmp_path, one_thread):
+    with pytest.raises(train.RunError, match=r'COLLAPSED \(learning rate too high\): --lr 12 per 256 .* is kept$'):
+        train.main([*COLLAPSING, '--on-collapse', 'stop', '--output', str(tmp_path)])
+    states = [torch.load(tmp_path / n, weights_only=True) for n in ('checkpoint.pth', 'checkpoint_previous.pth')]
+    assert any(s['healthy'] for s in states)
+    assert not (tmp_path / 'backbone').exists()
+
+
+def test_on_collapse_rollback_goes_on_from_a_healthy_step_at_half_the_rate(tmp_path, one_thread, capsys):
+    try:
+        train.main([*COLLAPSING, '--on-collapse', 'rollback', '--output', str(tmp_path)])
+    except train.RunError as e:  # an eighth of this rate may be too high still
+        assert 'half the learning rate did not help' in str(e)
+    out = capsys.readouterr().out
+    assert 'rollback 1 of 3 (learning rate too high): from epoch' in out and 'at 0.5 of the learning rate' in out
+    rates = [f['lr'] for f in figure_lines(tmp_path)]
+    at = next(i for i, (a, b) in enumerate(zip(rates, rates[1:], strict=False)) if b < 0.6 * a)
+    assert rates[0] == pytest.approx(3.0) and figure_lines(tmp_path)[at]['collapsed']
+
+
+def test_warn_goes_on_and_says_so_in_the_end(few_digits, tmp_path, monkeypatch, capsys, one_thread):
+    sick = Diagnosis('unknown cause', 'x', 'y')
+    monkeypatch.setattr(train.Doctor, 'examine', lambda self, figures: sick)
+    monkeypatch.setattr(train.Doctor, 'confirmed', True)
+    in_process(few_digits, tmp_path, '--epochs', '2')
+    out = capsys.readouterr().out
+    assert out.count('COLLAPSED (unknown cause): x; y') == 2  # when it is seen, and in the verdict
+    assert all(f['diagnosis'] == 'unknown cause' for f in figure_lines(tmp_path))
+
+
+def test_what_a_lower_rate_cannot_mend_stops_at_once(few_digits, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(train.Doctor, 'examine', lambda self, figures: Diagnosis('constant images', 'x', 'y'))
+    monkeypatch.setattr(train.Doctor, 'confirmed', True)
+    with pytest.raises(train.RunError, match='constant images'):
+        in_process(few_digits, tmp_path, '--epochs', '2', '--on-collapse', 'rollback')
+
+
+def test_unhealthy_checkpoints_never_push_a_healthy_one_out(few_digits, tmp_path, monkeypatch, one_thread):
+    monkeypatch.setattr(
+        train.Doctor, 'examine',
+        lambda self, f: Diagnosis('unknown cause', 'x', 'y') if f['epoch'] * 4 + f['step'] > 4 else None)
+    in_process(few_digits, tmp_path, '--epochs', '5', '--log-every', '1', '--checkpoint-steps', '1')
+    states = [torch.load(tmp_path / n, weights_only=True) for n in ('checkpoint.pth', 'checkpoint_previous.pth')]
+    assert [(s['healthy'], s['epoch'], s['step']) for s in states] == [(False, 5, 0), (True, 1, 0)]
