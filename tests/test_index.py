@@ -487,7 +487,7 @@ print(json.dumps([len(found), seconds, private() - before, few, labels, starts, 
     process = child(code, tmp_path / 'cache.idx', json.dumps(key))
     length, seconds, grown, few, labels, starts, digest = json.loads(process.communicate(timeout=60)[0])
     assert length == n
-    assert seconds < 0.5
+    assert seconds < 2
     assert grown < 50 * 2**20
     assert few == [f'n{i // 2000:04}/n{i // 2000:04}_{i % 2000}.JPEG' for i in range(0, n, n // 50)]
     assert labels == [i // 2000 for i in range(0, n, n // 50)]
