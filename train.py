@@ -56,6 +56,7 @@ from simsiam_models.training.setup import (
     load_monitor,
     make_model,
     make_scaler,
+    parallel,
 )
 from simsiam_models.training.stopping import Signals, Stopped
 from simsiam_models.training.wording import clock_time, describe, describe_continuation, verdict
@@ -73,18 +74,12 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     """One run, or the rest of one; returns the last figures."""
     name, recipe = resolve_recipe(args)
     check_extras(args.tensorboard, args.wandb)
-    train, val = open_data(args.data, args.images_per_epoch)
-    workers = default_workers(world.device) if args.workers is None else args.workers
-    views = TwoViews(
-        train, recipe.augmentation, recipe.batch_size, args.seed, world.rank, world.size, world.device, workers,
-        args.max_unreadable)
-    monitor = load_monitor(args, recipe, train, val, world, workers)
-    model = make_model(recipe, args.seed)
+    views, monitor, model = world.attempt(lambda: prepare(args, recipe, world))
 
     folder = Path(args.output or f'runs/{name}-{data_name(args.data)}')
     log = RunLog(folder, world.main)
     shape = (recipe.batch_size // world.size, 3, recipe.augmentation.size, recipe.augmentation.size)
-    record, state = claim(args, name, recipe, model, shape, train, folder, world, log)
+    record, state = claim(args, name, recipe, model, shape, views.images, folder, world, log)
     amp, perf = decide_perf(
         args, model, shape, record, state is not None, folder,
         lambda *how: trial_run(args, recipe, world.device, *how).trial_step, world, log)
@@ -92,21 +87,16 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     synchronize_batchnorm(model, world)
     if perf.compile:
         compile_or_not(model, shape, amp, perf, world.device, log.say)
-    net = model
-    if world.size > 1:  # buffers need no broadcast: synchronised batch norm keeps them equal
-        net = nn.parallel.DistributedDataParallel(
-            model, [world.device] if world.device.type == 'cuda' else None, broadcast_buffers=False)
-
     run = Run(
-        args, recipe, world, model, net, make_optimizer(model, recipe), make_scaler(amp, world), amp, perf, views,
-        monitor, folder, log, signals, Doctor(model, recipe.lr, recipe.batch_size),
-        {**{k: v for k, v in record.items() if k not in FREE}, 'amp': amp})
+        args, recipe, world, model, parallel(model, shape, world), make_optimizer(model, recipe),
+        make_scaler(amp, world), amp, perf, views, monitor, folder, log, signals,
+        Doctor(model, recipe.lr, recipe.batch_size), {**{k: v for k, v in record.items() if k not in FREE}, 'amp': amp})
     log.say(describe(run, name))
     if state is not None:
         run.restore(state)
-        log.resume(state['log_bytes'])
         log.say(describe_continuation(run, state['processes']))
-    log.attach(args.tensorboard, args.wandb, record, run.done)
+    log.resume(state['log_bytes'] if state is not None else 0)
+    world.share(lambda: log.attach(args.tensorboard, args.wandb, record, run.done))
     if state is None:
         run.measure_before()
         saved = run.save()
@@ -122,6 +112,15 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
             recipe.eval_resize)
         log.say(verdict(run))
     return run.figures
+
+
+def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[TwoViews, KnnMonitor | None, SimSiam]:
+    train, val = open_data(args.data, args.images_per_epoch)
+    workers = default_workers(world.device) if args.workers is None else args.workers
+    views = TwoViews(
+        train, recipe.augmentation, recipe.batch_size, args.seed, world.rank, world.size, world.device, workers,
+        args.max_unreadable)
+    return views, load_monitor(args, recipe, train, val, world, workers), make_model(recipe, args.seed)
 
 
 def data_name(data: str | None) -> str:
@@ -170,7 +169,8 @@ class Run:
     saved_at: float = 0.0  # when the newest checkpoint was written, time.monotonic()
     tried_at: float = 0.0
     saved: tuple[int, int] | None = None  # epoch and step that it holds
-    saved_healthy: bool = True
+    healthy: bool = True  # no collapse at the last reading
+    saved_healthy: bool = True  # the newest checkpoint is
     known_unreadable: dict[int, str] = dataclasses.field(default_factory=dict)  # over all processes
 
     @property
@@ -210,6 +210,10 @@ class Run:
             if trouble == ROLL_BACK:
                 self.roll_back()
                 continue
+            if trouble == UNSAVED:
+                saved = self.save()
+                if self.world.share(lambda saved=saved: saved):
+                    continue
             if trouble:
                 raise RunError(self.reason(trouble))
             if self.step == steps and not signal:
@@ -223,12 +227,11 @@ class Run:
                     raise RunError('stopped by a signal without a new checkpoint; the one before is kept')
                 raise Stopped(signal)
         self.signals.deferred = False
+        if not self.world.share(lambda: self.saved == (self.epoch, self.step)):
+            raise RunError(
+                'the last checkpoint could not be written; make room, and the same command goes on from the one before')
         if not self.finished:
             self.log.say(f'stopped after {self.done} steps; the same command without --max-steps goes on')
-        elif not self.world.share(lambda: self.saved in (None, (self.epoch, self.step))):
-            raise RunError(
-                'all epochs are done, but the last checkpoint could not be written; make room, and the same command '
-                'goes on from the one before')
 
     def train_epoch(self) -> None:
         """The rest of this epoch, or up to --max-steps, a signal or trouble."""
@@ -296,6 +299,7 @@ class Run:
                 f'use --amp off (now {self.amp}); the last checkpoint is kept')
         f['collapsed'] = is_collapsed(f['std'], f['rank'], f['samples'])
         before, self.diagnosis = self.diagnosis, self.doctor.examine(f)
+        self.healthy = self.diagnosis is None or not self.diagnosis.collapsed
         f['diagnosis'] = self.diagnosis and self.diagnosis.name
         left = (self.recipe.epochs * steps - done) * seconds / n
         text = (f'loss {f["loss"]:.4f}  std {f["std"]:.2f}  rank {f["rank"]:.0f}  lr {f["lr"]:.3g}  '
@@ -334,15 +338,19 @@ class Run:
         """All steps of an epoch are done: count unreadable images, measure kNN where it is due."""
         r, epoch = self.recipe, self.epoch + 1
         self.gather_unreadable()
+        measure = self.monitor and (epoch == r.epochs or r.knn_every and epoch % r.knn_every == 0)
+        if measure:
+            saved = self.save()  # measuring may take longer than a scheduler waits
+            if self.world.agree(self.wishes())[0]:
+                return
+            self.signals.deferred = not saved
         if self.known_unreadable:
             n = len(self.known_unreadable)
             self.log.figures(
                 '', {'epoch': epoch, 'unreadable': n, 'images': len(self.views.images)},
                 f'epoch {epoch}: {n} of {len(self.views.images)} images are unreadable so far and were replaced; '
                 f'{self.folder / checkpoint.UNREADABLE} names them', self.done)
-        if self.monitor and (epoch == r.epochs or r.knn_every and epoch % r.knn_every == 0):
-            if self.save():  # measuring may take longer than a scheduler waits
-                self.signals.deferred = False
+        if measure:
             knn = self.figures['knn']
             knn['trained'] = self.monitor.measure(self.model.backbone)
             self.signals.deferred = True
@@ -366,7 +374,7 @@ class Run:
         if self.world.main:
             text = ''.join(f'{found[i]}\n' for i in sorted(found))
             try:
-                checkpoint.write_atomically(self.folder / checkpoint.UNREADABLE, lambda f: f.write(text.encode()))
+                checkpoint.write_atomically(self.folder / checkpoint.UNREADABLE, lambda f: f.write(os.fsencode(text)))
             except OSError as e:
                 self.log.say(f'{self.folder / checkpoint.UNREADABLE} cannot be written ({e.strerror})')
         self.views.judge(found, self.epoch)
@@ -384,7 +392,6 @@ class Run:
         if not self.world.main:
             return True
         self.tried_at = time.monotonic()
-        healthy = self.diagnosis is None
         every = self.args.keep_every
         keep = self.epoch if every and self.step == 0 and self.epoch and self.epoch % every == 0 else 0
         try:
@@ -393,15 +400,14 @@ class Run:
                 'scaler': self.scaler.state_dict(), 'epoch': self.epoch, 'step': self.step, 'knn': self.figures['knn'],
                 'lr_scale': self.lr_scale, 'rollbacks': self.rollbacks, 'doctor': self.doctor.state_dict(),
                 'unreadable': self.known_unreadable, 'log_bytes': self.log.size(), 'run': self.identity,
-                'processes': self.world.size, 'healthy': healthy,
-            }, self.args.keep_last, keep, rotate=self.saved_healthy)
+                'processes': self.world.size, 'healthy': self.healthy,
+            }, self.args.keep_last, keep, pin=self.saved_healthy and not self.healthy)
         except OSError as e:
             self.log.say(
                 f'no checkpoint written to {self.folder} ({e.strerror or e}); the one before is kept, the next try is '
                 f'in {self.args.checkpoint_minutes:g} minutes or after this epoch')
             return False
-        # An unhealthy one is replaced by the next, so that a healthy one is never pushed out.
-        self.saved_at, self.saved_healthy, self.saved = self.tried_at, healthy, (self.epoch, self.step)
+        self.saved_at, self.saved_healthy, self.saved = self.tried_at, self.healthy, (self.epoch, self.step)
         return True
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -412,7 +418,8 @@ class Run:
         self.rollbacks = state['rollbacks']
         self.scale_lr(state['lr_scale'])
         self.doctor.load_state_dict(state['doctor'])
-        self.known_unreadable, self.saved_healthy = state['unreadable'], state['healthy']
+        self.known_unreadable, self.healthy = state['unreadable'], state['healthy']
+        self.saved_healthy, self.saved = self.healthy, (self.epoch, self.step)
         self.saved_at = self.tried_at = time.monotonic()
 
     def scale_lr(self, scale: float) -> None:
@@ -425,6 +432,7 @@ class Run:
         if state is None:
             raise RunError(f'{self.folder} holds no healthy checkpoint to go back to')
         self.restore(state)
+        self.saved_healthy = False  # the newest is not; the healthy one has its own name
         self.rollbacks, self.trouble, self.diagnosis = rollbacks, 0, None
         self.scale_lr(scale)
         self.log.say(
@@ -460,7 +468,9 @@ if __name__ == '__main__':
     except Stopped as e:
         if os.environ.get('RANK', '0') == '0':
             print(f'train.py: {e}; the same command goes on from the last checkpoint', file=sys.stderr)
-        sys.exit(e.code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(e.code)  # a thread that waits for a stream would hold a plain exit up
     except RuntimeError as e:
         if not another_is_gone(e):
             raise

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from simsiam_models.data import FolderImages, TwoViews
+from simsiam_models.data import FolderImages, TwoViews, sources
 from simsiam_models.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,6 +105,10 @@ def on_rank_1(accident: Callable[[int], None]) -> Callable[[int], None]:
     return lambda count: accident(count) if os.environ.get('RANK') == '1' else None
 
 
+def no_mount() -> None:
+    raise FileNotFoundError('no such mount')
+
+
 def no_number(count: int) -> None:
     """The weights overflow at step `count`, at the first learning rate only."""
     real, calls = torch.optim.SGD.step, [0]
@@ -137,8 +141,10 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
     'SIGTERM': signals(signal.SIGTERM),
     'SIGINT': signals(signal.SIGINT),
     'SIGUSR1': signals(signal.SIGUSR1),
+    'SIGTERM twice': lambda count: [signals(signal.SIGTERM)(count) for _ in range(2)],
     'rank 1 dies': on_rank_1(lambda count: at_call(torch.optim.SGD, 'step', count, die)),
     'SIGTERM on rank 1': on_rank_1(signals(signal.SIGTERM)),
+    'no data on rank 1': on_rank_1(lambda count: at_call(sources, 'open_index', 1, no_mount)),
     'full disk': full_disk,
     'full from the start': lambda count: at_call(torch, 'save', 1, lambda: resource.setrlimit(
         resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))),

@@ -1,5 +1,7 @@
 """N processes compute what one process with the whole batch computes."""
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from simsiam_models import create_simsiam, simsiam_loss
-from simsiam_models.training.distributed import GlobalBatchNorm, World, gather_rows, synchronize_batchnorm
+from simsiam_models.training.distributed import GlobalBatchNorm, World, _meet, gather_rows, synchronize_batchnorm
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.schedule import make_optimizer, set_lr
 
@@ -70,6 +72,24 @@ def test_global_batchnorm_equals_the_whole_batch_in_float64(tmp_path):
             assert (gradients[k] - p.grad).abs().max() < 1e-12, k
         for k, v in model.state_dict().items():
             assert (state[k] - v).abs().max() < 1e-12, k
+
+
+def test_processes_meet_under_one_name_whatever_an_earlier_start_left_behind():
+    store, names = dist.HashStore(), []
+    for _ in range(3):  # the second and the third start find the words of the first
+        found = {}
+
+        def come(rank: int, found: dict = found) -> None:
+            time.sleep(0.05 * ((rank + len(names)) % 3))
+            found[rank] = _meet(store, rank, 3)
+        threads = [threading.Thread(target=come, args=(rank,)) for rank in range(3)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(30)
+        assert len(found) == 3 and len(set(found.values())) == 1
+        names.append(found[0])
+    assert len(set(names)) == 3
 
 
 def _gather(rank: int) -> torch.Tensor:

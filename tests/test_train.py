@@ -348,8 +348,7 @@ COLLAPSING = [  # the demonstration at 30 times its rate
 def test_on_collapse_stop_ends_the_run_and_keeps_a_healthy_checkpoint(tmp_path, one_thread):
     with pytest.raises(train.RunError, match=r'COLLAPSED \(learning rate too high\): --lr 12 per 256 .* is kept$'):
         train.main([*COLLAPSING, '--on-collapse', 'stop', '--output', str(tmp_path)])
-    states = [torch.load(tmp_path / n, weights_only=True) for n in ('checkpoint.pth', 'checkpoint_previous.pth')]
-    assert any(s['healthy'] for s in states)
+    assert any(torch.load(path, weights_only=True)['healthy'] for path in tmp_path.glob('checkpoint*.pth'))
     assert not (tmp_path / 'backbone').exists()
 
 
@@ -387,5 +386,6 @@ def test_unhealthy_checkpoints_never_push_a_healthy_one_out(few_digits, tmp_path
         train.Doctor, 'examine',
         lambda self, f: Diagnosis('unknown cause', 'x', 'y') if f['epoch'] * 4 + f['step'] > 4 else None)
     in_process(few_digits, tmp_path, '--epochs', '5', '--log-every', '1', '--checkpoint-steps', '1')
-    states = [torch.load(tmp_path / n, weights_only=True) for n in ('checkpoint.pth', 'checkpoint_previous.pth')]
-    assert [(s['healthy'], s['epoch'], s['step']) for s in states] == [(False, 5, 0), (True, 1, 0)]
+    names = 'checkpoint.pth', 'checkpoint_previous.pth', 'checkpoint_healthy.pth'
+    states = [torch.load(tmp_path / n, weights_only=True) for n in names]
+    assert [(s['healthy'], s['epoch'], s['step']) for s in states] == [(False, 5, 0), (False, 4, 4), (True, 1, 0)]

@@ -1,7 +1,8 @@
 """The run's folder: whose it is, and checkpoints that are either whole or not there.
 
 checkpoint.pth is the newest, checkpoint_previous.pth the one before it (with --keep-last checkpoint_previous_2.pth, ...
-too), checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10. Only rank 0 touches the folder.
+too), checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10, checkpoint_healthy.pth the last one before
+the outputs collapsed, if they did. Only rank 0 touches the folder.
 """
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any, BinaryIO
 import torch
 
 ARGS, LAST, PREVIOUS, LOG, BACKBONE = 'args.json', 'checkpoint.pth', 'checkpoint_previous.pth', 'log.jsonl', 'backbone'
-UNREADABLE = 'unreadable.txt'
+UNREADABLE, HEALTHY = 'unreadable.txt', 'checkpoint_healthy.pth'
 KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'run', 'processes', 'healthy'}
 
 
@@ -139,30 +140,37 @@ def _names(n: int) -> list[str]:
     return [LAST, PREVIOUS, *(f'checkpoint_previous_{i}.pth' for i in range(2, n))][:n]
 
 
+def _also(path: Path, name: str) -> None:
+    """The same file under another name, which is whole or not there."""
+    part = path.with_name(name + '.part')
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)  # no second copy
+    except OSError:
+        shutil.copyfile(path, part)
+    os.replace(part, path.with_name(name))
+    part.unlink(missing_ok=True)  # os.replace leaves it where both names are the same file already
+
+
 def save(
-    folder: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch: int = 0, rotate: bool = True) -> None:
+    folder: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch: int = 0, pin: bool = False) -> None:
     """Write the newest checkpoint; `keep_last` are kept, and this one also under its epoch's name if that is not 0.
 
-    The new one is whole on the disk before the older ones move. Without `rotate` it takes the place of the newest.
+    The new one is whole on the disk before the older ones move. `pin` keeps the newest before it as the healthy one.
 
     Raises:
         OSError: it could not be written; what was there is still there.
     """
     part = write_part(folder / LAST, lambda f: torch.save(state, f))
     names = [folder / n for n in _names(keep_last)]
+    if pin and (newest := next((n for n in names if n.exists()), None)):
+        _also(newest, HEALTHY)
+    if keep_as_epoch:
+        _also(part, f'checkpoint_epoch{keep_as_epoch:04}.pth')
     for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
-        if rotate and newer.exists():
+        if newer.exists():
             os.replace(newer, older)
     os.replace(part, folder / LAST)
-    if keep_as_epoch:
-        kept = folder / f'checkpoint_epoch{keep_as_epoch:04}.pth'
-        part = kept.with_name(kept.name + '.part')
-        part.unlink(missing_ok=True)
-        try:
-            os.link(folder / LAST, part)  # no second copy
-        except OSError:
-            shutil.copyfile(folder / LAST, part)
-        os.replace(part, kept)
     _sync_folder(folder)
 
 
@@ -188,7 +196,7 @@ def load(
     folder: Path, say: Callable[[str], Any] = print, run: dict[str, Any] | None = None, free: set[str] = frozenset(),
     healthy: bool = False,
 ) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None; a torn one is named and passed over.
+    """The newest checkpoint that is whole, or None; a torn one is named and set aside, so that it replaces none.
 
     `run` is what the checkpoint must belong to, apart from the keys in `free`. `healthy`: only one that was written
     before any sign of a collapse.
@@ -198,23 +206,32 @@ def load(
             Or there are checkpoints and none is readable.
     """
     last = sorted(folder.glob('checkpoint_previous_*.pth'), key=lambda p: (len(p.name), p.name))
-    found = [p for p in (folder / LAST, folder / PREVIOUS, *last) if p.exists()]
+    found = [p for p in (folder / LAST, folder / PREVIOUS, *last, folder / HEALTHY) if p.exists()]
     found += sorted(folder.glob('checkpoint_epoch*.pth'), reverse=True)
-    torn = 0
+    torn = []
     for path in found:
         try:
             state = read(path)
         except ValueError as e:
             say(f'{e}; looking for the one before')
-            torn += 1
+            torn.append(path)
             continue
         said = differences(state['run'], run, free) if run is not None else ''
         if said:
             raise ValueError(f'{path} belongs to another run ({said}); give another --output')
         if torn:
             say(f'continuing from {path}')
+            for bad in torn:
+                _set_aside(bad)
         if state['healthy'] or not healthy:
             return state
-    if torn and torn == len(found):
+    if torn and len(torn) == len(found):
         raise ValueError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
     return None
+
+
+def _set_aside(path: Path) -> None:
+    try:
+        os.replace(path, path.with_name(path.name + '.torn'))
+    except OSError:  # read-only: then nothing is written over the good ones either
+        pass

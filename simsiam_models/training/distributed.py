@@ -1,8 +1,11 @@
 """One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and on the CPU."""
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,6 +13,8 @@ import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+PATIENCE = 600  # seconds
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,23 @@ class World:
             raise box[1]
         return box[0]
 
+    def attempt(self, make: Callable[[], Any]) -> Any:
+        """What each process makes for itself; where one fails, all do, and rank 0 says why."""
+        if self.size == 1:
+            return make()
+        made = error = None
+        try:
+            made = make()
+        except Exception as e:
+            error = e
+        texts = self.gather(error and str(error))
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise ValueError(f'process {rank}: {text}')
+        return made
+
     def gather(self, mine: Any) -> list[Any]:
         """Every process's object, in the order of ranks."""
         if self.size == 1:
@@ -81,11 +103,46 @@ def join_world(device: str | None = None) -> Iterator[World]:
     if chosen.type == 'cuda':
         chosen = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(chosen)
-    dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo')
+    rank = int(os.environ['RANK'])
+    store = next(dist.rendezvous('env://', rank, size))[0]
+    dist.init_process_group(
+        'nccl' if chosen.type == 'cuda' else 'gloo', store=dist.PrefixStore(_meet(store, rank, size), store), rank=rank,
+        world_size=size)
     try:
         yield World(dist.get_rank(), size, chosen, dist.new_group(backend='gloo'))
     finally:
         dist.destroy_process_group()
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this start have in common, and no earlier start had.
+
+    torchrun may keep one store over restarts, and new processes would take the addresses of dead ones from it.
+
+    Raises:
+        RuntimeError: some process does not come within ten minutes.
+    """
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f'simsiam/hello/{rank}', own)
+        store.wait([f'simsiam/welcome/{own}'], timedelta(seconds=PATIENCE))
+        name = store.get(f'simsiam/welcome/{own}').decode()
+        store.set(f'simsiam/here/{name}/{rank}', '')
+        return name
+    answered, missing, end = {}, list(range(1, size)), time.monotonic() + PATIENCE
+    while missing:
+        for other in list(missing):
+            if store.check([f'simsiam/hello/{other}']):
+                token = store.get(f'simsiam/hello/{other}').decode()
+                if answered.get(other) != token:  # the first one may be of an earlier start
+                    store.set(f'simsiam/welcome/{token}', own)
+                    answered[other] = token
+            if store.check([f'simsiam/here/{own}/{other}']):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise RuntimeError(f'Connection: process {missing[0]} of {size} did not come within {PATIENCE} seconds')
+        time.sleep(0.02)
+    return own
 
 
 def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:

@@ -65,7 +65,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add('data', nargs='?', metavar='DATA',
         help='folder of images (one subfolder per class, also below DATA/train and DATA/val, or flat), list of files '
              '(.txt, .csv), folder or pattern of .tar shards, Arrow or Parquet folder, CIFAR folder, '
-             'torchvision:NAME[:ROOT], hf:REPO[:SPLIT] or hf-stream:REPO[:SPLIT]; default: the demonstration data')
+             'torchvision:NAME[:ROOT], hf:REPO[:SPLIT], hf-stream:REPO[:SPLIT], or a stream of tars (pipe:COMMAND, '
+             'https://...tar); default: the demonstration data')
     add('--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
     add('--recipe', choices=RECIPES, metavar='NAME',
         help='one of the table below (default: in1k_bs512_ep100 for a folder, demo without DATA)')

@@ -93,7 +93,7 @@ class Plan:
 
 def cost_of(plan: Plan, t: Trial) -> dict[str, Any]:
     """Time and disk of the whole run, worked out from what was measured."""
-    disk = plan.args.keep_last * t.state_bytes + t.backbone_bytes
+    disk = (plan.args.keep_last + 1) * t.state_bytes + t.backbone_bytes
     log = (plan.steps // LOG_EVERY + plan.recipe.epochs) * LOG_LINE
     return {
         'steps': plan.steps, 'steps_per_epoch': plan.steps_per_epoch, 'seconds_per_step': t.run_seconds,

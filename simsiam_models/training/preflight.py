@@ -142,8 +142,8 @@ def cost_lines(plan: Plan, t: Trial, cost: dict[str, Any]) -> list[Line]:
     return [
         (MEASURED, f'{duration(3600 * cost["hours"])}: {plan.steps:,} steps of {t.run_seconds:.3g} s; '
                    f'{plan.recipe.epochs} epochs of {duration(per_epoch)}; without the kNN monitor'),
-        (MEASURED, f'{size_text(cost["disk_bytes"])} of disk: {plan.args.keep_last} checkpoints of '
-                   f'{size_text(t.state_bytes)}, backbone {size_text(t.backbone_bytes)}, log'),
+        (MEASURED, f'{size_text(cost["disk_bytes"])} of disk: {plan.args.keep_last} checkpoints and one in the '
+                   f'making of {size_text(t.state_bytes)}, backbone {size_text(t.backbone_bytes)}, log'),
     ]
 
 

@@ -51,8 +51,12 @@ class RunLog:
 
             # The same folder is the same run there, also after a restart.
             name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-            self._wandb = wb.init(
-                project=wandb, id=name, name=folder.name, dir=str(folder), config=record, resume='allow')
+            try:
+                self._wandb = wb.init(
+                    project=wandb, id=name, name=folder.name, dir=str(folder), config=record, resume='allow')
+            except Exception as e:  # no login, no network, ...
+                raise ValueError(
+                    f'--wandb {wandb}: {_one_line(e)}; `wandb login` logs in, WANDB_MODE=offline needs none') from None
 
     def start(self, total: int, done: int) -> None:
         if self.main and sys.stderr.isatty():
@@ -69,19 +73,25 @@ class RunLog:
             self.bar.update()
 
     def say(self, text: str) -> None:
-        if self.main:
-            tqdm.write(text, file=sys.stdout)
+        if not self.main:
+            return
+        try:
+            tqdm.write(text.encode('utf-8', 'backslashreplace').decode(), file=sys.stdout)  # names of files, too
             sys.stdout.flush()
+        except OSError:  # the disk of a log file is full: no reason to end the run
+            pass
 
     def figures(self, where: str, figures: dict[str, Any], text: str, step: int = 0) -> None:
         """One JSON line; `text` goes into the bar, or onto a line of its own where there is no terminal."""
         if not self.main:
             return
+        before = self._size_or_none()
         try:
             with open(self.path, 'a') as f:
                 f.write(json.dumps(_finite(figures)) + '\n')
             self._broken = False
         except OSError as e:
+            self._cut(before)
             if not self._broken:
                 self.say(f'{self.path} cannot be written ({e.strerror}); going on without')
             self._broken = True
@@ -99,20 +109,41 @@ class RunLog:
             for name, x in (value.items() if isinstance(value, dict) else [('', value)]):
                 if isinstance(x, (int, float)):
                     numbers[f'{key}/{name}' if name else key] = float(x)
-        if self._writer is not None:
-            for name, x in numbers.items():
-                self._writer.add_scalar(name, x, step)
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=step)
+        try:
+            if self._writer is not None:
+                for name, x in numbers.items():
+                    self._writer.add_scalar(name, x, step)
+            if self._wandb is not None:
+                self._wandb.log(numbers, step=step)
+        except Exception as e:  # a full disk, or whatever the libraries meet
+            self._writer = self._wandb = None
+            self.say(f'TensorBoard or W&B failed ({_one_line(e)}); going on without')
+
+    def _size_or_none(self) -> int | None:
+        try:
+            return self.size()
+        except OSError:
+            return None
+
+    def _cut(self, size: int | None) -> None:
+        """Half a line is no JSON."""
+        try:
+            if size is not None and self.path.exists():
+                os.truncate(self.path, size)
+        except OSError:
+            pass
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        if self._writer is not None:
-            self._writer.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+        except Exception as e:
+            self.say(f'TensorBoard or W&B failed ({_one_line(e)})')
         self._writer = self._wandb = None
 
 
@@ -121,3 +152,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _one_line(e: Exception) -> str:
+    return ' '.join(str(e).split())[:200] or type(e).__name__

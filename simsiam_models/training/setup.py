@@ -2,11 +2,13 @@
 import argparse
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..data import open_data
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
@@ -32,7 +34,8 @@ def load_monitor(args: argparse.Namespace, recipe: Recipe, train: Any, val: Any,
         train, val = open_data(args.knn_data)
         if train.labels is None:
             raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
-    if train.labels is None or len(train) < 5:
+    queries = len(train) // 5 if val is None else len(val)
+    if train.labels is None or queries < world.size:  # every process is to have one
         return None
     return KnnMonitor(
         train, val, recipe.augmentation.size, recipe.eval_resize, recipe.knn_k, recipe.knn_t, world, workers)
@@ -75,17 +78,21 @@ def claim(
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
 
     def own() -> tuple[dict[str, Any], dict[str, Any] | None]:
+        given = None
+        if args.resume not in ('auto', 'never'):
+            given = checkpoint.read(Path(args.resume))
+            said = checkpoint.differences(given['run'], record, free)
+            if said:
+                raise ValueError(f'--resume {args.resume} belongs to another run ({said})')
+            record['amp'] = given['run']['amp']
+            given['log_bytes'] = 0
         old = checkpoint.claim_folder(folder, record, free, args.resume == 'never')
         if old is not None:
             log.say(f'{folder} holds this run: continuing it')
         state = checkpoint.load(folder, log.say, record, free)
-        if state is None and args.resume not in ('auto', 'never'):
-            state = checkpoint.read(Path(args.resume))
-            said = checkpoint.differences(state['run'], record, free)
-            if said:
-                raise ValueError(f'--resume {args.resume} belongs to another run ({said})')
-            state['log_bytes'] = 0
-        return old or record, state
+        if state is not None and given is not None:
+            log.say(f'{folder} has checkpoints of its own, so --resume {args.resume} is left aside')
+        return old or record, state or given
 
     return world.share(own)
 
@@ -129,3 +136,32 @@ def compile_or_not(
         say(f'--compile does not work here ({type(e).__name__}); going on without it')
         return
     model.compile()
+
+
+def parallel(model: SimSiam, shape: tuple[int, ...], world: World) -> nn.Module:
+    """The model, whose gradients are averaged over the processes."""
+    if world.size == 1:
+        return model
+    # Buffers need no broadcast: synchronised batch norm keeps them equal. torch 2.14 renames the argument.
+    ddp = nn.parallel.DistributedDataParallel
+    name = 'forward_sync_buffers'
+    if name not in inspect.signature(ddp).parameters:
+        name = 'broadcast_buffers'
+    net = ddp(model, [world.device] if world.device.type == 'cuda' else None, **{name: False})
+    if world.device.type == 'cpu':
+        _settle_buckets(net, model, shape)
+    return net
+
+
+def _settle_buckets(net: nn.Module, model: SimSiam, shape: tuple[int, ...]) -> None:
+    """DDP sorts its buckets anew after its first step: here is one that leaves no trace.
+
+    Otherwise the first step after a restart would sum the gradients of many processes in another order.
+    """
+    before = copy.deepcopy(model.state_dict())
+    training = model.training
+    x = torch.zeros(2, *shape[1:])
+    simsiam_loss(*net.train()(x, x)).backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    net.train(training)
