@@ -1,10 +1,19 @@
 """The `simsiam` command: a thin table of subcommands. Heavy imports wait until a command runs."""
 import argparse
+import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+BENCHMARKS = {  # module and command: what it does
+    'knn': 'weighted nearest neighbours on frozen features',
+    'linear': 'a linear classifier on frozen features: published protocols, or a grid on cached features',
+    'svm': 'VOC07: linear SVMs on five taps, from all images or from a few',
+    'finetune': 'a classifier from a backbone and a labelled folder, and the semi-supervised protocols',
+    'embed': 'features of any images into a file; t-SNE',
+    'report': 'records of benchmarks as one table, measured beside published'}
 
 
 def weights_list(args: argparse.Namespace) -> int:
@@ -108,6 +117,10 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
     command.add_argument('--json', type=Path, metavar='FILE', help='write the same there, as a record')
+
+    for name, text in BENCHMARKS.items():
+        module = importlib.import_module(f'.benchmarks.{name}', __package__)
+        module.add_arguments(add(commands, name, module.run, text))
     return parser
 
 
@@ -121,11 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError, OSError) as e:
+    except (ValueError, RuntimeError, OSError, FloatingPointError) as e:
         print(f'simsiam: {e}', file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as e:
+        return getattr(e, 'code', 130)  # training.stopping.Stopped has one
 
 
 if __name__ == '__main__':

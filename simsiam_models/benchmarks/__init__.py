@@ -1,0 +1,1 @@
+"""A backbone -> the numbers of the tables: one file per benchmark."""

@@ -1,0 +1,339 @@
+"""Features of a frozen backbone, made once and kept in files that later benchmarks map.
+
+One pass over the images writes every feature that is asked for: the average pool and the five pooled taps of
+`backbone.pooled`, float32 always (half precision would exchange neighbours and move SVM costs). A file NAME.npy holds
+all rows; they are written in shards of ROWS rows, each of which counts once its checksum is written too. So a killed
+extraction goes on with the first unfinished shard and ends in the same bytes, and what was cut off or damaged later is
+found and made again. Batches never cross a shard: their sizes, and with them the bits, do not depend on the number of
+processes. The folder is named after weights, architecture, data, transform and precision.
+"""
+import functools
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.cache import cache_folder
+from ..data.decode import DataError, UnreadableError
+from ..data.index import digest
+from ..data.loader import AHEAD, EvalImages, in_order
+from ..data.sources import Images
+from ..training.checkpoint import write_atomically
+from ..training.distributed import World
+from ..training.precision import AMP
+from .backbone import Backbone, _taps, fits_protocol, pooled
+from .tables import HEAD, ROWS, Table, alone, write
+
+NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
+FORMAT = 1
+SHARE = 8  # images that a thread takes at a time
+CPU_BATCH = 8  # ResNet-50 makes 16.2 images per second of a core with 8, 12.7 with 32, and needs gigabytes with 256
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Short side to `resize`, then the centre of crop x crop; or 'squash' (VOC07): the whole to exactly crop x crop.
+
+    Both as torchvision's operators on PIL images do it, bilinear.
+    """
+
+    resize: int = 256
+    crop: int = 224
+    kind: str = 'center'
+
+    def __post_init__(self) -> None:
+        if self.kind not in ('center', 'squash'):
+            raise ValueError(f"transform {self.kind!r}: it is 'center' or 'squash'")
+        if min(self.resize, self.crop) < 1 or (self.kind == 'center' and self.crop > self.resize):
+            raise ValueError(
+                f'--image-size {self.crop} and --resize {self.resize}: the crop must fit into the resized image')
+
+
+class Features:
+    """Rows of features in the order of the images; `unreadable` names images whose rows are those of a black one."""
+
+    def __init__(
+        self, folder: Path, images: Images, names: Sequence[str], key: str, unreadable: dict[int, str], made: int,
+    ) -> None:
+        self.folder, self.names, self.digest, self._length = folder, tuple(names), key, len(images)
+        self.labels, self.classes = images.labels, images.classes
+        self.unreadable, self.made = unreadable, made  # made: rows computed by this call, by all processes
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def readable(self) -> np.ndarray:
+        """Indices of the images that could be read: all, unless a partial set was allowed."""
+        keep = np.ones(len(self), bool)
+        keep[list(self.unreadable)] = False
+        return np.flatnonzero(keep)
+
+    def array(self, name: str) -> np.ndarray:
+        """(N, D) float32, mapped from its file and read only."""
+        if name not in self.names:
+            raise ValueError(f'{name}: not among the extracted features, {", ".join(self.names)}')
+        return np.load(self.folder / f'{name}.npy', mmap_mode='r')
+
+    def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
+        """(len(indices), D) float32 in memory."""
+        return np.array(self.array(name)[indices])
+
+
+class _Noting:
+    """Images, and which of them could not be read."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.bad = images, {}
+
+    def read(self, index: int) -> np.ndarray:
+        try:
+            return self.images.read(index)
+        except UnreadableError as e:
+            self.bad[index] = str(e)
+            raise
+
+
+class _Pixels(EvalImages):
+    """uint8 (B, S, S, 3), one batch for each array of indices; what cannot be read is black, and named in `bad`."""
+
+    def __init__(
+        self, images: Images, batches: list[np.ndarray], transform: Transform, workers: int, device: torch.device,
+    ) -> None:
+        super().__init__(
+            _Noting(images), np.zeros(0), transform.crop, transform.resize, workers=workers, device=device)
+        self.batches, self.kind, self.bad = batches, transform.kind, self.images.bad
+        largest = max((len(rows) for rows in batches), default=1)
+        self.ahead = max(AHEAD, -(-2 * workers * SHARE // largest))  # so that no thread waits for the model
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from in_order(self._threads, self._jobs(), self.ahead)
+
+    def _jobs(self) -> Iterator[tuple[Tensor, list[Callable[[], None]]]]:
+        for rows in self.batches:
+            shape = len(rows), self.size, self.size, 3
+            x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
+            parts = [slice(i, i + SHARE) for i in range(0, len(rows), SHARE)]
+            yield x, [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in parts]
+
+    def _one(self, index: int) -> np.ndarray:
+        if self.kind == 'center':
+            return super()._one(index)
+        try:
+            image = Image.fromarray(self.images.read(index))
+        except UnreadableError:
+            return np.zeros((self.size, self.size, 3), np.uint8)
+        w, h = image.size
+        r = self.resize
+        size = (r, int(r * h / w)) if w <= h else (int(r * w / h), r)
+        image = image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+        return np.asarray(image.resize((self.size, self.size), Image.Resampling.BILINEAR))
+
+
+class _Model:
+    """uint8 pixels (B, S, S, 3) -> the named features, float32 (B, D) each, in full or half precision."""
+
+    def __init__(self, backbone: Backbone, amp: str, size: int) -> None:
+        self.backbone, self.dtype = backbone, AMP[amp]
+        self.device = next(backbone.model.parameters()).device
+        self.mean, self.std = (
+            torch.tensor(x, device=self.device).view(1, 3, 1, 1) for x in (backbone.mean, backbone.std))
+        self.size, self._adaptive = size, None
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        x = pixels.to(self.device, non_blocking=pixels.is_pinned()).permute(0, 3, 1, 2)
+        if self.backbone.bgr:
+            x = x.flip(1)
+        x = x.float().div_(255).sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+        model = self.backbone.model
+        half = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+        with half, _full_precision():
+            if set(names) == {'avgpool'}:
+                return {'avgpool': model(x).float()}
+            maps, last = _taps(model, x)
+            average = model.forward_head(last).float() if 'avgpool' in names else None
+        flat = dict(zip(NAMES[1:], pooled(maps, not fits_protocol(maps)), strict=False))
+        flat['avgpool'] = average
+        missing = [name for name in names if name not in flat]
+        if missing:
+            raise ValueError(f'{missing[0]}: {self.backbone.name} has maps of {len(maps)} stages only')
+        return {name: flat[name] for name in names}
+
+    def widths(self, names: Sequence[str]) -> dict[str, int]:
+        blank = torch.zeros(1, self.size, self.size, 3, dtype=torch.uint8)
+        try:
+            outputs = self(blank, names)
+        except (RuntimeError, AssertionError) as e:  # an image too small, or not of the one size that a network takes
+            raise ValueError(
+                f'{self.backbone.name} does not run on images of {self.size} px ({" ".join(str(e).split())[:200]}); '
+                'give another --image-size') from None
+        for name, y in outputs.items():
+            if y.ndim != 2:
+                raise ValueError(f'{name} of {self.backbone.name} is {tuple(y.shape)}, not one row for each image')
+        return {name: y.shape[1] for name, y in outputs.items()}
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Convolutions of float32 in float32: CUDA would take TF32 by itself."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def extract(
+    backbone: Backbone, images: Images, what: Sequence[str] = ('avgpool',), transform: Transform = Transform(),
+    cache: Path | str | None = None, batch: int = 256, workers: int | None = None, amp: str = 'auto',
+    world: World | None = None, partial: bool = False,
+) -> Features:
+    """The features of all images, from the cache where it has them.
+
+    Under torchrun each process makes every so-manieth shard, in a cache folder that all of them see.
+
+    Args:
+        what: of NAMES. Away from 224 px, or of networks with other maps, taps are pooled adaptively (`pooled`).
+        cache: folder; None: `features` in this package's own.
+        batch: images in one forward pass, at most ROWS (and CPU_BATCH on a CPU).
+        workers: threads that read; None: one for each core of the process, at most 16; 0: the caller's own.
+        amp: 'auto' is 'off': published benchmarks ran in float32. Or 'bfloat16', 'float16' (CUDA).
+        partial: go on where images cannot be read; `Features.readable` has the others.
+
+    Raises:
+        DataError: an image cannot be read and `partial` is not set; all others are in the cache then.
+        ValueError, RuntimeError, OSError: what is asked for cannot be done; one sentence says why.
+    """
+    device = next(backbone.model.parameters()).device
+    world = world or World(0, 1, device)
+    names = [name for name in NAMES if name in what]
+    if not names or set(what) - set(NAMES):
+        raise ValueError(f'features {", ".join(what) or "(none)"}: choose of {", ".join(NAMES)}')
+    if hasattr(images, 'samples'):
+        raise ValueError(f'{images.name} is a stream, which cannot be read at random: name files for a benchmark')
+    amp = 'off' if amp == 'auto' else amp
+    if amp not in AMP or (amp == 'float16' and device.type == 'cpu'):
+        raise ValueError(f'--amp {amp}: on {device.type} it is auto, off or bfloat16')
+    if batch < 1:
+        raise ValueError(f'--batch-size {batch}: at least 1')
+    model = _Model(backbone, amp, transform.crop)
+    widths = model.widths(names)
+    about = {
+        'format': FORMAT, 'rows': ROWS, 'backbone': backbone.digest, 'architecture': digest(str(backbone.model)),
+        'bgr': backbone.bgr, 'mean': backbone.mean, 'std': backbone.std, 'images': images.digest, 'n': len(images),
+        'transform': asdict(transform), 'precision': amp}
+    key = digest(json.dumps(about))
+    folder = _cache(cache) / key
+    tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
+    workers = _workers() if workers is None else workers
+    with alone(folder, world):
+        def prepare() -> tuple[list[tuple[int, list[str]]], dict[int, str]]:
+            about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
+            write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))
+            with ThreadPoolExecutor(max(1, workers)) as threads:
+                found = {name: table.prepare(images, threads) for name, table in tables.items()}
+            todo = [(s, [n for n in names if found[n][s] is None]) for s in found[names[0]]]
+            done = [bad for shards in found.values() for bad in shards.values() if bad is not None]
+            return [(s, missing) for s, missing in todo if missing], {i: why for bad in done for i, why in bad.items()}
+
+        todo, unreadable = world.share(prepare)
+        mine = todo[world.rank::world.size]
+        bad = _fill(model, images, tables, mine, transform, batch, workers, world)
+        for found in world.gather(bad):  # also the barrier
+            unreadable |= found
+    made = sum(stop - start for start, stop in (tables[names[0]].span(s) for s, _ in todo))
+    if unreadable and not partial:
+        raise DataError(
+            f'{images.name}: {len(unreadable)} of {len(images)} images cannot be read '
+            f'({"; ".join(list(unreadable.values())[:3])}{"; ..." if len(unreadable) > 3 else ""}), and a benchmark on '
+            'other images is another benchmark: repair them, or leave them out with --allow-partial')
+    return Features(folder, images, names, key, dict(sorted(unreadable.items())), made)
+
+
+def _fill(
+    model: _Model, images: Images, tables: dict[str, Table], shards: list[tuple[int, list[str]]],
+    transform: Transform, batch: int, workers: int, world: World,
+) -> dict[int, str]:
+    """Make these shards; returns what could not be read in them."""
+    batch = min(batch, ROWS, CPU_BATCH if model.device.type == 'cpu' else ROWS)
+    plan = []  # shard, names, rows of one batch, whether it is the shard's last
+    for shard, names in shards:
+        start, stop = tables[names[0]].span(shard)
+        cuts = list(range(start, stop, batch))
+        plan += [(shard, names, np.arange(i, min(i + batch, stop)), i == cuts[-1]) for i in cuts]
+    if not plan:
+        return {}
+    pixels = _Pixels(images, [rows for _, _, rows, _ in plan], transform, workers, model.device)
+    files = {name: os.open(table.path, os.O_RDWR) for name, table in tables.items()}
+    crc = dict.fromkeys(tables, 0)
+    total = sum(len(rows) for _, _, rows, _ in plan)
+    began = time.perf_counter()
+    bar = tqdm(total=total, desc='features', unit=' images', disable=not (world.main and sys.stderr.isatty()))
+
+    def store(job: tuple, outputs: dict[str, Tensor]) -> None:
+        shard, names, rows, last = job
+        for name in names:
+            table, values = tables[name], outputs[name].cpu().contiguous().numpy()
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f'{model.backbone.name}: {name} of images {rows[0]} to {rows[-1]} is not finite; check the weights '
+                    '(simsiam weights verify), or use --amp off')
+            data = memoryview(values).cast('B')
+            write(files[name], data, HEAD + int(rows[0]) * table.row_bytes)
+            crc[name] = zlib.crc32(data, crc[name])
+        bar.update(len(rows))
+        if last:
+            start, stop = tables[names[0]].span(shard)
+            bad = {i: why for i, why in sorted(pixels.bad.items()) if start <= i < stop}
+            if len(bad) > 32 and 2 * len(bad) > stop - start:
+                raise DataError(
+                    f'{next(iter(bad.values()))}; {len(bad)} of {stop - start} images in a row cannot be read: is the '
+                    'data still there?')
+            for name in names:
+                tables[name].finish(files[name], shard, crc[name], bad)
+                crc[name] = 0
+
+    try:
+        before = None  # the device computes a batch while the one before is written
+        for job, x in zip(plan, pixels, strict=True):
+            outputs = model(x, job[1])
+            if before is not None:
+                store(*before)
+            before = job, outputs
+        store(*before)
+    finally:
+        bar.close()
+        for file in files.values():
+            os.close(file)
+    if world.main and bar.disable:
+        seconds = time.perf_counter() - began
+        print(f'features: {total} images in {seconds:.1f} s ({total / seconds:.1f} images/s)', file=sys.stderr)
+    return pixels.bad
+
+
+def _cache(cache: Path | str | None) -> Path:
+    if cache is not None:
+        return Path(cache)
+    folder = cache_folder()
+    if folder is None:
+        raise RuntimeError('there is no folder to keep features in; name one with --cache')
+    return folder / 'features'
+
+
+def _workers() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))

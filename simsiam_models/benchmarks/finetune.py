@@ -1,0 +1,261 @@
+"""Fine-tune a backbone on labelled images; the result is a classifier that plain timm loads.
+
+    simsiam finetune my_photos --output runs/my_photos          # one subfolder per class, also below train/ and val/
+    torchrun --nproc-per-node 8 -m simsiam_models.cli finetune my_photos --output runs/my_photos
+    timm.create_model('local-dir:runs/my_photos', pretrained=True)
+
+The first layers learn more slowly than the last (--layer-decay), images are varied by RandAugment, mixup and cutmix,
+and what is validated and kept is a running average of the weights. A run that was killed goes on by the same command.
+
+Semi-supervised ImageNet, 1 % or 10 % of the labels, by MMSelfSup's protocol and its literal numbers:
+
+    simsiam finetune imagenet --protocol semi_1pct --list 1percent.txt --output runs/semi --lr 0.01 --head-multiplier 10
+    simsiam finetune imagenet --protocol semi_1pct --list 1percent.txt --output runs/semi --grid
+"""
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .finetune_result import Source
+    from .finetune_training import Settings
+
+WEIGHT_DECAY = {'semi_1pct': 5e-4, 'semi_10pct': 1e-4}
+LRS, MULTIPLIERS = (0.1, 0.01, 0.001), (1.0, 10.0, 100.0)  # the nine pairs of the protocol
+PLAIN = {  # flag -> default
+    'epochs': 30, 'batch_size': 64, 'opt': 'adamw', 'lr': 1e-3, 'weight_decay': 0.05, 'layer_decay': 0.8,
+    'warmup_epochs': 3, 'smoothing': 0.1, 'mixup': 0.2, 'cutmix': 1.0, 'ema_decay': 0.9998, 'patience': 10,
+    'crop_scale': (0.25, 1.0), 'flip_p': 0.5, 'randaugment': 'rand-m7-mstd0.5-inc1', 'erase_p': 0.0}
+SEMI = {'epochs': 20, 'batch_size': 256}  # what may be changed of the protocol, as a deviation
+
+
+def json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('data', metavar='DATA', help='labelled images, as for train.py: one subfolder per class, a list, ...; with '
+        '--protocol the ImageNet folder')
+    add('--model', default='simsiam_resnet50', metavar='NAME', help='backbone (default: simsiam_resnet50)')
+    add('--model-args', type=json_object, default={}, metavar='JSON',
+        help='its keyword arguments, e.g. \'{"drop_path_rate": 0.1}\'')
+    add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
+        help='of the run and its classifier; the same command continues it')
+    add('--protocol', choices=['plain', *WEIGHT_DECAY], default='plain', help='default: plain')
+    add('--val-share', type=float, default=0.2, metavar='X',
+        help='share of each class that is held out where DATA has no val folder (default: 0.2)')
+    add('--seed', type=int, default=0, help='of classifier, order, augmentation and held-out images (default: 0)')
+    add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
+    add('--workers', type=int, metavar='N', help='processes that read images, 0: none (default: by device and cores)')
+    add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
+        help='precision (default: auto; off on a CPU and with --protocol)')
+    add('--image-size', type=int, default=224, metavar='N', help='side of a crop, pixels (default: 224)')
+    add('--resize', type=int, metavar='N', help='short side in validation, pixels (default: image size x 256 / 224)')
+    add = parser.add_argument_group('optimization and augmentation').add_argument
+    add('--epochs', type=int, metavar='N', help=f'default: {PLAIN["epochs"]}')
+    add('--batch-size', type=int, metavar='N', help=f'over all processes (default: {PLAIN["batch_size"]})')
+    add('--opt', metavar='NAME', help=f"timm's name of the optimizer (default: {PLAIN['opt']})")
+    add('--lr', type=float, metavar='X', help='of the last layer, per 256 samples: the rate used is lr * batch / 256 '
+        f'(default: {PLAIN["lr"]:g}); with --protocol the rate of the backbone as it is')
+    add('--weight-decay', type=float, metavar='X', help=f'default: {PLAIN["weight_decay"]}')
+    add('--layer-decay', type=float, metavar='X',
+        help=f"each layer's rate is the next one's times this (default: {PLAIN['layer_decay']}; 1: all alike)")
+    add('--warmup-epochs', type=int, metavar='N', help=f'linear; then cosine to 0 (default: {PLAIN["warmup_epochs"]})')
+    add('--smoothing', type=float, metavar='X', help=f'of the labels (default: {PLAIN["smoothing"]})')
+    add('--mixup', type=float, metavar='ALPHA', help=f'0: none (default: {PLAIN["mixup"]})')
+    add('--cutmix', type=float, metavar='ALPHA', help=f'0: none (default: {PLAIN["cutmix"]})')
+    add('--ema-decay', type=float, metavar='X',
+        help=f'of the averaged weights, 0: none (default: {PLAIN["ema_decay"]})')
+    add('--patience', type=int, metavar='N', help='epochs without a better validation top-1 after which the run ends, '
+        f'0: never (default: {PLAIN["patience"]})')
+    add('--crop-scale', type=float, nargs=2, metavar=('MIN', 'MAX'), help='share of the area (default: 0.25 1)')
+    add('--flip-p', type=float, metavar='P', help=f'probability of a flip (default: {PLAIN["flip_p"]})')
+    add('--randaugment', metavar='SPEC', help=f'as timm writes it, or none (default: {PLAIN["randaugment"]})')
+    add('--erase-p', type=float, metavar='P', help=f'of random erasing (default: {PLAIN["erase_p"]:g})')
+    add = parser.add_argument_group('semi-supervised protocol').add_argument
+    add('--list', type=Path, metavar='FILE', help='names of the labelled images, one a line')
+    add('--head-multiplier', type=float, metavar='X', help="the classifier's rate / --lr: 1, 10 or 100 (default: 10)")
+    add('--grid', action='store_true', help='all nine pairs of --lr .1 .01 .001 and --head-multiplier 1 10 100')
+    add('--dataset', choices=['imagenet', 'folder'], default='imagenet', help='default: imagenet')
+    add('--allow-partial', action='store_true', help='go on with fewer images than the data set has')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.distributed import join_world
+    from ..training.runlog import RunLog
+    from .finetune_result import open_source, print_grid
+
+    with join_world(args.device) as world:
+        say = RunLog(args.output, world.main).say
+        runs = [(args.output, plain_settings(args))] if args.protocol == 'plain' else semi_runs(args)
+        source = open_source(args)
+        say(f'{len(source.train)} training images of {len(source.classes)} classes; validation: {source.validation}')
+        records = [run_one(args, source, s, folder, world, say) for folder, s in runs]
+        if args.grid and world.main:
+            say(print_grid([s for _, s in runs], records))
+    return 0
+
+
+def run_one(
+    args: argparse.Namespace, source: 'Source', s: 'Settings', folder: Path, world: Any, say: Callable[[str], Any],
+) -> dict[str, Any] | None:
+    """Train to the end, export, write the record, which rank 0 returns."""
+    from ..training.distributed import default_workers
+    from ..training.precision import choose_amp
+    from . import finetune_data as data
+    from .finetune_result import Target, claim, finish
+    from .finetune_training import Training, add_classifier, make_optimizer
+
+    s = fit_batch(s, len(source.train), world.size, say)
+    full = args.amp == 'auto' and (world.device.type == 'cpu' or args.protocol != 'plain')
+    amp = 'off' if full else choose_amp(args.amp, world.device, None, ())
+    target = Target(args.model, args.model_args, world.device, source.classes, s, folder)
+    run = {
+        'benchmark': 'finetune', 'protocol': args.protocol, 'model': args.model, 'model_args': args.model_args,
+        'weights': target.backbone.digest, 'images': len(source.train), 'digest': source.digest,
+        'validation': source.validation, 'amp': amp, 'processes': world.size, **dataclasses.asdict(s)}
+    add_classifier(target.backbone.model, len(source.classes), s.seed)
+    target.check()
+    make_optimizer(target.backbone.model, s)  # is there such a one? Asked before anything is written
+    crop = data.train_transform(
+        s.image_size, target.mean, target.std, s.crop_scale, s.flip, s.randaugment, s.erase)
+    centre = data.eval_transform(s.image_size, s.resize, target.mean, target.std)
+    workers = default_workers(world.device) if args.workers is None else args.workers
+    loaders = [
+        data.Loader(data.Samples(images, transform, s.seed, transform is crop), workers, world.device)
+        for images, transform in ((source.train, crop), (source.val, centre))]
+    world.share(lambda: claim(folder, run, {'processes', *(['amp'] if args.amp == 'auto' else [])}))
+    training = Training(
+        target.backbone.model, len(source.classes), s, *loaders, folder, world, amp, run, say, target.export)
+    say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, '
+        f'lr {s.lr:g}, {world.device.type}, amp {amp} -> {folder}')
+    training.fit()
+    predicted = training.predict()
+    return finish(args, source, target, training, predicted, run, say) if world.main else None
+
+
+def fit_batch(s: 'Settings', n: int, processes: int, say: Callable[[str], Any]) -> 'Settings':
+    """The batch, at most the n training images; each process has the same number of them, with mixup an even one.
+
+    Raises:
+        ValueError: it does not divide.
+    """
+    multiple = processes * (2 if s.mixup or s.cutmix else 1)
+    if s.batch_size % multiple:
+        raise ValueError(
+            f'--batch-size {s.batch_size} does not divide by {multiple} ({processes} processes'
+            f'{", pairs for mixup" if multiple > processes else ""}); use a multiple of {multiple}')
+    if n >= s.batch_size or s.partial_batch:
+        return s
+    batch = n // multiple * multiple
+    if batch < max(2, multiple):
+        raise ValueError(f'{n} training images are too few for a batch; add images, or use --mixup 0 --cutmix 0')
+    say(f'--batch-size {s.batch_size} is more than the {n} training images: {batch} is used')
+    return dataclasses.replace(s, batch_size=batch, lr=s.lr * batch / s.batch_size)
+
+
+def plain_settings(args: argparse.Namespace) -> 'Settings':
+    """The defaults with the flags' numbers in their place.
+
+    Raises:
+        ValueError: a number outside its range, or a flag of the other protocol.
+    """
+    from .finetune_training import Settings
+
+    for name in ('list', 'head_multiplier', 'grid'):
+        if getattr(args, name):
+            raise ValueError(f'--{name.replace("_", "-")} belongs to --protocol semi_1pct or semi_10pct; name one')
+    given = {k: v for k, v in vars(args).items() if k in PLAIN and v is not None}
+    n = {**PLAIN, **given}
+    if 'warmup_epochs' not in given:
+        n['warmup_epochs'] = min(n['warmup_epochs'], n['epochs'] - 1)
+    _check(args, n)
+    return Settings(
+        epochs=n['epochs'], batch_size=n['batch_size'], optimizer=n['opt'], lr=n['lr'] * n['batch_size'] / 256,
+        weight_decay=n['weight_decay'], momentum=0.9, layer_decay=None if n['layer_decay'] == 1 else n['layer_decay'],
+        head_multiplier=None, steps=None, warmup_epochs=n['warmup_epochs'], smoothing=n['smoothing'], mixup=n['mixup'],
+        cutmix=n['cutmix'], ema_decay=n['ema_decay'], patience=n['patience'], eval_every=1, keep='best',
+        partial_batch=False, image_size=args.image_size, resize=_resize(args), crop_scale=tuple(n['crop_scale']),
+        flip=n['flip_p'], randaugment=None if n['randaugment'] == 'none' else n['randaugment'], erase=n['erase_p'],
+        seed=args.seed)
+
+
+def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
+    """MMSelfSup's numbers: 20 epochs, SGD, x0.2 after 12 and 16, batch 256, batch norm trains; one pair, or all nine.
+
+    Raises:
+        ValueError: a flag that the protocol fixes, or a number outside its range.
+    """
+    from .finetune_training import Settings
+
+    fixed = [k for k in PLAIN if k not in (*SEMI, 'lr') and getattr(args, k) is not None]
+    if fixed:
+        raise ValueError(f'--{fixed[0].replace("_", "-")} is fixed by --protocol {args.protocol}; leave it out')
+    if args.grid and (args.lr is not None or args.head_multiplier is not None):
+        raise ValueError('--grid runs all nine pairs; leave --lr and --head-multiplier out')
+    if args.dataset == 'imagenet' and args.list is None:
+        raise ValueError(
+            f'--protocol {args.protocol} needs --list FILE, the names of the labelled images; imagenet_subsets of '
+            'https://github.com/google-research/simclr has those of 1 % and 10 %')
+    pairs = [(0.01 if args.lr is None else args.lr, args.head_multiplier or 10.0)]
+    if args.grid:
+        pairs = [(lr, multiplier) for lr in LRS for multiplier in MULTIPLIERS]
+    n = {**SEMI, **{k: getattr(args, k) for k in SEMI if getattr(args, k) is not None}}
+    _check(args, {**PLAIN, **n, 'warmup_epochs': 0, 'lr': pairs[0][0]})
+    runs = []
+    for lr, multiplier in pairs:
+        settings = Settings(
+            epochs=n['epochs'], batch_size=n['batch_size'], optimizer='sgd', lr=lr,
+            weight_decay=WEIGHT_DECAY[args.protocol], momentum=0.9, layer_decay=None, head_multiplier=multiplier,
+            steps=(12, 16), warmup_epochs=0, smoothing=0.0, mixup=0.0, cutmix=0.0, ema_decay=0.0, patience=0,
+            eval_every=10, keep='last', partial_batch=True, image_size=args.image_size, resize=_resize(args),
+            crop_scale=(0.08, 1.0), flip=0.5, randaugment=None, erase=0.0, seed=args.seed)
+        folder = args.output / f'lr{lr:g}_head{multiplier:g}' if args.grid else args.output
+        runs.append((folder, settings))
+    return runs
+
+
+def deviations(run: dict[str, Any]) -> list[str]:
+    """In what a semi-supervised run is not the protocol's."""
+    rules = {'epochs': [20], 'batch_size': [256], 'lr': LRS, 'head_multiplier': MULTIPLIERS, 'image_size': [224],
+             'resize': [256], 'amp': ['off']}
+    return [f'{k} {run[k]}' for k, values in rules.items() if run[k] not in values]
+
+
+def _resize(args: argparse.Namespace) -> int:
+    return round(args.image_size * 256 / 224) if args.resize is None else args.resize
+
+
+def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
+    scale = n['crop_scale']
+    rules = [
+        ('--epochs', n['epochs'], n['epochs'] >= 1, 'at least 1'),
+        ('--batch-size', n['batch_size'], n['batch_size'] >= 2, 'at least 2'),
+        ('--lr', n['lr'], 0 < n['lr'] < float('inf'), 'above 0'),
+        ('--weight-decay', n['weight_decay'], n['weight_decay'] >= 0, 'at least 0'),
+        ('--layer-decay', n['layer_decay'], 0 < n['layer_decay'] <= 1, 'above 0, at most 1'),
+        ('--warmup-epochs', n['warmup_epochs'], 0 <= n['warmup_epochs'] < n['epochs'], '0 .. --epochs - 1'),
+        ('--smoothing', n['smoothing'], 0 <= n['smoothing'] < 1, 'at least 0, below 1'),
+        ('--mixup', n['mixup'], n['mixup'] >= 0, 'at least 0'),
+        ('--cutmix', n['cutmix'], n['cutmix'] >= 0, 'at least 0'),
+        ('--ema-decay', n['ema_decay'], 0 <= n['ema_decay'] < 1, 'at least 0, below 1'),
+        ('--patience', n['patience'], n['patience'] >= 0, 'at least 0'),
+        ('--crop-scale', scale, 0 < scale[0] <= scale[1] <= 1, '0 < MIN <= MAX <= 1'),
+        ('--flip-p', n['flip_p'], 0 <= n['flip_p'] <= 1, 'a probability'),
+        ('--erase-p', n['erase_p'], 0 <= n['erase_p'] <= 1, 'a probability'),
+        ('--head-multiplier', args.head_multiplier, (args.head_multiplier or 1) > 0, 'above 0'),
+        ('--val-share', args.val_share, 0 < args.val_share < 1, 'above 0, below 1'),
+        ('--image-size', args.image_size, args.image_size >= 8, 'at least 8 pixels'),
+        ('--resize', _resize(args), _resize(args) >= args.image_size, 'at least --image-size'),
+        ('--seed', args.seed, 0 <= args.seed < 2**63, 'at least 0'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
+    for flag, value, ok, rule in rules:
+        if not ok:
+            raise ValueError(f'{flag} {value}: must be {rule}')

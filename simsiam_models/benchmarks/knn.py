@@ -1,0 +1,126 @@
+"""Weighted k nearest neighbours on frozen features, as MMSelfSup measures ImageNet.
+
+Every image: short side to 256, centre crop 224, average pool of the frozen backbone, length 1. Each of the k nearest
+training images of a test image adds exp(cosine / T) to its class; T = 0.07 and k = 10, 20, 100, 200 are published.
+`neighbours` says what is exact about it, and which rule decides among equals. CIFAR's images stay 32 px by default;
+monitors that others run there take k = 200 and T = 0.1, which is another protocol.
+
+    simsiam knn IMAGENET --dataset imagenet --model simsiam_resnet50.mm_ep200_in1k
+    torchrun --nproc-per-node 8 -m simsiam_models.cli knn IMAGENET --dataset imagenet
+"""
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..training.distributed import World
+    from .features import Features
+
+KS, T = (10, 20, 100, 200), 0.07
+KINDS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'places205', 'inat18')
+
+
+def knn(
+    bank: 'Features', queries: 'Features', ks: 'Sequence[int]' = KS, t: float = T, classes: int | None = None,
+    world: 'World | None' = None, name: str = 'avgpool',
+) -> dict[str, float]:
+    """Percent of the queries that are right: 'k=10' (top-1) and 'k=10 top-5' (of min(5, k) classes) for each k.
+
+    Images that could not be read take no part. A k larger than the bank takes all of it. With several processes each
+    takes a share of the queries.
+    """
+    import numpy as np
+    import torch
+
+    from .neighbours import Rows, hits, neighbours
+
+    check(ks, t)
+    rank, size, device = (world.rank, world.size, world.device) if world else (0, 1, torch.device('cpu'))
+    of = np.asarray(bank.labels)[bank.readable]
+    mine = queries.readable[rank::size]
+    labels = np.asarray(queries.labels)[mine]
+    classes = classes or int(max(of.max(), np.asarray(queries.labels).max())) + 1
+    found, cosines = neighbours(
+        Rows(bank.array(name), None if len(of) == len(bank) else bank.readable), Rows(queries.array(name), mine),
+        min(max(ks), len(of)), device)
+    right = hits(found, cosines, of, labels, ks, t, classes)
+    right = sum(world.gather(right)) if world else right
+    percent = 100 * right / len(queries.readable)
+    return {f'k={k}{top}': float(percent[i, j]) for j, top in ((0, ''), (1, ' top-5')) for i, k in enumerate(ks)}
+
+
+def check(ks: 'Sequence[int]', t: float) -> None:
+    if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+        raise ValueError(f'--k {" ".join(map(str, ks))}: different numbers from 1')
+    if not 0 < t < float('inf'):
+        raise ValueError(f'--temperature {t:g}: more than 0')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('data', metavar='DATA', help='folder of the data set')
+    add('--dataset', choices=KINDS, default='folder', help='default: folder (train/ and val/)')
+    add('--model', default='simsiam_resnet50', metavar='NAME',
+        help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
+    add('--k', nargs='+', type=int, default=list(KS), metavar='K', help='neighbours (default: 10 20 100 200)')
+    add('--temperature', type=float, default=T, metavar='T', help='default: 0.07')
+    add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the record (default: results)')
+    add_extraction(parser)
+    add('--allow-partial', action='store_true', help='go on with a part of the data set, or without unreadable images')
+
+
+def add_extraction(parser: argparse.ArgumentParser) -> None:
+    """What `extract` takes, and the transform."""
+    add = parser.add_argument
+    add('--image-size', type=int, metavar='N', help='pixels of the centre crop (default: 224; CIFAR: 32)')
+    add('--resize', type=int, metavar='N', help='short side before that (default: image size x 8/7; CIFAR: the same)')
+    add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
+    add('--batch-size', type=int, default=256, metavar='N', help='images in a forward pass (default: 256)')
+    add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
+    add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
+        help='precision of the forward pass (default: auto, which is off, as published)')
+    add('--cache', type=Path, metavar='DIR', help="features are kept there (default: the package's cache)")
+
+
+def size_and_resize(args: argparse.Namespace, small: bool = False) -> tuple[int, int]:
+    size = args.image_size or (32 if small else 224)
+    return size, args.resize or (size if small else round(size * 8 / 7))
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.distributed import default_device, join_world
+    from .backbone import load_backbone
+    from .datasets import open_pair
+    from .features import Transform, extract
+    from .record import print_record, record_path, write_record
+
+    check(args.k, args.temperature)
+    began = time.perf_counter()
+    size, resize = size_and_resize(args, args.dataset.startswith('cifar'))
+    transform = Transform(resize, size)
+    pair = open_pair(args.dataset, args.data, args.allow_partial)
+    with join_world(args.device or default_device()) as world:
+        backbone = load_backbone(args.model, world.device)
+        bank, queries = (
+            extract(backbone, images, ['avgpool'], transform, args.cache, args.batch_size, args.workers, args.amp,
+                    world, args.allow_partial) for images in (pair.train, pair.test))
+        metrics = knn(bank, queries, args.k, args.temperature, pair.classes, world)
+    if not world.main:
+        return 0
+    unreadable = [*bank.unreadable.values(), *queries.unreadable.values()]
+    if unreadable:
+        print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
+    protocol: dict[str, Any] = {
+        'T': args.temperature, 'k': args.k, 'features': 'avgpool', 'resize': resize, 'image_size': size,
+        'amp': 'off' if args.amp == 'auto' else args.amp}
+    if args.amp == 'bfloat16':
+        protocol['changed'] = 'amp: bfloat16 where off is published'
+    benchmark = f'{args.dataset}_knn_T{args.temperature:g}'
+    record = write_record(
+        record_path(args.output, benchmark, backbone, protocol, pair.data()), benchmark, protocol, backbone,
+        pair.data(), metrics, time.perf_counter() - began, {'unreadable': len(unreadable)})
+    print(print_record(record))
+    return 0

@@ -1,0 +1,345 @@
+"""A linear classifier on cached features (`--protocol auto`): minutes where the published protocols take a day.
+
+It is a protocol of its own, `auto_probe`, and never stands in for a published one: no augmentation, features scaled by
+the training set (so that the learning rate does not depend on the backbone's scale), a grid of learning rates and
+weight decays trained as one problem, the best chosen on held-out training images, that one trained again on all of
+them, and the optimum of its objective found by L-BFGS beside it.
+"""
+import argparse
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.counted import permutation
+from ..training.distributed import World
+from .linear_heads import right_within
+
+NAME = 'auto_probe'
+BYTES = 1 << 28  # of scores that are held at a time
+HELD_OUT = 50_000  # images at most
+
+
+@dataclass(frozen=True)
+class AutoProbe:
+    """The numbers of the protocol. Rates belong to features x' = (x - mean) / (std sqrt(D)), so |x'| is about 1."""
+
+    lrs: tuple[float, ...] = (0.5, 2.0, 8.0, 32.0)
+    weight_decays: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)  # of (wd / 2) |W|^2; the bias has none
+    epochs: int = 30
+    batch_size: int = 1024  # where images are few a 32nd of them, but 64
+    momentum: float = 0.9
+    held_out: float = 0.1  # share of the training images, HELD_OUT at most
+    lbfgs_iterations: int = 200
+    seed: int = 0
+
+
+class Table:
+    """Features (N, D) on a disk or in memory, and labels (N,); `take` gives scaled rows on the device.
+
+    Where a table takes less than a third of the device's free memory it is held there.
+    """
+
+    def __init__(
+        self, array: np.ndarray, labels: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32,
+        resident: bool | None = None,
+    ) -> None:
+        if array.ndim != 2 or len(array) != len(labels):
+            raise ValueError(f'features {array.shape} and {len(labels)} labels: rows (N, D) and a label for each')
+        self.array, self.device, self.dtype = array, device, dtype
+        self.labels = torch.from_numpy(np.asarray(labels).astype(np.int64)).to(device)
+        self.mean = self.scale = None
+        if resident is None:
+            resident = device.type != 'cuda' or 3 * array.nbytes < torch.cuda.mem_get_info(device)[0]
+            resident = resident and device.type != 'cpu'  # a mapped array is as good as a copy there
+        self.held = torch.from_numpy(np.array(array)).to(device) if resident else None
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def features(self) -> int:
+        return self.array.shape[1]
+
+    def scale_by(self, mean: np.ndarray, std: np.ndarray) -> None:
+        """A feature without spread is left out: it becomes 0."""
+        scale = np.where(std > 0, 1 / np.where(std > 0, std, 1), 0) / math.sqrt(self.features)
+        self.mean, self.scale = (torch.from_numpy(x).to(self.device, self.dtype) for x in (mean, scale))
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        """(n,) -> (n, D)."""
+        if self.held is not None:
+            x = self.held[torch.from_numpy(rows).to(self.device)]
+        else:
+            x = torch.from_numpy(np.asarray(self.array[rows])).to(self.device)
+        return (x.to(self.dtype) - self.mean) * self.scale
+
+    def label(self, rows: np.ndarray) -> Tensor:
+        return self.labels[torch.from_numpy(rows).to(self.device)]
+
+
+def moments(array: np.ndarray, rows: np.ndarray | None = None, chunk: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature over `rows` (all), float64, in one pass (Chan et al., 1979).
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    rows = np.arange(len(array)) if rows is None else np.sort(rows)
+    n, mean, square = 0, np.zeros(array.shape[1]), np.zeros(array.shape[1])
+    for i in range(0, len(rows), chunk):
+        x = np.asarray(array[rows[i:i + chunk]], np.float64)
+        m, own = len(x), x.mean(0)
+        square += ((x - own) ** 2).sum(0) + (own - mean) ** 2 * n * m / (n + m)
+        mean += (own - mean) * m / (n + m)
+        n += m
+    if not np.isfinite(square).all():
+        raise ValueError('some features are not finite; the weights are damaged, or --amp off is needed')
+    std = np.sqrt(square / n)
+    return mean, np.where(std > 1e-6 * np.abs(mean), std, 0.0)  # what rounding leaves of a constant is no spread
+
+
+@dataclass
+class Fit:
+    """G members: weight (D, G, C), bias (G, C), and the mean training loss of each epoch (epochs, G)."""
+
+    weight: Tensor
+    bias: Tensor
+    losses: np.ndarray
+
+    def member(self, g: int) -> 'Fit':
+        return Fit(self.weight[:, g:g + 1].clone(), self.bias[g:g + 1].clone(), self.losses[:, g:g + 1])
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, G, C)."""
+        return torch.addmm(self.bias.flatten(), x, self.weight.flatten(1)).view(len(x), *self.bias.shape)
+
+
+def _rows_at_once(g: int, classes: int, dtype: torch.dtype) -> int:
+    return max(1, BYTES // (g * classes * dtype.itemsize))
+
+
+def _loss_and_slope(fit: Fit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy (G,), and its derivative by the scores (B, G, C)."""
+    s = fit.scores(x)
+    s -= s.logsumexp(-1, keepdim=True)
+    at = y[:, None, None].expand(-1, s.shape[1], 1)
+    loss = -s.gather(2, at).sum((0, 2))
+    return loss, s.exp_().scatter_add_(2, at, s.new_full((1, 1, 1), -1).expand(at.shape))
+
+
+def gradient(fit: Fit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums over the batch: loss (G,), slopes of weight (D, G, C) and bias (G, C); in chunks of bounded memory."""
+    chunk = _rows_at_once(*fit.bias.shape, x.dtype)
+    total, weight, bias = x.new_zeros(len(fit.bias)), None, torch.zeros_like(fit.bias)
+    for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
+        loss, slope = _loss_and_slope(fit, xs, ys)
+        part = xs.T @ slope.flatten(1)  # (D, G C)
+        weight = part if weight is None else weight.add_(part)
+        bias += slope.sum(0)
+        total += loss
+    return total, weight.view_as(fit.weight), bias
+
+
+def steps_batch(n: int, p: AutoProbe) -> int:
+    return min(p.batch_size, max(64, n // 32))
+
+
+def train(
+    table: Table, rows: np.ndarray, classes: int, members: Sequence[tuple[float, float]], p: AutoProbe,
+    say: Callable[[str], Any] = lambda text: None,
+) -> Fit:
+    """SGD with momentum on `rows` from zero weights, all members (lr, weight decay) in one product per step.
+
+    The rate falls by half a cosine, per step. Members do not touch each other, also where one diverges.
+    """
+    g, d = len(members), table.features
+    make = dict(device=table.device, dtype=table.dtype)
+    lr, wd = (torch.tensor(x, **make)[:, None] for x in zip(*members, strict=True))  # (G, 1)
+    fit = Fit(torch.zeros(d, g, classes, **make), torch.zeros(g, classes, **make), np.zeros((p.epochs, g)))
+    weight_m, bias_m = torch.zeros_like(fit.weight), torch.zeros_like(fit.bias)
+    batch = steps_batch(len(rows), p)
+    steps = -(-len(rows) // batch)
+    for epoch in range(p.epochs):
+        started, total = time.perf_counter(), torch.zeros(g, **make)
+        order = rows[permutation(p.seed, epoch, len(rows))]
+        for step in range(steps):
+            at = np.sort(order[step * batch:(step + 1) * batch])  # a disk likes them in order
+            loss, weight, bias = gradient(fit, table.take(at), table.label(at))
+            total += loss
+            rate = lr * (0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (p.epochs * steps))))
+            weight_m.mul_(p.momentum).add_(weight.div_(len(at)).add_(fit.weight * wd))
+            bias_m.mul_(p.momentum).add_(bias.div_(len(at)))
+            fit.weight.sub_(weight_m * rate)
+            fit.bias.sub_(bias_m * rate)
+        fit.losses[epoch] = (total / len(rows)).tolist()
+        best = np.nanmin(fit.losses[epoch]) if not np.isnan(fit.losses[epoch]).all() else math.nan
+        say(f'{NAME}: epoch {epoch + 1}/{p.epochs}  {g} classifiers  lowest loss {best:.4f}  '
+            f'{len(rows) / (time.perf_counter() - started):.0f} images/s')
+    return fit
+
+
+def diverged(fit: Fit, classes: int) -> list[bool]:
+    """Whose loss is no number, or in the last epoch above log C, that of an even guess."""
+    return [not (math.isfinite(x) and x <= math.log(classes) + 1e-6) for x in fit.losses[-1]]
+
+
+def evaluate(fit: Fit, table: Table, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """loss (G,), and top1, top5 (G,) in percent; a tie counts as wrong, and below 6 classes there is no top5."""
+    rows = np.arange(len(table)) if rows is None else np.sort(rows)
+    g, classes = fit.bias.shape
+    chunk = min(4096, _rows_at_once(g, classes, fit.bias.dtype))
+    sums: dict[str, np.ndarray] = {k: np.zeros(g) for k in ('loss', 'top1', *(('top5',) if classes > 5 else ()))}
+    for i in range(0, len(rows), chunk):
+        at = rows[i:i + chunk]
+        s, y = fit.scores(table.take(at)), table.label(at)
+        own = s.gather(2, y[:, None, None].expand(-1, g, 1)).squeeze(2)
+        sums['loss'] += (s.logsumexp(-1) - own).sum(0).double().cpu().numpy()
+        for k in set(sums) - {'loss'}:
+            sums[k] += [float(right_within(s[:, m], y, int(k[3:]))) for m in range(g)]
+    return {k: v / len(rows) * (1 if k == 'loss' else 100) for k, v in sums.items()}
+
+
+def lbfgs(table: Table, rows: np.ndarray, weight_decay: float, start: Fit, iterations: int) -> tuple[Fit, float, float]:
+    """The optimum of mean cross-entropy + (wd / 2) |W|^2, from `start` (one member) on.
+
+    Returns the fit, the objective and the largest entry of its gradient.
+    """
+    weight, bias = start.weight.clone(), start.bias.clone()
+    fit = Fit(weight, bias, start.losses)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=iterations, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12,
+        line_search_fn='strong_wolfe')
+    rows = np.sort(rows)
+    seen: dict[str, float] = {}
+
+    @torch.no_grad()
+    def objective() -> Tensor:
+        total, weight.grad, bias.grad = torch.zeros((), dtype=torch.float64), weight * weight_decay, bias * 0
+        for i in range(0, len(rows), 8192):
+            at = rows[i:i + 8192]
+            loss, dw, db = gradient(fit, table.take(at), table.label(at))
+            total += loss.double().cpu().squeeze()
+            weight.grad += dw / len(rows)
+            bias.grad += db / len(rows)
+        value = float(total) / len(rows) + 0.5 * weight_decay * float(weight.double().square().sum())
+        seen.update(value=value, slope=max(float(weight.grad.abs().max()), float(bias.grad.abs().max())))
+        return torch.tensor(value, dtype=torch.float64)
+
+    optimizer.step(objective)
+    objective()
+    return fit, seen['value'], seen['slope']
+
+
+def objective_of(fit: Fit, table: Table, rows: np.ndarray, weight_decay: float) -> float:
+    return float(evaluate(fit, table, rows)['loss'][0]) + 0.5 * weight_decay * float(fit.weight.double().square().sum())
+
+
+def auto_probe(
+    train_table: Table, test_table: Table, classes: int, p: AutoProbe, say: Callable[[str], Any] = print,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """-> metrics in percent, and what was chosen, dropped and found.
+
+    Raises:
+        ValueError: too few images.
+        RuntimeError: every member of the grid diverged.
+    """
+    n = len(train_table)
+    held = min(int(p.held_out * n), HELD_OUT)
+    if held < 1 or n - held < 2 or classes < 2 or not len(test_table):
+        raise ValueError(
+            f'{NAME}: {n} training images, {len(test_table)} test images and {classes} classes are too few to hold out '
+            f'{p.held_out:g} of the training images; give a larger data set')
+    order = permutation(p.seed, 0, n)
+    chosen_on, learned = order[:held], order[held:]
+    mean, std = moments(train_table.array)
+    for table in (train_table, test_table):
+        table.scale_by(mean, std)
+    members = [(lr, wd) for lr in p.lrs for wd in p.weight_decays]
+    say(f'{NAME}: {len(members)} classifiers on {len(learned)} training images, chosen on {held} others; '
+        f'{int((std == 0).sum())} of {len(std)} features are constant and left out')
+    fit = train(train_table, learned, classes, members, p, say)
+    dropped = diverged(fit, classes)
+    if gone := [f'lr {lr:g} wd {wd:g}' for (lr, wd), bad in zip(members, dropped, strict=True) if bad]:
+        say(f'{NAME}: diverged and dropped: {"; ".join(gone)}')
+    if all(dropped):
+        raise RuntimeError(f'{NAME}: every classifier of the grid diverged, so no number is given; check the features')
+    figures = evaluate(fit, train_table, chosen_on)
+    left = [g for g, bad in enumerate(dropped) if not bad]
+    best = min(left, key=lambda g: (-figures['top1'][g], figures['loss'][g], g))
+    lr, wd = members[best]
+    edges = [name for name, value, grid in (('lr', lr, p.lrs), ('weight decay', wd, p.weight_decays))
+             if len(grid) > 1 and value in (min(grid), max(grid))]
+    say(f'{NAME}: chosen lr {lr:g}, weight decay {wd:g}: {figures["top1"][best]:.2f} % of the held-out images'
+        + (f'; at the edge of the grid of {" and ".join(edges)}' if edges else ''))
+    everything = np.arange(n)
+    final = train(train_table, everything, classes, [members[best]], p)
+    if diverged(final, classes)[0]:
+        raise RuntimeError(f'{NAME}: the chosen classifier diverged on all training images; no number is given')
+    optimum, value, slope = lbfgs(train_table, everything, wd, final, p.lbfgs_iterations)
+    found, check = evaluate(final, test_table), evaluate(optimum, test_table)
+    metrics = {k: float(found[k][0]) for k in found if k != 'loss'}
+    metrics |= {f'{k}_lbfgs': float(check[k][0]) for k in check if k != 'loss'}
+    sgd = objective_of(final, train_table, everything, wd)
+    say(f'{NAME}: objective {sgd:.5f} by SGD, {value:.5f} by L-BFGS (largest slope {slope:.1e})')
+    return metrics, {
+        'chosen': {'lr': lr, 'weight_decay': wd, 'at_edge_of': edges}, 'dropped': gone, 'held_out_images': held,
+        'grid': [{
+            'lr': a, 'weight_decay': b, 'diverged': bad, 'train_loss': _finite(loss), 'held_out_top1': float(t)}
+            for (a, b), bad, loss, t in zip(members, dropped, fit.losses[-1], figures['top1'], strict=True)],
+        'objective': {'sgd': sgd, 'lbfgs': value, 'lbfgs_largest_slope': slope}}
+
+
+def _finite(x: float) -> float | None:
+    return float(x) if math.isfinite(x) else None
+
+
+def run_auto(args: argparse.Namespace, world: World) -> None:
+    """`simsiam linear --protocol auto`: features of the test transform, once; then the probe; then the record."""
+    from .backbone import load_backbone
+    from .datasets import open_pair
+    from .features import Transform, extract
+    from .linear import NUMBERS, check_sizes
+    from .record import print_record, record_path, write_record
+
+    check_sizes(args)
+    own = {'batch_size', 'epochs', 'momentum', 'image_size', 'resize'}
+    given = {k: getattr(args, k) for k in NUMBERS if getattr(args, k) is not None}
+    if others := sorted(set(given) - own):
+        flags = ', '.join(f'--{k.replace("_", "-")}' for k in others)
+        raise ValueError(f'{flags}: --protocol auto has no such number; it takes --epochs, --batch-size, --momentum, '
+                         '--image-size and --resize')
+    size = 32 if args.dataset.startswith('cifar') else 224
+    size, resize = given.pop('image_size', size), given.pop('resize', 256 if size == 224 else size)
+    for key, value in (*given.items(), ('image_size', size)):
+        if key != 'momentum' and value < 1 or key == 'momentum' and not 0 <= value < 1:
+            raise ValueError(f'--{key.replace("_", "-")} {value} cannot be')
+    if resize < size:
+        raise ValueError(f'--resize {resize} is smaller than --image-size {size}; use at least that')
+    p = AutoProbe(seed=args.seed, **given)
+    pair = open_pair(args.dataset, args.data, args.allow_partial)
+    backbone = load_backbone(args.model, world.device)
+    started = time.perf_counter()
+    features = [
+        extract(
+            backbone, images, ['avgpool'], Transform(resize, size), args.cache, args.micro_batch or 256, args.workers,
+            args.amp, world) for images in (pair.train, pair.test)]
+    if not world.main:
+        return
+    tables = [Table(f.array('avgpool'), f.labels, world.device) for f in features]
+    metrics, found = auto_probe(*tables, pair.classes, p)
+    protocol = {
+        **dataclasses.asdict(p), 'name': NAME, 'inputs': 'avgpool', 'image_size': size, 'resize': resize,
+        'augmentation': 'none', 'scaling': '(x - mean) / (std sqrt(D)) by the training images', 'ties': 'wrong',
+        'amp': args.amp, 'batch_size_used': steps_batch(len(tables[0]), p)}
+    data = pair.data()
+    path = Path(record_path(args.output, f'{args.dataset}_{NAME}', backbone, protocol, data))
+    record = write_record(
+        path, f'{args.dataset}_{NAME}', protocol, backbone, data, metrics, time.perf_counter() - started, found)
+    print(f'by protocol {NAME}, which is no published one: {print_record(record)}\nwritten to {path}')

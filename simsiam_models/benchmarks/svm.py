@@ -1,0 +1,291 @@
+"""VOC07 image classification by linear SVMs on frozen features, with all images or with k per class.
+
+Five taps of the backbone, pooled to about 9000 values, one SVM per class against the rest. By default all trainval
+images train, and 3-fold cross-validation chooses each class's cost; with --low-shot k positives and 19 k negatives
+train, five draws of each. The published page calls these "SVM" and "Low-shot SVM".
+
+    simsiam svm VOCdevkit --model simsiam_resnet50.mm_ep200_in1k --jobs 8
+    simsiam svm VOCdevkit --model simsiam_resnet50.mm_ep200_in1k --low-shot --jobs 8
+
+A process that fits all of trainval takes 1.9 GB (measured with 5011 x 8192 values). Finished fits are kept in
+OUTPUT/svm-*.jsonl, so that the same command goes on where a killed one was. While it runs, OUTPUT also holds the
+normalised features, 0.7 GB per tap.
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .svm_fits import Finished, Table
+
+TAPS = ('feat1', 'feat2', 'feat3', 'feat4', 'feat5')
+KS = (1, 2, 4, 8, 16, 32, 64, 96)
+SAMPLES = 5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('data', metavar='DATA', help='VOC devkit: the folder that holds VOC2007, or VOC2007 itself')
+    add('--model', default='simsiam_resnet50', metavar='NAME', help='backbone (default: simsiam_resnet50)')
+    add('--taps', nargs='+', choices=TAPS, metavar='TAP',
+        help='of feat1 .. feat5 (default: all five; with --low-shot feat5, the best one of the published table)')
+    add('--low-shot', action='store_true', help='k positives and 19 k negatives per class instead of all images')
+    add('--k', nargs='+', type=int, default=list(KS), metavar='K',
+        help='low-shot: positives per class (default: 1 2 4 8 16 32 64 96)')
+    add('--samples', type=int, default=SAMPLES, metavar='N', help='low-shot: independent draws (default: 5)')
+    add('--seed', type=int, default=0, help="of the draws and of scikit-learn's solver (default: 0)")
+    add('--jobs', type=int, metavar='N', help='processes that fit, one thread each (default: one per core)')
+    add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the records (default: results)')
+    add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
+    add('--batch-size', type=int, default=256, metavar='N', help='images per forward pass (default: 256)')
+    add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
+    add('--amp', choices=['auto', 'off', 'bfloat16'], default='off',
+        help='precision of the forward pass (default: off, as published)')
+    add('--cache', type=Path, metavar='DIR', help="features are kept there (default: the package's cache)")
+    add('--allow-partial', action='store_true', help='go on with fewer images than VOC07 has')
+    add('--image-size', type=int, default=224, metavar='N', help='images are squashed to N x N pixels (default: 224)')
+    add('--resize', type=int, default=256, metavar='N', help='short side before that, pixels (default: 256)')
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.distributed import default_device, join_world
+    from . import datasets
+    from .backbone import load_backbone
+    from .svm_fits import Finished, full, low_shot
+
+    _check(args)
+    data = datasets.open_voc07(args.data, args.allow_partial)
+    taps = sorted(set(args.taps or (['feat5'] if args.low_shot else TAPS)))
+    ks = sorted(set(args.k))
+    check_counts(data.names, data.labels_trainval, data.labels_test, ks if args.low_shot else None)
+    start = time.monotonic()
+    with join_world(args.device or default_device()) as world:
+        backbone = load_backbone(args.model, world.device)
+        features = _extract(args, backbone, data, taps, world)
+    if not world.main:
+        return 0
+    name = hashlib.sha256(json.dumps([
+        *(f.digest for f in features), _bytes_digest(data.labels_trainval), _bytes_digest(data.labels_test), args.seed,
+        _versions()]).encode()).hexdigest()[:12]
+    args.output.mkdir(parents=True, exist_ok=True)
+    work = args.output / f'.svm-{name}'
+    table = write_table(work, features, taps, data.labels_trainval, data.labels_test, args.seed)
+    unreadable = sum(len(f.unreadable) for f in features)
+    if unreadable:
+        print(f'{unreadable} images cannot be read and are left out')
+        check_counts(data.names, table.labels_trainval, table.labels_test, ks if args.low_shot else None)
+    finished = Finished(args.output / f'svm-{name}.jsonl')
+    jobs = args.jobs or _cores()
+    if args.low_shot:
+        results = low_shot(table, finished, taps, ks, args.samples, data.labels_test.shape[1], jobs)
+    else:
+        results = full(table, finished, taps, data.names, jobs)
+    shutil.rmtree(work)
+    _report(args, backbone, data, results, finished, unreadable, time.monotonic() - start)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise RuntimeError("simsiam svm needs scikit-learn: pip install 'simsiam-models[benchmarks]'") from None
+    rules = [
+        ('--jobs', args.jobs, args.jobs is None or args.jobs >= 1, 'at least 1'),
+        ('--samples', args.samples, args.samples >= 1, 'at least 1'),
+        ('--k', args.k, min(args.k) >= 1, 'at least 1 each'),
+        ('--batch-size', args.batch_size, args.batch_size >= 1, 'at least 1'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
+        ('--seed', args.seed, 0 <= args.seed < 2**32, '0 .. 4294967295'),
+        ('--image-size', args.image_size, args.image_size >= 8, 'at least 8 pixels'),
+        ('--resize', args.resize, args.resize >= 8, 'at least 8 pixels')]
+    for flag, value, ok, rule in rules:
+        if not ok:
+            raise ValueError(f'{flag} {value}: must be {rule}')
+
+
+def check_counts(
+    names: Sequence[str], labels_trainval: 'np.ndarray', labels_test: 'np.ndarray', ks: Sequence[int] | None,
+) -> None:
+    """Is there enough of each class for 3 folds, or for the largest k, and something to test on?
+
+    Raises:
+        ValueError: the first class that has too few images, the rule, and what to do.
+    """
+    from .svm_fits import FOLDS, NEGATIVES
+
+    for name, train, test in zip(names, labels_trainval.T, labels_test.T, strict=True):
+        positive, negative = int((train == 1).sum()), int((train == 0).sum())
+        if ks is None and min(positive, len(train) - positive) < FOLDS:
+            raise ValueError(
+                f'{name}: {positive} of the {len(train)} trainval images are positive, and {FOLDS}-fold '
+                f'cross-validation needs {FOLDS} positive and {FOLDS} others; use the whole of VOC07')
+        if ks is not None and (positive < max(ks) or negative < NEGATIVES * max(ks)):
+            raise ValueError(
+                f'{name}: {positive} positive and {negative} negative trainval images, and --k {max(ks)} needs '
+                f'{max(ks)} and {NEGATIVES * max(ks)}; choose a smaller --k')
+        if not (test == 1).any():
+            raise ValueError(f'{name}: no positive test image, so there is no average precision; use all of VOC07')
+
+
+def _extract(args: argparse.Namespace, backbone: Any, data: Any, taps: Sequence[str], world: Any) -> tuple[Any, Any]:
+    from .features import Transform, extract
+
+    transform = Transform(args.resize, args.image_size, 'squash')
+    return tuple(
+        extract(
+            backbone, images, taps, transform, args.cache, args.batch_size, args.workers, args.amp, world,
+            args.allow_partial)
+        for images in (data.trainval, data.test))
+
+
+def write_table(
+    folder: Path, features: tuple[Any, Any], taps: Sequence[str], labels_trainval: 'np.ndarray',
+    labels_test: 'np.ndarray', seed: int,
+) -> 'Table':
+    """Normalise the features of each tap into a file that all processes map; a file that is there is whole.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    import numpy as np
+
+    from .svm_fits import Table, normalize_rows
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [{tap: folder / f'{tap}_{part}.npy' for tap in taps} for part in ('trainval', 'test')]
+    for source, files in zip(features, paths, strict=True):
+        for tap, path in files.items():
+            if path.exists():
+                continue
+            x, rows = source.array(tap), source.readable
+            part = path.with_name(path.name + '.part')
+            out = np.lib.format.open_memmap(part, 'w+', np.float64, (len(rows), x.shape[1]))
+            for i in range(0, len(rows), 512):
+                out[i:i + 512] = normalize_rows(x[rows[i:i + 512]])
+                if not np.isfinite(out[i:i + 512]).all():
+                    raise ValueError(
+                        f'{tap} of some image is not finite, so no SVM can be fitted; the weights are damaged, or '
+                        '--amp off is needed')
+            out.flush()
+            del out
+            os.replace(part, path)
+    labels = (x[f.readable] for x, f in zip((labels_trainval, labels_test), features, strict=True))
+    return Table(*paths, *labels, seed)
+
+
+def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
+    """Every parameter, as the record tells it."""
+    from .svm_fits import COST_OF_ONE, COSTS, FOLDS, NEGATIVES, SVC
+
+    protocol: dict[str, Any] = {
+        'svm': {k: {str(a): b for a, b in v.items()} if isinstance(v, dict) else v for k, v in SVC.items()},
+        'costs': list(COSTS), 'random_state': args.seed, 'normalization': 'x / (||x||_2 + 1e-5), float64',
+        'squash': True, 'resize': args.resize, 'image_size': args.image_size, 'amp': args.amp,
+        'difficult': 'negatives in training, left out in test',
+        'ap': 'envelope at all points (mAP); 11-point beside it',
+        'note': 'the original gives no random_state and draws unseeded; both are seeded here'}
+    if args.low_shot:
+        protocol |= {
+            'k': sorted(set(args.k)), 'samples': args.samples, 'negatives_per_positive': NEGATIVES,
+            'std': 'over the draws, divided by their number',
+            'k=N': 'oracle: per k one cost, the best on test; as published',
+            'k=N_honest': 'per draw the cost of the best mean over classes by cross-validation on its own rows (3 '
+            f'folds, 2 at k = 2; cost {COST_OF_ONE:g} at k = 1, where nothing can be held out)'}
+    else:
+        protocol['folds'] = FOLDS
+        protocol['selection'] = f'per class, {FOLDS}-fold cross_val_score(average_precision), first of equals; refit'
+    if args.amp == 'bfloat16':
+        protocol['changed'] = 'features in bfloat16'
+    return protocol
+
+
+def _report(
+    args: argparse.Namespace, backbone: Any, data: Any, results: dict[str, Any], finished: 'Finished', unreadable: int,
+    seconds: float,
+) -> None:
+    """One record per tap, then the table as the page has it, and measured beside published for the best tap."""
+    from .record import print_record, record_path, write_record
+    from .svm_fits import SVC
+
+    protocol = protocol_of(args)
+    if unreadable:
+        protocol['changed'] = f'{unreadable} images cannot be read and are left out'
+    kind = 'voc07_lowshot_svm' if args.low_shot else 'voc07_svm'
+    records = {}
+    for tap, result in results.items():
+        benchmark, of_tap = f'{kind}_feature{tap[-1]}', {**protocol, 'tap': tap}
+        path = record_path(args.output, benchmark, backbone, of_tap, data.data())
+        records[tap] = write_record(
+            path, benchmark, of_tap, backbone, data.data(), _metrics(result), seconds,
+            {'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable,
+             'best_layer': best_tap(results)})
+    best = best_tap(results)
+    print(low_shot_table(results) if args.low_shot else full_table(results))
+    if len(results) > 1:
+        print(f'best layer: feature{best[-1]}')
+    if left := sum(r['unconverged'] for r in results.values()):
+        print(f'{left} fits ended at the protocol\'s limit of {SVC["max_iter"]} iterations, before they converged')
+    print(print_record(records[best]))
+
+
+def _metrics(result: dict[str, Any]) -> dict[str, float]:
+    """Percent."""
+    from .svm_fits import percent
+
+    if 'mAP' in result:
+        return {name: percent(result[name]) for name in ('mAP', 'mAP_11point')}
+    return {
+        f'k={k}{suffix}': r[rule]['mean'] for rule, suffix in (('oracle', ''), ('honest', '_honest'))
+        for k, r in result['k'].items()}
+
+
+def best_tap(results: dict[str, Any]) -> str:
+    """The tap of the highest mAP; low-shot: of the highest mean over k, costs chosen as published."""
+    def score(tap: str) -> float:
+        r = results[tap]
+        return r['mAP'] if 'mAP' in r else sum(v['oracle']['mean'] for v in r['k'].values())
+
+    return max(results, key=score)
+
+
+def full_table(results: dict[str, Any]) -> str:
+    lines = ['VOC07 SVM, mAP in percent  ' + ''.join(f'{f"feature{tap[-1]}":>10}' for tap in results)]
+    for name, key in (('envelope AP (as published)', 'mAP'), ('11-point AP', 'mAP_11point')):
+        lines.append(f'{name:27}' + ''.join(f'{100 * r[key]:10.2f}' for r in results.values()))
+    return '\n'.join(lines)
+
+
+def low_shot_table(results: dict[str, Any]) -> str:
+    ks = list(next(iter(results.values()))['k'])
+    lines = [f'{"VOC07 low-shot SVM, mAP in percent":42}' + ''.join(f'{f"k={k}":>8}' for k in ks)]
+    for tap, result in results.items():
+        for rule, text in (('oracle', 'cost best on test (as published)'), ('honest', 'cost chosen without test')):
+            for statistic in ('mean', 'std'):
+                start = f'feature{tap[-1]} {text}' if statistic == 'mean' else '  std over the draws'
+                lines.append(f'{start:42}' + ''.join(f'{result["k"][k][rule][statistic]:8.2f}' for k in ks))
+    return '\n'.join(lines)
+
+
+def _versions() -> str:
+    import sklearn
+
+    return sklearn.__version__
+
+
+def _bytes_digest(labels: 'np.ndarray') -> str:
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(labels, np.int8)).hexdigest()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

@@ -1,0 +1,249 @@
+"""Linear SVMs on fixed features, one class against the rest: what one process fits, and the file of what is finished.
+
+The protocol is that of MMSelfSup's VOC07 benchmark; every number of it is here.
+"""
+import json
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .average_precision import eleven_point_ap, envelope_ap
+
+COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))  # in this order: the first of equals is taken
+SVC = dict(
+    class_weight={1: 2, -1: 1}, intercept_scaling=1.0, penalty='l2', loss='squared_hinge', tol=1e-4, dual=True,
+    max_iter=2000)
+FOLDS = 3
+NEGATIVES = 19  # low-shot: for each positive
+COST_OF_ONE = 1.0  # honest choice at k = 1, where nothing can be held out
+Task = tuple[Any, ...]  # ('cv' or 'test', tap, class, cost) or ('low-shot', tap, k, sample, class)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a process needs: where the normalised features lie (.npy, float64), and the labels (N, classes)."""
+
+    trainval: dict[str, Path]  # by tap
+    test: dict[str, Path]
+    labels_trainval: np.ndarray  # 1 present, 0 absent, -1 difficult only
+    labels_test: np.ndarray
+    seed: int
+
+
+def normalize_rows(x: np.ndarray) -> np.ndarray:
+    """Rows / (their Euclidean norm + 1e-5), float64."""
+    x = np.asarray(x, np.float64)
+    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5)
+
+
+def svc(cost: float, seed: int) -> Any:
+    from sklearn.svm import LinearSVC
+
+    return LinearSVC(C=cost, random_state=seed, **SVC)
+
+
+def signs(labels: np.ndarray) -> np.ndarray:
+    """The protocol's training labels: 1, else -1; difficult images are trained as negatives."""
+    return np.where(labels == 1, 1, -1)
+
+
+def draw(labels: np.ndarray, k: int, seed: int, sample: int, number: int) -> np.ndarray:
+    """Low-shot rows of class `number`, in ascending order: k labelled 1 and 19 k labelled 0, without replacement.
+
+    The original draws with an unseeded `random.sample`; here each (seed, sample, k, class) has a generator of its own.
+    """
+    rng = random.Random(f'{seed} {sample} {k} {number}')
+    positive = rng.sample(np.flatnonzero(labels == 1).tolist(), k)
+    negative = rng.sample(np.flatnonzero(labels == 0).tolist(), NEGATIVES * k)
+    return np.sort(np.array(positive + negative))
+
+
+def _both(scores: np.ndarray, labels: np.ndarray) -> list[float]:
+    return [envelope_ap(scores, labels == 1), eleven_point_ap(scores, labels == 1)]
+
+
+def _unconverged(caught: Sequence[warnings.WarningMessage]) -> int:
+    from sklearn.exceptions import ConvergenceWarning
+
+    return sum(issubclass(w.category, ConvergenceWarning) for w in caught)
+
+
+def _cross_validate(x: np.ndarray, y: np.ndarray, cost: float, folds: int, seed: int) -> float:
+    from sklearn.model_selection import cross_val_score
+
+    return float(cross_val_score(svc(cost, seed), x, y, cv=folds, scoring='average_precision').mean())
+
+
+def run_task(task: Task, table: Table) -> dict[str, Any]:
+    """The result of one task; it depends on nothing but `task` and `table`. One thread."""
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        result = {'cv': _run_cv, 'test': _run_test, 'low-shot': _run_low_shot}[task[0]](table, *task[1:])
+    return {**result, 'unconverged': _unconverged(caught)}
+
+
+def _run_cv(table: Table, tap: str, number: int, cost: float) -> dict[str, Any]:
+    x = np.load(table.trainval[tap], mmap_mode='r')
+    return {'cv': _cross_validate(x, signs(table.labels_trainval[:, number]), cost, FOLDS, table.seed)}
+
+
+def _run_test(table: Table, tap: str, number: int, cost: float) -> dict[str, Any]:
+    """Refit on all trainval rows; difficult test images are left out."""
+    x, x_test = np.load(table.trainval[tap], mmap_mode='r'), np.load(table.test[tap], mmap_mode='r')
+    labels = table.labels_test[:, number]
+    scores = svc(cost, table.seed).fit(x, signs(table.labels_trainval[:, number])).decision_function(x_test)
+    return {'ap': _both(scores[labels != -1], labels[labels != -1])}
+
+
+def _run_low_shot(table: Table, tap: str, k: int, sample: int, number: int) -> dict[str, Any]:
+    """-> average precisions (19 costs, 2), and the cross-validated one of each cost where k allows it."""
+    train, test = table.labels_trainval[:, number], table.labels_test[:, number]
+    rows = draw(train, k, table.seed, sample, number)
+    x, y = np.load(table.trainval[tap], mmap_mode='r')[rows], signs(train[rows])
+    fitted = [svc(cost, table.seed).fit(x, y) for cost in COSTS]
+    kept = np.flatnonzero(test != -1)
+    weights = np.stack([model.coef_[0] for model in fitted], 1)  # (D, 19)
+    scores = np.concatenate([part @ weights for part in _parts(np.load(table.test[tap], mmap_mode='r'), kept)])
+    scores += np.array([model.intercept_[0] for model in fitted])
+    folds = min(FOLDS, k)
+    cv = [_cross_validate(x, y, cost, folds, table.seed) for cost in COSTS] if folds > 1 else None
+    return {'ap': [_both(column, test[kept]) for column in scores.T], 'cv': cv}
+
+
+def _parts(x: np.ndarray, rows: np.ndarray, size: int = 1024) -> Iterable[np.ndarray]:
+    return (x[rows[i:i + size]] for i in range(0, len(rows), size))
+
+
+class Finished:
+    """The results so far, one JSON line each; a line that a kill cut off is dropped and its task runs again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.results = path, {}
+        whole = 0
+        if path.exists():
+            for line in path.read_bytes().splitlines(keepends=True):
+                try:
+                    task, result = json.loads(line)
+                except ValueError:
+                    break
+                if not line.endswith(b'\n'):
+                    break
+                self.results[tuple(task)] = result
+                whole += len(line)
+            os.truncate(path, whole)
+
+    def add(self, task: Task, result: dict[str, Any]) -> None:
+        with open(self.path, 'a') as f:
+            f.write(json.dumps([task, result]) + '\n')
+        self.results[task] = result
+
+
+def run_all(
+    tasks: Sequence[Task], table: Table, finished: Finished, jobs: int, work: Callable[..., Any] = run_task,
+) -> None:
+    """Run what is not finished yet, in `jobs` processes of one thread; the order does not matter to any number.
+
+    Raises:
+        RuntimeError: a process was killed; what was finished is kept.
+    """
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    left = [task for task in tasks if task not in finished.results]
+    bar = tqdm(total=len(tasks), initial=len(tasks) - len(left), unit='fit', disable=None, leave=False)
+    with bar:
+        if jobs == 1:
+            results = ((task, work(task, table)) for task in left)
+        else:
+            results = Parallel(jobs, return_as='generator_unordered', batch_size=1)(
+                delayed(_with_task)(work, task, table) for task in left)
+        try:
+            for task, result in results:
+                finished.add(task, result)
+                bar.update()
+        except BrokenProcessPool:
+            raise RuntimeError(
+                f'one of the {jobs} processes was killed, most likely for want of memory; run it again with fewer '
+                f'--jobs: what is finished is kept in {finished.path}') from None
+
+
+def _with_task(work: Callable[..., Any], task: Task, table: Table) -> tuple[Task, Any]:
+    return task, work(task, table)
+
+
+def full(
+    table: Table, finished: Finished, taps: Sequence[str], names: Sequence[str], jobs: int,
+) -> dict[str, dict[str, Any]]:
+    """Per tap: mAP (fraction) by both definitions, and per class the cost, its cross-validated AP and the two APs."""
+    classes = range(len(names))
+    run_all([('cv', tap, c, cost) for tap in taps for c in classes for cost in COSTS], table, finished, jobs)
+    cv = {
+        (tap, c): np.array([finished.results['cv', tap, c, cost]['cv'] for cost in COSTS])
+        for tap in taps for c in classes}
+    tasks = {key: ('test', *key, COSTS[int(scores.argmax())]) for key, scores in cv.items()}  # argmax: first of equals
+    run_all(list(tasks.values()), table, finished, jobs)
+    results = {}
+    for tap in taps:
+        rows = {}
+        for c in classes:
+            ap, ap11 = finished.results[tasks[tap, c]]['ap']
+            rows[names[c]] = {'cost': tasks[tap, c][-1], 'cv_ap': float(cv[tap, c].max()), 'ap': ap, 'ap_11point': ap11}
+        results[tap] = {
+            'mAP': float(np.mean([r['ap'] for r in rows.values()])),
+            'mAP_11point': float(np.mean([r['ap_11point'] for r in rows.values()])), 'classes': rows,
+            'unconverged': sum(
+                r['unconverged'] for task, r in finished.results.items() if task[0] != 'low-shot' and task[1] == tap)}
+    return results
+
+
+def low_shot(
+    table: Table, finished: Finished, taps: Sequence[str], ks: Sequence[int], samples: int, classes: int, jobs: int,
+) -> dict[str, dict[str, Any]]:
+    """Per tap and k: statistics over the draws, with the cost that is best on test, and with one chosen without it."""
+    tasks = [  # large k first: the last fits to end are short
+        ('low-shot', tap, k, s, c)
+        for tap in taps for k in sorted(ks, reverse=True) for s in range(samples) for c in range(classes)]
+    run_all(tasks, table, finished, jobs)
+    results = {}
+    for tap in taps:
+        results[tap] = {'k': {}, 'unconverged': 0}
+        for k in ks:
+            rows = [[finished.results['low-shot', tap, k, s, c] for c in range(classes)] for s in range(samples)]
+            ap = np.array([[r['ap'] for r in row] for row in rows])  # (samples, classes, costs, 2)
+            cv = None if k == 1 else np.array([[r['cv'] for r in row] for row in rows])  # (samples, classes, costs)
+            results[tap]['k'][k] = choose_costs(ap.mean(1), None if cv is None else cv.mean(1))
+            results[tap]['unconverged'] += sum(r['unconverged'] for row in rows for r in row)
+    return results
+
+
+def choose_costs(ap: np.ndarray, cv: np.ndarray | None) -> dict[str, Any]:
+    """(samples, costs, 2) test mAPs and (samples, costs) cross-validated ones, fractions -> statistics in percent.
+
+    'oracle': one cost for all draws, the one of the highest mean on test, as published. 'honest': for each draw the
+    cost of the highest cross-validated mean over the classes, on its training rows alone; without cv the cost 1.
+    """
+    best = int(ap[:, :, 0].mean(0).argmax())
+    own = [COSTS.index(COST_OF_ONE)] * len(ap) if cv is None else cv.argmax(1).tolist()
+    honest = ap[np.arange(len(ap)), own]
+    return {
+        'oracle': {**_statistics(ap[:, best, 0]), 'mean_11point': percent(ap[:, best, 1].mean()), 'cost': COSTS[best]},
+        'honest': {
+            **_statistics(honest[:, 0]), 'mean_11point': percent(honest[:, 1].mean()),
+            'costs': [COSTS[i] for i in own]}}
+
+
+def _statistics(values: np.ndarray) -> dict[str, float]:
+    return {name: percent(getattr(values, name)()) for name in ('mean', 'min', 'max', 'std')}
+
+
+def percent(value: float) -> float:
+    return round(100 * float(value), 2)

@@ -1,0 +1,556 @@
+"""Fine-tuning: timm loads what was measured, runs go on in the same bits, and the protocol's numbers are literal."""
+import argparse
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import layouts_benchmarks as layouts
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT, write_digits
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from torch import nn
+
+from simsiam_models.benchmarks import finetune, finetune_data, finetune_result, finetune_training
+from simsiam_models.benchmarks.backbone import load_backbone
+from simsiam_models.data import DataError, open_data
+from simsiam_models.training import checkpoint
+from simsiam_models.training.distributed import World
+
+NETWORK = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_width": 8, "stem_type": "deep"}'
+TINY = (
+    '--model', 'resnet18:random', '--model-args', NETWORK, '--image-size', '32', '--resize', '36', '--device', 'cpu',
+    '--workers', '0')
+PLAIN = (
+    *TINY, '--epochs', '6', '--batch-size', '32', '--lr', '0.06', '--warmup-epochs', '1', '--layer-decay', '0.9',
+    '--flip-p', '0', '--crop-scale', '0.7', '1', '--randaugment', 'rand-m3-inc1', '--mixup', '0.1', '--cutmix', '0')
+ALONE = World(0, 1, torch.device('cpu'))
+LAUNCH = [
+    '-c', 'import argparse, sys, torch; torch.set_num_threads(1)\n'
+    'from simsiam_models.benchmarks import finetune as f\n'
+    'p = argparse.ArgumentParser(); f.add_arguments(p); sys.exit(f.run(p.parse_args(sys.argv[1:])))']
+
+
+def parse(*args: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    return parser.parse_args([str(a) for a in args])
+
+
+def run(*args: str | Path) -> dict:
+    assert finetune.run(parse(*args)) == 0
+    return json.loads((parse(*args).output / 'record.json').read_text())
+
+
+def settings(*args: str) -> finetune_training.Settings:
+    return finetune.plain_settings(parse('x', '--out', 'y', *args))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(ROOT)}
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """300 digits in class folders."""
+    return write_digits(tmp_path_factory.mktemp('photos'), 300)
+
+
+@pytest.fixture(scope='module')
+def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp('trained') / 'run'
+    run(photos, '--out', folder, *PLAIN)
+    return folder
+
+
+# --- what a run leaves
+
+def test_digits_are_learned_from_a_folder_without_validation_images(trained: Path):
+    record = json.loads((trained / 'record.json').read_text())
+    assert record['metrics']['top1'] > 45  # chance is 10
+    assert record['data']['counts'] == {'train': 240, 'test': 60, 'classes': 10}
+    assert record['protocol']['validation'] == '60 of 300 images, 0.2 of each class, held out by seed 0'
+    assert record['metrics']['top1'] == max(e['top1'] for e in record['extra']['epochs'])
+    assert record['extra']['best_epoch'] in range(1, 7) and record['extra']['last_epoch'] == 6
+    assert record['extra']['averaged_weights'] is True
+    assert record['benchmark'] == 'finetune' and record['published'] == []
+
+
+def test_plain_timm_loads_the_classifier_with_its_class_names_in_another_process(
+    trained: Path, tmp_path: Path, photos: Path,
+):
+    image = sorted(photos.rglob('*.png'))[0]
+    code = (
+        'import sys, json, timm, torch; from PIL import Image; torch.set_num_threads(1)\n'
+        f'm = timm.create_model("local-dir:{trained}", pretrained=True).eval()\n'
+        't = timm.data.create_transform(**timm.data.resolve_data_config(m.pretrained_cfg))\n'
+        f'x = t(Image.open({str(image)!r}).convert("RGB"))[None]\n'
+        'assert not any(n.startswith("simsiam") for n in sys.modules)\n'
+        'print(json.dumps([m.pretrained_cfg["label_names"], m.num_classes, m(x).tolist(), x.flatten().tolist()]))')
+    out = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path, env=environment(), check=True)
+    names, classes, logits, x = json.loads(out.stdout)
+    assert (names, classes) == ([str(i) for i in range(10)], 10)
+    mean, std = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+    here = finetune_data.eval_transform(32, 36, mean, std)(Image.open(image).convert('RGB'))
+    np.testing.assert_array_equal(np.array(x, np.float32), here.flatten().numpy())  # the pixels it was validated on
+    state = torch.load(trained / 'checkpoint.pth', weights_only=True)
+    model = timm.create_model('resnet18', num_classes=10, **json.loads(NETWORK)).eval()
+    model.load_state_dict(state['best']['weights'])
+    with torch.no_grad():
+        np.testing.assert_allclose(logits, model(here[None]).numpy(), atol=1e-6)
+
+
+def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predicts(trained: Path, photos: Path):
+    model = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    _, val, _ = finetune_data.open_labelled(str(photos), 0.2, 0)
+    with torch.no_grad():
+        predicted = model(torch.stack([transform(Image.fromarray(val.read(i))) for i in range(len(val))])).argmax(1)
+    expected = confusion_matrix(val.labels, predicted, labels=range(10))
+    rows = list(csv.reader((trained / 'confusion.csv').open()))
+    assert rows[0][1:] == [r[0] for r in rows[1:]] == [str(i) for i in range(10)]
+    np.testing.assert_array_equal(np.array([r[1:] for r in rows[1:]], int), expected)
+    record = json.loads((trained / 'record.json').read_text())
+    of = record['extra']['confusion']
+    np.testing.assert_array_equal([[of[str(i)].get(str(j), 0) for j in range(10)] for i in range(10)], expected)
+    assert record['metrics']['top1'] == pytest.approx(100 * (predicted.numpy() == val.labels).mean())
+    listed = list(csv.DictReader((trained / 'per_class.csv').open()))
+    for i, row in enumerate(listed):
+        assert (int(row['images']), int(row['right'])) == (expected[i].sum(), expected[i, i])
+        assert float(row['accuracy']) == pytest.approx(100 * expected[i, i] / expected[i].sum(), abs=0.005)
+
+
+def test_a_small_matrix_is_printed_and_a_class_without_images_has_no_accuracy():
+    matrix = torch.tensor([[3, 1], [0, 0]])
+    rows = finetune_result.per_class(matrix, ['cat', 'dog'])
+    assert [r['accuracy'] for r in rows] == [75.0, None]
+    assert finetune_result.confusion_table(matrix, rows).splitlines()[1:] == [
+        '0 cat                 3   1  75.0 %', '1 dog                 0   0    none']
+
+
+def test_confusion_counts_labels_in_rows():
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 7, 200), rng.integers(0, 7, 200)
+    np.testing.assert_array_equal(
+        finetune_training.confusion(labels, torch.as_tensor(predicted), 7), confusion_matrix(labels, predicted))
+
+
+def test_a_finished_run_started_again_trains_nothing_and_says_the_same(
+    trained: Path, photos: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    before = json.loads((trained / 'record.json').read_text())
+    monkeypatch.setattr(finetune_training.Training, '_train_epoch', lambda self: 1 / 0)
+    again = run(photos, '--out', trained, *PLAIN)
+    assert again['metrics'] == before['metrics'] and again['extra'] == before['extra']
+
+
+# --- how it learns
+
+def test_each_layers_rate_is_decay_to_the_power_of_its_distance_from_the_last():
+    model = timm.create_model('resnet18', num_classes=3)
+    s = settings('--layer-decay', '0.5', '--batch-size', '256', '--lr', '0.1')
+    optimizer = finetune_training.make_optimizer(model, s)
+    scale = {id(p): g['lr_scale'] for g in optimizer.param_groups for p in g['params']}
+    decay = {id(p): g['weight_decay'] for g in optimizer.param_groups for p in g['params']}
+    order = ['conv1', 'bn1', *(f'layer{i}.{j}' for i in range(1, 5) for j in range(2)), 'fc']
+    depth = {name: max(0, i - 1) for i, name in enumerate(order)}  # conv1 and bn1 are the stem
+    for name, p in model.named_parameters():
+        at = depth['.'.join(name.split('.')[:2 if name.startswith('layer') else 1])]
+        assert scale[id(p)] == 0.5 ** (9 - at), name
+        assert decay[id(p)] == (0 if p.ndim == 1 else s.weight_decay)
+    assert s.lr == 0.1
+
+
+def test_without_layer_decay_all_rates_are_alike():
+    model = timm.create_model('resnet10t', num_classes=3)
+    optimizer = finetune_training.make_optimizer(model, settings('--layer-decay', '1'))
+    assert {g.get('lr_scale', 1.0) for g in optimizer.param_groups} == {1.0}
+
+
+def test_the_rate_warms_up_and_falls_as_a_cosine_to_zero():
+    s = settings('--epochs', '10', '--warmup-epochs', '2')
+    rates = [finetune_training.lr_factor(s, step, 5) for step in range(50)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    np.testing.assert_allclose(rates[10:], [0.5 * (1 + math.cos(math.pi * i / 40)) for i in range(40)])
+
+
+def test_the_rate_that_a_step_uses_is_the_groups(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self, closure=None: seen.append(
+        {round(g['lr'] / g['lr_scale'], 12) for g in self.param_groups}))
+    run(photos, '--out', tmp_path / 'run', *PLAIN, '--epochs', '2')
+    steps = 240 // 32
+    s = settings(*PLAIN, '--epochs', '2')
+    assert seen == [{round(s.lr * finetune_training.lr_factor(s, i, steps), 12)} for i in range(2 * steps)]
+
+
+def test_a_run_ends_when_validation_stops_getting_better_and_keeps_the_best(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+):
+    top1 = iter([20.0, 30.0, 30.0, 10.0, 99.0])
+    real = finetune_training.Training.accuracy
+    monkeypatch.setattr(finetune_training.Training, '_train_epoch', lambda self: _mark(self))
+    monkeypatch.setattr(
+        finetune_training.Training, 'accuracy', lambda self, p: {**real(self, p), 'top1': next(top1, 30.0)})
+    record = run(photos, '--out', tmp_path / 'run', *PLAIN, '--patience', '2', '--ema-decay', '0')
+    assert [e['top1'] for e in record['extra']['epochs']] == [20, 30, 30, 10]
+    assert record['extra']['best_epoch'] == 2 and record['extra']['stopped_early'] is True
+    assert 'stopped early: validation top-1 did not rise for 2 epochs' in capsys.readouterr().out
+    model = timm.create_model(f'local-dir:{tmp_path / "run"}', pretrained=True)
+    assert model.fc.bias[0].item() == 2.0  # of the second epoch
+
+
+def _mark(training: finetune_training.Training) -> float:
+    with torch.no_grad():
+        training.model.fc.bias[0] = training.epoch + 1.0
+    return 1.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_one_sentence(photos: Path, tmp_path: Path):
+    args = parse(photos, '--out', tmp_path / 'run', *PLAIN, '--opt', 'sgd', '--lr', '1e30', '--warmup-epochs', '0')
+    with pytest.raises(RuntimeError, match='the loss of epoch 1 is (nan|inf); a lower --lr'):
+        finetune.run(args)
+
+
+# --- images
+
+def test_held_out_images_are_a_seeded_share_of_each_class():
+    labels = np.array([0] * 10 + [1] * 5 + [2] * 2 + [3])
+    train, held = finetune_data.split(labels, 0.3, 0)
+    assert sorted([*train, *held]) == list(range(18))
+    assert np.bincount(labels[held], minlength=4).tolist() == [3, 2, 1, 0]
+    np.testing.assert_array_equal(held, finetune_data.split(labels, 0.3, 0)[1])
+    assert set(held) != set(finetune_data.split(labels, 0.3, 1)[1])
+    assert np.bincount(labels[finetune_data.split(labels, 0.99, 0)[0]], minlength=4).tolist() == [1, 1, 1, 1]
+
+
+def test_a_val_folder_is_what_is_validated_on(photos: Path, tmp_path: Path):
+    shutil.copytree(photos, tmp_path / 'data' / 'train')
+    for i in range(10):
+        shutil.copytree(photos / str(i), tmp_path / 'data' / 'val' / str(i))
+    train, val, text = finetune_data.open_labelled(str(tmp_path / 'data'), 0.2, 0)
+    assert len(train) == len(val) == 300 and text == f'300 images of {tmp_path / "data" / "val"}'
+    shutil.rmtree(tmp_path / 'data' / 'val' / '3')
+    with pytest.raises(ValueError, match='val: not the 10 classes of'):
+        finetune_data.open_labelled(str(tmp_path / 'data'), 0.2, 0)
+
+
+@pytest.mark.parametrize('n, batch, keep, sizes', [
+    (20, 8, False, [8, 8]), (20, 8, True, [8, 8, 4]), (17, 8, True, [8, 8, 4]), (16, 8, True, [8, 8])])
+def test_the_processes_batches_together_are_the_global_ones(n: int, batch: int, keep: bool, sizes: list[int]):
+    worlds = [World(r, 2, torch.device('cpu')) for r in range(2)]
+    parts = [finetune_data.train_batches(n, batch, 3, 5, w, keep) for w in worlds]
+    joined = [sorted(a + b) for a, b in zip(*parts, strict=True)]
+    assert [len(b) for b in joined] == sizes
+    assert all(len(a) == len(b) for a, b in zip(*parts, strict=True))
+    alone = finetune_data.train_batches(n, batch, 3, 5, ALONE, keep)
+    assert [sorted(b) for b in alone[:n // batch]] == joined[:n // batch]
+    if keep:
+        assert {i for b in joined for _, i in b} == set(range(n))  # every image trains
+    else:
+        assert len({i for b in joined for _, i in b}) == sum(sizes)
+    assert finetune_data.train_batches(n, batch, 4, 5, ALONE, keep) != alone
+
+
+def test_an_image_depends_on_seed_epoch_and_index_and_not_on_workers(few_digits: Path):
+    images, _ = open_data(few_digits)
+    mean, std = (0.5,) * 3, (0.2,) * 3
+    transform = finetune_data.train_transform(24, mean, std, (0.3, 1.0), 0.5, 'rand-m9-mstd0.5-inc1', 0.5)
+
+    def batches(seed: int, epoch: int, workers: int) -> torch.Tensor:
+        samples = finetune_data.Samples(images, transform, seed, True)
+        keys = [[(epoch, i) for i in part] for part in ((3, 1, 4), (15, 9, 2))]
+        return torch.stack([x for x, _ in finetune_data.Loader(samples, workers, torch.device('cpu')).batches(keys)])
+
+    first = batches(0, 0, 0)
+    assert torch.equal(first, batches(0, 0, 2))
+    assert not torch.equal(first, batches(1, 0, 0)) and not torch.equal(first, batches(0, 1, 0))
+
+
+class Broken:
+    """Images some of which cannot be read."""
+
+    name, classes, digest = 'broken', ['a', 'b'], 'ab' * 8
+
+    def __init__(self, n: int, bad: set[int]) -> None:
+        self.n, self.bad, self.labels = n, bad, np.arange(n) % 2
+
+    def __len__(self) -> int:
+        return self.n
+
+    def read(self, index: int) -> np.ndarray:
+        from simsiam_models.data import UnreadableError
+        if index in self.bad:
+            raise UnreadableError(f'{index}.jpg: torn')
+        return np.full((8, 8, 3), index, np.uint8)
+
+
+def test_the_next_readable_image_stands_in_for_an_unreadable_one_and_it_is_named():
+    images = Broken(30, {4, 5})
+    transform = finetune_data.eval_transform(8, 8, (0.0,) * 3, (1.0,) * 3)
+    training = finetune_data.Loader(finetune_data.Samples(images, transform, 0, True), 0, torch.device('cpu'))
+    x, y = next(training.batches([[(0, 3), (0, 4), (0, 5)]]))
+    assert (255 * x[:, 0, 0, 0]).round().tolist() == [3, 6, 6] and y.tolist() == [1, 0, 0]
+    assert training.unreadable == {'4.jpg: torn', '5.jpg: torn'}
+    measuring = finetune_data.Loader(finetune_data.Samples(images, transform, 0, False), 0, torch.device('cpu'))
+    x, y = next(measuring.batches([[(0, 3), (0, 4)]]))
+    assert x[1].abs().max() == 0 and y.tolist() == [1, 0]  # counts with its own label
+    for n, bad, said in ((30, {1, 2, 3, 4}, '4 of 30 images cannot be read, more than 10%'), (3, {0, 1, 2}, 'none of')):
+        loader = finetune_data.Loader(
+            finetune_data.Samples(Broken(n, bad), transform, 0, True), 0, torch.device('cpu'))
+        with pytest.raises(DataError, match=said):
+            list(loader.batches([[(0, i) for i in range(n)]]))
+
+
+@pytest.mark.parametrize('size, resize', [(224, 256), (96, 110), (32, 36), (176, 201), (49, 49)])
+def test_timm_resizes_to_what_the_exported_crop_pct_means(size: int, resize: int):
+    assert math.floor(size / finetune_data.crop_pct(size, resize)) == resize
+
+
+def test_a_network_of_bgr_pixels_becomes_one_of_rgb_with_the_same_outputs():
+    backbone = load_backbone('resnet18:random')
+    backbone.bgr = True
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+    before = backbone.model((pixels.flip(1) - mean) / std)  # protocols: channels turned round, statistics not
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in finetune_result.take_rgb(backbone))
+    torch.testing.assert_close(backbone.model((pixels - mean) / std), before)
+
+
+# --- runs that go on
+
+def same(a: Path, b: Path) -> bool:
+    return (a / 'model.safetensors').read_bytes() == (b / 'model.safetensors').read_bytes()
+
+
+def without_seconds(folder: Path) -> list[dict]:
+    epochs = json.loads((folder / 'record.json').read_text())['extra']['epochs']
+    return [{k: v for k, v in e.items() if k != 'seconds'} for e in epochs]
+
+
+def test_a_run_killed_in_an_epoch_ends_in_the_same_bits(trained: Path, photos: Path, tmp_path: Path, one_thread: None):
+    folder = tmp_path / 'run'
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCH, str(photos), '--out', str(folder), *PLAIN], stdout=subprocess.PIPE, text=True,
+        env=environment())
+    try:
+        for line in process.stdout:
+            if line.startswith('epoch 2/'):
+                break
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    epoch = torch.load(folder / 'checkpoint.pth', weights_only=True)['epoch']
+    assert 2 <= epoch < 6 and not (folder / 'record.json').exists()
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 10  # the best so far
+    run(photos, '--out', folder, *PLAIN)
+    assert same(folder, trained) and without_seconds(folder) == without_seconds(trained)
+
+
+def test_the_number_of_workers_changes_no_bit(trained: Path, photos: Path, tmp_path: Path, one_thread: None):
+    run(photos, '--out', tmp_path / 'run', *PLAIN, '--workers', '2')
+    assert same(tmp_path / 'run', trained)
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(
+    trained: Path, photos: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture,
+):
+    folder = tmp_path / 'run'
+    shutil.copytree(trained, folder)
+    data = (folder / 'checkpoint.pth').read_bytes()
+    (folder / 'checkpoint.pth').write_bytes(data[:len(data) // 2])
+    run(photos, '--out', folder, *PLAIN)
+    assert 'continuing after epoch 5' in capsys.readouterr().out
+    assert same(folder, trained)
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        (folder / name).write_bytes(b'PK torn')
+    with pytest.raises(ValueError, match='no checkpoint can be read'):
+        run(photos, '--out', folder, *PLAIN)
+
+
+@pytest.mark.timeout(120)
+def test_two_processes_learn_what_one_does(photos: Path, tmp_path: Path, one_thread: None):
+    # One step: rounding grows fivefold with each further one.
+    args = (photos, *PLAIN, '--mixup', '0', '--epochs', '1', '--opt', 'sgd', '--lr', '0.2', '--warmup-epochs', '0',
+            '--batch-size', '240')
+    script = tmp_path / 'launch.py'
+    script.write_text(LAUNCH[1])
+    subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
+         '--nproc-per-node', '2', str(script), *map(str, args), '--out', str(tmp_path / 'two')],
+        check=True, capture_output=True, env=environment())
+    run(*args, '--out', tmp_path / 'one')
+    one, two = (torch.load(tmp_path / n / 'checkpoint.pth', weights_only=True) for n in ('one', 'two'))
+    for name, value in one['model'].items():
+        torch.testing.assert_close(two['model'][name], value, atol=1e-4, rtol=1e-4, msg=name)
+    start = load_backbone('resnet18:random', **json.loads(NETWORK)).model.state_dict()
+    assert (one['model']['layer2.0.conv1.weight'] - start['layer2.0.conv1.weight']).abs().max() > 1e-3  # it did learn
+    assert two['history'][0]['loss'] == pytest.approx(one['history'][0]['loss'], abs=1e-5)
+    assert two['history'][0]['top1'] == one['history'][0]['top1']
+    assert list(two['model']) == list(one['model'])
+
+
+# --- the semi-supervised protocol
+
+def semi(*args: str, share: str = '1pct') -> list[tuple[Path, finetune_training.Settings]]:
+    return finetune.semi_runs(parse('x', '--out', 'o', '--protocol', f'semi_{share}', '--list', 'f.txt', *args))
+
+
+@pytest.mark.parametrize('share, decay', [('1pct', 5e-4), ('10pct', 1e-4)])
+def test_the_numbers_of_the_protocol_are_literal(share: str, decay: float):
+    (folder, s), = semi('--lr', '0.1', '--head-multiplier', '100', share=share)
+    assert (s.epochs, s.batch_size, s.momentum, s.weight_decay) == (20, 256, 0.9, decay)
+    assert (s.lr, s.head_multiplier) == (0.1, 100)
+    assert (s.image_size, s.resize, s.crop_scale, s.flip) == (224, 256, (0.08, 1.0), 0.5)
+    assert (s.mixup, s.cutmix, s.smoothing, s.ema_decay, s.randaugment, s.erase) == (0, 0, 0, 0, None, 0)
+    assert (s.eval_every, s.keep, folder) == (10, 'last', Path('o'))
+    rates = [finetune_training.lr_factor(s, 51 * epoch, 51) for epoch in range(20)]
+    np.testing.assert_allclose(rates, [1] * 12 + [0.2] * 4 + [0.04] * 4)
+
+
+def test_the_head_alone_has_the_multiplied_rate_and_everything_decays():
+    (_, s), = semi('--lr', '0.01', '--head-multiplier', '10')
+    model = timm.create_model('resnet18', num_classes=5)
+    optimizer = finetune_training.make_optimizer(model, s)
+    assert type(optimizer) is torch.optim.SGD
+    body, head = optimizer.param_groups
+    assert [id(p) for p in head['params']] == [id(p) for p in model.fc.parameters()]
+    assert len(body['params']) + 2 == len(list(model.parameters()))
+    assert (body['lr_scale'], head['lr_scale']) == (1, 10)
+    assert {(g['momentum'], g['weight_decay'], g['nesterov']) for g in (body, head)} == {(0.9, 5e-4, False)}
+
+
+def test_the_grid_is_the_nine_pairs_in_folders_of_their_own():
+    runs = semi('--grid')
+    assert {(s.lr, s.head_multiplier) for _, s in runs} == {
+        (lr, m) for lr in (0.1, 0.01, 0.001) for m in (1, 10, 100)}
+    assert len({folder for folder, _ in runs}) == 9 and runs[0][0] == Path('o/lr0.1_head1')
+
+
+def test_a_grid_on_a_list_of_labelled_images_names_each_pair_and_its_deviations(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    written = layouts.write_imagenet(tmp_path / 'in1k', train=8, val=4)
+    names = [Path(path).name for path, _ in written['train'][::2]]
+    (tmp_path / '1percent.txt').write_text('\n'.join(names) + '\n')
+    monkeypatch.setattr(finetune, 'LRS', (0.1, 0.001))
+    monkeypatch.setattr(finetune, 'MULTIPLIERS', (1.0, 10.0))
+    args = parse(
+        tmp_path / 'in1k', '--protocol', 'semi_1pct', '--list', tmp_path / '1percent.txt', '--allow-partial', '--grid',
+        '--out', tmp_path / 'o', *TINY, '--epochs', '11', '--batch-size', '8')
+    assert finetune.run(args) == 0
+    printed = capsys.readouterr().out
+    assert 'chosen on the test images' in printed
+    record = json.loads((tmp_path / 'o' / 'lr0.001_head10' / 'record.json').read_text())
+    assert record['benchmark'] == 'imagenet_semi_1pct'
+    assert (record['protocol']['lr'], record['protocol']['head_multiplier']) == (0.001, 10)
+    assert record['protocol']['changed'] == ['epochs 11', 'batch_size 8', 'image_size 32', 'resize 36']
+    assert record['data']['counts'] == {'train': 12, 'test': 12, 'classes': 3}
+    assert set(record['metrics']) == {'top1', 'top1_epoch10', 'top1_epoch11'}  # three classes have no top-5
+    assert [('top1' in e) for e in record['extra']['epochs']] == [False] * 9 + [True] * 2
+    assert record['extra']['best_epoch'] == 11
+    first = torch.load(tmp_path / 'o' / 'lr0.1_head1' / 'checkpoint.pth', weights_only=True)['model']
+    start = load_backbone('resnet18:random', **json.loads(NETWORK)).model
+    assert not torch.equal(first['bn1.running_mean'], start.bn1.running_mean)  # batch norm is not frozen
+
+
+def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():
+    backbone = load_backbone('resnet18:random')
+    finetune_training.add_classifier(backbone.model, 500, 3)
+    fc = backbone.model.fc
+    assert isinstance(fc, nn.Linear) and fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert fc.bias.abs().max() == 0 and all(p.requires_grad for p in backbone.model.parameters())
+    other = load_backbone('resnet18:random')
+    finetune_training.add_classifier(other.model, 500, 3)
+    assert torch.equal(other.model.fc.weight, fc.weight)
+
+
+# --- what a user gets wrong
+
+@pytest.mark.parametrize('args, said', [
+    (['--model', 'no_such_model:random', '--model-args', '{}'], 'no_such_model'),
+    (['--opt', 'nonsense'], '--opt nonsense'),
+    (['--randaugment', 'nonsense'], '--randaugment nonsense: not as timm writes it'),
+    (['--epochs', '0'], '--epochs 0: must be at least 1'),
+    (['--batch-size', '31'], '--batch-size 31 does not divide by 2'),
+    (['--layer-decay', '1.5'], '--layer-decay 1.5'), (['--warmup-epochs', '6'], '--warmup-epochs 6: must be 0'),
+    (['--val-share', '1'], '--val-share 1'), (['--resize', '16'], '--resize 16: must be at least --image-size'),
+    (['--crop-scale', '0', '1'], '--crop-scale'), (['--grid'], '--grid belongs to --protocol'),
+    (['--list', 'x'], '--list belongs to --protocol'), (['--seed', '-1'], '--seed -1'),
+    (['--model-args', '{"no_such_argument": 1}'], 'no_such_argument'),
+    (['--protocol', 'semi_1pct'], 'is fixed by --protocol semi_1pct; leave it out')])
+def test_a_wrong_flag_is_one_sentence_before_anything_is_written(
+    args: list[str], said: str, photos: Path, tmp_path: Path,
+):
+    with pytest.raises((ValueError, RuntimeError), match=said) as e:
+        finetune.run(parse(photos, '--out', tmp_path / 'run', *PLAIN, *args))
+    assert '\n' not in str(e.value) and not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('args, said', [
+    ([], '--protocol semi_1pct needs --list FILE'), (['--list', 'f', '--grid', '--lr', '1'], '--grid runs all nine'),
+    (['--list', 'f', '--lr', '0'], '--lr 0.0: must be above 0'),
+    (['--list', 'f', '--head-multiplier', '-1'], '--head-multiplier -1.0')])
+def test_a_wrong_flag_of_the_protocol_is_one_sentence(args: list[str], said: str):
+    with pytest.raises(ValueError, match=said):
+        finetune.semi_runs(parse('x', '--out', 'o', '--protocol', 'semi_1pct', *args))
+
+
+def test_wrong_data_are_one_sentence(photos: Path, tmp_path: Path):
+    shutil.copytree(photos / '0', tmp_path / 'one' / '0')
+    shutil.copytree(photos / '0', tmp_path / 'flat')
+    (tmp_path / 'empty').mkdir()
+    for c in 'ab':
+        (tmp_path / 'alone' / c).mkdir(parents=True)
+        shutil.copy(next(photos.rglob('*.png')), tmp_path / 'alone' / c)
+    for name, said in (('one', 'one class only'), ('flat', 'no labels'), ('empty', 'no image'), ('none', 'no such'),
+                       ('alone', 'no class has two images')):
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as e:
+            finetune.run(parse(tmp_path / name, '--out', tmp_path / 'run', *PLAIN))
+        assert '\n' not in str(e.value)
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_folder_of_another_run_is_refused_untouched(trained: Path, photos: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match='holds another run .*epochs: 6 there, 7 here'):
+        finetune.run(parse(photos, '--out', trained, *PLAIN, '--epochs', '7'))
+    (tmp_path / 'pretrained').mkdir()
+    (tmp_path / 'pretrained' / 'args.json').write_text('{"recipe": "demo"}')
+    (tmp_path / 'export').mkdir()
+    (tmp_path / 'export' / 'model.safetensors').write_bytes(b'mine')
+    (tmp_path / 'file').write_text('x')
+    for name, said in (('pretrained', 'a run of another kind'), ('export', 'model.safetensors of something else'),
+                       ('file', 'is a file')):
+        with pytest.raises(ValueError, match=said):
+            finetune.run(parse(photos, '--out', tmp_path / name, *PLAIN))
+    assert (tmp_path / 'export' / 'model.safetensors').read_bytes() == b'mine'
+    assert sorted(p.name for p in (tmp_path / 'export').iterdir()) == ['model.safetensors']
+
+
+def test_a_fine_tuned_folder_is_a_backbone_again(trained: Path, photos: Path, tmp_path: Path, one_thread: None):
+    args = [a for a in PLAIN if a not in ('--model', 'resnet18:random', '--model-args', NETWORK)]
+    record = run(photos, '--out', tmp_path / 'again', *args, '--model', str(trained), '--epochs', '2')
+    assert record['metrics']['top1'] > 45
+    config = json.loads((tmp_path / 'again' / 'config.json').read_text())
+    assert config['architecture'] == 'resnet18' and config['model_args'] == json.loads(NETWORK)
+    assert timm.create_model(f'local-dir:{tmp_path / "again"}', pretrained=True).num_classes == 10
+
+
+def test_more_than_the_images_in_a_batch_is_said_and_made_smaller():
+    said = []
+    s = finetune.fit_batch(settings('--batch-size', '64'), 31, 1, said.append)
+    assert s.batch_size == 30 and s.lr == pytest.approx(settings('--batch-size', '30').lr) and '30 is used' in said[0]
+    with pytest.raises(ValueError, match='1 training images are too few'):
+        finetune.fit_batch(settings('--batch-size', '64'), 1, 1, said.append)

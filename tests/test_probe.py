@@ -1,0 +1,271 @@
+"""The grid of linear classifiers on cached features: its own protocol, and against scikit-learn's optimum."""
+import argparse
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_digits
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from simsiam_models.benchmarks import linear, probe
+from simsiam_models.benchmarks.probe import AutoProbe, Fit, Table, auto_probe, evaluate, gradient, lbfgs, moments, train
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+CPU = torch.device('cpu')
+QUICK = AutoProbe(lrs=(2.0, 8.0), weight_decays=(1e-4, 1e-3), epochs=6)
+
+
+def _digits(dtype: torch.dtype = torch.float32) -> tuple[Table, Table]:
+    """1200 and 597 handwritten digits, 64 pixels each (three of them constant), scaled by the first table."""
+    digits = load_digits()
+    x = digits.data.astype(np.float32) * 3 + 5
+    tables = [Table(x[part], digits.target[part], CPU, dtype) for part in (slice(1200), slice(1200, None))]
+    for table in tables:
+        table.scale_by(*moments(x[:1200]))
+    return tables[0], tables[1]
+
+
+def _all(table: Table) -> np.ndarray:
+    return np.arange(len(table))
+
+
+def _zero(table: Table, g: int = 1, classes: int = 10) -> Fit:
+    return Fit(
+        torch.zeros(table.features, g, classes, dtype=table.dtype), torch.zeros(g, classes, dtype=table.dtype),
+        np.zeros((1, g)))
+
+
+def test_lbfgs_is_scikit_learns_optimum():
+    """C = 1 / (N wd) makes its objective N times ours."""
+    a, b = _digits(torch.float64)
+    x, y, wd = a.take(_all(a)).numpy(), a.labels.numpy(), 1e-4
+    oracle = LogisticRegression(C=1 / (len(x) * wd), tol=1e-10, max_iter=5000).fit(x, y)
+    fit, value, slope = lbfgs(a, _all(a), wd, _zero(a), 1000)
+    assert slope < 1e-6
+    weight = fit.weight[:, 0].T.numpy()
+    np.testing.assert_allclose(weight, oracle.coef_, atol=2e-3 * np.abs(oracle.coef_).max())
+    bias = fit.bias[0].numpy()
+    np.testing.assert_allclose(bias - bias.mean(), oracle.intercept_ - oracle.intercept_.mean(), atol=2e-2)
+    p = oracle.predict_proba(x)[np.arange(len(x)), y]
+    assert value == pytest.approx(-np.log(p).mean() + wd / 2 * (oracle.coef_ ** 2).sum(), rel=1e-7)
+    ours = float(evaluate(fit, b)['top1'][0])
+    assert ours == pytest.approx(100 * oracle.score(b.take(_all(b)).numpy(), b.labels.numpy()), abs=0.01)
+
+
+def test_float32_ends_near_the_optimum_too():
+    a, b = _digits()
+    double, _ = _digits(torch.float64)
+    _, value, _ = lbfgs(double, _all(double), 1e-4, _zero(double), 1000)
+    fit, single, _ = lbfgs(a, _all(a), 1e-4, _zero(a), 300)
+    assert single == pytest.approx(value, rel=1e-5)
+    assert evaluate(fit, b)['top1'][0] > 90
+
+
+def test_sgd_comes_near_the_optimum_of_the_same_penalty():
+    a, b = _digits()
+    p = dataclasses.replace(QUICK, epochs=60)
+    fit = train(a, _all(a), 10, [(8.0, 1e-3)], p)
+    best, value, _ = lbfgs(a, _all(a), 1e-3, _zero(a), 300)
+    assert value <= probe.objective_of(fit, a, _all(a), 1e-3) < value * 1.01
+    assert abs(evaluate(fit, b)['top1'][0] - evaluate(best, b)['top1'][0]) < 1
+
+
+def test_members_trained_together_equal_members_trained_alone():
+    a, _ = _digits(torch.float64)
+    members = [(2.0, 1e-4), (2.0, 1e-2), (16.0, 1e-5), (0.1, 0.0)]
+    together = train(a, _all(a), 10, members, QUICK)
+    for g, member in enumerate(members):
+        alone = train(a, _all(a), 10, [member], QUICK)
+        for x, y in ((together.weight[:, g], alone.weight[:, 0]), (together.bias[g], alone.bias[0])):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(together.losses[:, g], alone.losses[:, 0], rtol=1e-9)
+
+
+def test_a_member_is_torchs_sgd_on_the_same_batches():
+    a, _ = _digits(torch.float64)
+    p = dataclasses.replace(QUICK, epochs=2)
+    ours = train(a, _all(a), 10, [(4.0, 1e-3)], p)
+    head = nn.Linear(64, 10).double()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.SGD([{'params': [head.weight], 'weight_decay': 1e-3}, {'params': [head.bias]}], 4.0, 0.9)
+    batch, done = 64, 0
+    steps = -(-1200 // batch)
+    for epoch in range(2):
+        order = probe.permutation(0, epoch, 1200)
+        for step in range(steps):
+            at = order[step * batch:(step + 1) * batch]
+            for group in optimizer.param_groups:
+                group['lr'] = 4.0 * 0.5 * (1 + math.cos(math.pi * done / (2 * steps)))
+            optimizer.zero_grad()
+            F.cross_entropy(head(a.take(at)), a.label(at)).backward()
+            optimizer.step()
+            done += 1
+    torch.testing.assert_close(ours.weight[:, 0].T, head.weight.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours.bias[0], head.bias.detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_the_gradient_is_autograds_whatever_the_chunk(monkeypatch):
+    a, _ = _digits(torch.float64)
+    x, y = a.take(np.arange(50)), a.label(np.arange(50))
+    fit = Fit(torch.randn(64, 3, 10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64), np.zeros((1, 3)))
+    w, b = fit.weight.clone().requires_grad_(), fit.bias.clone().requires_grad_()
+    scores = torch.einsum('bd,dgc->bgc', x, w) + b
+    losses = torch.stack([F.cross_entropy(scores[:, g], y, reduction='sum') for g in range(3)])
+    losses.sum().backward()
+    for most in (1 << 28, 2000):  # bytes: all rows at once, and eight at a time
+        monkeypatch.setattr(probe, 'BYTES', most)
+        loss, dw, db = gradient(fit, x, y)
+        torch.testing.assert_close(loss, losses.detach())
+        torch.testing.assert_close(dw, w.grad)
+        torch.testing.assert_close(db, b.grad)
+
+
+def test_scores_are_held_in_bounded_pieces():
+    """ImageNet's shape: 16 members, 1000 classes."""
+    rows = probe._rows_at_once(16, 1000, torch.float32)
+    assert rows * 16 * 1000 * 4 <= probe.BYTES and rows >= 1024  # one batch at once, all the same
+
+
+def test_moments_are_numpys_over_chosen_rows():
+    x = np.random.default_rng(0).normal(3, 2, (1000, 5)).astype(np.float16)
+    x[:, 2] = 7
+    rows = np.arange(0, 1000, 3)
+    for mean, std, part in ((*moments(x, rows, 17), x[rows]), (*moments(x), x)):
+        part = part.astype(np.float64)
+        np.testing.assert_allclose(mean, part.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(std, part.std(0), rtol=1e-9)
+    assert std[2] == 0
+
+
+def test_a_constant_feature_is_left_out_and_others_have_unit_length():
+    a, _ = _digits()
+    x = a.take(_all(a))
+    assert int((x == 0).all(0).sum()) == 3
+    assert float(x.square().sum(1).mean()) == pytest.approx(61 / 64, rel=1e-4)
+
+
+def test_the_scale_of_the_features_does_not_matter():
+    digits, found = load_digits(), []
+    for scale in (1.0, 1e-3, 1e4):
+        x = (digits.data * scale).astype(np.float64)
+        tables = [Table(x[p], digits.target[p], CPU, torch.float64) for p in (slice(1200), slice(1200, None))]
+        found.append(auto_probe(*tables, 10, QUICK, say=lambda text: None)[0])
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_same_call_gives_the_same_numbers():
+    runs = [auto_probe(*_digits(), 10, QUICK, say=lambda text: None) for _ in range(2)]
+    assert runs[0] == runs[1]
+    assert runs[0][0]['top1'] > 88 and runs[0][0]['top1_lbfgs'] > 88
+
+
+def test_members_that_diverge_are_dropped_named_and_spoil_no_other(capsys):
+    a, b = _digits()
+    wild = dataclasses.replace(QUICK, lrs=(8.0, 1e6, 1e30))
+    metrics, found = auto_probe(a, b, 10, wild)
+    assert found['dropped'] == [f'lr {lr:g} wd {wd:g}' for lr in (1e6, 1e30) for wd in (1e-4, 1e-3)]
+    assert 'auto_probe: diverged and dropped: lr 1e+06 wd 0.0001' in capsys.readouterr().out
+    assert found['chosen']['lr'] == 8 and metrics['top1'] > 88
+    tame, _ = auto_probe(a, b, 10, dataclasses.replace(QUICK, lrs=(8.0,)), say=lambda text: None)
+    assert metrics == pytest.approx(tame, abs=0.4)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    with pytest.raises(RuntimeError, match='every classifier of the grid diverged'):
+        auto_probe(a, b, 10, dataclasses.replace(QUICK, lrs=(1e30,)), say=lambda text: None)
+
+
+def test_the_choice_does_not_see_the_test_images():
+    a, b = _digits()
+    _, found = auto_probe(a, b, 10, QUICK, say=lambda text: None)
+    b.labels = (b.labels + 1) % 10
+    _, other = auto_probe(a, b, 10, QUICK, say=lambda text: None)
+    assert found == other
+
+
+def test_the_choice_is_the_best_of_the_held_out_images():
+    """Held out are the first tenth of the fixed order; the members never saw them."""
+    a, b = _digits()
+    _, found = auto_probe(a, b, 10, QUICK, say=lambda text: None)
+    order = probe.permutation(0, 0, 1200)
+    members = [(m['lr'], m['weight_decay']) for m in found['grid']]
+    figures = evaluate(train(a, order[120:], 10, members, QUICK), a, order[:120])
+    assert [m['held_out_top1'] for m in found['grid']] == figures['top1'].tolist()
+    best = min(range(len(members)), key=lambda g: (-figures['top1'][g], figures['loss'][g]))
+    assert (found['chosen']['lr'], found['chosen']['weight_decay']) == members[best]
+    assert found['held_out_images'] == 120
+
+
+def test_ties_count_as_wrong_and_few_classes_have_no_top5():
+    a, _ = _digits()
+    assert evaluate(_zero(a), a)['top1'] == [0.0] and evaluate(_zero(a), a)['top5'] == [0.0]
+    a.labels %= 5
+    assert set(evaluate(_zero(a, classes=5), a)) == {'loss', 'top1'}
+
+
+def test_a_table_on_the_device_gives_the_same_rows():
+    x, y = np.random.default_rng(0).normal(0, 1, (40, 6)).astype(np.float16), np.arange(40) % 3
+    tables = [Table(x, y, CPU, resident=r) for r in (False, True)]
+    for table in tables:
+        table.scale_by(*moments(x))
+    rows = np.array([3, 1, 39])
+    assert torch.equal(tables[0].take(rows), tables[1].take(rows))
+
+
+def test_too_few_images_and_features_that_are_no_numbers_end_with_a_sentence():
+    x = np.ones((5, 3), np.float32)
+    with pytest.raises(ValueError, match='too few to hold out'):
+        auto_probe(Table(x, np.arange(5), CPU), Table(x, np.arange(5), CPU), 5, QUICK, say=lambda text: None)
+    x[2, 1] = np.inf
+    with pytest.raises(ValueError, match='not finite'), np.errstate(all='ignore'):
+        moments(x)
+
+
+# The command.
+
+def _command(data: Path, output: Path, *more: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    linear.add_arguments(parser)
+    return parser.parse_args([
+        str(data), '--protocol', 'auto', '--model', 'resnet10t:random', '--output', str(output), '--image-size', '32',
+        '--resize', '32', '--device', 'cpu', '--workers', '0', '--cache', str(output / 'cache'), *more])
+
+
+@pytest.fixture(scope='module')
+def split_digits(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp('probe_digits')
+    write_digits(root / 'train', 320)
+    for path in sorted((root / 'train').rglob('*.*')):
+        if int(path.stem) >= 220:
+            target = root / 'val' / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    return root
+
+
+def test_auto_is_recorded_as_its_own_protocol_and_repeats(split_digits, tmp_path, capsys):
+    records = []
+    for name in 'ab':
+        assert linear.run(_command(split_digits, tmp_path / name, '--epochs', '8')) == 0
+        (path,) = (tmp_path / name).glob('*.json')
+        records.append(json.loads(path.read_text()))
+    a, b = records
+    assert a['metrics'] == b['metrics'] and a['extra'] == b['extra']
+    assert a['benchmark'] == 'folder_auto_probe' and a['protocol']['name'] == 'auto_probe' and not a['difference']
+    assert a['metrics']['top1'] > 50  # chance is 10
+    for line in capsys.readouterr().out.splitlines():
+        assert '%' not in line or 'auto_probe' in line
+
+
+def test_flags_of_other_protocols_are_refused(split_digits, tmp_path):
+    with pytest.raises(ValueError, match='^--jitter, --lr: --protocol auto has no such number'):
+        linear.run(_command(split_digits, tmp_path, '--lr', '3', '--jitter', '0.1'))
+    with pytest.raises(ValueError, match='^--epochs 0 cannot be'):
+        linear.run(_command(split_digits, tmp_path, '--epochs', '0'))

@@ -1,0 +1,429 @@
+"""VOC07 SVMs: average precision by its definitions, selection and draws by the protocol, and runs that go on."""
+import argparse
+import json
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import layouts_benchmarks as layouts
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+
+from simsiam_models.benchmarks import svm, svm_fits
+from simsiam_models.benchmarks.average_precision import eleven_point_ap, envelope_ap
+from simsiam_models.benchmarks.svm_fits import COSTS, Finished, draw, full, low_shot, run_all, run_task
+
+NAMES = ['cat', 'cow', 'dog']
+
+
+class Rows:
+    """Features as svm.write_table takes them."""
+
+    def __init__(self, x: np.ndarray, unreadable: tuple[int, ...] = ()) -> None:
+        self.x, self.unreadable = x.astype(np.float32), dict.fromkeys(unreadable, 'broken')
+        self.readable = np.array([i for i in range(len(x)) if i not in unreadable])
+
+    def array(self, name: str) -> np.ndarray:
+        return self.x
+
+
+def problem(n: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 12) features and (n, 3) labels; a sixth is difficult for each class, and features tell classes roughly."""
+    rng = np.random.default_rng(seed)
+    centres = np.eye(3, 12)
+    labels = np.zeros((n, 3), np.int8)
+    labels[np.arange(n), np.arange(n) % 3] = 1
+    x = labels @ centres + noise * rng.normal(size=(n, 12))
+    labels[(rng.random((n, 3)) < 1 / 6) & (labels == 0)] = -1
+    return x, labels
+
+
+def table(folder: Path, noise: float = 0.6, n: int = 90, seed: int = 0) -> svm_fits.Table:
+    (x, labels), (x_test, labels_test) = problem(n, noise, 1), problem(60, noise, 2)
+    return svm.write_table(folder / 'work', (Rows(x), Rows(x_test)), ['feat5'], labels, labels_test, seed)
+
+
+def reference_svc(cost: float, seed: int = 0) -> LinearSVC:
+    """Protocol 4.3, written out again."""
+    return LinearSVC(
+        C=cost, class_weight={1: 2, -1: 1}, intercept_scaling=1.0, penalty='l2', loss='squared_hinge', tol=0.0001,
+        dual=True, max_iter=2000, random_state=seed)
+
+
+def parse(*args: str | Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    svm.add_arguments(parser)
+    return parser.parse_args([str(a) for a in args])
+
+
+# --- average precision
+
+def points(scores: np.ndarray, positive: np.ndarray) -> list[tuple[Fraction, Fraction]]:
+    """(recall, precision) at each score as a threshold, exactly."""
+    found = []
+    for threshold in set(scores.tolist()):
+        chosen = scores >= threshold
+        hits = int((chosen & positive).sum())
+        found.append((Fraction(hits, int(positive.sum())), Fraction(hits, int(chosen.sum()))))
+    return found
+
+
+def by_definition(scores: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
+    """Area under r -> the highest precision at a recall of r or more; and its mean at 0, 0.1, ..., 1."""
+    found = points(scores, positive)
+
+    def highest(r: Fraction) -> Fraction:
+        return max((p for recall, p in found if recall >= r), default=Fraction(0))
+
+    steps = sorted({Fraction(0), *(r for r, _ in found)})
+    area = sum((b - a) * highest(b) for a, b in zip(steps, steps[1:], strict=False))
+    return float(area), float(sum(highest(Fraction(t, 10)) for t in range(11)) / 11)
+
+
+def test_the_average_precisions_of_small_rankings_are_those_computed_by_hand():
+    five = np.array([0.9, 0.8, 0.7, 0.6, 0.5])
+    right = np.array([1, 0, 1, 0, 1], bool)  # precision 1, 2/3, 3/5 at recall 1/3, 2/3, 1
+    assert envelope_ap(five, right) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert eleven_point_ap(five, right) == pytest.approx((4 * 1 + 3 * 2 / 3 + 4 * 3 / 5) / 11)
+    three, late = np.array([3.0, 2.0, 1.0]), np.array([0, 1, 1], bool)  # precision 1/2, 2/3: the envelope is 2/3
+    assert envelope_ap(three, late) == pytest.approx(2 / 3)
+    assert average_precision_score(late, three) == pytest.approx((1 / 2 + 2 / 3) / 2)  # another definition
+    assert eleven_point_ap(three, late) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize('seed', range(20))
+def test_both_average_precisions_equal_their_definitions(seed: int):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 60))
+    scores = rng.integers(0, 1 + int(rng.integers(1, 200)), n) / 7  # with ties
+    positive = rng.random(n) < rng.choice([0.1, 0.5, 0.9])
+    positive[rng.integers(n)] = True
+    assert (envelope_ap(scores, positive), eleven_point_ap(scores, positive)) == pytest.approx(
+        by_definition(scores, positive), abs=1e-12)
+    order = rng.permutation(n)
+    assert envelope_ap(scores[order], positive[order]) == envelope_ap(scores, positive)
+
+
+def test_a_recall_of_three_in_ten_counts_as_0_3():
+    positive = np.array([1] * 3 + [0] * 7 + [1] * 7, bool)  # 0.1 * 3 > 3 / 10 in floating point
+    scores = -np.arange(17.0)
+    assert eleven_point_ap(scores, positive) == pytest.approx((4 * 1 + 7 * 10 / 17) / 11)
+
+
+@pytest.mark.parametrize('scores, positive, said', [
+    ([1.0, 2.0], [False, False], 'at least one positive'), ([1.0, float('nan')], [True, False], 'NaN')])
+def test_no_average_precision_is_an_error(scores: list, positive: list, said: str):
+    for ap in (envelope_ap, eleven_point_ap):
+        with pytest.raises(ValueError, match=said):
+            ap(np.array(scores), np.array(positive))
+
+
+# --- the protocol
+
+def test_costs_and_parameters_are_those_of_the_protocol():
+    assert COSTS == (
+        1, 10, 100, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.001953125, 0.0009765625, 0.00048828125,
+        0.000244140625, 0.0001220703125, 6.103515625e-05, 3.0517578125e-05, 1.52587890625e-05, 7.62939453125e-06,
+        3.814697265625e-06, 1.9073486328125e-06)
+    assert svm_fits.svc(10.0, 3).get_params() == reference_svc(10.0, 3).get_params()
+
+
+def test_features_are_float64_rows_over_their_norm_plus_1e_5():
+    x = np.array([[3, 4], [0, 0]], np.float32)
+    rows = svm_fits.normalize_rows(x)
+    assert rows.dtype == np.float64
+    np.testing.assert_allclose(rows, [[3 / 5.00001, 4 / 5.00001], [0, 0]], rtol=1e-15)
+
+
+def test_the_table_holds_normalised_readable_rows_and_their_labels(tmp_path: Path):
+    (x, labels), (x_test, labels_test) = problem(30, 0.5, 1), problem(12, 0.5, 2)
+    made = svm.write_table(tmp_path, (Rows(x, (4, 7)), Rows(x_test)), ['feat5'], labels, labels_test, 0)
+    kept = np.delete(np.arange(30), [4, 7])
+    np.testing.assert_array_equal(
+        np.load(made.trainval['feat5']), svm_fits.normalize_rows(x.astype(np.float32)[kept]))
+    np.testing.assert_array_equal(made.labels_trainval, labels[kept])
+    assert len(np.load(made.test['feat5'])) == len(made.labels_test) == 12
+
+
+def test_a_feature_that_is_not_finite_is_refused(tmp_path: Path):
+    x, labels = problem(30, 0.5, 1)
+    x[3, 2] = np.inf
+    with np.errstate(invalid='ignore'), pytest.raises(ValueError, match='feat5 of some image is not finite'):
+        svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+
+
+def test_selection_and_result_equal_scikit_learns_own_calls(tmp_path: Path):
+    made = table(tmp_path)
+    results = full(made, Finished(tmp_path / 'f.jsonl'), ['feat5'], NAMES, 1)['feat5']
+    x, x_test = np.load(made.trainval['feat5']), np.load(made.test['feat5'])
+    costs = set()
+    for c, name in enumerate(NAMES):
+        y = np.where(made.labels_trainval[:, c] == 1, 1, -1)
+        scores = [
+            cross_val_score(reference_svc(cost), x, y, cv=3, scoring='average_precision').mean() for cost in COSTS]
+        best = next(i for i, score in enumerate(scores) if score == max(scores))
+        assert results['classes'][name]['cost'] == COSTS[best]
+        assert results['classes'][name]['cv_ap'] == scores[best]
+        kept = made.labels_test[:, c] != -1
+        decision = reference_svc(COSTS[best]).fit(x, y).decision_function(x_test)[kept]
+        assert (results['classes'][name]['ap'], results['classes'][name]['ap_11point']) == pytest.approx(
+            by_definition(decision, made.labels_test[kept, c] == 1), abs=1e-12)
+        costs.add(COSTS[best])
+    assert len(costs) > 1  # or the test would say little about the selection
+    assert results['mAP'] == pytest.approx(np.mean([r['ap'] for r in results['classes'].values()]))
+
+
+def test_of_equal_costs_the_first_is_taken(tmp_path: Path):
+    made = table(tmp_path, noise=0.02)
+    finished = Finished(tmp_path / 'f.jsonl')
+    results = full(made, finished, ['feat5'], NAMES, 1)['feat5']
+    scores = [finished.results['cv', 'feat5', 0, cost]['cv'] for cost in COSTS]
+    equal = [cost for cost, score in zip(COSTS, scores, strict=True) if score == max(scores)]
+    assert len(equal) > 1 and results['classes']['cat']['cost'] == equal[0] == 1.0
+
+
+def test_difficult_images_train_as_negatives(tmp_path: Path):
+    made = table(tmp_path)
+    as_absent = svm_fits.Table(
+        made.trainval, made.test, np.where(made.labels_trainval == -1, 0, made.labels_trainval), made.labels_test, 0)
+    assert (made.labels_trainval == -1).any()
+    for task in (('cv', 'feat5', 1, 1.0), ('test', 'feat5', 1, 1.0)):
+        assert run_task(task, made) == run_task(task, as_absent)
+
+
+def test_difficult_images_are_left_out_of_the_test(tmp_path: Path):
+    made = table(tmp_path)
+    tasks = [('test', 'feat5', 1, 1.0), ('low-shot', 'feat5', 2, 0, 1)]
+    before = [run_task(task, made) for task in tasks]
+    x_test = np.load(made.test['feat5'])
+    difficult = made.labels_test[:, 1] == -1
+    assert difficult.any()
+    x_test[difficult] = x_test[made.labels_test[:, 1] == 1][0]  # would be ranked first
+    np.save(made.test['feat5'], x_test)
+    assert [run_task(task, made) for task in tasks] == before
+    as_absent = svm_fits.Table(
+        made.trainval, made.test, made.labels_trainval, np.where(made.labels_test == -1, 0, made.labels_test), 0)
+    assert all(run_task(task, as_absent)['ap'] != b['ap'] for task, b in zip(tasks, before, strict=True))
+
+
+# --- low-shot
+
+@pytest.mark.parametrize('k', [1, 2, 8])
+def test_a_draw_has_k_positives_and_19_k_negatives_without_difficult_or_repeated_images(k: int):
+    labels = problem(900, 0.5, 3)[1][:, 1]
+    rows = draw(labels, k, 0, 0, 1)
+    assert len(np.unique(rows)) == len(rows) == 20 * k
+    assert [(labels[rows] == value).sum() for value in (1, 0, -1)] == [k, 19 * k, 0]
+    assert (np.diff(rows) > 0).all()
+
+
+def test_draws_are_repeatable_and_differ_by_seed_sample_k_and_class():
+    labels = problem(900, 0.5, 3)[1][:, 1]
+    first = draw(labels, 8, 0, 0, 1)
+    np.testing.assert_array_equal(first, draw(labels, 8, 0, 0, 1))
+    assert len({tuple(draw(labels, 8, *of)) for of in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))}) == 4
+    assert not set(draw(labels, 4, 0, 0, 1)) < set(first)  # independent, not nested
+
+
+def test_every_low_shot_fit_equals_scikit_learns(tmp_path: Path):
+    made = table(tmp_path, n=600)
+    result = run_task(('low-shot', 'feat5', 4, 2, 1), made)
+    x, x_test = np.load(made.trainval['feat5']), np.load(made.test['feat5'])
+    rows = draw(made.labels_trainval[:, 1], 4, 0, 2, 1)
+    y = np.where(made.labels_trainval[rows, 1] == 1, 1, -1)
+    kept = made.labels_test[:, 1] != -1
+    for i, cost in enumerate(COSTS):
+        decision = reference_svc(cost).fit(x[rows], y).decision_function(x_test)[kept]
+        assert result['ap'][i] == pytest.approx(by_definition(decision, made.labels_test[kept, 1] == 1), abs=1e-9)
+        assert result['cv'][i] == cross_val_score(
+            reference_svc(cost), x[rows], y, cv=3, scoring='average_precision').mean()
+
+
+def test_the_published_choice_is_the_best_on_test_and_the_honest_one_knows_no_test():
+    rng = np.random.default_rng(0)
+    ap, cv = rng.random((5, 19, 2)), rng.random((5, 19))
+    chosen = svm_fits.choose_costs(ap, cv)
+    best = max(range(19), key=lambda i: ap[:, i, 0].mean())
+    column = 100 * ap[:, best, 0]
+    assert chosen['oracle'] == {
+        'mean': round(column.mean(), 2), 'min': round(column.min(), 2), 'max': round(column.max(), 2),
+        'std': round(column.std(), 2), 'mean_11point': round(100 * ap[:, best, 1].mean(), 2), 'cost': COSTS[best]}
+    own = [max(range(19), key=lambda i: cv[s, i]) for s in range(5)]
+    assert chosen['honest']['costs'] == [COSTS[i] for i in own]
+    assert chosen['honest']['mean'] == round(np.mean([100 * ap[s, i, 0] for s, i in enumerate(own)]), 2)
+    other = svm_fits.choose_costs(1 - ap, cv)
+    assert other['honest']['costs'] == chosen['honest']['costs'] and other['oracle']['cost'] != chosen['oracle']['cost']
+
+
+def test_one_positive_allows_no_cross_validation_and_the_cost_is_1(tmp_path: Path):
+    made = table(tmp_path)
+    assert run_task(('low-shot', 'feat5', 1, 0, 0), made)['cv'] is None
+    results = low_shot(made, Finished(tmp_path / 'f.jsonl'), ['feat5'], [1, 2], 2, 3, 1)['feat5']['k']
+    assert results[1]['honest']['costs'] == [1.0, 1.0]
+    assert results[1]['oracle']['mean'] >= results[1]['honest']['mean']
+
+
+# --- runs
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path):
+    made = table(tmp_path)
+    whole = full(made, Finished(tmp_path / 'whole.jsonl'), ['feat5'], NAMES, 1)
+    done = []
+
+    def killed(task, made):
+        if len(done) == 20:
+            raise KeyboardInterrupt
+        done.append(task)
+        return run_task(task, made)
+
+    path = tmp_path / 'f.jsonl'
+    tasks = [('cv', 'feat5', c, cost) for c in range(3) for cost in COSTS]
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tasks, made, Finished(path), 1, killed)
+    path.write_bytes(path.read_bytes() + b'[["cv", "feat5", 2, 1.0], {"cv": 0.')  # the kill cut this line off
+    again = Finished(path)
+    assert set(again.results) == set(done)
+    assert full(made, again, ['feat5'], NAMES, 1) == whole
+    assert len(path.read_text().splitlines()) == len(tasks) + 3
+    assert Finished(path).results == Finished(tmp_path / 'whole.jsonl').results
+
+    def never(task, made):
+        raise AssertionError
+
+    run_all(tasks, made, Finished(path), 1, never)
+
+
+def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    made = table(tmp_path)
+    one, two = Finished(tmp_path / '1.jsonl'), Finished(tmp_path / '2.jsonl')
+    tasks = [('low-shot', 'feat5', 2, s, c) for s in range(2) for c in range(3)]
+    run_all(tasks, made, one, 1)
+    run_all(tasks, made, two, 2)
+    assert one.results == two.results
+
+    def die(task, made):
+        os._exit(9)
+
+    with pytest.raises(RuntimeError, match='one of the 2 processes was killed.*fewer --jobs'):
+        run_all([('cv', 'feat5', 0, 1.0)] * 2, made, Finished(tmp_path / '3.jsonl'), 2, die)
+
+
+def test_fits_that_do_not_converge_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    made = table(tmp_path)
+    monkeypatch.setitem(svm_fits.SVC, 'max_iter', 1)
+    assert run_task(('cv', 'feat5', 0, 100.0), made)['unconverged'] == 3
+    assert run_task(('test', 'feat5', 0, 100.0), made)['unconverged'] == 1
+
+
+def counts(positive: int, negative: int, test: int = 1) -> tuple:
+    train = np.array([1] * positive + [0] * negative, np.int8)[:, None]
+    return ['sheep'], train, np.array([1] * test + [0] * 5, np.int8)[:, None]
+
+
+@pytest.mark.parametrize('of, ks, said', [
+    (counts(2, 30), None, 'sheep: 2 of the 32 trainval images are positive, and 3-fold cross-validation needs 3'),
+    (counts(30, 2), None, '3-fold cross-validation needs 3 positive and 3 others'),
+    (counts(3, 90), [1, 4], 'sheep: 3 positive and 90 negative trainval images, and --k 4 needs 4 and 76; choose'),
+    (counts(4, 75), [1, 4], '--k 4 needs 4 and 76; choose a smaller --k'),
+    (counts(4, 76, 0), [4], 'sheep: no positive test image')])
+def test_too_few_images_of_a_class_are_one_sentence(of: tuple, ks: list | None, said: str):
+    with pytest.raises(ValueError, match=said) as e:
+        svm.check_counts(*of, ks)
+    assert '\n' not in str(e.value)
+
+
+def test_as_many_images_as_needed_are_enough():
+    svm.check_counts(*counts(3, 3), None)
+    svm.check_counts(*counts(4, 76), [1, 4])
+
+
+@pytest.fixture(scope='module')
+def devkit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('voc')
+    layouts.write_voc07(root, trainval=66, test=30, names=('cat', 'cow', 'dog'))
+    return root
+
+
+TINY = ('--model', 'resnet10t:random', '--allow-partial', '--image-size', '32', '--resize', '36', '--jobs', '1',
+        '--device', 'cpu', '--workers', '0')
+
+
+def test_the_command_prints_both_tables_and_writes_a_record_per_tap(
+    devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    args = parse(
+        devkit, *TINY, '--output', tmp_path / 'out', '--cache', tmp_path / 'cache', '--taps', 'feat4', 'feat5')
+    assert svm.run(args) == 0
+    printed = capsys.readouterr().out
+    assert 'feature4  feature5' in printed and 'envelope AP (as published)' in printed and '11-point AP' in printed
+    assert 'best layer: feature' in printed and 'not comparable with published numbers' in printed
+    records = {r['benchmark']: r for r in map(json.loads, (p.read_text() for p in (tmp_path / 'out').glob('*.json')))}
+    assert set(records) == {'voc07_svm_feature4', 'voc07_svm_feature5'}
+    record = records['voc07_svm_feature5']
+    assert record['protocol']['random_state'] == 0 and record['protocol']['folds'] == 3
+    assert record['data']['counts'] == {'train': 66, 'test': 30, 'classes': 3}
+    per_class = record['extra']['results']['classes']
+    assert record['metrics']['mAP'] == pytest.approx(100 * np.mean([c['ap'] for c in per_class.values()]), abs=0.006)
+    assert f'{record["metrics"]["mAP"]:.2f}' in printed
+    left = [p.name for p in (tmp_path / 'out').iterdir() if p.suffix != '.json']
+    assert left == [record['extra']['finished_fits']]
+    assert svm.run(args) == 0  # everything is finished: the same numbers again
+    assert capsys.readouterr().out == printed
+
+
+def test_the_low_shot_command_prints_a_row_of_one_number_per_k(
+    devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    args = parse(devkit, *TINY, '--low-shot', '--k', '2', '1', '--samples', '2', '--output', tmp_path, '--cache',
+                 tmp_path / 'cache')
+    assert svm.run(args) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[-2:] == ['k=1', 'k=2']
+    record = json.loads(next(tmp_path.glob('*.json')).read_text())
+    assert record['benchmark'] == 'voc07_lowshot_svm_feature5'
+    assert set(record['metrics']) == {'k=1', 'k=2', 'k=1_honest', 'k=2_honest'}
+    assert printed[1].split()[-2:] == [f'{record["metrics"][k]:.2f}' for k in ('k=1', 'k=2')]
+    assert 'best on test' in printed[1] and 'without test' in printed[3]
+    assert 'unseeded' in record['protocol']['note'] and 'best on test' in record['protocol']['k=N']
+
+
+def test_with_the_defaults_the_record_has_the_numbers_that_published_ones_are_compared_by():
+    from simsiam_models.benchmarks.record import PROTOCOLS
+
+    for flags, kind in ((), 'voc07_svm'), (('--low-shot',), 'voc07_lowshot_svm'):
+        protocol = svm.protocol_of(parse('x', *flags))
+        assert {k: protocol[k] for k in PROTOCOLS[kind]} == PROTOCOLS[kind]
+        assert 'changed' not in protocol and protocol['amp'] == 'off'
+    assert protocol['k'] == [1, 2, 4, 8, 16, 32, 64, 96]
+    assert svm.protocol_of(parse('x', '--amp', 'bfloat16'))['changed']
+
+
+@pytest.mark.parametrize('args, said', [
+    (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--low-shot', '--k', '0'], r'--k \[0\]: must be'),
+    (['--samples', '0'], '--samples 0'), (['--seed', '-1'], '--seed -1'),
+    (['--low-shot', '--k', '40'], '--k 40 needs 40 and 760'),
+    (['--model', 'no_such_model:random'], 'no_such_model')])
+def test_what_a_user_gets_wrong_is_one_sentence(args: list[str], said: str, devkit: Path, tmp_path: Path):
+    with pytest.raises((ValueError, RuntimeError), match=said) as e:
+        svm.run(parse(devkit, *TINY, '--output', tmp_path, '--cache', tmp_path, *args))
+    assert '\n' not in str(e.value)
+    assert not list(tmp_path.glob('*.json'))
+
+
+def test_a_partial_or_missing_devkit_is_refused_with_the_counts(devkit: Path, tmp_path: Path):
+    with pytest.raises((ValueError, FileNotFoundError)):
+        svm.run(parse(devkit, '--model', 'resnet10t:random', '--output', tmp_path))
+    with pytest.raises(FileNotFoundError, match='JPEGImages'):
+        svm.run(parse(tmp_path / 'nowhere', '--output', tmp_path))
+
+
+def test_a_missing_scikit_learn_names_the_install_command(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setitem(__import__('sys').modules, 'sklearn', None)
+    with pytest.raises(RuntimeError, match=r"pip install 'simsiam-models\[benchmarks\]'"):
+        svm.run(parse(devkit, *TINY, '--output', tmp_path))
