@@ -382,7 +382,7 @@ class Run:
     def save(self) -> bool:
         """Write a checkpoint, on rank 0; False where that is not possible: the one before is kept."""
         self.gather_unreadable()
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not torch.stack([p.isfinite().all() for p in self.model.parameters()]).all():  # one wait for the device
             if self.args.on_collapse != 'rollback':
                 raise FloatingPointError(
                     f'weights are no numbers any more at epoch {self.epoch}, step {self.step}: lower --lr '
