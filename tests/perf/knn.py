@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument('--k', type=int, default=200)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--product', default='auto', choices=('auto', 'float32', 'onednn', 'bfloat16'))
     args = parser.parse_args()
     try:
         import faiss
@@ -67,7 +68,7 @@ def main() -> None:
             index.add(rows)
             return index.search(asked, args.k)[1]
 
-        tasks = {'faiss flat': by_faiss, 'neighbours': lambda: neighbours(bank, queries, args.k)[0]}
+        tasks = {'faiss flat': by_faiss, 'neighbours': lambda: neighbours(bank, queries, args.k, product=args.product)[0]}
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
         found = {}
         for _ in range(args.rounds):
@@ -75,7 +76,8 @@ def main() -> None:
                 clock, processors, found[name] = timed(run)
                 spent[name].append((clock, processors))
     shared = np.mean([len(np.intersect1d(a, b)) / args.k for a, b in zip(*found.values(), strict=True)])
-    print(f'{args.bank} x {args.width} against {args.queries}, k={args.k}, {args.threads} threads, torch '
+    print(f'{args.bank} x {args.width} against {args.queries}, k={args.k}, {args.threads} threads, product '
+          f'{args.product}, torch '
           f'{torch.__version__}, faiss {faiss.__version__}; {args.rounds} interleaved rounds; load average '
           f'{os.getloadavg()[0]:.1f}; {shared:.5f} of the neighbours are the same')
     for i, kind in enumerate(('clock', 'processors')):
