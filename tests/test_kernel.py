@@ -1,6 +1,7 @@
 """kernel.c against NumPy, PIL, torch, torchvision and SciPy; and what happens where it cannot be compiled."""
 import itertools
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from simsiam_models.data import Augmentation, FolderImages, TwoViews, counted, kernel
-from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray
+from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray, resize
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_kernel = pytest.mark.skipif(kernel.library() is None, reason='no C compiler')
@@ -146,6 +147,76 @@ def test_a_box_takes_no_pixel_from_outside():
         out = np.empty((1, 24, 24, 3), np.uint8)
         kernel.views([framed], row[None], aug.rule(), None, out, np.array([0]))
         assert (out == 7).all()
+
+
+# Evaluation
+
+
+def of_one_axis_at_a_time(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    rows = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(rows.resize((width, height), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_window_of_the_resized_image_is_pils_bit_for_bit(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    for case in range(40):
+        w, h = (int(x) for x in rng.integers(1, 2500 if case < 3 else 400, 2))
+        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8) if case % 4 else np.full((h, w, 3), 255, np.uint8)
+        width, height = int(rng.integers(1, 400)), int(rng.integers(1, 400))
+        width, height = {5: (w, h), 6: (w, height), 7: (width, h), 8: (1, 1)}.get(case, (width, height))
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        out = np.full((int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1)), 3), 9, np.uint8)
+        resize(image, width, height, left, top, out)
+        window = np.s_[top:top + out.shape[0], left:left + out.shape[1]]
+        assert np.array_equal(out, of_one_axis_at_a_time(image, width, height)[window])
+        whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))[window]
+        assert np.abs(out.astype(int) - whole).max() <= 1  # PIL 13 may begin with the columns
+        with monkeypatch.context() as without:
+            without.setattr(kernel, 'library', lambda: None)
+            again = np.empty_like(out)
+            resize(image, width, height, left, top, again)
+        assert np.array_equal(out, again)
+
+
+def test_resizing_reads_and_writes_nothing_outside():
+    image = np.random.default_rng(0).integers(0, 256, (9, 30, 3), dtype=np.uint8)
+    for frame in (0, 255):
+        around = np.full((11, 30, 3), frame, np.uint8)
+        around[1:10] = image
+        target = np.full((26, 20, 3), 77, np.uint8)
+        kernel.resize(around[1:10], 20, 24, 0, 0, target[1:25])
+        assert np.array_equal(target[1:25], of_one_axis_at_a_time(image, 20, 24))
+        assert (target[0] == 77).all() and (target[25] == 77).all()
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(image=np.zeros((4, 4), np.uint8)), dict(image=np.zeros((4, 4, 3), np.float32)),
+    dict(image=np.zeros((0, 4, 3), np.uint8)), dict(left=-1), dict(left=5), dict(top=5), dict(width=3),
+    dict(out=np.zeros((4, 4, 4), np.uint8)), dict(out=np.zeros((4, 4, 3), np.int8)),
+    dict(out=np.zeros((4, 8, 3), np.uint8)[:, ::2])])
+def test_what_does_not_fit_is_not_resized(wrong):
+    black = np.zeros((4, 4, 3), np.uint8)
+    good = dict(image=black, width=8, height=8, left=0, top=0, out=black.copy())
+    kernel.resize(**good)
+    with pytest.raises(ValueError, match='no window'):
+        kernel.resize(**{**good, **wrong})
+
+
+@pytest.mark.parametrize('width', [1, 31, 32, 100, 2048])
+def test_products_of_rows_are_those_of_float64(width):
+    rng = np.random.default_rng(width)
+    table, query = rng.standard_normal((50, width), np.float32), rng.standard_normal(width)
+    rows = rng.integers(0, 50, 200)
+    got = kernel.dots(table, rows, query)
+    want = [math.fsum(float(x) * q for x, q in zip(table[row], query, strict=True)) for row in rows]
+    assert np.abs(got - want).max() < 1e-12
+    assert np.array_equal(got, kernel.dots(table[rows], np.arange(200), query))  # wherever a row lies
+    for wrong in (np.array([50]), np.array([-1]), np.zeros((1, 1), int)):
+        with pytest.raises(ValueError, match='no products'):
+            kernel.dots(table, wrong, query)
+    with pytest.raises(ValueError, match='no products'):
+        kernel.dots(table, rows, np.zeros(width + 1))
 
 
 # Behind the crop
@@ -337,10 +408,14 @@ def test_wrong_shapes_do_not_reach_the_kernel(wrong):
 CHILD = """
 import sys, logging, hashlib, numpy as np
 logging.basicConfig(format='%(message)s')
-from simsiam_models.data import Augmentation, MemoryImages, TwoViews, kernel
+from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews, kernel
 images = MemoryImages(np.random.default_rng(0).integers(0, 256, (16, 40, 36, 3), dtype=np.uint8), None, [], 'noise')
 x1, x2 = next(iter(TwoViews(images, Augmentation(size=32), 16).epoch(0)))
-print(kernel.library() is not None, hashlib.sha256(x1.numpy().tobytes()).hexdigest(), float(x1.mean()))
+seen = next(iter(EvalImages(images, np.arange(16), size=24, resize=30))).numpy().tobytes()
+if kernel.library() is not None:
+    table = np.linspace(-1, 1, 300, dtype=np.float32).reshape(3, 100)
+    seen += kernel.dots(table, np.arange(3), np.arange(100) / 7).tobytes()
+print(kernel.library() is not None, hashlib.sha256(x1.numpy().tobytes() + seen).hexdigest(), float(x1.mean()))
 """
 
 

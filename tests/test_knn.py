@@ -13,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 from simsiam_models import cli
 from simsiam_models.benchmarks.candidates import TAU, Rows, candidates
 from simsiam_models.benchmarks.neighbours import EXTRA, hits, neighbours
+from simsiam_models.data import kernel
 from simsiam_models.training.monitor import knn_accuracy
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -60,6 +61,16 @@ def test_no_size_of_chunks_and_no_product_changes_a_bit(rows, block, extra, prod
     expected = neighbours(bank, queries, 30)
     got = neighbours(bank, queries, 30, bank_bytes=4 * 64 * rows, block=block, extra=extra, product=product)
     assert (got[0] == expected[0]).all() and (got[1] == expected[1]).all()
+
+
+def test_without_a_compiler_the_neighbours_are_the_same(monkeypatch):
+    bank, queries = features(1500, 70), features(50, 70, 1)
+    bank[700:900], bank[1400] = bank[:200], bank[3]
+    with_it = neighbours(bank, queries, 30)
+    monkeypatch.setattr(kernel, 'library', lambda: None)
+    without = neighbours(bank, queries, 30)
+    assert (without[0] == with_it[0]).all() and np.abs(without[1] - with_it[1]).max() < 1e-15
+    assert (without[0] == in_float64(bank, queries, 30)[0]).all()
 
 
 def test_threads_change_no_bit(monkeypatch):

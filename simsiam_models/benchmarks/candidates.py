@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import kernel
+
 BANK_BYTES = 64 << 20  # of the bank at a time, on a CPU
 GPU_BYTES = 1 << 30
 QUERIES, COLUMNS = 1024, 512  # rows and columns of one product on a CPU: what it gives is still in the cache when read
@@ -21,8 +23,8 @@ class Rows:
     """Rows of an (N, D) float32 array, which may be mapped from a file; `keep` picks some of them."""
 
     def __init__(self, array: np.ndarray, keep: np.ndarray | None = None) -> None:
-        if array.ndim != 2 or array.dtype != np.float32:
-            raise ValueError(f'features {array.shape} {array.dtype}: they must be (N, D) float32')
+        if array.ndim != 2 or array.dtype != np.float32 or not array.flags.c_contiguous:
+            raise ValueError(f'features {array.shape} {array.dtype}: they must be (N, D) float32, in C order')
         self.array, self.keep = array, keep
         self.width = array.shape[1]
 
@@ -39,8 +41,13 @@ class Rows:
     def pick(self, rows: np.ndarray) -> np.ndarray:
         return self.array[rows if self.keep is None else self.keep[rows]]
 
-    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        np.take(self.array, rows if self.keep is None else self.keep[rows], axis=0, out=out, mode='clip')
+    def dots(self, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+        """Products (n,) of these rows with a query (D,), in float64; of equal rows they are equal, bit for bit."""
+        rows = rows if self.keep is None else self.keep[rows]
+        if kernel.library() is not None:
+            return kernel.dots(self.array, rows, query)
+        parts = (self.array[rows[i:i + 32]].astype(np.float64) for i in range(0, len(rows), 32))  # stay in the cache
+        return np.concatenate([np.einsum('nd,d->n', part, query) for part in parts])
 
 
 def length(rows: np.ndarray) -> np.ndarray:

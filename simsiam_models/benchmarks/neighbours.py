@@ -76,7 +76,6 @@ def _search(
     crowded: list[int] = []
 
     def rank(start: int) -> None:
-        rows32, rows64 = np.empty((32, bank.width), np.float32), np.empty((32, bank.width))
         asked = queries.slice(start, start + 64).astype(np.float64)
         for i in range(start, min(start + 64, len(queries))):
             enough = values[i] >= np.partition(values[i], kept - k)[kept - k] - 2 * off[i]
@@ -84,12 +83,7 @@ def _search(
                 crowded.append(i)
                 continue
             near = np.sort(rows[i][enough])
-            dots = np.empty(len(near))
-            for j in range(0, len(near), 32):
-                part = near[j:j + 32]
-                bank.take(part, rows32[:len(part)])
-                np.copyto(rows64[:len(part)], rows32[:len(part)])
-                np.einsum('nd,d->n', rows64[:len(part)], asked[i - start], out=dots[j:j + 32])
+            dots = bank.dots(near, asked[i - start])
             found[which[i]], cosines[which[i]] = _ranked(near, dots / (bank_lengths[near] * lengths[i]), k)
 
     list(threads.map(rank, range(0, len(queries), 64)))
@@ -118,14 +112,10 @@ def _rank_all(
         table, lengths = np.empty((len(group), len(bank))), np.empty(len(bank))
         asked = queries.pick(group).astype(np.float64)
 
-        def fill(job: tuple[int, np.ndarray, int], table: np.ndarray = table, asked: np.ndarray = asked) -> None:
-            start, rows, j = job
-            np.einsum('nd,d->n', rows, asked[j], out=table[j, start:start + len(rows)])
-
         for start in range(0, len(bank), size):
-            rows = bank.slice(start, start + size).astype(np.float64)
-            lengths[start:start + size] = length(rows)
-            list(threads.map(fill, [(start, rows, j) for j in range(len(group))]))
+            rows = np.arange(start, min(start + size, len(bank)))
+            lengths[rows] = length(bank.pick(rows).astype(np.float64))
+            table[:, rows] = np.array(list(threads.map(lambda query: bank.dots(rows, query), asked)))  # noqa: B023
         for i, row, own in zip(group, table, length(asked), strict=True):
             row /= lengths * own
             rows = np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])

@@ -15,6 +15,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
+from . import kernel
 from .counted import uniforms
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
@@ -102,6 +103,29 @@ def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
     """Cut and resize (bilinear, antialiased) an RGB image -> (size, size, 3) uint8."""
     return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def short_side(image: np.ndarray, resize: int) -> tuple[int, int]:
+    """Width and height of an (H, W, 3) image whose short side is to be `resize`.
+
+    As torchvision's Resize has it: the short side is exact, the long one is cut down to a whole number.
+    """
+    h, w = image.shape[:2]
+    return (resize, int(resize * h / w)) if w <= h else (int(resize * w / h), resize)
+
+
+def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
+    """Resize to width x height (bilinear, antialiased), of which `out` (h, w, 3) is the window at (left, top).
+
+    To the bit what PIL makes of it along the rows first, then along the columns, as its releases to 12 do. PIL 13 takes
+    some images the other way round, which moves pixels by one level.
+    """
+    if kernel.library() is not None:
+        kernel.resize(image, width, height, left, top, out)
+        return
+    rows = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
+    whole = np.asarray(rows.resize((width, height), Image.Resampling.BILINEAR))
+    out[:] = whole[top:top + out.shape[0], left:left + out.shape[1]]
 
 
 def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:

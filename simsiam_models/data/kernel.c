@@ -1,6 +1,7 @@
-/* The augmentation of one view in one call, for CPUs: counted numbers, crop box, crop, colours, blur, flip, normalise.
+/* The augmentation of one view in one call, for CPUs: counted numbers, crop box, crop, colours, blur, flip, normalise;
+ * and two loops of evaluation: Pillow's resize, and products in double.
  *
- * augment.py and counted.py say the same in NumPy, PIL and torch; the tests hold the two against each other. Compiled
+ * Python says the same in NumPy, PIL and torch; the tests hold the two against each other. Compiled
  * at first use by kernel.py, called through ctypes, which releases the interpreter lock. Plain C: loops over whole rows
  * and planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not
  * depend on the processor.
@@ -364,4 +365,118 @@ int views(int64_t n, const uint8_t *const *images, const int64_t *sizes, const d
         if (parameters) finish(crop, parameters + i * PARAMETERS, out[i], size, scratch);
     }
     return 0;
+}
+
+/* Pillow's antialiased bilinear resize, bit for bit, for evaluation: 22-bit weights; along the rows first, rounded to
+ * bytes, then along the columns. Only a window of the result is made, and of the image only what that needs. */
+#define BITS 22
+typedef int32_t four __attribute__((vector_size(16)));
+typedef uint8_t four_bytes __attribute__((vector_size(4)));
+
+static inline four widened(const uint8_t *p) {
+#ifdef __AVX2__ /* compilers would take the bytes one by one */
+    int x;
+    memcpy(&x, p, 4);
+    return (four)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(x));
+#else
+    four_bytes x;
+    memcpy(&x, p, 4);
+    return __builtin_convertvector(x, four);
+#endif
+}
+
+/* Returns the largest number of taps; all others are filled up with zeros. */
+static int pillow_weights(int in, int out, int start, int n, int stride, Span *spans, int32_t *weights) {
+    double scale = (double)in / out, width = scale < 1 ? 1 : scale, per = 1 / width;
+    int most = 0;
+    for (int o = 0; o < n; o++, weights += stride) {
+        double centre = (start + o + 0.5) * scale, sum = 0;
+        int first = (int)(centre - width + 0.5), last = (int)(centre + width + 0.5);
+        first = first < 0 ? 0 : first;
+        last = last > in ? in : last;
+        for (int i = first; i < last; i++) sum += height((i - centre + 0.5) * per, 1);
+        for (int i = first; i < last; i++)
+            weights[i - first] = (int)(0.5 + height((i - centre + 0.5) * per, 1) / sum * (1 << BITS));
+        memset(weights + (last - first), 0, (size_t)(stride - (last - first)) * sizeof *weights);
+        spans[o] = (Span){first, last - first};
+        most = last - first > most ? last - first : most;
+    }
+    return most;
+}
+
+/* Reads 3 taps + 1 bytes from each span's first pixel on, and writes a byte behind the last one. */
+static inline void pillow_row(const uint8_t *row, const Span *spans, const int32_t *weights, int stride, int taps,
+                              int n, uint8_t *out) {
+    for (int x = 0; x < n; x++, weights += stride, out += 3) {
+        const uint8_t *p = row + 3 * spans[x].first;
+        four sum = {1 << (BITS - 1), 1 << (BITS - 1), 1 << (BITS - 1), 0};
+        for (int t = 0; t < taps; t++) sum += widened(p + 3 * t) * weights[t]; /* the fourth lane is dropped */
+        sum >>= BITS; /* 256 at most, where the weights were rounded up */
+        four_bytes pixel = __builtin_convertvector(sum - (sum >> 8), four_bytes);
+        memcpy(out, &pixel, 4);
+    }
+}
+
+/* (h, w, 3) bytes, as if resized to (to_h, to_w): the window at (left, top) of (n_h, n_w) -> out (n_h, n_w, 3). Returns
+ * 1 where memory is short. */
+int pillow_resize(const uint8_t *image, int w, int h, int to_w, int to_h, int left, int top, int n_w, int n_h,
+                  uint8_t *out) {
+    int sx = 2 * (int)ceil(w > to_w ? (double)w / to_w : 1) + 1;
+    int sy = 2 * (int)ceil(h > to_h ? (double)h / to_h : 1) + 1;
+    int n = 3 * n_w, pitch = n + 1;
+    Span *spans = malloc((size_t)(n_w + n_h) * sizeof *spans);
+    int32_t *kx = malloc((size_t)n_w * sx * sizeof *kx), *ky = malloc((size_t)n_h * sy * sizeof *ky);
+    int32_t *sums = malloc((size_t)n * sizeof *sums);
+    uint8_t *ring = malloc((size_t)sy * pitch); /* rows resized along x: as many as a row of the result needs */
+    uint8_t *last = calloc((size_t)3 * (w + sx) + 1, 1);
+    int failed = !spans || !kx || !ky || !sums || !ring || !last;
+    if (!failed) {
+        int taps = pillow_weights(w, to_w, left, n_w, sx, spans, kx);
+        pillow_weights(h, to_h, top, n_h, sy, spans + n_w, ky);
+        for (int y = 0, done = spans[n_w].first; y < n_h; y++, out += n) {
+            Span span = spans[n_w + y];
+            for (; done < span.first + span.taps; done++) {
+                const uint8_t *row = image + 3 * (int64_t)w * done;
+                if (done + sx / w + 1 >= h) row = memcpy(last, row, 3 * (size_t)w); /* nothing behind these is read */
+                uint8_t *to = ring + (size_t)(done % sy) * pitch;
+                if (taps <= 3) pillow_row(row, spans, kx, sx, 3, n_w, to); /* copies of the loop for usual scales */
+                else if (taps == 4) pillow_row(row, spans, kx, sx, 4, n_w, to);
+                else pillow_row(row, spans, kx, sx, taps, n_w, to);
+            }
+            for (int i = 0; i < n; i++) sums[i] = 1 << (BITS - 1);
+            for (int t = 0; t < span.taps; t++) {
+                const uint8_t *restrict row = ring + (size_t)((span.first + t) % sy) * pitch;
+                int32_t k = ky[(size_t)y * sy + t];
+                for (int i = 0; i < n; i++) sums[i] += row[i] * k;
+            }
+            for (int i = 0; i < n; i++) out[i] = (uint8_t)(sums[i] >> BITS > 255 ? 255 : sums[i] >> BITS);
+        }
+    }
+    free(spans), free(kx), free(ky), free(sums), free(ring), free(last);
+    return failed;
+}
+
+/* out[i] = the product of row rows[i] of a (., d) table of floats with d doubles, in double. The order of the additions
+ * depends on d alone. */
+typedef double lanes __attribute__((vector_size(64)));
+typedef float float_lanes __attribute__((vector_size(32), aligned(4), may_alias));
+typedef lanes loose_lanes __attribute__((aligned(8), may_alias));
+
+void dots(int64_t n, const int64_t *rows, const float *table, int64_t d, const double *query, double *out) {
+    for (int64_t i = 0; i < n; i++) {
+        const float *row = table + rows[i] * d;
+        lanes a = {0}, b = a, c = a, e = a;
+        int64_t j = 0;
+        for (; j + 32 <= d; j += 32) {
+            const float_lanes *x = (const float_lanes *)(row + j);
+            const loose_lanes *q = (const loose_lanes *)(query + j);
+            a += __builtin_convertvector(x[0], lanes) * q[0], b += __builtin_convertvector(x[1], lanes) * q[1];
+            c += __builtin_convertvector(x[2], lanes) * q[2], e += __builtin_convertvector(x[3], lanes) * q[3];
+        }
+        a += b + (c + e);
+        double sum = 0;
+        for (int l = 0; l < 8; l++) sum += a[l];
+        for (; j < d; j++) sum += (double)row[j] * query[j];
+        out[i] = sum;
+    }
 }

@@ -53,6 +53,8 @@ def _library() -> ctypes.CDLL | None:
     lib.crop_boxes.restype = None
     lib.views.argtypes = [i64, *[pointer] * 6, ctypes.c_int, pointer]
     lib.scratch_bytes.argtypes, lib.scratch_bytes.restype = [i64, pointer, ctypes.c_int], i64
+    lib.pillow_resize.argtypes = [pointer, *[ctypes.c_int] * 8, pointer]
+    lib.dots.argtypes, lib.dots.restype = [i64, pointer, pointer, i64, pointer, pointer], None
     return lib
 
 
@@ -167,3 +169,39 @@ def views(
             n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
             targets.ctypes.data, size, _thread.scratch.ctypes.data):
         raise MemoryError(f'no memory for views of {size} pixels')
+
+
+def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
+    """PIL's bilinear resize of `image` to width x height, bit for bit; the window of it at (left, top) goes to `out`.
+
+    Args:
+        image: (H, W, 3) uint8.
+        out: (h, w, 3) uint8, C order, of a size that fits into the window.
+    """
+    image = np.ascontiguousarray(image)
+    h, w = out.shape[:2]
+    fits = (
+        image.dtype == out.dtype == np.uint8 and image.ndim == out.ndim == 3 and image.shape[2] == out.shape[2] == 3
+        and image.size and out.size and out.flags.c_contiguous
+        and 0 <= left <= width - w and 0 <= top <= height - h)
+    if not fits:
+        raise ValueError(
+            f'no window {out.shape} {out.dtype} at ({left}, {top}) of an image {image.shape} {image.dtype} that is '
+            f'resized to {width} x {height}')
+    if library().pillow_resize(
+            image.ctypes.data, image.shape[1], image.shape[0], width, height, left, top, w, h, out.ctypes.data):
+        raise MemoryError(f'no memory to resize an image to {width} x {height}')
+
+
+def dots(table: np.ndarray, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """Products in float64 of rows of a (N, d) float32 table, in C order, with a query (d,) float64 -> (n,)."""
+    rows, query = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(query, np.float64)
+    fits = (
+        table.dtype == np.float32 and table.ndim == 2 and table.flags.c_contiguous and query.shape == table.shape[1:]
+        and rows.ndim == 1 and (len(rows) == 0 or (rows.min() >= 0 and rows.max() < len(table))))
+    if not fits:
+        raise ValueError(f'no products of {rows.shape} rows of {table.shape} {table.dtype} with {query.shape}')
+    out = np.empty(len(rows))
+    library().dots(
+        len(rows), rows.ctypes.data, table.ctypes.data, table.shape[1], query.ctypes.data, out.ctypes.data)
+    return out

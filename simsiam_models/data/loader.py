@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import kernel
-from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray, normalize
+from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray, normalize, resize, short_side
 from .counted import permutation
 from .decode import DataError, UnreadableError, decode
 from .sources import Images, Stream
@@ -337,19 +337,14 @@ class EvalImages:
             yield x, [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in _parts(len(rows))]
 
     def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:
-        for i, row in enumerate(rows):
-            out[i] = self._one(int(row))
+        for place, row in zip(out, rows, strict=True):
+            try:
+                image = self.images.read(int(row))
+            except UnreadableError:  # counted and judged where it is trained on; here it is black
+                place[:] = 0
+            else:
+                self._cut(image, place)
 
-    def _one(self, index: int) -> np.ndarray:
-        try:
-            image = Image.fromarray(self.images.read(index))
-        except UnreadableError:  # counted and judged where it is trained on; here it is black
-            return np.zeros((self.size, self.size, 3), np.uint8)
-        w, h = image.size
-        scale = self.resize / min(w, h)
-        # torchvision's Resize: the short side is exact, the long one is cut down to a whole number.
-        size = (self.resize, int(self.resize * h / w)) if w <= h else (int(self.resize * w / h), self.resize)
-        if scale != 1:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        left, top = round((image.width - self.size) / 2), round((image.height - self.size) / 2)
-        return np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+    def _cut(self, image: np.ndarray, out: np.ndarray) -> None:
+        width, height = short_side(image, self.resize)
+        resize(image, width, height, round((width - self.size) / 2), round((height - self.size) / 2), out)

@@ -68,7 +68,8 @@ def main() -> None:
             index.add(rows)
             return index.search(asked, args.k)[1]
 
-        tasks = {'faiss flat': by_faiss, 'neighbours': lambda: neighbours(bank, queries, args.k, product=args.product)[0]}
+        tasks = {
+            'faiss flat': by_faiss, 'neighbours': lambda: neighbours(bank, queries, args.k, product=args.product)[0]}
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
         found = {}
         for _ in range(args.rounds):
