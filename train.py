@@ -39,6 +39,7 @@ from simsiam_models.training.distributed import (
     default_workers,
     join_world,
     mean_over_processes,
+    parallel,
     synchronize_batchnorm,
 )
 from simsiam_models.training.doctor import Diagnosis, Doctor
@@ -56,7 +57,6 @@ from simsiam_models.training.setup import (
     load_monitor,
     make_model,
     make_scaler,
-    parallel,
 )
 from simsiam_models.training.stopping import Signals, Stopped
 from simsiam_models.training.wording import clock_time, describe, describe_continuation, verdict
@@ -87,8 +87,10 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     synchronize_batchnorm(model, world)
     if perf.compile:
         compile_or_not(model, shape, amp, perf, world.device, log.say)
+    blank = torch.zeros(2, *shape[1:], device=world.device)
+    net = parallel(model, lambda net: simsiam_loss(*net(blank, blank)), world)
     run = Run(
-        args, recipe, world, model, parallel(model, shape, world), make_optimizer(model, recipe),
+        args, recipe, world, model, net, make_optimizer(model, recipe),
         make_scaler(amp, world), amp, perf, views, monitor, folder, log, signals,
         Doctor(model, recipe.lr, recipe.batch_size), {**{k: v for k, v in record.items() if k not in FREE}, 'amp': amp})
     log.say(describe(run, name))

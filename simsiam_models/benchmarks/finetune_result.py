@@ -15,7 +15,7 @@ from ..data.index import digest
 from ..data.sources import Images
 from ..training import checkpoint
 from ..weights import tensorfile
-from ..weights.export import PLAIN_TIMM, _config, _write_json
+from ..weights.export import PLAIN_TIMM, timm_config, write_json
 from .backbone import RANDOM, Backbone, load_backbone
 from .finetune_data import crop_pct, open_labelled
 from .finetune_training import Settings, Training, confusion
@@ -107,7 +107,7 @@ class Target:
     def export(self, model: nn.Module) -> None:
         """config.json and model.safetensors, for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
         s, old = self.s, self.backbone.model.pretrained_cfg
-        config = _config(model, self.name, len(self.classes), {
+        config = timm_config(model, self.name, len(self.classes), {
             'tag': 'finetuned', 'input_size': [3, s.image_size, s.image_size],
             'crop_pct': crop_pct(s.image_size, s.resize), 'mean': list(self.mean), 'std': list(self.std),
             **({'license': old['license']} if old.get('license') else {})})
@@ -115,7 +115,7 @@ class Target:
         if self.args:
             config['model_args'] = self.args
         tensorfile.write(self.folder / MODEL, model.state_dict())
-        _write_json(self.folder / CONFIG, config)
+        write_json(self.folder / CONFIG, config)
 
 
 def take_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -13,10 +13,9 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..training import checkpoint
-from ..training.distributed import World, gather_rows, mean_over_processes, synchronize_batchnorm
+from ..training.distributed import World, gather_rows, mean_over_processes, parallel, synchronize_batchnorm
 from ..training.precision import AMP
 from .finetune_data import Loader, eval_batches, seed_everything, train_batches
 
@@ -115,9 +114,8 @@ class Training:
         self.steps = len(train_batches(len(train.samples), s.batch_size, 0, s.seed, world, s.partial_batch))
         self.epoch, self.history, self.best, self.stale = 0, [], None, 0
         self._resume()
-        self.parallel = self.model
-        if world.size > 1:
-            self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
+        shape = 2, 3, s.image_size, s.image_size
+        self.parallel = parallel(self.model, lambda net: net(torch.zeros(shape, device=world.device)).sum(), world)
 
     @property
     def over(self) -> bool:

@@ -59,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.distributed import default_device, join_world
     from . import datasets
     from .backbone import load_backbone
+    from .record import versions
     from .svm_fits import Finished, full, low_shot
 
     _check(args)
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     name = hashlib.sha256(json.dumps([
         *(f.digest for f in features), _bytes_digest(data.labels_trainval), _bytes_digest(data.labels_test), args.seed,
-        _versions()]).encode()).hexdigest()[:12]
+        versions()['scikit-learn']]).encode()).hexdigest()[:12]
     args.output.mkdir(parents=True, exist_ok=True)
     work = args.output / f'.svm-{name}'
     table = write_table(work, features, taps, data.labels_trainval, data.labels_test, args.seed)
@@ -273,12 +274,6 @@ def low_shot_table(results: dict[str, Any]) -> str:
                 start = f'feature{tap[-1]} {text}' if statistic == 'mean' else '  std over the draws'
                 lines.append(f'{start:42}' + ''.join(f'{result["k"][k][rule][statistic]:8.2f}' for k in ks))
     return '\n'.join(lines)
-
-
-def _versions() -> str:
-    import sklearn
-
-    return sklearn.__version__
 
 
 def _bytes_digest(labels: 'np.ndarray') -> str:

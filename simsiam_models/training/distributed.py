@@ -1,4 +1,6 @@
 """One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and on the CPU."""
+import copy
+import inspect
 import os
 import time
 import uuid
@@ -159,6 +161,34 @@ def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:
             if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
                 setattr(parent, name, GlobalBatchNorm(child))
     return model
+
+
+def parallel(model: nn.Module, loss: Callable[[nn.Module], Tensor], world: World) -> nn.Module:
+    """The model, whose gradients are averaged over the processes. `loss`: what may be a step's, on made-up input."""
+    if world.size == 1:
+        return model
+    # Buffers need no broadcast: synchronised batch norm keeps them equal. torch 2.14 renames the argument.
+    ddp = nn.parallel.DistributedDataParallel
+    name = 'forward_sync_buffers'
+    if name not in inspect.signature(ddp).parameters:
+        name = 'broadcast_buffers'
+    net = ddp(model, [world.device] if world.device.type == 'cuda' else None, **{name: False})
+    if world.device.type == 'cpu':
+        _settle_buckets(net, model, loss)
+    return net
+
+
+def _settle_buckets(net: nn.Module, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    """DDP sorts its buckets anew after its first step: here is one that leaves no trace.
+
+    Otherwise the first step after a restart would sum the gradients of many processes in another order.
+    """
+    before = copy.deepcopy(model.state_dict())
+    training = model.training
+    loss(net.train()).backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    net.train(training)
 
 
 class _SumOverProcesses(torch.autograd.Function):

@@ -2,13 +2,11 @@
 import argparse
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..data import open_data
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
@@ -136,32 +134,3 @@ def compile_or_not(
         say(f'--compile does not work here ({type(e).__name__}); going on without it')
         return
     model.compile()
-
-
-def parallel(model: SimSiam, shape: tuple[int, ...], world: World) -> nn.Module:
-    """The model, whose gradients are averaged over the processes."""
-    if world.size == 1:
-        return model
-    # Buffers need no broadcast: synchronised batch norm keeps them equal. torch 2.14 renames the argument.
-    ddp = nn.parallel.DistributedDataParallel
-    name = 'forward_sync_buffers'
-    if name not in inspect.signature(ddp).parameters:
-        name = 'broadcast_buffers'
-    net = ddp(model, [world.device] if world.device.type == 'cuda' else None, **{name: False})
-    if world.device.type == 'cpu':
-        _settle_buckets(net, model, shape)
-    return net
-
-
-def _settle_buckets(net: nn.Module, model: SimSiam, shape: tuple[int, ...]) -> None:
-    """DDP sorts its buckets anew after its first step: here is one that leaves no trace.
-
-    Otherwise the first step after a restart would sum the gradients of many processes in another order.
-    """
-    before = copy.deepcopy(model.state_dict())
-    training = model.training
-    x = torch.zeros(2, *shape[1:])
-    simsiam_loss(*net.train()(x, x)).backward()
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(before)
-    net.train(training)

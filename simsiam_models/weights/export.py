@@ -28,12 +28,12 @@ def export_backbone(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = _config(backbone, model_name, 0, {'input_size': [3, size, size], 'crop_pct': size / resize})
+    config = timm_config(backbone, model_name, 0, {'input_size': [3, size, size], 'crop_pct': size / resize})
     # transformers passes num_classes itself, so model_args holds only what the architecture needs.
     if model_args:
         config['model_args'] = model_args
     tensorfile.write(folder / 'model.safetensors', backbone.state_dict())
-    _write_json(folder / 'config.json', config)
+    write_json(folder / 'config.json', config)
 
 
 def export_checkpoint(
@@ -63,10 +63,10 @@ def export_checkpoint(
         tensorfile.write(folder / 'heads.safetensors', checkpoint.heads_state())
     else:
         (folder / 'heads.safetensors').unlink(missing_ok=True)  # an earlier export's would belong to another backbone
-    _write_json(folder / 'config.json', _config(model, architecture, num_classes, pretrained_cfg or {}))
+    write_json(folder / 'config.json', timm_config(model, architecture, num_classes, pretrained_cfg or {}))
 
 
-def _config(model: nn.Module, name: str, num_classes: int, overlay: dict[str, Any]) -> dict[str, Any]:
+def timm_config(model: nn.Module, name: str, num_classes: int, overlay: dict[str, Any]) -> dict[str, Any]:
     """config.json for plain timm and for transformers, which needs a pretrained_cfg."""
     name = name.split('.')[0]
     cfg = model.pretrained_cfg
@@ -98,7 +98,7 @@ def _check_filled(tensors: dict[str, Tensor], wanted: dict[str, Tensor], archite
             'Of another network that train.py trained, take the folder OUTPUT/backbone')
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     part = path.with_name(path.name + '.part')
     part.write_text(json.dumps(content, indent=2) + '\n')
     os.replace(part, path)
