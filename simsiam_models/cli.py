@@ -24,7 +24,7 @@ def weights_list(args: argparse.Namespace) -> int:
     for tag, w in WEIGHTS.items():
         path = sources.cached(f'simsiam_resnet50.{tag}', w)
         where = '' if path is None else 'Hub' if path.name == sources.MODEL else 'converted'
-        print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1:>7}  {w.license:14}{where or "no"}')
+        print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1 or "-":>7}  {w.license:14}{where or "no"}')
     print('\ntop-1: ImageNet linear evaluation in percent, as published by the authors; not measured again here.')
     return 0
 
@@ -136,6 +136,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (ValueError, RuntimeError, OSError, FloatingPointError) as e:
         print(f'simsiam: {e}', file=sys.stderr)
+        return 1
+    except MemoryError as e:
+        print(f'simsiam: not enough memory ({e})', file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:
         return getattr(e, 'code', 130)  # training.stopping.Stopped has one

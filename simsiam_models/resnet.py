@@ -5,6 +5,7 @@ The file is called `resnet.py` because timm files its models under the name of t
 """
 import functools
 import logging
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
@@ -13,7 +14,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from .weights import sources
+from .weights import sources, tensorfile
 from .weights.layouts import load_checkpoint, recognize
 
 _logger = logging.getLogger('simsiam_models')
@@ -25,13 +26,13 @@ MM1_LINEAR = '_in1k/resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512
 
 
 class Weights(NamedTuple):
-    """One published file: where it is, what trained it, and the linear top-1 (percent) its authors publish for it."""
+    """One published file: where it is, what trained it, and the linear top-1 (percent) that its authors publish."""
 
     url: str
     layout: str  # key layout of the upstream file
     epochs: int
     batch: int
-    top1: float
+    top1: float | None  # None: they publish none
     license: str
     sha256_prefix: str | None  # OpenMMLab file names carry 8 hex digits; FAIR's carry none
     num_classes: int = 0  # 1000: backbone and linear classifier
@@ -63,7 +64,7 @@ WEIGHTS = {
     'fb_bs256_ep100_in1k': Weights(
         f'{FAIR}100ep-256bs/pretrain/checkpoint_0099.pth.tar', 'fair', 100, 256, 68.3, 'cc-by-nc-4.0', None),
     'fb_bs256_ep200_in1k': Weights(
-        f'{FAIR}200ep-256bs/pretrain/checkpoint_0199.pth.tar', 'fair', 200, 256, 69.8, 'cc-by-nc-4.0', None),
+        f'{FAIR}200ep-256bs/pretrain/checkpoint_0199.pth.tar', 'fair', 200, 256, None, 'cc-by-nc-4.0', None),
     'fb_bs512_ep100_lin_in1k': Weights(
         f'{FAIR}100ep/linear/model_best.pth.tar', 'fair_linear', 100, 512, 68.1, 'cc-by-nc-4.0', None, 1000),
     'fb_bs256_ep100_lin_in1k': Weights(
@@ -125,6 +126,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
             f'backbone: {", ".join(missing[:3])}, ...')
     _logger.info(checkpoint.describe())
     return state
+
+
+def tag_of_file(path: str | Path) -> str | None:
+    """The tag whose file this is: those of OpenMMLab are known by their hashes."""
+    found = tensorfile.file_sha256(path)
+    return next((t for t, w in WEIGHTS.items() if w.sha256_prefix and found.startswith(w.sha256_prefix)), None)
 
 
 def published(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:

@@ -44,7 +44,7 @@ def test_list_names_every_tag_with_its_licence(capsys, monkeypatch, tmp_path):
     assert main(['weights', 'list']) == 0
     lines = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     for tag, w in WEIGHTS.items():
-        assert lines[tag][1:] == [str(w.epochs), str(w.batch), str(w.top1), w.license, 'no']
+        assert lines[tag][1:] == [str(w.epochs), str(w.batch), str(w.top1 or '-'), w.license, 'no']
 
 
 def test_info_lists_the_numbers_of_the_file_and_names_those_of_another(capsys):

@@ -1,4 +1,5 @@
 """Features: taps as the protocol pools them, pixels as torchvision makes them, files that survive a kill."""
+import hashlib
 import io
 import json
 import os
@@ -189,8 +190,10 @@ def test_features_are_those_of_the_model(tiny, images, tmp_path):
 def test_a_second_run_reads_no_image(tiny, images, tmp_path, small_shards, monkeypatch):
     first = extract(tiny, images, ['avgpool', 'feat5'], SMALL, tmp_path)
     before = files(tmp_path)
-    monkeypatch.setattr(FolderImages, 'read', lambda *_: pytest.fail('an image was read'))
+    read, seen = FolderImages.read, []
+    monkeypatch.setattr(FolderImages, 'read', lambda self, i: seen.append(i) or read(self, i))
     again = extract(tiny, images, ['feat5'], SMALL, tmp_path)
+    assert seen == [63 * i // 15 for i in range(16)]  # whether they are the same pixels
     assert again.made == 0 and again.digest == first.digest and files(tmp_path) == before
 
 
@@ -224,9 +227,14 @@ def test_the_key_changes_with_weights_data_transform_and_precision(tiny, images,
     turned.bgr = True
     pixels2 = pixels.copy()
     pixels2[3, 1, 1, 0] ^= 1
+    other_pixels = write_digits(tmp_path / 'other', 64)
+    for file in other_pixels.rglob('*.*g'):
+        Image.open(file).rotate(90).save(file)  # the same names, other pixels
+    assert FolderImages(other_pixels).digest == images.digest
     keys = [key(), key(other), key(dilated), key(turned), key(data=some),
             key(data=MemoryImages(pixels2, None, [], 'some')), key(transform=Transform(40, 32)),
-            key(transform=Transform(36, 32, 'squash')), key(transform=Transform(36, 36)), key(amp='bfloat16')]
+            key(transform=Transform(36, 32, 'squash')), key(transform=Transform(36, 36)), key(amp='bfloat16'),
+            key(data=FolderImages(other_pixels))]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0] == key(amp='off') == key(batch=3)
 
@@ -319,15 +327,15 @@ def test_a_damaged_table_is_found_and_made_again(tiny, images, tmp_path, small_s
 def test_an_unreadable_image_is_named_and_refused(tiny, tmp_path, small_shards):
     data = write_digits(tmp_path / 'data', 40)
     source = FolderImages(data)
-    broken = source.path(21)
+    broken = source.path(22)
     good = broken.read_bytes()
     broken.write_bytes(b'no image')
     for _ in range(2):  # from the cache too
         with pytest.raises(DataError, match=rf'1 of 40 images cannot be read \({broken}.*--allow-partial'):
             extract(tiny, source, ['avgpool'], SMALL, tmp_path / 'cache')
     found = extract(tiny, source, ['avgpool'], SMALL, tmp_path / 'cache', partial=True)
-    assert found.made == 0 and list(found.unreadable) == [21]
-    assert found.readable.tolist() == [i for i in range(40) if i != 21]
+    assert found.made == 0 and list(found.unreadable) == [22]
+    assert found.readable.tolist() == [i for i in range(40) if i != 22]
     broken.write_bytes(good)
     repaired = extract(tiny, source, ['avgpool'], SMALL, tmp_path / 'cache')
     assert repaired.made == 16 and not repaired.unreadable
@@ -405,6 +413,33 @@ def test_weights_that_fill_no_network_are_refused(tmp_path):
         assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='num_classes=10'):
         load_backbone('resnet18:random', num_classes=10)
+
+
+def test_a_tag_belongs_to_the_weights_that_it_was_given_to(tmp_path, monkeypatch, caplog):
+    from simsiam_models import resnet
+    from simsiam_models.weights import convert
+
+    model = timm.create_model('simsiam_resnet50')
+    file = tmp_path / 'mm.pth'
+    torch.save({'state_dict': {f'backbone.{k}': v for k, v in model.state_dict().items()}}, file)
+    tag = 'mm_ep100_bgr_in1k'
+    prefix = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
+    monkeypatch.setitem(resnet.WEIGHTS, tag, resnet.WEIGHTS[tag]._replace(sha256_prefix=prefix))
+    convert.convert(file, tmp_path / 'folder', 'timm')
+    for name in (str(file), str(tmp_path / 'folder'), f'local-dir:{tmp_path / "folder"}'):
+        found = load_backbone(name)
+        assert found.tag == tag and found.bgr and found.digest == weights_digest(model)
+    changed = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True)
+    assert changed.pretrained_cfg['tag'] == tag
+    for name in ('same', 'other'):
+        timm.models.save_for_hf(changed, tmp_path / name, safe_serialization=True)  # keeps the tag, says no digest
+        found = load_backbone(f'local-dir:{tmp_path / name}')
+        assert found.tag is None and not found.bgr and 'count as your own' in caplog.text
+        with torch.no_grad():
+            changed.conv1.weight.mul_(2)
+    state = load_file(tmp_path / 'other' / 'model.safetensors')
+    save_file(state, tmp_path / 'folder' / 'model.safetensors')
+    assert load_backbone(str(tmp_path / 'folder')).tag is None
 
 
 def test_a_published_bgr_file_is_known_by_its_name(tmp_path, monkeypatch):

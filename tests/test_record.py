@@ -60,7 +60,8 @@ def test_a_record_holds_everything_and_is_read_as_it_was_written(tmp_path: Path)
     assert os.listdir(file.parent) == ['knn.json']
     assert written['protocol']['k'] == [10, 20] and written['protocol']['T'] == 0.07
     assert written['weights'] == {
-        'name': f'simsiam_resnet50.{RGB}', 'tag': RGB, 'digest': '0123456789abcdef', 'pixels': 'RGB'}
+        'name': f'simsiam_resnet50.{RGB}', 'tag': RGB, 'digest': '0123456789abcdef', 'pixels': 'RGB',
+            'mean': [0.5] * 3, 'std': [0.2] * 3}
     assert written['metrics'] == {'k=10': 60.25, 'k=20': 60.5} and written['seconds'] == 12.3
     assert written['data']['counts']['train'] == 1281167 and written['extra'] == {'output': 'x'}
     assert {'python', 'torch', 'timm', 'torchvision', 'numpy'} <= set(written['versions'])
@@ -158,6 +159,20 @@ def test_a_number_of_the_same_file_by_another_protocol_is_shown_and_not_compared
     assert [(e['benchmark'], e['same_protocol'], e['metrics']) for e in own] == [
         ('imagenet_linear', False, {'top1': 68.3})]
     assert found['difference'] == {} and 'by another protocol, imagenet_linear' in print_record(found)
+
+
+def test_a_semi_supervised_result_tells_its_pair_and_what_is_not_the_protocols(tmp_path: Path):
+    benchmark = 'imagenet_semi_1pct'
+    data = {'counts': {'train': 12811, 'test': 50000, 'classes': 1000}}
+    rates = {'lr': 0.01, 'head_multiplier': 10.0}
+    found = write(tmp_path / 'a.json', benchmark, {'top1': 1.0}, protocol=rates, data=data)
+    assert found['not_comparable'] is None and not found['published']
+    assert 'with lr 0.01, x 10.0 for the classifier' in print_record(found)
+    for change in ({'protocol': {**rates, 'epochs': 1}}, {'data': {'counts': {**data['counts'], 'train': 5}}}):
+        write(tmp_path / 'b.json', benchmark, {'top1': 2.0}, **{'protocol': rates, 'data': data, **change})
+        text = report([tmp_path])
+        assert 'epochs 1 where 20 is published' in text or '5 training images found where 12,811' in text
+        assert 'lr 0.01, x 10.0 for the classifier' in text
 
 
 def changed(value):
@@ -416,7 +431,9 @@ def test_what_is_no_record_in_a_folder_is_left_out_by_name(results: Path, tmp_pa
     (results / 'args.json').write_text('{"model": "x"}')
     (results / 'torn.json').write_text('{"format"')
     text = report([results])
-    assert 'No records, left out:' in text and 'args.json' in text and 'torn.json' in text
+    assert 'No records, left out:' in text and '1 JSON file of other kinds' in text and 'torn.json' in text
+    with pytest.raises(ValueError, match='args.json: is JSON, but no record'):
+        report([results / 'args.json'])
     empty = tmp_path / 'empty'
     empty.mkdir()
     with pytest.raises(FileNotFoundError, match='empty: no record of a benchmark in it'):
@@ -451,7 +468,8 @@ def test_every_published_benchmark_has_a_column_of_its_own_for_each_of_its_numbe
         for entry in published_of(tag):
             found = {(records.family(entry['benchmark']), metric) for metric in entry['metrics']}
             assert found - {('voc12aug_fcn_r50_d8_512_20k', 'mIoU_first_report')} <= columns
-    assert {records.family(name) for name in CASES} == set(records.PROTOCOLS) - {'inat18_mhead_linear'}
+    unpublished = {'inat18_mhead_linear', 'imagenet_semi_1pct', 'imagenet_semi_10pct'}
+    assert {records.family(name) for name in CASES} == set(records.PROTOCOLS) - unpublished
 
 
 def test_a_benchmark_whose_published_parameters_are_not_known_here_is_not_compared():

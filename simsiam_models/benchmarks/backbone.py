@@ -1,5 +1,6 @@
 """A frozen backbone as the benchmarks use it: weights from anywhere, their digest, and the five taps of its stages."""
 import json
+import logging
 import math
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .. import resnet
-from ..weights import tensorfile
+from ..data.index import digest
+from ..weights import sources, tensorfile
+from ..weights.export import BACKBONE
 from ..weights.layouts import Checkpoint, load_checkpoint
 
 RANDOM = ':random'
@@ -23,6 +26,8 @@ POOLS = ((112, 10, 10, 4), (56, 16, 8, 0), (28, 13, 5, 0), (14, 8, 3, 0), (7, 6,
 VALUES = 9216  # the most that adaptive pooling leaves of a tap
 # Networks that a bare checkpoint may hold; the first whose entries have the same names and shapes is taken.
 KNOWN = ('simsiam_resnet50', 'simsiam_resnet18_cifar', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
+
+_logger = logging.getLogger('simsiam_models')
 
 
 @dataclass
@@ -37,6 +42,12 @@ class Backbone:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_features: int
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal characters of what decides what becomes of an image: weights, network, channels, scaling."""
+        pooling = getattr(self.model, 'global_pool', None)  # a text where the network has no module for it
+        return digest(self.digest, f'{self.model} {pooling}', json.dumps([self.bgr, self.mean, self.std]))
 
 
 def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs: Any) -> Backbone:
@@ -58,14 +69,18 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = _create(name.removesuffix(RANDOM), False, num_classes=0, **model_kwargs)
-    elif name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')) or (not path.exists() and is_model(name.split('.')[0])):
+    elif name.startswith('local-dir:'):
+        model, tag = _exported(Path(name.removeprefix('local-dir:')), model_kwargs)
+    elif name.startswith(('hf-hub:', 'hf_hub:')) or (not path.exists() and is_model(name.split('.')[0])):
         model = _pretrained(name, model_kwargs)
         tag = model.pretrained_cfg.get('tag')
+        if ':' in name and name.split(':')[1].split('@')[0] != sources.hub_id(f'simsiam_resnet50.{tag}'):
+            tag = None
     elif path.is_dir():
         model, tag = _from_folder(path, model_kwargs)
     elif path.is_file():
         model = _from_checkpoint(path, model_kwargs)
-        tag = _published_as(path)
+        tag = resnet.tag_of_file(path)
     else:
         raise FileNotFoundError(
             f'--model {name}: neither a model of timm nor a file or folder; name one (timm.list_models() lists them), '
@@ -77,12 +92,6 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
     tag = tag if tag in resnet.WEIGHTS else None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
     return Backbone(model, name, tag, weights_digest(model), '_bgr_' in (tag or ''), mean, std, int(features))
-
-
-def _published_as(path: Path) -> str | None:
-    """OpenMMLab's files are known by their hashes."""
-    found = tensorfile.file_sha256(path)
-    return next((t for t, w in resnet.WEIGHTS.items() if w.sha256_prefix and found.startswith(w.sha256_prefix)), None)
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -107,19 +116,30 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 def _pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """With the classifier of the weights at first: timm checks every entry only where that is asked for."""
-    if name.startswith('local-dir:') and not (Path(name.removeprefix('local-dir:')) / 'config.json').is_file():
-        raise FileNotFoundError(f'{name}: no config.json there; name a folder that was exported for timm')
     model = _create(name, True, **kwargs)
     if model.num_classes:
         model.reset_classifier(0)
     return model
 
 
+def _exported(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
+    """A folder written for timm. timm's own save_for_hf keeps the tag of weights that were trained on since."""
+    if not (folder / 'config.json').is_file():
+        raise FileNotFoundError(f'local-dir:{folder}: no config.json there; name a folder that was exported for timm')
+    model = _pretrained(f'local-dir:{folder}', kwargs)
+    tag = model.pretrained_cfg.get('tag')
+    if tag not in resnet.WEIGHTS:
+        return model, None
+    if json.loads((folder / 'config.json').read_text()).get(BACKBONE, '')[:16] == weights_digest(model):
+        return model, tag
+    _logger.warning(f'{folder}: its config.json says {tag}, but not for these weights: they count as your own, of RGB')
+    return model, None
+
+
 def _from_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
     for folder in (path, path / 'backbone'):
         if (folder / 'config.json').is_file():
-            model = _pretrained(f'local-dir:{folder}', kwargs)
-            return model, model.pretrained_cfg.get('tag')
+            return _exported(folder, kwargs)
     if (path / 'checkpoint.pth').is_file():  # a run that has not finished
         return _from_checkpoint(path / 'checkpoint.pth', kwargs), None
     raise FileNotFoundError(

@@ -33,15 +33,16 @@ SIZES = {
 LABELLED = {'1pct': 12811, '10pct': 128116}  # lines of the lists of labelled ImageNet images (protocol 2.5)
 
 
-def deviation(kind: str, counts: Mapping[str, Any]) -> str | None:
+def deviation(kind: str, counts: Mapping[str, Any], labelled: int | None = None) -> str | None:
     """What differs from the whole set, in words; None where nothing does, or where nobody knows how large it is.
 
     `counts` has train, test (images), classes (in the training part) and test_classes; the last may be missing.
+    `labelled` is the number of training images where a list of them is the whole.
     """
     if kind not in SIZES:
         return None
     size = SIZES[kind]
-    wanted = {'train': size.train, 'test': size.test, 'classes': size.classes, 'test_classes': size.classes}
+    wanted = {'train': labelled or size.train, 'test': size.test, 'classes': size.classes, 'test_classes': size.classes}
     words = {'train': 'training images', 'test': 'test images', 'classes': 'classes', 'test_classes': 'test classes'}
     if counts.get('test_classes') in (None, counts.get('classes')):
         del wanted['test_classes']

@@ -29,11 +29,12 @@ from ..data.cache import cache_folder
 from ..data.decode import DataError, UnreadableError
 from ..data.index import digest
 from ..data.loader import AHEAD, EvalImages, in_order
-from ..data.sources import Images
+from ..data.sources import Images, pixels_digest
 from ..training.checkpoint import write_atomically
-from ..training.distributed import World
+from ..training.distributed import World, cores
 from ..training.precision import AMP
 from .backbone import Backbone, _taps, fits_protocol, pooled
+from .record import versions
 from .tables import HEAD, ROWS, Table, alone, write
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
@@ -229,13 +230,13 @@ def extract(
     model = _Model(backbone, amp, transform.crop)
     widths = model.widths(names)
     about = {
-        'format': FORMAT, 'rows': ROWS, 'backbone': backbone.digest, 'architecture': digest(str(backbone.model)),
-        'bgr': backbone.bgr, 'mean': backbone.mean, 'std': backbone.std, 'images': images.digest, 'n': len(images),
-        'transform': asdict(transform), 'precision': amp}
+        'format': FORMAT, 'rows': ROWS, 'backbone': backbone.identity, 'images': images.digest,
+        'pixels': world.share(lambda: pixels_digest(images)), 'n': len(images), 'transform': asdict(transform),
+        'precision': amp, 'versions': {name: versions()[name] for name in ('torch', 'torchvision', 'timm')}}
     key = digest(json.dumps(about))
     folder = _cache(cache) / key
     tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
-    workers = _workers() if workers is None else workers
+    workers = min(16, cores()) if workers is None else workers
     with alone(folder, world):
         def prepare() -> tuple[list[tuple[int, list[str]]], dict[int, str]]:
             about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
@@ -328,8 +329,3 @@ def _cache(cache: Path | str | None) -> Path:
     if folder is None:
         raise RuntimeError('there is no folder to keep features in; name one with --cache')
     return folder / 'features'
-
-
-def _workers() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))

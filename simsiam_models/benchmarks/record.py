@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .counts import SIZES, deviation
+from .counts import LABELLED, SIZES, deviation
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -40,6 +40,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         **MHEAD},
     'places205_mhead_linear': {'epochs': 28, 'lr_steps': [7, 14, 21], 'augmentation': 'random_crop', **MHEAD},
     'inat18_mhead_linear': {'epochs': 84, 'lr_steps': [24, 48, 72], 'augmentation': 'resized_crop', **MHEAD},
+    **dict.fromkeys(('imagenet_semi_1pct', 'imagenet_semi_10pct'), {
+        'optimizer': 'sgd', 'epochs': 20, 'batch_size': 256, 'steps': [12, 16], 'momentum': 0.9, **CENTRE}),
     'voc07_svm': {'costs': COSTS, 'folds': 3, **SQUASHED},
     'voc07_lowshot_svm': {'costs': COSTS, 'samples': 5, 'negatives_per_positive': 19, **SQUASHED},
 }
@@ -53,11 +55,16 @@ SPREAD = {
 RELATED = {'imagenet_linear': 'imagenet_linear_avgpool', 'imagenet_linear_avgpool': 'imagenet_linear'}
 
 
+class NoRecordError(ValueError):
+    """JSON of another kind, as args.json and config.json of a run."""
+
+
 def record_path(folder: str | Path, benchmark: str, backbone: 'Backbone', protocol: dict, data: dict) -> Path:
     """A name in `folder` that two results share only where they are of the same thing."""
     from ..data.index import digest
 
-    key = digest(json.dumps(plain([protocol, data.get('digest'), data.get('counts')]), sort_keys=True), backbone.digest)
+    about = plain([protocol, data.get('digest'), data.get('counts')])
+    key = digest(json.dumps(about, sort_keys=True), backbone.identity)
     name = re.sub(r'[^\w.=-]+', '-', Path(backbone.name).name or backbone.name, flags=re.ASCII).strip('-.')
     return Path(folder) / f'{benchmark}-{name[:80]}-{key[:8]}.json'
 
@@ -89,7 +96,7 @@ def write_record(
         'format': FORMAT, 'version': VERSION, 'benchmark': benchmark, 'protocol': protocol,
         'weights': {
             'name': backbone.name, 'tag': backbone.tag, 'digest': backbone.digest,
-            'pixels': 'BGR' if getattr(backbone, 'bgr', False) else 'RGB'},
+            'pixels': 'BGR' if backbone.bgr else 'RGB', 'mean': backbone.mean, 'std': backbone.std},
         'data': data, 'metrics': dict(metrics), 'extra': extra or {}}
     record = checked(plain(record), str(path))
     record |= {
@@ -153,7 +160,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: is not readable as JSON ({" ".join(str(e).split())[:150]})') from None
     if not isinstance(value, dict) or value.get('format') != FORMAT:
-        raise ValueError(f'{path}: is JSON, but no record of a benchmark; its "format" would be {FORMAT!r}')
+        raise NoRecordError(f'{path}: is JSON, but no record of a benchmark; its "format" would be {FORMAT!r}')
     if value.get('version') != VERSION:
         raise ValueError(f'{path}: is a record of version {str(value.get("version"))[:20]}, and this program reads '
                          f'{VERSION}; read it with the program that wrote it')
@@ -240,7 +247,7 @@ def why_not_comparable(record: dict[str, Any]) -> str | None:
     kind = benchmark.split('_')[0]
     if data['name'] != kind:
         said.append(f'measured on {data["name"]}, not on {SIZES[kind].title}')
-    elif found := deviation(kind, data['counts']):
+    elif found := deviation(kind, data['counts'], LABELLED.get(benchmark.rpartition('_')[2])):
         said.append(found)
     if unreadable := _unreadable(record.get('extra')):
         said.append(f'{unreadable} images could not be read')
@@ -281,6 +288,14 @@ def short(value: Any, most: int = 80) -> str:
     return text if len(text) <= most else text[:most - 3] + '...'
 
 
+def pair_of(record: dict[str, Any]) -> str:
+    """Of a semi-supervised result the pair of rates, which its protocol leaves open; else ''."""
+    protocol = record['protocol']
+    if protocol.get('head_multiplier') is None:
+        return ''
+    return f'lr {short(protocol.get("lr"), 12)}, x {short(protocol["head_multiplier"], 12)} for the classifier'
+
+
 def counts_of(data: dict[str, Any]) -> str:
     """'1,281,167 + 50,000 images of 1000 classes', of what the record tells."""
     counts = {k: v for k, v in data['counts'].items() if isinstance(v, int)}
@@ -318,6 +333,8 @@ def print_record(record: dict[str, Any]) -> str:
     for row in rows:
         lines.append('  ' + '  '.join(
             cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+    if pair := pair_of(record):
+        lines.append(f'with {pair}')
     if not comparable:
         lines.append(f'not comparable with published numbers: {now["not_comparable"]}')
     if now['tolerance'] and comparable:

@@ -13,7 +13,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .record import called, compare, counts_of, family, published_line, read_record, short, source, spread
+from .record import (
+    NoRecordError,
+    called,
+    compare,
+    counts_of,
+    family,
+    pair_of,
+    published_line,
+    read_record,
+    short,
+    source,
+    spread,
+)
 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 Cells = dict[int, str]  # column -> text
@@ -103,14 +115,20 @@ def _read(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]
             for name in sorted(names):
                 if name.lower().endswith('.json'):
                     files.setdefault(Path(folder, name), False)
-    records = []
+    records, others = [], 0
     for path, named in files.items():
         try:
             records.append(read_record(path))
+        except NoRecordError:
+            if named:
+                raise
+            others += 1
         except (ValueError, OSError) as e:
             if named:
                 raise
             left.append(short(str(e), 400))
+    if others:
+        left.append(f'{others} JSON {"file" if others == 1 else "files"} of other kinds')
     if not records:
         more = f'; of the files that are, {left[0]}' if left else ''
         raise FileNotFoundError(f'{", ".join(map(str, paths))}: no record of a benchmark in it{more}')
@@ -217,6 +235,8 @@ def _other(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
     numbers = [f'{short(name, 40)} {value:.2f}' for name, value in list(record['metrics'].items())[:SHOWN]]
     if more := len(record['metrics']) - SHOWN:
         numbers += [f'{more} more in the record'] if more > 0 else []
+    if pair := pair_of(record):
+        numbers[-1] += f' ({pair})'
     why = found['not_comparable'] or 'no number is published under this name'
     data = ', '.join(filter(None, (short(record['data']['name'], 40), counts_of(record['data']))))
     return [called(record['weights']), short(record['benchmark']), ', '.join(numbers), data, short(why, 400)]

@@ -85,23 +85,34 @@ def default_device() -> str:
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 
+def cores() -> int:
+    """Of the machine, those that this process may use: its share, where torchrun started several."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def default_workers(device: torch.device) -> int:
-    """Threads for data: one where the CPU trains too, else this process's share of the cores, at most 8."""
-    if device.type == 'cpu':
-        return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1))))
+    """Threads for data: one where the CPU trains too, else one for each core, at most 8."""
+    return 1 if device.type == 'cpu' else min(8, cores())
 
 
 @contextmanager
 def join_world(device: str | None = None) -> Iterator[World]:
-    """The process group that torchrun asks for (nccl on CUDA, gloo elsewhere); without torchrun, a world of one."""
+    """The process group that torchrun asks for (nccl on CUDA, gloo elsewhere); without torchrun, a world of one.
+
+    Raises:
+        ValueError: no such device.
+    """
     name = device or default_device()
+    try:
+        chosen = torch.device(name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
+        raise ValueError(f'--device {name}: not to be had here ({str(e).splitlines()[0][:120]})') from None
     size = int(os.environ.get('WORLD_SIZE', 1))
     if size == 1:
-        yield World(0, 1, torch.device(name))
+        yield World(0, 1, chosen)
         return
-    chosen = torch.device(name)
     if chosen.type == 'cuda':
         chosen = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(chosen)

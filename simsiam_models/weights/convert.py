@@ -48,7 +48,10 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     checkpoint = load_checkpoint(source)
     _check_resnet50(checkpoint.backbone, source)
     if to == 'timm':
-        export_checkpoint(checkpoint, out)
+        from ..resnet import tag_of_file  # which imports this package
+
+        tag = tag_of_file(source) if source.is_file() else None
+        export_checkpoint(checkpoint, out, pretrained_cfg={'tag': tag} if tag else None)
     else:
         _write(out, WRITERS[to], checkpoint)
     return '\n'.join([

@@ -13,6 +13,7 @@ from .layouts import Checkpoint
 
 # Our name -> the name by which plain timm, without this package, builds the same network.
 PLAIN_TIMM = {'simsiam_resnet50': 'resnet50'}
+BACKBONE = 'backbone_sha256'  # of its entries: to which weights a tag belongs
 
 
 def export_backbone(
@@ -63,7 +64,9 @@ def export_checkpoint(
         tensorfile.write(folder / 'heads.safetensors', checkpoint.heads_state())
     else:
         (folder / 'heads.safetensors').unlink(missing_ok=True)  # an earlier export's would belong to another backbone
-    write_json(folder / 'config.json', timm_config(model, architecture, num_classes, pretrained_cfg or {}))
+    config = timm_config(model, architecture, num_classes, pretrained_cfg or {})
+    config[BACKBONE] = tensorfile.content_sha256(checkpoint.backbone)  # a tag holds for these and no others
+    write_json(folder / 'config.json', config)
 
 
 def timm_config(model: nn.Module, name: str, num_classes: int, overlay: dict[str, Any]) -> dict[str, Any]:
