@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simsiam_models import cli
 from simsiam_models.benchmarks import counts, datasets, voc07
 from simsiam_models.benchmarks.datasets import labelled_subset, open_pair, open_voc07, subset
 from simsiam_models.data import MemoryImages, UnreadableError
@@ -56,10 +57,28 @@ def kaggle(root: Path) -> layouts.Written:
     return {part: [(f'{inside}/{path}', label) for path, label in rows] for part, rows in written.items()}
 
 
+def kaggle_flat(root: Path) -> layouts.Written:
+    """As Kaggle's archive unpacks."""
+    written = kaggle(root)
+    val, sets = root / 'ILSVRC/Data/CLS-LOC/val', root / 'ILSVRC/ImageSets/CLS-LOC'
+    rows = [(Path(path), label) for path, label in written['val']]
+    for path, _ in rows:
+        (root / path).rename(val / path.name)
+    for wnid in layouts.WNIDS:
+        (val / wnid).rmdir()
+    boxes = ['85 1 499 272', '131 0 499 254 {0} 5 40 96 80']
+    lines = [f'{p.stem},{layouts.WNIDS[y]} {boxes[n % 2].format(layouts.WNIDS[y])} ' for n, (p, y) in enumerate(rows)]
+    (root / datasets.SOLUTION).write_text('\n'.join(['ImageId,PredictionString', *lines]) + '\n')
+    sets.mkdir(parents=True)
+    (sets / 'val.txt').write_text(''.join(f'{path.stem} {n}\n' for n, (path, _) in enumerate(rows, 1)))
+    return {**written, 'val': [(f'ILSVRC/Data/CLS-LOC/val/{path.name}', label) for path, label in rows]}
+
+
 LAYOUTS = {  # name -> kind, writer, images of a whole set
     'ImageNet, a folder per class': ('imagenet', layouts.write_imagenet, (12, 6, 3)),
     'ImageNet, lists': ('imagenet', layouts.write_imagenet_lists, (12, 6, 3)),
     'ImageNet, below ILSVRC': ('imagenet', kaggle, (12, 6, 3)),
+    'ImageNet, as Kaggle has it': ('imagenet', kaggle_flat, (12, 6, 3)),
     'Places205, blanks': ('places205', layouts.write_places205, (6, 3, 3)),
     'Places205, commas': ('places205', lambda r: layouts.write_places205(r, between=','), (6, 3, 3)),
     'Places205, short path': ('places205', lambda r: layouts.write_places205(r, images='images256'), (6, 3, 3)),
@@ -154,6 +173,23 @@ def test_a_listed_image_that_is_not_there_is_named_and_only_left_out_when_allowe
         open_pair(kind, str(tmp_path), partial=True)
 
 
+@pytest.mark.parametrize('layout', [k for k in LAYOUTS if 'lists' in k or 'Places' in k or 'Kaggle' in k])
+def test_an_image_that_a_list_names_twice_counts_once(layout: str, tmp_path: Path, whole, caplog):
+    kind, write, size = LAYOUTS[layout]
+    written = write(tmp_path)
+    lists = ('meta/val.txt', 'trainvalsplit_places205/val_places205.csv', datasets.SOLUTION)
+    file = next(tmp_path / name for name in lists if (tmp_path / name).is_file())
+    lines = file.read_text().splitlines()
+    file.write_text('\n'.join([*lines[:-1], lines[-2]]))
+    whole(kind, *size)
+    with pytest.raises(ValueError, match=f'{size[1] - 1} images found below .* where {size[1]} are named') as e:
+        open_pair(kind, str(tmp_path))
+    again = Path(written['val'][-2][0]).name
+    assert again in str(e.value) and 'named twice' in str(e.value) and '\n' not in str(e.value)
+    assert_holds(open_pair(kind, str(tmp_path), partial=True).test, tmp_path, written['val'][:-1])
+    assert f'{again}): the others are left out' in caplog.text
+
+
 def test_a_list_that_changed_is_read_anew(tmp_path: Path):
     layouts.write_imagenet_lists(tmp_path)
     file = tmp_path / 'meta' / 'train.txt'
@@ -186,6 +222,107 @@ def test_a_flat_val_without_lists_says_what_to_do(tmp_path: Path):
     (tmp_path / 'meta' / 'val.txt').unlink()
     with pytest.raises(FileNotFoundError, match='no folder per class in it, and .*val.txt'):
         open_pair('imagenet', str(tmp_path))
+
+
+@pytest.mark.parametrize('place', ['.', 'ILSVRC', 'ILSVRC/Data', 'ILSVRC/Data/CLS-LOC'])
+@pytest.mark.parametrize('given', ['.', 'ILSVRC', 'ILSVRC/Data/CLS-LOC'])
+def test_kaggles_imagenet_is_found_from_three_folders_and_its_list_above_it(given, place, tmp_path, monkeypatch):
+    written = kaggle_flat(tmp_path)
+    if place != '.':
+        (tmp_path / datasets.SOLUTION).rename(tmp_path / place / datasets.SOLUTION)
+    pair = open_pair('imagenet', str(tmp_path / given), partial=True)
+    assert_holds(pair.train, tmp_path, written['train'])
+    assert_holds(pair.test, tmp_path, written['val'])
+    assert pair.train.classes == pair.test.classes == list(layouts.WNIDS)
+    monkeypatch.chdir(tmp_path / given)
+    assert open_pair('imagenet', '.', partial=True).data() == pair.data()
+
+
+def test_the_solution_of_kaggle_need_not_have_each_class_or_each_image(tmp_path: Path):
+    written = kaggle_flat(tmp_path)
+    file = tmp_path / datasets.SOLUTION
+    lines = file.read_text().splitlines()
+    file.write_text('\n'.join(line for line in lines if layouts.WNIDS[0] not in line))
+    test = open_pair('imagenet', str(tmp_path), partial=True).test
+    assert_holds(test, tmp_path, [row for row in written['val'] if row[1]])
+    (tmp_path / written['val'][-1][0]).unlink()
+    assert_holds(open_pair('imagenet', str(tmp_path), partial=True).test, tmp_path, written['val'][2:-1])
+    for line in ('x', 'x,', 'x,85 1 499 272', 'n01440764', 'a/x,n01440764 1 2 3 4', 'x,n014407645'):
+        file.write_text('\n'.join([*lines, line]))
+        with pytest.raises(ValueError, match=rf'{datasets.SOLUTION}, line 8: .* is not `image,class`'):
+            open_pair('imagenet', str(tmp_path), partial=True)
+
+
+def test_a_flat_val_names_what_may_be_put_where(tmp_path: Path):
+    kaggle_flat(tmp_path)
+    (tmp_path / datasets.SOLUTION).unlink()
+    with pytest.raises(FileNotFoundError) as e:
+        open_pair('imagenet', str(tmp_path))
+    tree = tmp_path / 'ILSVRC/Data/CLS-LOC'
+    assert f'{tree}/meta/train.txt and {tree}/meta/val.txt' in str(e.value)
+    assert f'LOC_val_solution.csv of Kaggle into {tree} or up to three folders above' in str(e.value)
+    shutil.rmtree(tree / 'val')
+    with pytest.raises(FileNotFoundError, match='train is there, but none of val'):
+        open_pair('imagenet', str(tmp_path))
+
+
+@pytest.mark.parametrize('stray', ['.ipynb_checkpoints', '.thumbs/x.jpg', 'tmp', 'tmp/x.jpg', 'x.jpg'])
+@pytest.mark.parametrize('write', [layouts.write_imagenet_lists, kaggle_flat])
+def test_beside_the_images_of_a_list_anything_may_lie_in_val(write, stray: str, tmp_path: Path):
+    written = write(tmp_path)
+    before = open_pair('imagenet', str(tmp_path), partial=True)
+    put(tmp_path / Path(written['val'][0][0]).parent / stray)
+    after = open_pair('imagenet', str(tmp_path), partial=True)
+    assert_holds(after.test, tmp_path, written['val'])
+    assert after.data() == before.data()
+
+
+def put(path: Path) -> None:
+    layouts.write_image(path, 0) if path.suffix == '.jpg' else path.mkdir()
+
+
+@pytest.mark.parametrize('part', ['train', 'val'])
+@pytest.mark.parametrize('stray', ['.ipynb_checkpoints', '.thumbs/x.jpg', '._x.jpg'])
+def test_of_folders_by_class_hidden_ones_are_none(part: str, stray: str, tmp_path: Path, caplog):
+    written = layouts.write_imagenet(tmp_path)
+    before = open_pair('imagenet', str(tmp_path), partial=True)
+    put(tmp_path / part / stray)
+    after = open_pair('imagenet', str(tmp_path), partial=True)
+    assert_holds(after.train, tmp_path, written['train'])
+    assert_holds(after.test, tmp_path, written['val'])
+    assert after.data() == before.data() and after.train.classes == before.train.classes
+    left_out = f'{tmp_path / part}: 1 images whose paths begin with a dot are left out'
+    assert (left_out in caplog.text) == (Path(stray).suffix == '.jpg')
+
+
+@pytest.mark.parametrize(('write', 'stray', 'first'), [
+    (layouts.write_imagenet, 'train/x.jpg', layouts.WNIDS[0]), (layouts.write_imagenet, 'val/x.jpg', layouts.WNIDS[0]),
+    (kaggle, 'ILSVRC/Data/CLS-LOC/val/x.jpg', layouts.WNIDS[0]),
+    (layouts.write_imagenet_lists, 'val/tmp', 'tmp')])
+def test_what_lies_beside_the_folders_of_classes_is_named(write, stray: str, first: str, tmp_path: Path):
+    write(tmp_path)
+    (tmp_path / 'meta' / 'val.txt').unlink(missing_ok=True)
+    if write is kaggle:  # which stays where somebody sorted val
+        (tmp_path / datasets.SOLUTION).write_text(f'ImageId,PredictionString\nx,{first} 1 2 3 4\n')
+    put(tmp_path / stray)
+    image = 'ILSVRC2012_val_00000001.JPEG' if first == 'tmp' else 'x.jpg'
+    parent = (tmp_path / stray).parent
+    with pytest.raises(ValueError, match=f'{parent}: the image {image} lies beside the folder {first}'):
+        open_pair('imagenet', str(tmp_path), partial=True)
+
+
+def test_embed_tells_that_a_val_without_labels_is_there(tmp_path: Path, capsys):
+    layouts.write_imagenet_lists(tmp_path)
+    command = ['embed', str(tmp_path), '--part', 'val', '--model', 'resnet10t:random', '--out', str(tmp_path / 'x.npz')]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert f'{tmp_path / "val"}: its images have no labels' in said and f'give {tmp_path / "val"} itself' in said
+    small = ['--image-size', '32', '--resize', '32', '--device', 'cpu', '--cache', str(tmp_path / 'cache')]
+    assert cli.main(['embed', str(tmp_path / 'val'), *command[4:], *small]) == 0
+    assert len(np.load(tmp_path / 'x.npz')['avgpool']) == 6
+    shutil.rmtree(tmp_path / 'val')
+    assert cli.main(command) == 1
+    assert 'has no validation part; leave --part out' in capsys.readouterr().err
 
 
 def inat_json(**changes) -> dict:
@@ -331,6 +468,28 @@ def test_a_semi_supervised_list_gives_its_images_with_the_class_before_the_under
     assert [layouts.WNIDS[label] for label in part.labels] == [name.split('_')[0] for name in names]
     for i, name in enumerate(names):
         np.testing.assert_array_equal(part.read(i), layouts.pixels(root / 'train' / name.split('_')[0] / name))
+
+
+@pytest.mark.parametrize('form', ['{0}/{1} {2}', '{1} {2}', '{0}/{1}', 'train/{0}/{1}\t{2}'])
+@pytest.mark.parametrize('lists', [False, True])
+def test_a_semi_supervised_list_may_have_folders_and_labels_as_mmselfsups_has(semi, lists: bool, form: str):
+    root, file = semi
+    if lists:
+        shutil.rmtree(root)
+        layouts.write_imagenet_lists(root)
+    train = open_pair('imagenet', str(root), partial=True).train
+    expected = labelled_subset(train, '1pct', file)
+    names = [(name.split('_')[0], name) for name in file.read_text().split()]
+    rows = [(wnid, name, layouts.WNIDS.index(wnid)) for wnid, name in names]
+    file.write_text(''.join(form.format(*row) + '\n' for row in rows))
+    part = labelled_subset(train, '1pct', file)
+    assert part.digest == expected.digest and part.labels.tolist() == [label for *_, label in rows]
+    if '{2}' not in form:
+        return
+    rows[3] = (*rows[3][:2], rows[3][2] + 1)
+    file.write_text(''.join(form.format(*row) + '\n' for row in rows))
+    with pytest.raises(ValueError, match=f'{rows[3][1]} has the label {rows[3][2]} there, and {rows[3][2] - 1} '):
+        labelled_subset(train, '1pct', file)
 
 
 def test_a_listed_image_in_the_folder_of_another_class_is_missing(semi):

@@ -1,5 +1,6 @@
 """Nearest neighbours are exact, whatever the chunks; votes are those of the protocol."""
 import json
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from simsiam_models import cli
 from simsiam_models.benchmarks.candidates import TAU, Rows, candidates
+from simsiam_models.benchmarks.knn import size_and_resize
 from simsiam_models.benchmarks.neighbours import EXTRA, hits, neighbours
 from simsiam_models.data import kernel
 from simsiam_models.training.monitor import knn_accuracy
@@ -243,6 +245,45 @@ def test_memory_stays_below_the_stated_bound(tmp_path, product):
     bound = 4 * 256 * d + 12 * 256 * kept + 16 * 256 * k + 8 * 40_000
     bound += (4 << 20) + 64 * (32768 + 128 * kept)
     assert int(done.stdout) < bound < bank.nbytes / 4
+
+
+@pytest.mark.parametrize('command', ['knn', 'embed'])
+@pytest.mark.parametrize(('flags', 'said'), [
+    ('--image-size 0 --resize 0', '--image-size 0: must be at least 8 pixels'),
+    ('--image-size 0', '--image-size 0: must be at least 8 pixels'),
+    ('--image-size -5', '--image-size -5: must be at least 8 pixels'),
+    ('--resize 0', '--resize 0: must be at least --image-size, 224'),
+    ('--image-size 64 --resize 63', '--resize 63: must be at least --image-size, 64'),
+    ('--workers -3', '--workers -3: must be at least 0'), ('--batch-size 0', '--batch-size 0: must be at least 1')])
+def test_a_flag_outside_its_range_is_one_sentence_before_data_are_opened(command, flags, said, tmp_path, capsys):
+    more = ['--out', str(tmp_path / 'x.npz')] if command == 'embed' else []
+    assert cli.main([command, str(tmp_path / 'none'), '--model', 'none', *more, *flags.split()]) == 1
+    assert capsys.readouterr().err == f'simsiam: {said}\n'
+
+
+def test_sizes_left_out_are_those_of_the_protocol():
+    parse = cli.build_parser().parse_args
+    for flags, small, sizes in (
+            ('', False, (224, 256)), ('', True, (32, 32)), ('--image-size 64', False, (64, 73)),
+            ('--image-size 64', True, (64, 64)), ('--resize 300', False, (224, 300)), ('--resize 40', True, (32, 40))):
+        assert size_and_resize(parse(['knn', 'x', *flags.split()]), small) == sizes
+
+
+@pytest.mark.parametrize('part', ['train', 'val'])
+def test_where_no_image_can_be_read_there_is_nothing_to_measure(part, few_digits, tmp_path, capsys):
+    data = tmp_path / 'data'
+    shutil.copytree(few_digits / '3', data / ('val' if part == 'train' else 'train') / '3')
+    broken = data / part / '3' / 'x.jpg'
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b'no JPEG')
+    command = [
+        'knn', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--device', 'cpu', '--allow-partial',
+        '--output', str(tmp_path / 'results'), '--cache', str(tmp_path / 'cache')]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    name = 'training' if part == 'train' else 'test'
+    assert f'none of the 1 {name} images can be read, the first: {broken}' in said and 'Warning' not in said
+    assert not list(tmp_path.glob('results/*'))
 
 
 def test_the_command_measures_and_writes_a_record(digits, tmp_path, capsys):

@@ -1,7 +1,8 @@
 """The data sets of the benchmarks as pairs of labelled images, in the layouts in which they are distributed.
 
 imagenet    train/ and val/ with a folder per class; or val/ flat, then meta/train.txt and meta/val.txt, `path label` a
-            line, name the images; or any form of data.open_data, as hf:ILSVRC/imagenet-1k
+            line, name the images, or Kaggle's LOC_val_solution.csv, there or up to three folders above, names those of
+            val; also below ILSVRC/Data/CLS-LOC; or any form of data.open_data, as hf:ILSVRC/imagenet-1k
 places205   trainvalsplit_places205/{train,val}_places205.csv, images below data/vision/torralba/deeplearning/images256
             or images256
 inat18      train2018.json and val2018.json, images in train_val2018; or meta/train.txt and meta/val.txt
@@ -18,6 +19,7 @@ import re
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,18 @@ import numpy as np
 from ..data.index import Index, Listing, cached, digest, file_stamp, open_index
 from ..data.lists import MOST
 from ..data.opening import open_data
-from ..data.sources import EXTENSIONS, FileImages, FolderImages, Images
+from ..data.sources import EXTENSIONS, FileImages, FolderImages, Images, pixels_digest
 from .counts import LABELLED, SIZES, deviation, refusal
 from .voc07 import Voc07, open_voc07  # noqa: F401 - open_voc07 is looked for here
 
 VALIDATION = ('val', 'valid', 'validation', 'test')  # of these the first that is there
+KAGGLE = ('ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC')  # from the folder above ILSVRC, and from ILSVRC
+SOLUTION = 'LOC_val_solution.csv'
 PLACES = 'data/vision/torralba/deeplearning/images256'
 INAT = 'train_val2018'
 STREAMS = ('hf-stream', 'pipe', 'http', 'https')
 _LINE = re.compile(r'(.+?)(?:\s*,\s*|\s+)([0-9]{1,9})')
+_SOLUTION = re.compile(r'(\w+),(n[0-9]{8})(?: .*)?')  # boxes of the one class follow
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -51,7 +56,11 @@ class Pair:
 
     def data(self) -> dict[str, Any]:
         """For the record."""
-        return {'name': self.name, 'counts': self.counts, 'digest': digest(self.train.digest, self.test.digest)}
+        return {'name': self.name, 'counts': self.counts, 'digest': self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(*(part for x in (self.train, self.test) for part in (x.digest, pixels_digest(x))))
 
 
 class Subset:
@@ -153,19 +162,63 @@ def _folder(root: str, partial: bool) -> tuple[Images, Images]:
 
 
 def _imagenet(root: str, partial: bool) -> tuple[Images, Images]:
-    path = next((p for p in (Path(root), Path(root, 'ILSVRC/Data/CLS-LOC')) if (p / 'train').is_dir()), None)
+    path = next((p for p in (Path(root), *(Path(root, tree) for tree in KAGGLE)) if (p / 'train').is_dir()), None)
     if path is None or not (path / 'val').is_dir() or (path / 'dataset_dict.json').is_file():
-        return _folder(root, partial) if path is not None else _opened(root)
+        return _folder(str(path), partial) if path is not None else _opened(root)
+    train, val = path / 'train', path / 'val'
     lists = [path / 'meta' / f'{part}.txt' for part in ('train', 'val')]
-    if any(entry.is_dir() for entry in os.scandir(path / 'val')):
-        return FolderImages(path / 'train'), FolderImages(path / 'val')
-    for file in lists:
-        if not file.is_file():
-            raise FileNotFoundError(
-                f'{path / "val"}: no folder per class in it, and {file}, whose lines would be `path label`, is not '
-                'there; sort the images into folders like those of train, or give both lists')
-    return tuple(
-        _listed(file, path / part, partial, 'imagenet') for file, part in zip(lists, ('train', 'val'), strict=True))
+    missing = [str(file) for file in lists if not file.is_file()]
+    above = Path(os.path.abspath(path))
+    solution = next((p / SOLUTION for p in (above, *above.parents[:3]) if (p / SOLUTION).is_file()), None)
+    folders, loose = _entries(val)
+    if folders and (len(loose) <= len(folders) or missing and not solution):
+        return _by_class(train), _by_class(val)
+    if not missing:
+        return tuple(
+            _listed(file, part, partial, 'imagenet') for file, part in zip(lists, (train, val), strict=True))
+    if not solution:
+        raise FileNotFoundError(
+            f'{val}: no folder per class in it, and no list: sort the images into folders like those of train; or put '
+            f'{" and ".join(missing)} there, with `path label` a line; or put {SOLUTION} of Kaggle into {path} or up '
+            'to three folders above it')
+    return _by_class(train), _listed(solution, val, partial, 'imagenet', _parse_solution)
+
+
+def _entries(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the folders and of the images right in it, but for those that begin with a dot."""
+    entries = sorted((e for e in os.scandir(folder) if not e.name.startswith('.')), key=lambda e: e.name)
+    return (
+        [e.name for e in entries if e.is_dir()],
+        [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()])
+
+
+def _by_class(root: Path) -> FileImages:
+    """The images of a folder per class, without those in folders whose names begin with a dot.
+
+    Raises:
+        FileNotFoundError: no image in a folder.
+        ValueError: an image beside the folders.
+    """
+    folders, loose = _entries(root)
+    if folders and loose:
+        raise ValueError(
+            f'{root}: the image {loose[0]} lies beside the folder {folders[0]}, and with a folder per class each image '
+            'lies in one of them; move away what does not belong there')
+    index = open_index(root, EXTENSIONS)
+    if loose or index.labels is not None and not any(name.startswith('.') for name in index.classes):
+        return FolderImages(root)
+    paths = [path for i in range(len(index)) if not (path := os.fsdecode(index.path(i))).startswith('.')]
+    if not paths:
+        raise FileNotFoundError(f'{root}: no image in a folder of it; looked for {" ".join(EXTENSIONS)}')
+    _logger.warning(f'{root}: {len(index) - len(paths):,} images whose paths begin with a dot are left out')
+    names = [path.partition(os.sep)[0] for path in paths]
+    listing = Listing()
+    listing.classes = sorted(set(names))
+    number = {name: i for i, name in enumerate(listing.classes)}
+    for path, name in zip(paths, names, strict=True):
+        listing.add(path)
+        listing.labels.append(number[name])
+    return FileImages(root, listing.index(), str(root))
 
 
 def _places205(root: str, partial: bool) -> tuple[Images, Images]:
@@ -206,10 +259,11 @@ KINDS: dict[str, Callable[[str, bool], tuple[Images, Images]]] = {
 def _listed(
     file: Path, folder: Path, partial: bool, kind: str, parse: Callable[[Path], Listing] | None = None,
 ) -> FileImages:
-    """The images that `file` names, below `folder`; a name may begin with the folder's own.
+    """The images that `file` names, below `folder`, each once; a name may begin with the folder's own.
 
     Raises:
         FileNotFoundError: an image that is named is not there; with `partial`, none is.
+        ValueError: an image is named twice, unless `partial`.
     """
     parse = parse or _parse_list
     if not file.is_file():
@@ -221,15 +275,19 @@ def _listed(
         root, inside = folder.parent, len(folder.name) + 1
     else:
         root, inside = folder, 0
-    there = open_index(folder, EXTENSIONS)
-    have = np.fromiter((hash(there.path(i)) for i in range(len(there))), np.int64, len(there))
+    files = open_index(folder, EXTENSIONS)
+    have = np.fromiter((hash(files.path(i)) for i in range(len(files))), np.int64, len(files))
     want = np.fromiter((hash(index.path(i)[inside:]) for i in range(len(index))), np.int64, len(index))
-    kept = np.flatnonzero(np.isin(want, have))
+    once = np.sort(np.unique(want, return_index=True)[1])
+    there = np.isin(want[once], have)
+    kept, missing, again = once[there], once[~there], np.setdiff1d(np.arange(len(want)), once)
     if len(kept) < len(index):
-        first = os.fsdecode(index.path(int(np.flatnonzero(~np.isin(want, have))[0])))
-        said = f'{len(kept):,} images found below {folder} where {len(index):,} are named in {file} (missing: {first})'
+        why = '; '.join(
+            f'{what}: {os.fsdecode(index.path(int(rows[0])))}'
+            for what, rows in (('missing', missing), ('named twice', again)) if len(rows))
+        said = f'{len(kept):,} images found below {folder} where {len(index):,} are named in {file} ({why})'
         if not partial or not len(kept):
-            raise FileNotFoundError(refusal(kind, str(root), said))
+            raise (FileNotFoundError if len(missing) else ValueError)(refusal(kind, str(root), said))
         _logger.warning(f'{said}: the others are left out')
         index = _kept(index, kept)
     return FileImages(root, index, str(file))
@@ -257,6 +315,25 @@ def _parse_list(file: Path) -> Listing:
             listing.add(found[1].removeprefix('./'))
             listing.labels.append(int(found[2]))
     listing.classes = [str(i) for i in range(max(listing.labels, default=-1) + 1)]
+    return listing
+
+
+def _parse_solution(file: Path) -> Listing:
+    """Kaggle's form: a row of names, then `image,class` a line, and after blanks the boxes."""
+    listing, names = _watched(file), []
+    with open(file, encoding='utf-8-sig', errors='surrogateescape') as f:
+        for line, text in enumerate(f, 1):
+            text = text.strip()
+            if not text or line == 1 and text.startswith('ImageId'):
+                continue
+            found = _SOLUTION.fullmatch(text)
+            if not found:
+                raise ValueError(f'{file}, line {line}: {text[:80]!r} is not `image,class` with a class as n01440764')
+            listing.add(f'{found[1]}.JPEG')
+            names.append(found[2])
+    listing.classes = sorted(set(names))
+    number = {name: i for i, name in enumerate(listing.classes)}
+    listing.labels.extend(number[name] for name in names)
     return listing
 
 
@@ -299,11 +376,13 @@ def labelled_subset(images: Images, share: str, list_file: str | Path, partial: 
         images: those of the ImageNet training folder.
         share: '1pct' or '10pct'.
         list_file: names of files, one a line; the class of a file is what its name has before the first underscore.
+            Or, as MMSelfSup has it, the file in the folder of its class, and the number of the class.
         partial: the list may have another number of lines.
 
     Raises:
         FileNotFoundError: no such list, or an image that it names is not among `images`.
-        ValueError: no such share; a list of another length, or with an image twice; images that are no files.
+        ValueError: no such share; a list of another length, with an image twice or a label that is not the image's;
+            images that are no files.
     """
     file = Path(list_file)
     if share not in LABELLED:
@@ -320,16 +399,29 @@ def labelled_subset(images: Images, share: str, list_file: str | Path, partial: 
         raise ValueError(
             f'{file}: {len(names):,} images found where the list of {share} has {LABELLED[share]:,}; give the right '
             'list, or --allow-partial')
-    at: dict[tuple[str, str], int] = {(name.partition('_')[0], name): -1 for name in names}
+    at: dict[tuple[str, str], int] = {}
+    given: dict[tuple[str, str], int] = {}
+    for text in names:
+        labelled = _LINE.fullmatch(text)
+        *folders, name = (labelled[1] if labelled else text).split('/')
+        key = folders[-1] if folders else name.partition('_')[0], name
+        at[key] = -1
+        if labelled:
+            given[key] = int(labelled[2])
     if len(at) < len(names):
         raise ValueError(f'{file}: {len(names) - len(at)} of its {len(names)} images are named twice')
     for i in range(len(images)):
         path = images.path(i)
         if (key := (path.parent.name, path.name)) in at:
             at[key] = i
-    missing = [name for (_, name), i in at.items() if i < 0]
+    missing = ['/'.join(key) for key, i in at.items() if i < 0]
     if missing:
         raise FileNotFoundError(
             f'{images.name}: {len(missing):,} of the {len(names):,} images that {file} names are not there, the first '
-            f'is {missing[0].partition("_")[0]}/{missing[0]}; complete the training images')
+            f'is {missing[0]}; complete the training images')
+    for key, label in given.items():
+        if label != (own := int(images.labels[at[key]])):
+            raise ValueError(
+                f'{file}: {"/".join(key)} has the label {label} there, and {own} (class {images.classes[own]}) in '
+                f'{images.name}; give the list that belongs to these images, or one of names without labels')
     return subset(images, list(at.values()))

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .knn import add_extraction, size_and_resize
+from .knn import add_extraction, check_extraction, size_and_resize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,9 +58,14 @@ def run(args: argparse.Namespace) -> int:
         if args.tsne.suffix not in ('', '.png') or args.tsne.suffix == '' and args.tsne != Path():
             raise ValueError(f'--tsne {args.tsne}: a file that ends in .png')
     size, resize = size_and_resize(args)
+    check_extraction(args, size, resize)
     train, val = open_data(args.data)
     images = train if args.part == 'train' else val
     if images is None:
+        if (val := Path(args.data) / 'val').is_dir():
+            raise ValueError(
+                f'{val}: its images have no labels, or other classes than those of train, and so are no validation '
+                f'part of {args.data}; give {val} itself, without --part')
         raise ValueError(f'{args.data} has no validation part; leave --part out')
     with join_world(args.device or default_device()) as world:
         backbone = load_backbone(args.model, world.device)

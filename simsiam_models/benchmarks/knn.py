@@ -31,6 +31,9 @@ def knn(
 
     Images that could not be read take no part. A k larger than the bank takes all of it. With several processes each
     takes a share of the queries.
+
+    Raises:
+        ValueError: ks or t outside their range; no image of the bank, or of the queries, could be read.
     """
     import numpy as np
     import torch
@@ -38,6 +41,12 @@ def knn(
     from .neighbours import Rows, hits, neighbours
 
     check(ks, t)
+    for part, features in (('training', bank), ('test', queries)):
+        if not len(features.readable):
+            raise ValueError(
+                f'none of the {len(features)} {part} images can be read, the first: '
+                f'{next(iter(features.unreadable.values()), "there is none")}; repair them, as without them there is '
+                'nothing to measure')
     rank, size, device = (world.rank, world.size, world.device) if world else (0, 1, torch.device('cpu'))
     of = np.asarray(bank.labels)[bank.readable]
     mine = queries.readable[rank::size]
@@ -86,8 +95,19 @@ def add_extraction(parser: argparse.ArgumentParser) -> None:
 
 
 def size_and_resize(args: argparse.Namespace, small: bool = False) -> tuple[int, int]:
-    size = args.image_size or (32 if small else 224)
-    return size, args.resize or (size if small else round(size * 8 / 7))
+    size = (32 if small else 224) if args.image_size is None else args.image_size
+    return size, (size if small else round(size * 8 / 7)) if args.resize is None else args.resize
+
+
+def check_extraction(args: argparse.Namespace, size: int, resize: int) -> None:
+    rules = [
+        ('--image-size', size, size >= 8, 'at least 8 pixels'),
+        ('--resize', resize, resize >= size, f'at least --image-size, {size}'),
+        ('--batch-size', args.batch_size, args.batch_size >= 1, 'at least 1'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
+    for flag, value, ok, rule in rules:
+        if not ok:
+            raise ValueError(f'{flag} {value}: must be {rule}')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     check(args.k, args.temperature)
     began = time.perf_counter()
     size, resize = size_and_resize(args, args.dataset.startswith('cifar'))
+    check_extraction(args, size, resize)
     transform = Transform(resize, size)
     pair = open_pair(args.dataset, args.data, args.allow_partial)
     with join_world(args.device or default_device()) as world:
