@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from simsiam_models import cli
-from simsiam_models.benchmarks import counts, datasets, voc07
+from simsiam_models.benchmarks import counts, datasets, listed, voc07
 from simsiam_models.benchmarks.datasets import labelled_subset, open_pair, open_voc07, subset
 from simsiam_models.data import MemoryImages, UnreadableError
 
@@ -202,7 +202,7 @@ def test_a_list_that_changed_is_read_anew(tmp_path: Path):
 
 def test_a_path_in_a_list_may_have_blanks_and_commas(tmp_path: Path):
     (tmp_path / 'list.txt').write_text('a b/c, d.jpg 3\n\n./x 1.jpg,0\r\nü.jpg\t2\n')
-    listing = datasets._parse_list(tmp_path / 'list.txt')
+    listing = listed.parse_list(tmp_path / 'list.txt')
     assert bytes(listing.paths).decode() == 'a b/c, d.jpgx 1.jpgü.jpg' and listing.labels.tolist() == [3, 0, 2]
 
 
@@ -357,7 +357,7 @@ def test_the_lists_of_inaturalist_are_read_in_linear_time(tmp_path: Path):
         'annotations': [{'image_id': i, 'category_id': i % 8142} for i in range(n)],
         'categories': [{'id': i, 'name': str(i)} for i in range(8142)]}))
     started = time.perf_counter()
-    listing = datasets._parse_inat(file)
+    listing = listed.parse_inat(file)
     assert time.perf_counter() - started < 15  # the product of both lists would take minutes
     assert listing.labels.tolist() == [i % 8142 for i in range(n)]
 

@@ -74,6 +74,15 @@ def trained(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def exported_logits(folder: Path, photos: Path) -> torch.Tensor:
+    """Of the held-out images, by what plain timm makes of the folder."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    _, val, _ = finetune_data.open_labelled(str(photos), 0.2, 0)
+    with torch.no_grad():
+        return model(torch.stack([transform(Image.fromarray(val.read(i))) for i in range(len(val))]))
+
+
 # --- what a run leaves
 
 def test_digits_are_learned_from_a_folder_without_validation_images(trained: Path):
@@ -113,11 +122,8 @@ def test_plain_timm_loads_the_classifier_with_its_class_names_in_another_process
 
 
 def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predicts(trained: Path, photos: Path):
-    model = timm.create_model(f'local-dir:{trained}', pretrained=True).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
     _, val, _ = finetune_data.open_labelled(str(photos), 0.2, 0)
-    with torch.no_grad():
-        predicted = model(torch.stack([transform(Image.fromarray(val.read(i))) for i in range(len(val))])).argmax(1)
+    predicted = exported_logits(trained, photos).argmax(1)
     expected = confusion_matrix(val.labels, predicted, labels=range(10))
     rows = list(csv.reader((trained / 'confusion.csv').open()))
     assert rows[0][1:] == [r[0] for r in rows[1:]] == [str(i) for i in range(10)]
@@ -132,19 +138,75 @@ def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predic
         assert float(row['accuracy']) == pytest.approx(100 * expected[i, i] / expected[i].sum(), abs=0.005)
 
 
+def test_top_1_and_top_5_are_those_of_the_exported_model(trained: Path, photos: Path):
+    predicted = exported_logits(trained, photos).topk(5).indices
+    label = torch.tensor(finetune_data.open_labelled(str(photos), 0.2, 0)[1].labels)[:, None]
+    metrics = json.loads((trained / 'record.json').read_text())['metrics']
+    for k in (1, 5):
+        right = (predicted[:, :k] == label).any(1).double().mean().item()
+        assert 0.1 < right < 1 and metrics[f'top{k}'] == pytest.approx(100 * right)
+
+
+@pytest.mark.parametrize('name, kwargs, size', [
+    ('test_vit', {}, 160), ('test_vit', {}, 96), ('test_vit', {'img_size': 64}, 64), ('test_vit4', {}, 160),
+    ('swinv2_tiny_window8_256', {'embed_dim': 12, 'depths': [1, 1, 1, 1], 'num_heads': [1, 1, 1, 1]}, 256),
+    ('deit_tiny_distilled_patch16_224', {'embed_dim': 12, 'depth': 1}, 224), ('test_resnet', {}, 96)])
+def test_plain_timm_builds_the_same_network_for_the_same_images(name: str, kwargs: dict, size: int, tmp_path: Path):
+    s = settings('--image-size', str(size))
+    target = finetune_result.Target(f'{name}:random', kwargs, ALONE.device, ['a', 'b', 'c'], s, tmp_path)
+    model = target.backbone.model
+    finetune_training.add_classifier(model, 3, 0)
+    target.check()
+    target.export(model)
+    plain = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert {k: v.shape for k, v in plain.named_buffers()} == {k: v.shape for k, v in model.named_buffers()}
+    data = timm.data.resolve_data_config(plain.pretrained_cfg)
+    assert data['input_size'] == (3, size, size)
+    x = torch.randn(2, *data['input_size'], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=1e-5)
+    again = load_backbone(str(tmp_path))
+    assert finetune_result.architecture(str(tmp_path), again.model, {}) == (name, target.config().get('model_args', {}))
+
+
+def test_what_config_json_builds_is_held_against_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    s = settings('--image-size', '160')
+    target = finetune_result.Target('test_vit:random', {}, ALONE.device, ['a', 'b', 'c'], s, tmp_path)
+    finetune_training.add_classifier(target.backbone.model, 3, 0)
+    config = target.config()
+    monkeypatch.setattr(target, 'config', lambda: {k: v for k, v in config.items() if k != 'model_args'})
+    with pytest.raises(ValueError, match='timm builds another network by this name'):
+        target.check()
+
+
 def test_a_small_matrix_is_printed_and_a_class_without_images_has_no_accuracy():
-    matrix = torch.tensor([[3, 1], [0, 0]])
-    rows = finetune_result.per_class(matrix, ['cat', 'dog'])
+    pairs = {(0, 0): 3, (0, 1): 1}
+    rows = finetune_result.per_class(pairs, ['cat', 'dog'])
     assert [r['accuracy'] for r in rows] == [75.0, None]
-    assert finetune_result.confusion_table(matrix, rows).splitlines()[1:] == [
+    assert finetune_result.confusion_table(pairs, rows).splitlines()[1:] == [
         '0 cat                 3   1  75.0 %', '1 dog                 0   0    none']
 
 
 def test_confusion_counts_labels_in_rows():
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 7, 200), rng.integers(0, 7, 200)
-    np.testing.assert_array_equal(
-        finetune_training.confusion(labels, torch.as_tensor(predicted), 7), confusion_matrix(labels, predicted))
+    pairs = finetune_training.confusion(labels, torch.as_tensor(predicted))
+    expected = confusion_matrix(labels, predicted)
+    np.testing.assert_array_equal([[pairs.get((i, j), 0) for j in range(7)] for i in range(7)], expected)
+    assert sum(pairs.values()) == 200 and all(pairs.values())
+    rows = finetune_result.confusion_rows(pairs, [f'c{i}' for i in range(7)])
+    assert rows[0][1:] == [r[0] for r in rows[1:]] == [f'c{i}' for i in range(7)]
+    np.testing.assert_array_equal([r[1:] for r in rows[1:]], expected)
+
+
+def test_of_more_than_a_thousand_classes_the_pairs_that_occur_are_counted_and_written():
+    classes = [f'c{i}' for i in range(100_000)]
+    pairs = finetune_training.confusion(np.array([0, 99_999, 0], np.int32), torch.tensor([0, 5, 0]))
+    assert finetune_result.confusion_rows(pairs, classes) == [
+        ['label', 'predicted', 'images'], ['c0', 'c0', 2], ['c99999', 'c5', 1]]
+    rows = finetune_result.per_class(pairs, classes)
+    assert rows[0] == {'class': 'c0', 'images': 2, 'right': 2, 'accuracy': 100.0}
+    assert rows[99_999] == {'class': 'c99999', 'images': 1, 'right': 0, 'accuracy': 0.0}
 
 
 def test_a_finished_run_started_again_trains_nothing_and_says_the_same(
@@ -303,7 +365,7 @@ def test_the_next_readable_image_stands_in_for_an_unreadable_one_and_it_is_named
     training = finetune_data.Loader(finetune_data.Samples(images, transform, 0, True), 0, torch.device('cpu'))
     x, y = next(training.batches([[(0, 3), (0, 4), (0, 5)]]))
     assert (255 * x[:, 0, 0, 0]).round().tolist() == [3, 6, 6] and y.tolist() == [1, 0, 0]
-    assert training.unreadable == {'4.jpg: torn', '5.jpg: torn'}
+    assert training.unreadable == {4: '4.jpg: torn', 5: '5.jpg: torn'}
     measuring = finetune_data.Loader(finetune_data.Samples(images, transform, 0, False), 0, torch.device('cpu'))
     x, y = next(measuring.batches([[(0, 3), (0, 4)]]))
     assert x[1].abs().max() == 0 and y.tolist() == [1, 0]  # counts with its own label
@@ -312,6 +374,44 @@ def test_the_next_readable_image_stands_in_for_an_unreadable_one_and_it_is_named
             finetune_data.Samples(Broken(n, bad), transform, 0, True), 0, torch.device('cpu'))
         with pytest.raises(DataError, match=said):
             list(loader.batches([[(0, i) for i in range(n)]]))
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_why_a_run_ends_comes_out_of_a_reading_process_as_one_sentence(workers: int):
+    transform = finetune_data.eval_transform(8, 8, (0.0,) * 3, (1.0,) * 3)
+    samples = finetune_data.Samples(Broken(3, {0, 1, 2}), transform, 0, True)
+    with pytest.raises(DataError) as e:
+        next(finetune_data.Loader(samples, workers, ALONE.device).batches([[(0, 0), (0, 1)]]))
+    assert str(e.value) == 'broken: none of the 3 images can be read; the first: 0.jpg: torn'
+
+
+class Two(World):
+    """A world of two, the other of which could not read what `other` says."""
+
+    other: dict[int, str] = {}
+
+    def gather(self, mine: dict[int, str]) -> list[dict[int, str]]:
+        return [self.other, mine]
+
+
+def test_what_any_process_cannot_read_all_know_and_count_together():
+    samples = finetune_data.Samples(Broken(30, set()), None, 0, False)
+    world = Two(1, 2, torch.device('cpu'))
+    loader = finetune_data.Loader(samples, 0, world.device)
+    loader.unreadable = {7: '7.jpg: torn', 9: '9.jpg: torn'}
+    world.other.update({6: '6.jpg: torn', 7: '/elsewhere/7.jpg: torn'})
+    loader.join(world)
+    assert sorted(loader.unreadable) == [6, 7, 9]  # a tenth
+    world.other[3] = '3.jpg: torn'
+    with pytest.raises(DataError, match='4 of 30 images cannot be read, more than 10%; the first: 3.jpg: torn'):
+        loader.join(world)
+
+
+def test_labels_are_a_copy_of_those_of_a_listing_which_are_mapped():
+    images = Broken(8, set())
+    images.labels.setflags(write=False)
+    samples = finetune_data.Samples(images, None, 0, False)
+    assert samples.labels.flags.writeable and np.array_equal(samples.labels, images.labels)
 
 
 @pytest.mark.parametrize('size, resize', [(224, 256), (96, 110), (32, 36), (176, 201), (49, 49)])
@@ -374,17 +474,63 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     run(photos, '--out', folder, *PLAIN)
     assert 'continuing after epoch 5' in capsys.readouterr().out
     assert same(folder, trained)
+    # The torn one did not take the place of the good one.
+    assert [checkpoint.read(folder / n)['epoch'] for n in (checkpoint.LAST, checkpoint.PREVIOUS)] == [6, 5]
+    assert (folder / 'checkpoint.pth.torn').read_bytes() == data[:len(data) // 2]
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         (folder / name).write_bytes(b'PK torn')
     with pytest.raises(ValueError, match='no checkpoint can be read'):
         run(photos, '--out', folder, *PLAIN)
 
 
+def test_images_that_could_not_be_read_are_still_in_the_record_after_a_restart(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    broken = break_images(photos, tmp_path / 'data')
+    first = run(tmp_path / 'data', '--out', tmp_path / 'run', *PLAIN, '--epochs', '2')
+    assert len(first['extra']['unreadable']) == 3
+    assert all(any(w.startswith(f'{b}: ') for w in first['extra']['unreadable']) for b in broken)
+    monkeypatch.setattr(finetune_training.Training, '_train_epoch', lambda self: 1 / 0)
+    again = run(tmp_path / 'data', '--out', tmp_path / 'run', *PLAIN, '--epochs', '2')
+    assert again['extra'] == first['extra']
+
+
+def break_images(photos: Path, folder: Path) -> list[Path]:
+    """A copy in which one training image and two validation images, of two processes one each, cannot be read."""
+    shutil.copytree(photos, folder)
+    train, val, _ = finetune_data.open_labelled(str(folder), 0.2, 0)
+    broken = [images.images.path(int(images.indices[i])) for images, i in ((train, 17), (val, 20), (val, 31))]
+    for path in broken:
+        path.write_bytes(b'torn')
+    return broken
+
+
+def test_a_run_begun_in_full_precision_goes_on_where_losses_are_scaled(trained: Path, tmp_path: Path):
+    shutil.copytree(trained, tmp_path / 'run')
+    model = timm.create_model('resnet18', num_classes=10, **json.loads(NETWORK))
+    loader = finetune_data.Loader(finetune_data.Samples(Broken(64, set()), None, 0, True), 0, ALONE.device)
+    training = finetune_training.Training(
+        model, 10, settings(*PLAIN), loader, loader, tmp_path / 'run', ALONE, 'float16', {}, print, print)
+    assert training.epoch == 6 and training.scaler.is_enabled()
+
+
+def test_two_spellings_of_a_path_are_one_run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for part in ('train', 'val'):
+        shutil.copytree(photos, tmp_path / 'data' / part)
+    args = ('--out', tmp_path / 'run', *PLAIN, '--epochs', '1', '--warmup-epochs', '0')
+    run(tmp_path / 'data', *args)
+    monkeypatch.setattr(finetune_training.Training, '_train_epoch', lambda self: 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    assert run('data', *args)['protocol']['validation'] == f'300 images of {Path("data", "val")}'
+
+
 @pytest.mark.timeout(120)
 def test_two_processes_learn_what_one_does(photos: Path, tmp_path: Path, one_thread: None):
+    break_images(photos, tmp_path / 'data')
     # One step: rounding grows fivefold with each further one.
-    args = (photos, *PLAIN, '--mixup', '0', '--epochs', '1', '--opt', 'sgd', '--lr', '0.2', '--warmup-epochs', '0',
-            '--batch-size', '240')
+    args = (
+        tmp_path / 'data', *PLAIN, '--mixup', '0', '--epochs', '1', '--opt', 'sgd', '--lr', '0.2', '--warmup-epochs',
+        '0', '--batch-size', '240')
     script = tmp_path / 'launch.py'
     script.write_text(LAUNCH[1])
     subprocess.run(
@@ -400,6 +546,8 @@ def test_two_processes_learn_what_one_does(photos: Path, tmp_path: Path, one_thr
     assert two['history'][0]['loss'] == pytest.approx(one['history'][0]['loss'], abs=1e-5)
     assert two['history'][0]['top1'] == one['history'][0]['top1']
     assert list(two['model']) == list(one['model'])
+    one, two = (json.loads((tmp_path / n / 'record.json').read_text())['extra']['unreadable'] for n in ('one', 'two'))
+    assert one == two and len(one) == 3
 
 
 # --- the semi-supervised protocol
@@ -477,6 +625,25 @@ def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():
     assert torch.equal(other.model.fc.weight, fc.weight)
 
 
+@pytest.mark.parametrize('name, kwargs', [
+    ('deit_tiny_distilled_patch16_224', {'embed_dim': 12, 'depth': 1}), ('levit_128s', {}), ('resnet10t', {})])
+def test_a_network_may_have_two_classifiers_or_one_without_bias(
+    name: str, kwargs: dict, monkeypatch: pytest.MonkeyPatch,
+):
+    model = timm.create_model(name, num_classes=0, **kwargs)
+    if name == 'resnet10t':
+        monkeypatch.setattr(model, 'reset_classifier', lambda n: setattr(model, 'fc', nn.Linear(512, n, bias=False)))
+    finetune_training.add_classifier(model, 400, 0)
+    last = [m for m in finetune_training.classifier(model).modules() if isinstance(m, nn.Linear)]
+    assert len(last) == (1 if name == 'resnet10t' else 2)
+    for layer in last:
+        assert layer.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert layer.bias is None or layer.bias.abs().max() == 0
+    (_, s), = semi('--lr', '0.01')
+    _, head = finetune_training.make_optimizer(model, s).param_groups
+    assert {id(m.weight) for m in last} <= {id(p) for p in head['params']}
+
+
 # --- what a user gets wrong
 
 @pytest.mark.parametrize('args, said', [
@@ -489,6 +656,13 @@ def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():
     (['--val-share', '1'], '--val-share 1'), (['--resize', '16'], '--resize 16: must be at least --image-size'),
     (['--crop-scale', '0', '1'], '--crop-scale'), (['--grid'], '--grid belongs to --protocol'),
     (['--list', 'x'], '--list belongs to --protocol'), (['--seed', '-1'], '--seed -1'),
+    (['--head-multiplier', '0'], '--head-multiplier belongs to --protocol'),
+    (['--opt', 'fusedadam'], '--opt fusedadam: cannot be used .*; adamw or sgd'),
+    (['--opt', 'adahessian'], '--opt adahessian: cannot be used .it needs second derivatives'),
+    (['--model', 'test_vit2:random', '--model-args', '{"dynamic_img_size": false}'],
+     r'does not run on images of 32 px .*; give another --image-size, or --model-args \'{"img_size": 32}\''),
+    (['--model', 'test_vit:random', '--model-args', '{"global_pool": ""}'],
+     r'makes \(1, .* of an image, not a row of 10 classes'),
     (['--model-args', '{"no_such_argument": 1}'], 'no_such_argument'),
     (['--protocol', 'semi_1pct'], 'is fixed by --protocol semi_1pct; leave it out')])
 def test_a_wrong_flag_is_one_sentence_before_anything_is_written(
@@ -502,7 +676,8 @@ def test_a_wrong_flag_is_one_sentence_before_anything_is_written(
 @pytest.mark.parametrize('args, said', [
     ([], '--protocol semi_1pct needs --list FILE'), (['--list', 'f', '--grid', '--lr', '1'], '--grid runs all nine'),
     (['--list', 'f', '--lr', '0'], '--lr 0.0: must be above 0'),
-    (['--list', 'f', '--head-multiplier', '-1'], '--head-multiplier -1.0')])
+    (['--list', 'f', '--head-multiplier', '-1'], '--head-multiplier -1.0'),
+    (['--list', 'f', '--head-multiplier', '0'], '--head-multiplier 0.0: must be above 0')])
 def test_a_wrong_flag_of_the_protocol_is_one_sentence(args: list[str], said: str):
     with pytest.raises(ValueError, match=said):
         finetune.semi_runs(parse('x', '--out', 'o', '--protocol', 'semi_1pct', *args))
@@ -520,6 +695,15 @@ def test_wrong_data_are_one_sentence(photos: Path, tmp_path: Path):
         with pytest.raises((ValueError, FileNotFoundError), match=said) as e:
             finetune.run(parse(tmp_path / name, '--out', tmp_path / 'run', *PLAIN))
         assert '\n' not in str(e.value)
+    lines = ['path,label', *(f'{p},{0 if i % 2 else 99999}' for i, p in enumerate(sorted(photos.rglob('*.png'))[:8]))]
+    for name in ('train', 'val'):
+        (tmp_path / f'{name}.csv').write_text('\n'.join(lines))
+    said = "99998 of 100000 classes have no training image, the first is '1'; add images, or number"
+    with pytest.raises(ValueError, match=said):
+        finetune.run(parse(tmp_path / 'train.csv', '--out', tmp_path / 'run', *PLAIN))
+    protocol = ('--protocol', 'semi_1pct', '--dataset', 'folder')
+    with pytest.raises(ValueError, match=said):
+        finetune.run(parse(tmp_path / 'train.csv', '--out', tmp_path / 'run', *TINY, *protocol))
     assert not (tmp_path / 'run').exists()
 
 

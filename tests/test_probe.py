@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from simsiam_models.benchmarks import linear, probe
+from simsiam_models.benchmarks import features, linear, probe
 from simsiam_models.benchmarks.probe import AutoProbe, Fit, Table, auto_probe, evaluate, gradient, lbfgs, moments, train
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -195,12 +197,51 @@ def test_the_choice_is_the_best_of_the_held_out_images():
     a, b = _digits()
     _, found = auto_probe(a, b, 10, QUICK, say=lambda text: None)
     order = probe.permutation(0, 0, 1200)
+    a.scale_by(*moments(a.array, order[120:]))
     members = [(m['lr'], m['weight_decay']) for m in found['grid']]
     figures = evaluate(train(a, order[120:], 10, members, QUICK), a, order[:120])
     assert [m['held_out_top1'] for m in found['grid']] == figures['top1'].tolist()
     best = min(range(len(members)), key=lambda g: (-figures['top1'][g], figures['loss'][g]))
     assert (found['chosen']['lr'], found['chosen']['weight_decay']) == members[best]
     assert found['held_out_images'] == 120
+
+
+def test_the_held_out_images_do_not_scale_the_features_of_the_grid():
+    digits, found = load_digits(), []
+    for factor in (1, 1000):
+        x = digits.data[:1200].astype(np.float32)
+        x[probe.permutation(0, 0, 1200)[:120]] *= factor
+        tables = Table(x, digits.target[:1200], CPU), Table(x, digits.target[:1200], CPU)
+        found.append(auto_probe(*tables, 10, QUICK, say=lambda text: None)[1]['grid'])
+    losses = [[m['train_loss'] for m in grid] for grid in found]
+    assert losses[0] == losses[1] and found[0] != found[1]
+
+
+def test_the_grid_and_the_final_fit_take_the_same_batches(monkeypatch):
+    """2400 images make batches of 75; the 2160 that the grid learns from would make 67."""
+    digits, sizes = load_digits(), []
+    rows = np.arange(2400) % 1797
+    a, b = (Table(digits.data.astype(np.float32), digits.target, CPU, rows=r) for r in (rows, rows[:100]))
+    real = probe.gradient
+
+    def noted(fit, x, y):
+        sizes.append((len(fit.bias), len(x)))
+        return real(fit, x, y)
+    monkeypatch.setattr(probe, 'gradient', noted)
+    auto_probe(a, b, 10, dataclasses.replace(QUICK, epochs=1, lbfgs_iterations=1), say=lambda text: None)
+    assert max(n for g, n in sizes if g == 4) == max(n for g, n in sizes if g == 1 and n < 2400) == 75
+    assert probe.steps_batch(len(a), QUICK) == 75
+
+
+def test_rows_that_do_not_count_are_as_if_they_were_not_there():
+    digits, keep = load_digits(), np.flatnonzero(np.arange(1797) % 7)
+    x = digits.data.astype(np.float32)
+    found = []
+    for resident in (False, True):
+        table = Table(x, digits.target, CPU, resident=resident, rows=keep)
+        found.append(auto_probe(table, table, 10, QUICK, say=lambda text: None))
+    table = Table(x[keep], digits.target[keep], CPU)
+    assert found[0] == found[1] == auto_probe(table, table, 10, QUICK, say=lambda text: None)
 
 
 def test_ties_count_as_wrong_and_few_classes_have_no_top5():
@@ -260,6 +301,7 @@ def test_auto_is_recorded_as_its_own_protocol_and_repeats(split_digits, tmp_path
     assert a['metrics'] == b['metrics'] and a['extra'] == b['extra']
     assert a['benchmark'] == 'folder_auto_probe' and a['protocol']['name'] == 'auto_probe' and not a['difference']
     assert a['metrics']['top1'] > 50  # chance is 10
+    assert a['protocol']['amp'] == 'off' and a['extra']['unreadable'] == 0
     for line in capsys.readouterr().out.splitlines():
         assert '%' not in line or 'auto_probe' in line
 
@@ -269,3 +311,49 @@ def test_flags_of_other_protocols_are_refused(split_digits, tmp_path):
         linear.run(_command(split_digits, tmp_path, '--lr', '3', '--jitter', '0.1'))
     with pytest.raises(ValueError, match='^--epochs 0 cannot be'):
         linear.run(_command(split_digits, tmp_path, '--epochs', '0'))
+    with pytest.raises(ValueError, match='^--fresh: --protocol auto always trains anew'):
+        linear.run(_command(split_digits, tmp_path, '--fresh'))
+    with pytest.raises(ValueError, match='^--seed -1: must be in 0'):
+        linear.run(_command(split_digits, tmp_path, '--seed', '-1'))
+
+
+def test_an_output_that_is_a_file_is_found_before_the_features_are_made(split_digits, tmp_path):
+    file = tmp_path / 'file'
+    file.write_bytes(b'')
+    with pytest.raises(ValueError, match=f'^--output {file}: no record can be written there'):
+        linear.run(_command(split_digits, file, '--cache', str(tmp_path / 'cache')))
+    assert not (tmp_path / 'cache').exists()
+
+
+def test_unreadable_images_end_the_probe_or_are_left_out_and_counted(split_digits, tmp_path, capsys):
+    for name in ('broken', 'without'):
+        shutil.copytree(split_digits, tmp_path / name)
+        for part in ('train', 'val'):
+            path = sorted((tmp_path / name / part).rglob('*.*'))[9]
+            path.write_bytes(b'no image') if name == 'broken' else path.unlink()
+    with pytest.raises(RuntimeError, match='1 of 220 images cannot be read.*leave them out with --allow-partial'):
+        linear.run(_command(tmp_path / 'broken', tmp_path / 'a'))
+    assert linear.run(_command(tmp_path / 'broken', tmp_path / 'a', '--allow-partial')) == 0
+    assert '2 images cannot be read and are left out, the first: ' in capsys.readouterr().out
+    linear.run(_command(tmp_path / 'without', tmp_path / 'b'))
+    a, b = (json.loads(next((tmp_path / n).glob('*.json')).read_text()) for n in 'ab')
+    assert (a['extra']['unreadable'], b['extra']['unreadable']) == (2, 0)
+    assert a['extra']['chosen'] == b['extra']['chosen']
+    assert a['metrics'] == pytest.approx(b['metrics'], abs=1.1)  # batches of the backbone are others: one image
+
+
+def test_sigterm_says_that_the_features_are_kept(split_digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe, 'auto_probe', lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    assert linear.run(_command(split_digits, tmp_path)) == 143
+    assert 'SIGTERM; the same command keeps the features that are made, and trains anew' in capsys.readouterr().err
+
+
+def test_too_little_memory_in_the_backbone_or_in_the_classifiers(split_digits, tmp_path, monkeypatch):
+    def fails(*args, **more):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB')
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match='in the backbone: lower --micro-batch'):
+        m.setattr(features, 'extract', fails)
+        linear.run(_command(split_digits, tmp_path))
+    with monkeypatch.context() as m, pytest.raises(RuntimeError, match='not the backbone, but the classifiers'):
+        m.setattr(probe, 'auto_probe', fails)
+        linear.run(_command(split_digits, tmp_path))

@@ -330,6 +330,16 @@ def test_a_missing_source_is_named(tmp_path):
 # Weights of one's own
 
 
+@pytest.mark.parametrize('args, size', [({}, 160), ({}, 96), ({'img_size': 64}, 64)])
+def test_plain_timm_builds_an_exported_vit_for_the_images_that_it_was_built_for(args, size, tmp_path):
+    backbone = timm.create_model('test_vit', num_classes=0, **args).eval()
+    export_backbone(backbone, tmp_path, 'test_vit', args, size, size)
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), backbone(x))
+
+
 def test_own_weights_of_any_architecture_need_a_license_and_get_a_card_without_numbers(tmp_path):
     args = {'layers': [1, 1, 1, 1], 'channels': [8, 16, 16, 16]}
     backbone = timm.create_model('resnet18', num_classes=0, **args)

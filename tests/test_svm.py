@@ -2,17 +2,21 @@
 import argparse
 import json
 import os
+import shutil
+import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 
 import layouts_benchmarks as layouts
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
-from simsiam_models.benchmarks import svm, svm_fits
+from simsiam_models.benchmarks import backbone, svm, svm_fits
 from simsiam_models.benchmarks.average_precision import eleven_point_ap, envelope_ap
 from simsiam_models.benchmarks.svm_fits import COSTS, Finished, draw, full, low_shot, run_all, run_task
 
@@ -25,6 +29,7 @@ class Rows:
     def __init__(self, x: np.ndarray, unreadable: tuple[int, ...] = ()) -> None:
         self.x, self.unreadable = x.astype(np.float32), dict.fromkeys(unreadable, 'broken')
         self.readable = np.array([i for i in range(len(x)) if i not in unreadable])
+        self.digest = 'rows'
 
     def array(self, name: str) -> np.ndarray:
         return self.x
@@ -148,6 +153,31 @@ def test_the_table_holds_normalised_readable_rows_and_their_labels(tmp_path: Pat
     assert len(np.load(made.test['feat5'])) == len(made.labels_test) == 12
 
 
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs a disk that is always full: /dev/full')
+def test_a_full_disk_is_one_sentence_that_names_the_output(tmp_path: Path):
+    x, labels = problem(30, 0.5, 1)
+    (tmp_path / 'feat5_trainval.npy.part').symlink_to('/dev/full')
+    with pytest.raises(OSError, match=r'--output: .*feat5_trainval.npy cannot be written \(No space left'):
+        svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+    assert not list(tmp_path.iterdir())
+    finished = Finished(tmp_path / 'f.jsonl')
+    finished.path.symlink_to('/dev/full')
+    with pytest.raises(OSError, match=r'--output: .*f.jsonl cannot be written \(No space left'):
+        run_all([('cv', 'feat5', 0, 1.0)], None, finished, 1, lambda task, made: {})
+
+
+def test_the_table_is_written_and_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def never(*args, **kwargs):
+        raise AssertionError('a full disk would end the process by SIGBUS')
+
+    monkeypatch.setattr(np.lib.format, 'open_memmap', never)
+    x, labels = problem(30, 0.5, 1)
+    svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+    monkeypatch.undo()
+    size = (tmp_path / 'feat5_test.npy').stat().st_size
+    assert size == 128 + 30 * 12 * 8
+
+
 def test_a_feature_that_is_not_finite_is_refused(tmp_path: Path):
     x, labels = problem(30, 0.5, 1)
     x[3, 2] = np.inf
@@ -228,18 +258,19 @@ def test_draws_are_repeatable_and_differ_by_seed_sample_k_and_class():
     assert not set(draw(labels, 4, 0, 0, 1)) < set(first)  # independent, not nested
 
 
-def test_every_low_shot_fit_equals_scikit_learns(tmp_path: Path):
-    made = table(tmp_path, n=600)
+@pytest.mark.parametrize('seed', [0, 7])
+def test_every_low_shot_fit_equals_scikit_learns(seed: int, tmp_path: Path):
+    made = table(tmp_path, n=600, seed=seed)
     result = run_task(('low-shot', 'feat5', 4, 2, 1), made)
     x, x_test = np.load(made.trainval['feat5']), np.load(made.test['feat5'])
-    rows = draw(made.labels_trainval[:, 1], 4, 0, 2, 1)
+    rows = draw(made.labels_trainval[:, 1], 4, seed, 2, 1)
     y = np.where(made.labels_trainval[rows, 1] == 1, 1, -1)
     kept = made.labels_test[:, 1] != -1
     for i, cost in enumerate(COSTS):
-        decision = reference_svc(cost).fit(x[rows], y).decision_function(x_test)[kept]
+        decision = reference_svc(cost, seed).fit(x[rows], y).decision_function(x_test)[kept]
         assert result['ap'][i] == pytest.approx(by_definition(decision, made.labels_test[kept, 1] == 1), abs=1e-9)
         assert result['cv'][i] == cross_val_score(
-            reference_svc(cost), x[rows], y, cv=3, scoring='average_precision').mean()
+            reference_svc(cost, seed), x[rows], y, cv=3, scoring='average_precision').mean()
 
 
 def test_the_published_choice_is_the_best_on_test_and_the_honest_one_knows_no_test():
@@ -312,6 +343,30 @@ def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Pa
         run_all([('cv', 'feat5', 0, 1.0)] * 2, made, Finished(tmp_path / '3.jsonl'), 2, die)
 
 
+@pytest.mark.parametrize('jobs, said', [(1, 'where more is free'), (2, 'one of the 2 processes .* fewer --jobs')])
+def test_a_fit_that_finds_no_memory_is_one_sentence(jobs: int, said: str, tmp_path: Path):
+    def much(task, made):
+        return {'cv': np.zeros((2**25, 2**30))}
+
+    with pytest.raises(RuntimeError, match='found no memory') as e:
+        run_all([('cv', 'feat5', 0, 1.0)], None, Finished(tmp_path / 'f.jsonl'), jobs, much)
+    assert '\n' not in str(e.value)
+    e.match(said)
+
+
+def test_the_seconds_of_each_task_are_kept(tmp_path: Path):
+    def work(task, made):
+        time.sleep(task[1])
+        return {}
+
+    path = tmp_path / 'f.jsonl'
+    tasks = [('cv', 0.05), ('cv', 0.1)]
+    run_all(tasks, None, Finished(path), 1, work)
+    finished = Finished(path)
+    assert all(wanted <= finished.seconds[task] < wanted + 5 for task in tasks for wanted in task[1:])
+    run_all(tasks, None, finished, 1, lambda task, made: 1 / 0)
+
+
 def test_fits_that_do_not_converge_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = table(tmp_path)
     monkeypatch.setitem(svm_fits.SVC, 'max_iter', 1)
@@ -365,12 +420,14 @@ def test_the_command_prints_both_tables_and_writes_a_record_per_tap(
     assert set(records) == {'voc07_svm_feature4', 'voc07_svm_feature5'}
     record = records['voc07_svm_feature5']
     assert record['protocol']['random_state'] == 0 and record['protocol']['folds'] == 3
+    assert record['protocol']['pooling'] == 'adaptive' and 'adaptively' in record['protocol']['changed']
     assert record['data']['counts'] == {'train': 66, 'test': 30, 'classes': 3}
     per_class = record['extra']['results']['classes']
     assert record['metrics']['mAP'] == pytest.approx(100 * np.mean([c['ap'] for c in per_class.values()]), abs=0.006)
     assert f'{record["metrics"]["mAP"]:.2f}' in printed
-    left = [p.name for p in (tmp_path / 'out').iterdir() if p.suffix != '.json']
-    assert left == [record['extra']['finished_fits']]
+    left = {p.name for p in (tmp_path / 'out').iterdir() if p.suffix != '.json'}
+    fits = record['extra']['finished_fits']
+    assert left == {fits, f'.{Path(fits).stem}.lock'}
     assert svm.run(args) == 0  # everything is finished: the same numbers again
     assert capsys.readouterr().out == printed
 
@@ -402,9 +459,209 @@ def test_with_the_defaults_the_record_has_the_numbers_that_published_ones_are_co
     assert svm.protocol_of(parse('x', '--amp', 'bfloat16'))['changed']
 
 
+def test_auto_is_off_and_what_is_not_as_published_is_said():
+    assert svm.protocol_of(parse('x', '--amp', 'auto')) == svm.protocol_of(parse('x'))
+    args = parse('x', '--amp', 'bfloat16')
+    assert svm.protocol_of(args, 'adaptive', 3)['changed'] == (
+        '3 images cannot be read and are left out; features in bfloat16; taps are pooled adaptively')
+    assert svm.protocol_of(args, 'adaptive')['pooling'] == 'adaptive'
+
+
+@pytest.mark.parametrize('size, wanted', [(224, 'mmselfsup'), (192, 'adaptive')])
+def test_the_pooling_is_told(size: int, wanted: str):
+    assert svm.pooling_of(backbone.load_backbone('resnet10t:random'), size) == wanted
+
+
+# --- what the model sees, and what a seed decides
+
+def run_and_read(output: Path, *args: str | Path) -> dict:
+    """The one record that the command wrote."""
+    before = set(output.glob('*.json'))
+    assert svm.run(parse(*args, '--output', output)) == 0
+    new, = set(output.glob('*.json')) - before
+    return json.loads(new.read_text())
+
+
+def test_the_model_sees_pils_squashed_images_and_the_record_says_so(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
+):
+    seen, load = [], backbone.load_backbone
+
+    def watched(name, device):
+        found = load(name, device)
+        mean, std = (np.array(x, np.float32)[:, None, None] for x in (found.mean, found.std))
+        found.model.conv1.register_forward_pre_hook(
+            lambda _, inputs: seen.extend(inputs[0].numpy() * std + mean if len(inputs[0]) > 1 else []))
+        return found
+
+    monkeypatch.setattr(backbone, 'load_backbone', watched)
+    record = run_and_read(tmp_path, devkit, *TINY, '--taps', 'feat5', '--cache', tmp_path / 'cache')
+    protocol = record['protocol']
+    assert (protocol['squash'], protocol['resize'], protocol['image_size']) == (True, 36, 32)
+    main = devkit / 'VOCdevkit' / 'VOC2007'
+    names = [i for part in ('trainval', 'test') for i in sorted(
+        line.split()[0] for line in (main / 'ImageSets' / 'Main' / f'cat_{part}.txt').read_text().splitlines())]
+    assert len(seen) == len(names) == 96
+    for x, name in zip(seen, names, strict=True):
+        image = Image.open(main / 'JPEGImages' / f'{name}.jpg').convert('RGB')  # 40 x 32
+        image = image.resize((45, 36), Image.Resampling.BILINEAR).resize((32, 32), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(x.transpose(1, 2, 0) * 255, np.asarray(image), atol=2.01)  # PIL 13: other roundings
+
+
+@pytest.mark.parametrize('flags', [(), ('--low-shot', '--k', '2', '--samples', '1')])
+def test_the_seed_is_that_of_every_solver_and_draw_and_of_the_record(
+    flags: tuple[str, ...], devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
+):
+    solvers, draws = [], []
+    real, real_draw = svm_fits.svc, svm_fits.draw
+    monkeypatch.setattr(svm_fits, 'svc', lambda cost, seed: solvers.append(seed) or real(cost, seed))
+    monkeypatch.setattr(svm_fits, 'draw', lambda *of: draws.append(of[2]) or real_draw(*of))
+    names = []
+    for seed in 7, 0:
+        solvers.clear(), draws.clear()
+        more = ('--seed', str(seed)) if seed else ()
+        record = run_and_read(tmp_path, devkit, *TINY, '--taps', 'feat5', *flags, *more, '--cache', tmp_path / 'cache')
+        assert set(solvers) == {seed} == {record['protocol']['random_state']}
+        assert draws == [seed] * (3 if flags else 0)
+        names.append(record['extra']['finished_fits'])
+    assert len(set(names)) == 2
+
+
+# --- the folder
+
+def test_fits_are_kept_under_the_name_of_all_that_decides_them(monkeypatch: pytest.MonkeyPatch):
+    x, labels = problem(30, 0.5, 1)
+
+    def name(*flags, bad=(), labels=labels, taps=('feat5',)):
+        rows = Rows(x, bad), Rows(x)
+        return svm.name_of(parse('x', *flags), rows, list(taps), (labels[rows[0].readable], labels))
+
+    alike = np.zeros_like(labels)
+    names = [
+        name(), name('--low-shot'), name('--seed', '1'), name(taps=('feat4', 'feat5')), name(bad=(3,)),
+        name(labels=alike), name(bad=(3,), labels=alike), name(bad=(4,), labels=alike)]
+    for constant, value in (
+            ('COSTS', (1.0,)), ('FOLDS', 5), ('NEGATIVES', 9), ('SVC', {'tol': 1}), ('AP', 'x'), ('FORMAT', 0)):
+        with monkeypatch.context() as changed:
+            changed.setattr(svm_fits, constant, value)
+            names.append(name())
+    assert len(set(names)) == len(names)
+    assert name() == names[0] and name('--low-shot', '--k', '1', '--samples', '2') == name('--low-shot')
+
+
+@pytest.mark.parametrize('killed', [False, True])
+def test_repaired_images_count_in_the_same_folder(
+    killed: bool, devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
+):
+    root, out = tmp_path / 'voc', tmp_path / 'out'
+    shutil.copytree(devkit, root)
+    args = (root, *TINY, '--taps', 'feat5', '--cache', tmp_path / 'cache')
+    images = sorted((root / 'VOCdevkit' / 'VOC2007' / 'JPEGImages').iterdir())
+    few = (7, 11, 21, 33, 37, 47, 59, 61)  # none that pixels_digest samples
+    broken = {images[i]: images[i].read_bytes() for i in few}
+    for path in broken:
+        path.write_bytes(b'broken')
+    if killed:
+        def kill(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(svm_fits, 'full', kill)
+            svm.run(parse(*args, '--output', out))
+    else:
+        partial = run_and_read(out, *args)
+        assert partial['extra']['unreadable'] == 8 and '8 images' in partial['protocol']['changed']
+    for path, data in broken.items():
+        path.write_bytes(data)
+    repaired, fresh = run_and_read(out, *args), run_and_read(tmp_path / 'fresh', *args)
+    assert repaired['extra']['unreadable'] == 0
+    assert repaired['metrics'] == fresh['metrics'] and repaired['extra']['results'] == fresh['extra']['results']
+    assert killed or partial['metrics'] != fresh['metrics']  # or the test would say little
+
+
+def test_full_and_low_shot_share_a_folder(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
+):
+    args = (devkit, *TINY, '--taps', 'feat5', '--output', tmp_path, '--cache', tmp_path / 'cache')
+    low_shot = svm_fits.low_shot
+
+    def meanwhile(*of):
+        assert svm.run(parse(*args)) == 0  # from its first fit to the end
+        return low_shot(*of)
+
+    monkeypatch.setattr(svm_fits, 'low_shot', meanwhile)
+    assert svm.run(parse(*args, '--low-shot', '--k', '2', '--samples', '1')) == 0
+    records = [json.loads(p.read_text()) for p in tmp_path.glob('*.json')]
+    assert len({r['extra']['finished_fits'] for r in records}) == len(records) == 2
+
+
+def test_the_second_of_two_equal_runs_waits_and_finds_the_fits(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    args = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path, '--cache', tmp_path / 'cache')
+    full, fit, fitted, status, said = svm_fits.full, svm_fits._run_cv, [], [], []
+    second = threading.Thread(target=lambda: status.append(svm.run(args)), daemon=True)
+
+    def meanwhile(*of):
+        monkeypatch.setattr(svm_fits, 'full', full)
+        second.start()
+        end = time.monotonic() + 60
+        while 'waiting for the process' not in ''.join(said) and second.is_alive() and time.monotonic() < end:
+            said.append(capsys.readouterr().err)
+            time.sleep(0.01)
+        result = full(*of)
+        assert not status
+        return result
+
+    monkeypatch.setattr(svm_fits, 'full', meanwhile)
+    monkeypatch.setattr(svm_fits, '_run_cv', lambda *of: fitted.append(of[1:]) or fit(*of))
+    assert svm.run(args) == 0
+    second.join(60)
+    assert status == [0] and 'svm: waiting for the process' in ''.join(said)
+    assert len(fitted) == len(set(fitted)) == 3 * len(COSTS)
+
+
+def test_a_finished_run_repeated_writes_no_table_and_keeps_its_seconds(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
+):
+    args = parse(devkit, *TINY, '--taps', 'feat4', 'feat5', '--output', tmp_path, '--cache', tmp_path / 'cache')
+    assert svm.run(args) == 0
+    fits, = tmp_path.glob('svm-*.jsonl')
+    lines = [json.loads(line) for line in fits.read_text().splitlines()]
+    fits.write_text(''.join(json.dumps([task, result, 2.0]) + '\n' for task, result, _ in lines))
+    rows = svm_fits.normalize_rows
+    monkeypatch.setattr(svm_fits, 'normalize_rows', lambda x: 1 / 0)
+    assert svm.run(args) == 0
+    for record in map(json.loads, (p.read_text() for p in tmp_path.glob('*.json'))):
+        assert record['seconds'] == 2 * 3 * (len(COSTS) + 1)
+    fits.write_text(''.join(fits.read_text().splitlines(keepends=True)[:-1]))  # a refit of feat5
+    seen = []
+    monkeypatch.setattr(svm_fits, 'normalize_rows', lambda x: seen.append(len(x)) or rows(x))
+    assert svm.run(args) == 0
+    assert seen == [66, 30]  # of feat5 alone
+
+
+def test_an_output_that_takes_no_files_is_found_before_anything_slow(
+    devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(backbone, 'load_backbone', lambda *of: 1 / 0)
+    file = tmp_path / 'file'
+    file.write_text('x')
+    for output in file, file / 'below':
+        with pytest.raises(OSError, match='--output: .*file.* cannot be written'):
+            svm.run(parse(devkit, *TINY, '--output', output))
+    with pytest.raises(ZeroDivisionError):
+        svm.run(parse(devkit, *TINY, '--output', tmp_path / 'new' / 'folder'))
+    assert not list((tmp_path / 'new' / 'folder').iterdir())
+
+
 @pytest.mark.parametrize('args, said', [
     (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--low-shot', '--k', '0'], r'--k \[0\]: must be'),
     (['--samples', '0'], '--samples 0'), (['--seed', '-1'], '--seed -1'),
+    (['--low-shot', '--samples', '0'], '--samples 0: must be at least 1'),
+    (['--k', '4', '8'], r'--k 4 8: is of the low-shot SVM; add --low-shot'),
+    (['--samples', '3'], '--samples 3: is of the low-shot SVM; add --low-shot'),
+    (['--model', 'convnext_atto:random'], 'feat5: .* 4 stages only; name those that it has with --taps'),
     (['--low-shot', '--k', '40'], '--k 40 needs 40 and 760'),
     (['--model', 'no_such_model:random'], 'no_such_model')])
 def test_what_a_user_gets_wrong_is_one_sentence(args: list[str], said: str, devkit: Path, tmp_path: Path):

@@ -249,7 +249,7 @@ def extract(
 
         todo, unreadable = world.share(prepare)
         mine = todo[world.rank::world.size]
-        bad = _fill(model, images, tables, mine, transform, batch, workers, world)
+        bad = world.attempt(lambda: _fill(model, images, tables, mine, transform, batch, workers, world))
         for found in world.gather(bad):  # also the barrier
             unreadable |= found
     made = sum(stop - start for start, stop in (tables[names[0]].span(s) for s, _ in todo))

@@ -119,7 +119,7 @@ def run_one(
     target = Target(args.model, args.model_args, world.device, source.classes, s, folder)
     run = {
         'benchmark': 'finetune', 'protocol': args.protocol, 'model': args.model, 'model_args': args.model_args,
-        'weights': target.backbone.digest, 'images': len(source.train), 'digest': source.digest,
+        'weights': target.backbone.identity, 'images': len(source.train), 'digest': source.digest,
         'validation': source.validation, 'amp': amp, 'processes': world.size, **dataclasses.asdict(s)}
     add_classifier(target.backbone.model, len(source.classes), s.seed)
     target.check()
@@ -131,7 +131,8 @@ def run_one(
     loaders = [
         data.Loader(data.Samples(images, transform, s.seed, transform is crop), workers, world.device)
         for images, transform in ((source.train, crop), (source.val, centre))]
-    world.share(lambda: claim(folder, run, {'processes', *(['amp'] if args.amp == 'auto' else [])}))
+    free = {'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}  # validation: paths as typed
+    world.share(lambda: claim(folder, run, free))
     training = Training(
         target.backbone.model, len(source.classes), s, *loaders, folder, world, amp, run, say, target.export)
     say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, '
@@ -170,7 +171,7 @@ def plain_settings(args: argparse.Namespace) -> 'Settings':
     from .finetune_training import Settings
 
     for name in ('list', 'head_multiplier', 'grid'):
-        if getattr(args, name):
+        if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 was given, too
             raise ValueError(f'--{name.replace("_", "-")} belongs to --protocol semi_1pct or semi_10pct; name one')
     given = {k: v for k, v in vars(args).items() if k in PLAIN and v is not None}
     n = {**PLAIN, **given}
@@ -204,7 +205,7 @@ def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
         raise ValueError(
             f'--protocol {args.protocol} needs --list FILE, the names of the labelled images; imagenet_subsets of '
             'https://github.com/google-research/simclr has those of 1 % and 10 %')
-    pairs = [(0.01 if args.lr is None else args.lr, args.head_multiplier or 10.0)]
+    pairs = [(0.01 if args.lr is None else args.lr, 10.0 if args.head_multiplier is None else args.head_multiplier)]
     if args.grid:
         pairs = [(lr, multiplier) for lr in LRS for multiplier in MULTIPLIERS]
     n = {**SEMI, **{k: getattr(args, k) for k in SEMI if getattr(args, k) is not None}}
@@ -234,7 +235,7 @@ def _resize(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
-    scale = n['crop_scale']
+    scale, multiplier = n['crop_scale'], args.head_multiplier
     rules = [
         ('--epochs', n['epochs'], n['epochs'] >= 1, 'at least 1'),
         ('--batch-size', n['batch_size'], n['batch_size'] >= 2, 'at least 2'),
@@ -250,7 +251,7 @@ def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
         ('--crop-scale', scale, 0 < scale[0] <= scale[1] <= 1, '0 < MIN <= MAX <= 1'),
         ('--flip-p', n['flip_p'], 0 <= n['flip_p'] <= 1, 'a probability'),
         ('--erase-p', n['erase_p'], 0 <= n['erase_p'] <= 1, 'a probability'),
-        ('--head-multiplier', args.head_multiplier, (args.head_multiplier or 1) > 0, 'above 0'),
+        ('--head-multiplier', multiplier, multiplier is None or 0 < multiplier < float('inf'), 'above 0'),
         ('--val-share', args.val_share, 0 < args.val_share < 1, 'above 0, below 1'),
         ('--image-size', args.image_size, args.image_size >= 8, 'at least 8 pixels'),
         ('--resize', _resize(args), _resize(args) >= args.image_size, 'at least --image-size'),

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..data import DataError, UnreadableError, open_data
 from ..data.counted import permutation, uniforms
@@ -43,6 +43,7 @@ def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, s
                 'val; give both the same class folders under train and val')
     if len(np.unique(images.labels)) < 2:
         raise ValueError(f'{spec}: one class only; a classifier needs at least two')
+    every_class_trains(images)
     if val is not None:
         return images, val, f'{len(val)} images of {val.name}'
     train, held = split(np.asarray(images.labels), share, seed)
@@ -52,6 +53,15 @@ def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, s
     if alone := sum(np.bincount(images.labels) == 1):
         text += f'; {alone} classes have one image and are not validated'
     return subset(images, train), subset(images, held), text
+
+
+def every_class_trains(images: Images) -> None:
+    """Raises ValueError: a class has no training image."""
+    missing = np.flatnonzero(np.bincount(images.labels, minlength=len(images.classes)) == 0)
+    if len(missing):
+        raise ValueError(
+            f'{images.name}: {len(missing)} of {len(images.classes)} classes have no training image, the first is '
+            f'{images.classes[missing[0]]!r}; add images, or number the classes from 0 without a gap')
 
 
 def split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -80,7 +90,7 @@ class Samples(Dataset):
 
     def __init__(self, images: Images, transform: Callable[[Image.Image], Tensor], seed: int, training: bool) -> None:
         self.images, self.transform, self.seed, self.training = images, transform, seed, training
-        self.labels = np.asarray(images.labels)
+        self.labels = np.array(images.labels)  # a copy: those of a listing are mapped, and torch warns of that
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,6 +101,13 @@ class Samples(Dataset):
         if self.training:
             seed_everything(self.seed, epoch, index)
         return self.transform(Image.fromarray(image)), label, why
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[Tensor, int, str]] | DataError:
+        """A batch; or why the run ends, which a reading process would raise as a traceback."""
+        try:
+            return [self[key] for key in keys]
+        except DataError as e:
+            return e
 
     def _read(self, index: int) -> tuple[np.ndarray, int, str]:
         why = ''
@@ -159,12 +176,16 @@ def eval_batches(n: int, batch: int, world: World) -> list[list[tuple[int, int]]
     return [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
 
 
+def _stack(items: list[tuple[Tensor, int, str]] | DataError) -> list | DataError:
+    return items if isinstance(items, DataError) else default_collate(items)
+
+
 class Loader:
-    """Batches of a list of keys on the device; why images were replaced is kept in `unreadable`."""
+    """Batches of a list of keys on the device; `unreadable` is why images were replaced, by their index."""
 
     def __init__(self, samples: Samples, workers: int, device: torch.device) -> None:
         self.samples, self.workers, self.device = samples, workers, device
-        self.unreadable: set[str] = set()
+        self.unreadable: dict[int, str] = {}
 
     def batches(self, keys: list[list[tuple[int, int]]]) -> Iterator[tuple[Tensor, Tensor]]:
         """(B, 3, S, S) and (B,).
@@ -178,11 +199,27 @@ class Loader:
                 else None
         loader = DataLoader(
             self.samples, batch_sampler=keys, num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-            generator=torch.Generator(), **options)
-        for x, y, whys in loader:
-            self.unreadable.update(filter(None, whys))
-            if len(self.unreadable) > MAX_UNREADABLE * len(self.samples):
-                raise DataError(
-                    f'{self.samples.images.name}: {len(self.unreadable)} of {len(self.samples)} images cannot be read, '
-                    f'more than {MAX_UNREADABLE:.0%}; the first: {min(self.unreadable)}')
+            collate_fn=_stack, generator=torch.Generator(), **options)
+        for batch, items in zip(keys, loader, strict=True):
+            if isinstance(items, DataError):
+                raise items
+            x, y, whys = items
+            self.unreadable |= {index: why for (_, index), why in zip(batch, whys, strict=True) if why}
+            self._check()
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def join(self, world: World) -> None:
+        """What any process could not read, all know.
+
+        Raises:
+            DataError: it is more than a tenth of the images.
+        """
+        for found in world.gather(self.unreadable):
+            self.unreadable |= found
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.unreadable) > MAX_UNREADABLE * len(self.samples):
+            raise DataError(
+                f'{self.samples.images.name}: {len(self.unreadable)} of {len(self.samples)} images cannot be read, '
+                f'more than {MAX_UNREADABLE:.0%}; the first: {self.unreadable[min(self.unreadable)]}')

@@ -2,6 +2,7 @@
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from ..data.index import digest
-from ..data.sources import Images
+from ..data.sources import Images, pixels_digest
 from ..training import checkpoint
 from ..weights import tensorfile
 from ..weights.export import PLAIN_TIMM, timm_config, write_json
 from .backbone import RANDOM, Backbone, load_backbone
-from .finetune_data import crop_pct, open_labelled
+from .finetune_data import crop_pct, every_class_trains, open_labelled
 from .finetune_training import Settings, Training, confusion
 
 CONFIG, MODEL, RECORD = 'config.json', 'model.safetensors', 'record.json'
 PER_CLASS, CONFUSION = 'per_class.csv', 'confusion.csv'
 PRINTED = 20  # classes of a confusion matrix that is printed
+WHOLE = 1000  # classes of one that is written whole
+
+Pairs = dict[tuple[int, int], int]  # (label, what was predicted) -> how often
 
 
 @dataclass
@@ -47,8 +51,11 @@ def open_source(args: Any) -> Source:
         train, val = pair.train, pair.test
         if args.list is not None:
             train = labelled_subset(train, args.protocol.removeprefix('semi_'), args.list, args.allow_partial)
+        if not args.allow_partial:
+            every_class_trains(train)
         validation = f"the data set's {len(val)} test images"
-    return Source(train, val, [str(c) for c in train.classes], validation, digest(train.digest, val.digest))
+    return Source(train, val, [str(c) for c in train.classes], validation, digest(
+        *(part for x in (train, val) for part in (x.digest, pixels_digest(x)))))
 
 
 def architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -86,36 +93,58 @@ class Target:
         self.mean, self.std = take_rgb(self.backbone)
 
     def check(self) -> None:
-        """Does the network that config.json will name take these weights? Asked before hours are spent.
+        """Does it take images of this size, and what config.json builds these weights? Asked before hours are spent.
 
         Raises:
             ValueError: no.
         """
+        model, size, classes = self.backbone.model.eval(), self.s.image_size, len(self.classes)
+        takes = model.pretrained_cfg.get('fixed_input_size') or 'img_size' in self.args
+        hint = f', or --model-args \'{{"img_size": {size}}}\'' if takes else ''
         try:
-            with torch.device('meta'):
-                plain = timm.create_model(
-                    PLAIN_TIMM.get(self.name, self.name), num_classes=len(self.classes), **self.args)
-            same = {k: v.shape for k, v in plain.state_dict().items()} == {
-                k: v.shape for k, v in self.backbone.model.state_dict().items()}
+            with torch.no_grad():
+                out = model(torch.zeros(1, 3, size, size, device=next(model.parameters()).device))
+        except (RuntimeError, AssertionError) as e:  # an image too small, or not of the one size that a network takes
+            raise ValueError(
+                f'{self.backbone.name} does not run on images of {size} px ({_line(e)}); give another --image-size'
+                f'{hint}') from None
+        if out.shape != (1, classes):
+            raise ValueError(
+                f'{self.backbone.name} makes {tuple(out.shape)} of an image, not a row of {classes} classes; give '
+                'another --model or other --model-args')
+        try:
+            with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
+                write_json(Path(folder) / CONFIG, self.config())
+                plain = timm.create_model(f'local-dir:{folder}')
         except (RuntimeError, TypeError, ValueError, AssertionError) as e:
-            raise ValueError(f'{self.name}: timm cannot build it ({" ".join(str(e).split())[:150]})') from None
-        if not same:
+            raise ValueError(f'{self.name}: timm cannot build it ({_line(e)})') from None
+        if _shapes(plain) != _shapes(model):
             raise ValueError(
                 f'{self.name} {self.args or ""}: timm builds another network by this name than the weights are of; '
                 'give --model-args')
 
-    def export(self, model: nn.Module) -> None:
-        """config.json and model.safetensors, for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
+    def config(self) -> dict[str, Any]:
+        """config.json of the classifier."""
         s, old = self.s, self.backbone.model.pretrained_cfg
-        config = timm_config(model, self.name, len(self.classes), {
+        config = timm_config(self.backbone.model, self.name, len(self.classes), {
             'tag': 'finetuned', 'input_size': [3, s.image_size, s.image_size],
             'crop_pct': crop_pct(s.image_size, s.resize), 'mean': list(self.mean), 'std': list(self.std),
-            **({'license': old['license']} if old.get('license') else {})})
-        config['label_names'] = self.classes
-        if self.args:
-            config['model_args'] = self.args
+            **({'license': old['license']} if old.get('license') else {})}, self.args)
+        return {**config, 'label_names': self.classes}
+
+    def export(self, model: nn.Module) -> None:
+        """config.json and model.safetensors, for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
         tensorfile.write(self.folder / MODEL, model.state_dict())
-        write_json(self.folder / CONFIG, config)
+        write_json(self.folder / CONFIG, self.config())
+
+
+def _line(e: Exception) -> str:
+    return ' '.join(str(e).split())[:150] or type(e).__name__
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Of all that it holds, whether saved or not."""
+    return {k: v.shape for k, v in (*model.named_parameters(), *model.named_buffers())}
 
 
 def take_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -159,23 +188,25 @@ def finish(
 
     target.export(training.measured)
     folder, classes, plain = target.folder, source.classes, run['protocol'] == 'plain'
-    matrix = confusion(training.val.samples.labels, predicted[:, 0], len(classes))
-    rows = per_class(matrix, classes)
+    pairs = confusion(training.val.samples.labels, predicted[:, 0])
+    rows = per_class(pairs, classes)
     _write_csv(folder / PER_CLASS, [['class', 'images', 'right', 'accuracy'], *(r.values() for r in rows)])
-    _write_csv(folder / CONFUSION, [['label \\ predicted', *classes], *([c, *r] for c, r in zip(
-        classes, matrix.tolist(), strict=True))])
+    _write_csv(folder / CONFUSION, confusion_rows(pairs, classes))
     metrics = training.accuracy(predicted)
     if len(classes) <= 5:
         del metrics['top5']
     if not plain:
         metrics |= {f'top1_epoch{h["epoch"]}': h['top1'] for h in training.history if 'top1' in h}
-    unreadable = sorted(training.train.unreadable | training.val.unreadable)
+    unreadable = sorted({*training.train.unreadable.values(), *training.val.unreadable.values()})
     protocol = {k: v for k, v in run.items() if k not in ('benchmark', 'digest', 'images', 'weights', 'model')}
     if target.backbone.bgr:
         protocol['bgr'] = 'the first layer was turned round to take RGB pixels, with the same outputs'
     if not plain:
         protocol['changed'] = deviations(run)
         protocol['note'] = 'one of nine pairs of lr and head_multiplier; which one is published with is not known'
+    counts = {c: {} for c in classes}
+    for (i, j), n in pairs.items():
+        counts[classes[i]][classes[j]] = n
     record = write_record(
         folder / RECORD, 'finetune' if plain else f'{args.dataset}_{run["protocol"]}', protocol, target.backbone,
         {'name': args.data if plain else args.dataset,
@@ -184,14 +215,14 @@ def finish(
         metrics, sum(h['seconds'] for h in training.history), {
             'best_epoch': training.best['epoch'], 'last_epoch': training.epoch, 'kept': training.s.keep,
             'stopped_early': training.epoch < training.s.epochs, 'epochs': training.history, 'per_class': rows,
-            'confusion': {c: {classes[j]: n for j, n in enumerate(row) if n} for c, row in zip(
-                classes, matrix.tolist(), strict=True)},
-            'averaged_weights': training.ema is not None, 'unreadable': unreadable})
+            'confusion': counts, 'averaged_weights': training.ema is not None, 'unreadable': unreadable})
     if len(classes) <= PRINTED:
-        say(confusion_table(matrix, rows))
+        say(confusion_table(pairs, rows))
     else:
         worst = sorted((r for r in rows if r['images']), key=lambda r: r['accuracy'])[:5]
         say('worst classes: ' + ', '.join(f'{r["class"]} {r["accuracy"]:.1f} %' for r in worst))
+    if len(classes) > WHOLE:
+        say(f'{CONFUSION} lists the pairs that occur, not the {len(classes)} x {len(classes)} of all')
     if unreadable:
         say(f'{len(unreadable)} images could not be read and were replaced; the first: {unreadable[0]}')
     what = f'best epoch {training.best["epoch"]} of {training.epoch}' if plain else f'epoch {training.best["epoch"]}'
@@ -202,21 +233,35 @@ def finish(
     return record
 
 
-def per_class(matrix: Tensor, classes: list[str]) -> list[dict[str, Any]]:
+def per_class(pairs: Pairs, classes: list[str]) -> list[dict[str, Any]]:
     """Of each class the validation images, how many are right, and percent; None where there is no image."""
-    counts = matrix.sum(1).tolist()
-    return [
-        {'class': c, 'images': n, 'right': r, 'accuracy': round(100 * r / n, 2) if n else None}
-        for c, n, r in zip(classes, counts, matrix.diagonal().tolist(), strict=True)]
+    rows = [{'class': c, 'images': 0, 'right': 0, 'accuracy': None} for c in classes]
+    for (i, j), n in pairs.items():
+        rows[i]['images'] += n
+        if i == j:
+            rows[i]['right'] = n
+    for r in rows:
+        if r['images']:
+            r['accuracy'] = round(100 * r['right'] / r['images'], 2)
+    return rows
 
 
-def confusion_table(matrix: Tensor, rows: list[dict[str, Any]]) -> str:
+def confusion_rows(pairs: Pairs, classes: list[str]) -> list[list[Any]]:
+    """The whole matrix, a row for each label; of more than WHOLE classes the pairs that occur."""
+    if len(classes) > WHOLE:
+        return [['label', 'predicted', 'images'], *([classes[i], classes[j], n] for (i, j), n in pairs.items())]
+    counts = ([pairs.get((i, j), 0) for j in range(len(classes))] for i in range(len(classes)))
+    return [['label \\ predicted', *classes], *([c, *row] for c, row in zip(classes, counts, strict=True))]
+
+
+def confusion_table(pairs: Pairs, rows: list[dict[str, Any]]) -> str:
     """Rows: labels; columns: predictions, by number; last: percent right."""
     names = [f'{i} {r["class"]}'[:24] for i, r in enumerate(rows)]
     head = 'label, predicted as'
-    wide, cell = max(map(len, [head, *names])), max(4, len(str(matrix.max().item())) + 1)
+    wide, cell = max(map(len, [head, *names])), max(4, len(str(max(pairs.values()))) + 1)
     lines = [f'{head:{wide}}' + ''.join(f'{i:>{cell}}' for i in range(len(rows))) + '   right']
-    for name, r, counts in zip(names, rows, matrix.tolist(), strict=True):
+    for i, (name, r) in enumerate(zip(names, rows, strict=True)):
+        counts = [pairs.get((i, j), 0) for j in range(len(rows))]
         right = '    none' if r['accuracy'] is None else f'{r["accuracy"]:6.1f} %'
         lines.append(f'{name:{wide}}' + ''.join(f'{n:>{cell}}' for n in counts) + right)
     return '\n'.join(lines)

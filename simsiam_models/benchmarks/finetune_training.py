@@ -1,12 +1,12 @@
 """Backbone + classifier -> a trained classifier: optimizer, schedule, averaging, early stopping, checkpoints."""
 import math
 import time
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
@@ -55,33 +55,43 @@ def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
     """A new last layer, N(0, 0.01) and bias 0; every parameter trains."""
     model.reset_classifier(classes)
     rng = torch.Generator().manual_seed(seed)
-    for layer in model.get_classifier().modules():
+    for layer in classifier(model).modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             weight = torch.empty(layer.weight.shape).normal_(0, 0.01, generator=rng)
             with torch.no_grad():
                 layer.weight.copy_(weight)
-                layer.bias.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
     model.requires_grad_(True)
+
+
+def classifier(model: nn.Module) -> nn.Module:
+    """The last layer, or all of them where there is one for each token (deit_*_distilled, levit_*)."""
+    last = model.get_classifier()
+    return nn.ModuleList(last) if isinstance(last, (tuple, list)) else last
 
 
 def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
     """Each group's `lr_scale` is what its rate is multiplied by.
 
     Raises:
-        ValueError: timm has no such optimizer.
+        ValueError: timm has no such optimizer, or it needs what is not here: a library, a GPU, second derivatives.
     """
     if s.head_multiplier is not None:
-        head = {id(p) for p in model.get_classifier().parameters()}
+        head = {id(p) for p in classifier(model).parameters()}
         groups = [
             dict(params=[p for p in model.parameters() if id(p) not in head], lr_scale=1.0),
             dict(params=[p for p in model.parameters() if id(p) in head], lr_scale=s.head_multiplier)]
         return torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model, s.optimizer, s.lr, s.weight_decay, s.momentum, layer_decay=s.layer_decay)
-    except (ValueError, TypeError, ImportError) as e:
+        if getattr(optimizer, 'is_second_order', False):
+            raise ValueError('it needs second derivatives, which are not computed here')
+    except (ValueError, TypeError, ImportError, AssertionError) as e:
         raise ValueError(
-            f'--opt {s.optimizer}: timm cannot make it ({" ".join(str(e).split())[:150]}); adamw or sgd') from None
+            f'--opt {s.optimizer}: cannot be used ({" ".join(str(e).split())[:150]}); adamw or sgd') from None
+    return optimizer
 
 
 def lr_factor(s: Settings, step: int, steps: int) -> float:
@@ -182,6 +192,7 @@ class Training:
             if self.ema:
                 self.ema.update(self.model, step + 1)
             total += loss.detach()
+        self.train.join(world)
         mean = mean_over_processes(total / len(keys), world).item()
         if not math.isfinite(mean):
             raise RuntimeError(
@@ -198,6 +209,7 @@ class Training:
                 out = self.measured(x.contiguous(memory_format=torch.channels_last)).float()
             first = out.topk(min(5, out.shape[1])).indices
             rows.append(torch.stack([first[:, 0], (first == y[:, None]).any(1).long()], 1))
+        self.val.join(self.world)
         mine = torch.cat(rows) if rows else torch.zeros(0, 2, dtype=torch.long, device=self.world.device)
         return gather_rows(mine, len(self.val.samples), self.world).cpu()
 
@@ -210,42 +222,26 @@ class Training:
         return {
             'model': self.model.state_dict(), 'ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(), 'epoch': self.epoch,
-            'history': self.history, 'best': self.best, 'stale': self.stale, 'run': self.run}
+            'history': self.history, 'best': self.best, 'stale': self.stale, 'run': self.run,
+            'unreadable': [self.train.unreadable, self.val.unreadable],
+            'step': 0, 'knn': [], 'processes': self.world.size, 'healthy': True}  # as train.py's have: checkpoint.KEYS
 
     def _resume(self) -> None:
-        state = self.world.share(lambda: read_newest(self.folder, self.say))
+        state = self.world.share(lambda: checkpoint.load(self.folder, self.say))
         if state is None:
             return
         self.model.load_state_dict(state['model'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
-        self.scaler.load_state_dict(state['scaler'])
+        if state['scaler']:  # empty where the run began in another precision
+            self.scaler.load_state_dict(state['scaler'])
         self.epoch, self.history, self.best, self.stale = (state[k] for k in ('epoch', 'history', 'best', 'stale'))
+        self.train.unreadable, self.val.unreadable = state['unreadable']
         self.say(f'continuing after epoch {self.epoch}')
 
 
-def read_newest(folder: Path, say: Callable[[str], Any]) -> dict[str, Any] | None:
-    """The newest whole checkpoint, or None where there is none; a torn one is named and passed over.
-
-    Raises:
-        ValueError: there are checkpoints and none can be read.
-    """
-    found = [p for p in (folder / checkpoint.LAST, folder / checkpoint.PREVIOUS) if p.exists()]
-    for path in found:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:
-                    raise ValueError
-            return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e:  # a torn file raises whatever its bytes lead to
-            say(f'{path} cannot be read ({type(e).__name__}); looking for the one before')
-    if found:
-        raise ValueError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
-    return None
-
-
-def confusion(labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """(classes, classes) counts: row the label, column what was predicted."""
-    pairs = torch.as_tensor(labels).long() * classes + predicted
-    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+def confusion(labels: np.ndarray, predicted: Tensor) -> dict[tuple[int, int], int]:
+    """(label, what was predicted) -> how often, of the pairs that occur: of many classes few do."""
+    pairs, counts = np.unique(np.stack([labels, predicted.numpy()], 1), axis=0, return_counts=True)
+    return {(i, j): n for (i, j), n in zip(pairs.tolist(), counts.tolist(), strict=True)}

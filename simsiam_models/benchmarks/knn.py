@@ -87,7 +87,8 @@ def add_extraction(parser: argparse.ArgumentParser) -> None:
     add('--image-size', type=int, metavar='N', help='pixels of the centre crop (default: 224; CIFAR: 32)')
     add('--resize', type=int, metavar='N', help='short side before that (default: image size x 8/7; CIFAR: the same)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
-    add('--batch-size', type=int, default=256, metavar='N', help='images in a forward pass (default: 256)')
+    add('--batch-size', type=int, default=256, metavar='N',
+        help='images in a forward pass (default: 256; a CPU takes 8 at most)')
     add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
         help='precision of the forward pass (default: auto, which is off, as published)')

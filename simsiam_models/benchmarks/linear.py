@@ -11,6 +11,9 @@ import argparse
 import dataclasses
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +104,7 @@ NUMBERS: dict[str, tuple[type, str]] = {
     'lighting': (float, 'standard deviation of the PCA noise'),
     'flip_p': (float, 'probability of a horizontal flip'),
     'image_size': (int, 'pixels'),
-    'resize': (int, 'short side of a test image, pixels'),
+    'resize': (int, "short side of a test image, and of Places205's training images, pixels"),
     'eval_every': (int, 'epochs between evaluations'),
     'report_epochs': (int, 'epochs that are reported as well'),
 }
@@ -164,6 +167,10 @@ def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off')
         raise ValueError(f'--flip-p {p.flip_p}: a probability is between 0 and 1')
     if p.nesterov and p.momentum == 0:
         raise ValueError('--momentum 0 leaves nothing to Nesterov; use a value above 0')
+    if not all(1 <= e <= p.epochs for e in given.get('report_epochs', ())):
+        raise ValueError(
+            f'--report-epochs {" ".join(map(str, p.report_epochs))}: there are epochs 1 to {p.epochs}; name some of '
+            'these, or raise --epochs')
     if p.report_epochs and max(p.report_epochs) > p.epochs:
         p = dataclasses.replace(p, report_epochs=tuple(e for e in p.report_epochs if e <= p.epochs))
     old, new = dataclasses.asdict(base), dataclasses.asdict(p)
@@ -199,10 +206,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='precision of the frozen backbone; auto is off, as published (float32)')
     parser.add_argument(
         '--micro-batch', type=int, metavar='N',
-        help='images in one pass through the frozen backbone: memory, not the result (default: 256, on a CPU 32)')
-    parser.add_argument('--cache', type=Path, metavar='DIR', help='where features are kept (auto)')
-    parser.add_argument('--allow-partial', action='store_true', help='go on with a part of the data set')
-    parser.add_argument('--fresh', action='store_true', help='do not continue a run that was stopped')
+        help='images in one pass through the frozen backbone: memory, not the result (default: 256, on a CPU 8; auto '
+        'takes at most 8 on a CPU)')
+    parser.add_argument(
+        '--cache', type=Path, metavar='DIR', help="auto: where features are kept (default: the package's cache)")
+    parser.add_argument(
+        '--allow-partial', action='store_true',
+        help='go on with a part of the data set, or without unreadable images (which are looked for first)')
+    parser.add_argument(
+        '--fresh', action='store_true', help='do not continue a run that was stopped (auto has none to continue)')
     group = parser.add_argument_group('numbers of the protocol', 'with any of these it is no longer the published one')
     for name, (kind, text) in NUMBERS.items():
         nargs = {'crop_scale': 2, 'lr_steps': '*', 'report_epochs': '*'}.get(name)
@@ -216,9 +228,11 @@ def run(args: argparse.Namespace) -> int:
     from ..training.distributed import join_world
     from ..training.stopping import Signals, Stopped
 
+    check(args)
+    auto = args.protocol == 'auto'
     try:
         with Signals() as signals, join_world(args.device) as world:
-            if args.protocol == 'auto':
+            if auto:
                 from .probe import run_auto
 
                 run_auto(args, world)
@@ -226,53 +240,100 @@ def run(args: argparse.Namespace) -> int:
                 _run(args, world, signals)
     except Stopped as e:
         if os.environ.get('RANK', '0') == '0':
-            print(f'simsiam linear: {e}; the same command goes on from the last checkpoint', file=sys.stderr)
+            then = 'keeps the features that are made, and trains anew' if auto else 'goes on from the last checkpoint'
+            print(f'simsiam linear: {e}; the same command {then}', file=sys.stderr)
         return e.code
     except torch.OutOfMemoryError as e:
-        raise RuntimeError(f'out of memory: lower --micro-batch ({str(e).split(". ")[0]})') from None
+        raise RuntimeError(
+            f'out of memory ({str(e).split(". ")[0]}): not the backbone, but the classifiers do not fit; lower '
+            '--batch-size, or use another --device') from None
     return 0
+
+
+@contextmanager
+def backbone_fits() -> Iterator[None]:
+    """Around what sends images through the backbone. Raises RuntimeError where the memory does not suffice."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise RuntimeError(
+            f'out of memory ({str(e).split(". ")[0]}) in the backbone: lower --micro-batch') from None
 
 
 def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     from .backbone import load_backbone
     from .datasets import open_pair
-    from .linear_training import LinearRun
+    from .linear_data import readable
+    from .linear_training import LinearRun, tap_shapes
     from .record import print_record, record_path, write_record
 
     amp = 'off' if args.amp == 'auto' else args.amp
     chosen = choose(args.protocol, args.dataset, {k: getattr(args, k) for k in NUMBERS}, amp)
-    check_sizes(args)
     if amp == 'float16' and world.device.type != 'cuda':
         raise ValueError(f'--amp float16 does not run on {world.device.type}; use bfloat16 or off')
-    pair = open_pair(args.dataset, args.data, args.allow_partial)
-    backbone = load_backbone(args.model, world.device)
+    world.share(lambda: check_output(args.output))
+    say = print if world.main else _silent
+    pair = world.attempt(lambda: open_pair(args.dataset, args.data, args.allow_partial))
+    backbone = world.attempt(lambda: load_backbone(args.model, world.device))
+    pooling = tap_shapes(backbone, chosen.protocol, world.device)[1]
+    if pooling == 'adaptive':
+        chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', pooling)})
     benchmark, data = benchmark_name(chosen, args.dataset), pair.data()
     protocol = {**chosen.record(), 'seed': args.seed, 'amp': amp, 'ties': 'wrong'}
+    if pooling is not None:
+        protocol['pooling'] = pooling
     if chosen.protocol.reported == 'best':
         protocol['best_chosen_on'] = 'test images, as in the released code'
     path = record_path(args.output, benchmark, backbone, protocol, data)
-    say = print if world.main else _silent
     say(f'{args.dataset}, {len(pair.train)} training and {len(pair.test)} test images; {chosen.describe()}')
+    listed = len(pair.train) + len(pair.test)
+    if args.allow_partial:
+        pair = readable(pair, args.workers, world, say)
     run = LinearRun(
         chosen.protocol, chosen.label, backbone, pair, world, args.seed, amp, args.micro_batch, args.workers,
-        path.with_suffix('.pth'), {'protocol': protocol, 'weights': backbone.digest, 'data': data}, signals, say)
+        path.with_suffix('.pth'), {'protocol': protocol, 'weights': backbone.digest, 'data': pair.data()}, signals, say)
     if not args.fresh:
         run.resume()
     run.train()
-    run.check_frozen()
+    world.attempt(run.check_frozen)
     if world.main:
         record = write_record(
             path, benchmark, protocol, backbone, data, run.metrics(), run.seconds,
-            {'epochs': run.history})
+            {'epochs': run.history, 'unreadable': listed - len(pair.train) - len(pair.test)})
         say(f'by protocol {chosen.label}: {print_record(record)}\nwritten to {path}')
 
 
-def check_sizes(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
     """Raises ValueError."""
-    if args.micro_batch is not None and args.micro_batch < 1:
-        raise ValueError(f'--micro-batch {args.micro_batch}: at least 1')
-    if args.workers is not None and args.workers < 0:
-        raise ValueError(f'--workers {args.workers}: 0 or more')
+    auto = args.protocol == 'auto'
+    rules = [
+        ('--micro-batch', args.micro_batch, args.micro_batch is None or args.micro_batch >= 1, 'must be at least 1'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'must be at least 0'),
+        ('--seed', args.seed, 0 <= args.seed < 2**63, f'must be in 0 .. {2**63 - 1}'),
+        ('--cache', args.cache, auto or args.cache is None, 'only --protocol auto keeps features; leave it out'),
+        ('--fresh', '', not auto or not args.fresh, '--protocol auto always trains anew; leave it out')]
+    for flag, value, ok, rule in rules:
+        if not ok:
+            raise ValueError(f'{flag} {value}'.rstrip() + f': {rule}')
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder of the records, and see that it can be written to, before hours of work.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(b'simsiam')
+            f.flush()
+    except OSError as e:
+        raise ValueError(
+            f'--output {folder}: no record can be written there ({e.strerror}); name a folder that can be written '
+            'to') from None
 
 
 def _silent(*what: Any) -> None:

@@ -3,19 +3,24 @@
 What an image is turned into depends on (seed, epoch, index) alone, as in pretraining. No batch is dropped: the last one
 is short.
 """
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import Images, kernel
-from ..data.augment import Augmentation, _send, crop, crop_box, draw, jitter_and_gray
+from ..data import DataError, Images, UnreadableError, kernel
+from ..data.augment import Augmentation, _send, crop, crop_box, draw, jitter_and_gray, resize, short_side
 from ..data.counted import permutation, uniforms
 from ..data.loader import _parts, _threads, in_order
+from ..training.distributed import World, default_workers
+from .datasets import Pair, subset
 from .linear import Protocol
 
 LIGHTING_VIEW = 2  # counted numbers that no view uses
@@ -48,15 +53,50 @@ def lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
     return ((std * normal * VALUES) @ VECTORS.T).astype(np.float32)
 
 
-def centre(image: np.ndarray, resize: int, size: int) -> Image.Image:
-    """torchvision's Resize (short side, bilinear, antialiased) and CenterCrop of (H, W, 3) uint8."""
-    pil = Image.fromarray(image)
-    w, h = pil.size
-    if min(w, h) != resize:
-        pil = pil.resize(
-            (resize, int(resize * h / w)) if w <= h else (int(resize * w / h), resize), Image.Resampling.BILINEAR)
-    left, top = round((pil.width - size) / 2), round((pil.height - size) / 2)
-    return pil.crop((left, top, left + size, top + size))
+def readable(pair: Pair, workers: int | None, world: World, say: Callable[[str], Any]) -> Pair:
+    """The pair without the images that cannot be read: all are read once, of several processes each reads a share.
+
+    Raises:
+        DataError: most of them cannot be read.
+    """
+    say('reading all images once: those that cannot be read are left out (--allow-partial)')
+    threads = _threads(default_workers(world.device) if workers is None else workers)
+    kept, whys = {}, []
+    for name in ('train', 'test'):
+        images: Images = getattr(pair, name)
+        bad = _unreadable(images, threads, world)
+        if 2 * len(bad) > len(images):
+            raise DataError(
+                f'{min(bad.items())[1]}; {len(bad)} of {len(images)} images cannot be read: is the data still there?')
+        if bad:
+            kept[name] = subset(images, np.setdiff1d(np.arange(len(images)), list(bad)))
+            whys += [bad[i] for i in sorted(bad)]
+    if not kept:
+        return pair
+    say(f'{len(whys)} images cannot be read and are left out, the first: {whys[0]}')
+    return dataclasses.replace(pair, **kept)
+
+
+def _unreadable(images: Images, threads: ThreadPoolExecutor | None, world: World) -> dict[int, str]:
+    bad: dict[int, str] = {}
+
+    def look(rows: np.ndarray) -> None:
+        for i in rows:
+            try:
+                images.read(int(i))
+            except UnreadableError as e:
+                bad[int(i)] = str(e)
+
+    mine = np.arange(world.rank, len(images), world.size)
+    jobs = ((None, [functools.partial(look, mine[part])]) for part in _parts(len(mine)))
+    world.attempt(lambda: list(in_order(threads, jobs)))
+    return {i: why for found in world.gather(bad) for i, why in found.items()}
+
+
+def centre(image: np.ndarray, short: int, size: int, left: int, top: int, out: np.ndarray) -> None:
+    """torchvision's Resize (to `short`) and CenterCrop (of `size`) of (H, W, 3) uint8; `out` is its window there."""
+    width, height = short_side(image, short)
+    resize(image, width, height, round((width - size) / 2) + left, round((height - size) / 2) + top, out)
 
 
 class _Reader:
@@ -74,9 +114,13 @@ class _Reader:
         size = self.protocol.image_size
         return torch.empty(n, size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
 
-    def close(self) -> None:
-        if self.threads is not None:
-            self.threads.shutdown(cancel_futures=True)
+    def read(self, row: int) -> np.ndarray:
+        try:
+            return self.images.read(int(row))
+        except UnreadableError as e:
+            raise UnreadableError(
+                f'{e}; a benchmark on other images is another benchmark: repair or remove it, or leave it out with '
+                '--allow-partial') from None
 
 
 class TrainCrops(_Reader):
@@ -132,14 +176,13 @@ class TrainCrops(_Reader):
         return piece
 
     def _fill(self, piece: Piece, part: slice) -> None:
-        images = [self.images.read(int(i)) for i in piece.rows[part]]
+        images = [self.read(i) for i in piece.rows[part]]
         out, p = piece.pixels.numpy(), self.protocol
         if p.augmentation == 'random_crop':  # Resize, CenterCrop and RandomCrop
             room = p.resize - p.image_size + 1
             for row, image in zip(range(part.start, part.stop), images, strict=True):
                 left, top = (int(x * room) for x in piece.u[row, :2])
-                square = centre(image, p.resize, p.resize)
-                out[row] = np.asarray(square.crop((left, top, left + p.image_size, top + p.image_size)))
+                centre(image, p.resize, p.resize, left, top, out[row])
         elif kernel.library() is not None:
             kernel.views(images, piece.u[part], self.rule, None, out, np.arange(part.start, part.stop))
         else:
@@ -159,7 +202,7 @@ class CentreCrops(_Reader):
     def _fill(self, piece: Piece, part: slice) -> None:
         p, out = self.protocol, piece.pixels.numpy()
         for row in range(part.start, part.stop):
-            out[row] = np.asarray(centre(self.images.read(int(piece.rows[row])), p.resize, p.image_size))
+            centre(self.read(piece.rows[row]), p.resize, p.image_size, 0, 0, out[row])
 
 
 def to_device(

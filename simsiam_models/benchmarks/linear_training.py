@@ -7,7 +7,8 @@ batches included, and no gradient is exchanged (features of a batch are smaller 
 import math
 import os
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,59 @@ from ..training.checkpoint import differences, write_atomically
 from ..training.distributed import World, default_workers, gather_rows
 from ..training.precision import AMP
 from ..training.stopping import Signals, Stopped
-from .backbone import Backbone, pooled, taps, weights_digest
+from .backbone import Backbone, fits_protocol, pooled, taps, weights_digest
 from .features import CPU_BATCH, _full_precision
-from .linear import Protocol
+from .linear import Protocol, backbone_fits
 from .linear_data import CentreCrops, Piece, TrainCrops, to_device
 from .linear_heads import Heads, lr_at, make_optimizer, right_within
 
 CHECK_EVERY = 50  # steps after which the loss is looked at; reading it makes the host wait
+SAVE_EVERY = 600.0  # seconds, within an epoch
+KEYS = {'heads', 'optimizer', 'epoch', 'step', 'sums', 'seen', 'history', 'identity', 'seconds'}  # of a checkpoint
+
+
+@torch.no_grad()
+def tap_shapes(
+    backbone: Backbone, p: Protocol, device: torch.device) -> tuple[list[tuple[int, int]], str | None]:
+    """(channels, values per channel) of each tap, and how taps are pooled.
+
+    'mmselfsup' is the protocol's pooling, of the maps of a ResNet at 224 px; others are pooled 'adaptive'. The average
+    pool (None) is the network's own.
+
+    Raises:
+        ValueError: the backbone does not take images of this size, or gives no row for each.
+    """
+    x = torch.zeros(1, 3, p.image_size, p.image_size, device=device)
+    try:
+        if p.inputs == 'avgpool':
+            y = backbone.model(x)
+            if y.ndim != 2:
+                raise ValueError(f'--model {backbone.name} gives {tuple(y.shape)}, not (B, D)')
+            return [(y.shape[1], 1)], None
+        maps = taps(backbone, x)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f'--model {backbone.name} does not take images of {p.image_size} pixels ({e}); give another '
+            '--image-size') from None
+    fits = fits_protocol(maps)
+    shapes = [(m.shape[1], y.shape[1] // m.shape[1]) for m, y in zip(maps, pooled(maps, not fits), strict=True)]
+    return shapes, 'mmselfsup' if fits else 'adaptive'
+
+
+def check_batches(n: int, batch: int, single: bool) -> None:
+    """Batch norm of the heads needs two values of a channel; `single`: some tap has one for each image.
+
+    Raises:
+        ValueError: a batch of one image.
+    """
+    if batch > 1 and not (single and 1 in (n, n % batch)):
+        return
+    if n < 2:
+        raise ValueError(f'{n} training image, and batch norm of the classifiers needs 2 in a batch; add images')
+    fits = next(size for size in range(max(2, batch), n + 1) if n % size != 1)
+    raise ValueError(
+        f'--batch-size {batch}: of {n} images {"the last" if batch > 1 else "each"} batch would hold 1, and batch norm '
+        f'of the classifiers needs 2; use --batch-size {fits}')
 
 
 class LinearRun:
@@ -43,10 +90,6 @@ class LinearRun:
         micro: int | None, workers: int | None, path: Path, identity: dict[str, Any], signals: Signals | None = None,
         say: Callable[[str], Any] = print,
     ) -> None:
-        if not label:
-            raise ValueError('a linear evaluation needs the name of its protocol: its numbers are printed with it')
-        if pair.train.labels is None or pair.test.labels is None:
-            raise ValueError(f'{pair.name} has no labels; a linear evaluation needs class folders, or another DATA')
         self.p, self.label, self.backbone, self.world, self.amp = protocol, label, backbone, world, amp
         self.classes, self.path, self.identity, self.say = pair.classes, path, identity, say
         self.signals = signals or Signals()
@@ -57,13 +100,10 @@ class LinearRun:
         self.test_images = CentreCrops(pair.test, protocol, micro, world.device, workers)
         self.labels = [np.asarray(x.labels).astype(np.int64) for x in (pair.train, pair.test)]
         self.model = backbone.model.eval().requires_grad_(False)
-        self.shapes = self._shapes()
+        self.shapes, self.pooling = tap_shapes(backbone, protocol, world.device)
         self.names = [f'feature{i + 1}' for i in range(len(self.shapes))] if protocol.inputs == 'five' else ['']
-        n, last = len(pair.train), len(pair.train) % protocol.batch_size
-        if protocol.inputs == 'five' and 1 in (n, last) and any(values == 1 for _, values in self.shapes):
-            raise ValueError(
-                f'the last batch of {n} images by {protocol.batch_size} holds 1 image, and batch norm needs 2; use '
-                f'--batch-size {protocol.batch_size + 1}')
+        if protocol.inputs == 'five':
+            check_batches(len(pair.train), protocol.batch_size, any(values == 1 for _, values in self.shapes))
         self.heads = Heads(
             self.shapes, self.classes, protocol.inputs == 'five', protocol.init_std, seed).to(world.device)
         self.optimizer = make_optimizer(self.heads, protocol)
@@ -72,6 +112,7 @@ class LinearRun:
         self.history: list[dict[str, Any]] = []
         self.sums = torch.zeros(1 + len(self.names), dtype=self.wide, device=world.device)  # loss; right per tap
         self.seen, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
+        self.saved = time.monotonic()
 
     # What the heads see.
 
@@ -82,33 +123,17 @@ class LinearRun:
             if self.p.inputs == 'avgpool':
                 return [self.model(x).float()]
             maps = taps(self.backbone, x)
-        return [y.float() for y in self._pooled([m.float() for m in maps])]
+        return pooled(maps, self.pooling == 'adaptive')
 
     def _pooled(self, maps: list[Tensor]) -> list[Tensor]:
         return pooled(maps) if self.p.image_size == 224 else pooled(maps, adaptive=True)
 
-    @torch.no_grad()
-    def _shapes(self) -> list[tuple[int, int]]:
-        """(channels, values per channel) per tap."""
-        x = torch.zeros(1, 3, self.p.image_size, self.p.image_size, device=self.world.device)
-        try:
-            if self.p.inputs == 'avgpool':
-                y = self.model(x)
-                if y.ndim != 2:
-                    raise ValueError(f'--model {self.backbone.name} gives {tuple(y.shape)}, not (B, D)')
-                return [(y.shape[1], 1)]
-            maps = taps(self.backbone, x)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(
-                f'--model {self.backbone.name} does not take images of {self.p.image_size} pixels ({e}); give another '
-                '--image-size') from None
-        return [(m.shape[1], y.shape[1] // m.shape[1]) for m, y in zip(maps, self._pooled(maps), strict=True)]
-
     def _piece(self, piece: Piece) -> list[Tensor]:
         if not len(piece.rows):
             return [torch.zeros(0, c * n, device=self.world.device) for c, n in self.shapes]
-        return self.features(
-            to_device(piece, self.world.device, self.backbone.mean, self.backbone.std, self.backbone.bgr))
+        with backbone_fits():
+            return self.features(
+                to_device(piece, self.world.device, self.backbone.mean, self.backbone.std, self.backbone.bgr))
 
     # The loop.
 
@@ -117,9 +142,9 @@ class LinearRun:
 
         Raises:
             Stopped: a signal came; the checkpoint holds this very step.
-            RuntimeError: the loss is no number.
+            RuntimeError: the loss is no number, or an image cannot be read; on every process.
         """
-        self.started = time.perf_counter()
+        self.started, self.saved = time.perf_counter(), time.monotonic()
         while self.epoch < self.p.epochs:
             self.signals.deferred = True
             self._train_epoch()
@@ -143,22 +168,29 @@ class LinearRun:
         lr = lr_at(self.epoch, self.p)
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        self.clock, self.seen_now, parts = time.perf_counter(), 0, []
-        for piece, rows in self.train_images.epoch(self.epoch, self.step):
-            parts.append(self._piece(piece))
-            if not piece.last:
-                continue
-            self._step([torch.cat(x) for x in zip(*parts, strict=True)], rows)
-            parts = []
+        self.clock, self.seen_now, steps = time.perf_counter(), 0, self._steps()
+        while (step := self.world.attempt(lambda: next(steps, None))) is not None:
+            self._step(*step)
             self.step += 1
             if self.step % CHECK_EVERY == 0:
                 self._finite()
-            stop = self.world.agree([self.signals.number])[0]
-            if stop and self.step < len(self.train_images):
+            due = self.world.main and time.monotonic() - self.saved >= SAVE_EVERY
+            stop, due = self.world.agree([self.signals.number, int(due)])
+            if (stop or due) and self.step < len(self.train_images):
                 self._finite()
                 self.save()
-                raise Stopped(stop)
+                if stop:
+                    raise Stopped(stop)
         self.seconds_epoch = time.perf_counter() - self.clock
+
+    def _steps(self) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+        """The rest of the epoch: what this process has of a step's features, and the step's rows of all processes."""
+        parts = []
+        for piece, rows in self.train_images.epoch(self.epoch, self.step):
+            parts.append(self._piece(piece))
+            if piece.last:
+                yield [torch.cat(x) for x in zip(*parts, strict=True)], rows
+                parts = []
 
     def _step(self, mine: list[Tensor], rows: np.ndarray) -> None:
         labels = _send(self.labels[0][rows], self.sums)
@@ -193,14 +225,19 @@ class LinearRun:
         if self.world.size > 1:
             for x in self.heads.state_dict().values():
                 dist.broadcast(x, 0)
+        right = self.world.attempt(lambda: self._right(ks))
+        if self.world.size > 1:
+            dist.all_reduce(right)
+        return {f'top{k}': row for k, row in zip(ks, (100 * right / len(self.labels[1])).tolist(), strict=True)}
+
+    def _right(self, ks: Sequence[int]) -> Tensor:
+        """(len(ks), taps): how many of this process's test images have their label among the k highest scores."""
         right = torch.zeros(len(ks), len(self.names), dtype=self.wide, device=self.world.device)
         for piece in self.test_images.pieces(self.world.rank, self.world.size):
             labels = _send(self.labels[1][piece.rows], self.sums)
             for tap, scores in enumerate(self.heads(self._piece(piece))):
                 right[:, tap] += torch.stack([right_within(scores, labels, k) for k in ks])
-        if self.world.size > 1:
-            dist.all_reduce(right)
-        return {f'top{k}': row for k, row in zip(ks, (100 * right / len(self.labels[1])).tolist(), strict=True)}
+        return right
 
     def check_frozen(self) -> None:
         """Raises RuntimeError where any tensor of the backbone is not what it was, bit for bit."""
@@ -261,6 +298,7 @@ class LinearRun:
             write_atomically(self.path, lambda f: torch.save(state, f))
 
         self.world.share(write)
+        self.saved = time.monotonic()
 
     def resume(self) -> None:
         """From the checkpoint at `path`, if there is one.
@@ -272,8 +310,11 @@ class LinearRun:
             if not os.path.exists(self.path):
                 return None
             try:
+                with zipfile.ZipFile(self.path) as archive:
+                    if archive.testzip() is not None:  # torch.load alone may take damaged numbers for good ones
+                        raise ValueError('damaged')
                 state = torch.load(self.path, map_location='cpu', weights_only=True)
-                missing = {'heads', 'optimizer', 'epoch', 'step', 'history', 'identity'} - set(state)
+                missing = KEYS - set(state)
             except Exception as e:  # a damaged file raises whatever its bytes lead to
                 raise ValueError(
                     f'{self.path} cannot be read ({type(e).__name__}); remove it, or start anew with --fresh') from None

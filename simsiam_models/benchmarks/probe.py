@@ -1,9 +1,9 @@
 """A linear classifier on cached features (`--protocol auto`): minutes where the published protocols take a day.
 
 It is a protocol of its own, `auto_probe`, and never stands in for a published one: no augmentation, features scaled by
-the training set (so that the learning rate does not depend on the backbone's scale), a grid of learning rates and
-weight decays trained as one problem, the best chosen on held-out training images, that one trained again on all of
-them, and the optimum of its objective found by L-BFGS beside it.
+the images that are learned from (so that the learning rate does not depend on the backbone's scale), a grid of learning
+rates and weight decays trained as one problem, the best chosen on held-out training images, that one trained again on
+all of them, and the optimum of its objective found by L-BFGS beside it.
 """
 import argparse
 import dataclasses
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,17 +43,19 @@ class AutoProbe:
 class Table:
     """Features (N, D) on a disk or in memory, and labels (N,); `take` gives scaled rows on the device.
 
-    Where a table takes less than a third of the device's free memory it is held there.
+    Where a table takes less than a third of the device's free memory it is held there. `rows`: those of both that count
+    (default: all); every index is one among them.
     """
 
     def __init__(
         self, array: np.ndarray, labels: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32,
-        resident: bool | None = None,
+        resident: bool | None = None, rows: np.ndarray | None = None,
     ) -> None:
         if array.ndim != 2 or len(array) != len(labels):
             raise ValueError(f'features {array.shape} and {len(labels)} labels: rows (N, D) and a label for each')
         self.array, self.device, self.dtype = array, device, dtype
-        self.labels = torch.from_numpy(np.asarray(labels).astype(np.int64)).to(device)
+        self.rows = np.arange(len(array)) if rows is None else rows
+        self.labels = torch.from_numpy(np.asarray(labels).astype(np.int64)[self.rows]).to(device)
         self.mean = self.scale = None
         if resident is None:
             resident = device.type != 'cuda' or 3 * array.nbytes < torch.cuda.mem_get_info(device)[0]
@@ -62,7 +63,7 @@ class Table:
         self.held = torch.from_numpy(np.array(array)).to(device) if resident else None
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self.rows)
 
     @property
     def features(self) -> int:
@@ -75,6 +76,7 @@ class Table:
 
     def take(self, rows: np.ndarray) -> Tensor:
         """(n,) -> (n, D)."""
+        rows = self.rows[rows]
         if self.held is not None:
             x = self.held[torch.from_numpy(rows).to(self.device)]
         else:
@@ -164,7 +166,7 @@ def train(
     lr, wd = (torch.tensor(x, **make)[:, None] for x in zip(*members, strict=True))  # (G, 1)
     fit = Fit(torch.zeros(d, g, classes, **make), torch.zeros(g, classes, **make), np.zeros((p.epochs, g)))
     weight_m, bias_m = torch.zeros_like(fit.weight), torch.zeros_like(fit.bias)
-    batch = steps_batch(len(rows), p)
+    batch = steps_batch(len(table), p)  # the same for the grid and for the final fit
     steps = -(-len(rows) // batch)
     for epoch in range(p.epochs):
         started, total = time.perf_counter(), torch.zeros(g, **make)
@@ -258,9 +260,8 @@ def auto_probe(
             f'{p.held_out:g} of the training images; give a larger data set')
     order = permutation(p.seed, 0, n)
     chosen_on, learned = order[:held], order[held:]
-    mean, std = moments(train_table.array)
-    for table in (train_table, test_table):
-        table.scale_by(mean, std)
+    mean, std = moments(train_table.array, train_table.rows[learned])
+    train_table.scale_by(mean, std)
     members = [(lr, wd) for lr in p.lrs for wd in p.weight_decays]
     say(f'{NAME}: {len(members)} classifiers on {len(learned)} training images, chosen on {held} others; '
         f'{int((std == 0).sum())} of {len(std)} features are constant and left out')
@@ -279,6 +280,9 @@ def auto_probe(
     say(f'{NAME}: chosen lr {lr:g}, weight decay {wd:g}: {figures["top1"][best]:.2f} % of the held-out images'
         + (f'; at the edge of the grid of {" and ".join(edges)}' if edges else ''))
     everything = np.arange(n)
+    mean, std = moments(train_table.array, train_table.rows)
+    for table in (train_table, test_table):
+        table.scale_by(mean, std)
     final = train(train_table, everything, classes, [members[best]], p)
     if diverged(final, classes)[0]:
         raise RuntimeError(f'{NAME}: the chosen classifier diverged on all training images; no number is given')
@@ -305,10 +309,9 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     from .backbone import load_backbone
     from .datasets import open_pair
     from .features import Transform, extract
-    from .linear import NUMBERS, check_sizes
+    from .linear import NUMBERS, backbone_fits, check_output
     from .record import print_record, record_path, write_record
 
-    check_sizes(args)
     own = {'batch_size', 'epochs', 'momentum', 'image_size', 'resize'}
     given = {k: getattr(args, k) for k in NUMBERS if getattr(args, k) is not None}
     if others := sorted(set(given) - own):
@@ -323,23 +326,30 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     if resize < size:
         raise ValueError(f'--resize {resize} is smaller than --image-size {size}; use at least that')
     p = AutoProbe(seed=args.seed, **given)
-    pair = open_pair(args.dataset, args.data, args.allow_partial)
-    backbone = load_backbone(args.model, world.device)
+    world.share(lambda: check_output(args.output))
+    pair = world.attempt(lambda: open_pair(args.dataset, args.data, args.allow_partial))
+    backbone = world.attempt(lambda: load_backbone(args.model, world.device))
     started = time.perf_counter()
-    features = [
-        extract(
-            backbone, images, ['avgpool'], Transform(resize, size), args.cache, args.micro_batch or 256, args.workers,
-            args.amp, world) for images in (pair.train, pair.test)]
+    with backbone_fits():
+        features = [
+            extract(
+                backbone, images, ['avgpool'], Transform(resize, size), args.cache, args.micro_batch or 256,
+                args.workers, args.amp, world, args.allow_partial) for images in (pair.train, pair.test)]
     if not world.main:
         return
-    tables = [Table(f.array('avgpool'), f.labels, world.device) for f in features]
+    unreadable = [why for f in features for why in f.unreadable.values()]
+    if unreadable:
+        print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
+    tables = [Table(f.array('avgpool'), f.labels, world.device, rows=f.readable) for f in features]
     metrics, found = auto_probe(*tables, pair.classes, p)
     protocol = {
         **dataclasses.asdict(p), 'name': NAME, 'inputs': 'avgpool', 'image_size': size, 'resize': resize,
-        'augmentation': 'none', 'scaling': '(x - mean) / (std sqrt(D)) by the training images', 'ties': 'wrong',
-        'amp': args.amp, 'batch_size_used': steps_batch(len(tables[0]), p)}
-    data = pair.data()
-    path = Path(record_path(args.output, f'{args.dataset}_{NAME}', backbone, protocol, data))
+        'augmentation': 'none', 'scaling': '(x - mean) / (std sqrt(D)) by the images that are learned from',
+        'ties': 'wrong', 'amp': 'off' if args.amp == 'auto' else args.amp,
+        'batch_size_used': steps_batch(len(tables[0]), p)}
+    benchmark, data = f'{args.dataset}_{NAME}', pair.data()
+    path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(
-        path, f'{args.dataset}_{NAME}', protocol, backbone, data, metrics, time.perf_counter() - started, found)
+        path, benchmark, protocol, backbone, data, metrics, time.perf_counter() - started,
+        found | {'unreadable': len(unreadable)})
     print(f'by protocol {NAME}, which is no published one: {print_record(record)}\nwritten to {path}')

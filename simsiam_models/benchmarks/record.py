@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = 'simsiam_models benchmark', 1
 LARGEST = 64 * 2**20  # bytes of a file that can be a record
 CENTRE = {'resize': 256, 'image_size': 224}
-SQUASHED = {'squash': True, **CENTRE}
+SQUASHED = {'squash': True, 'pooling': 'mmselfsup', **CENTRE}
 COSTS = [1, 10, 100, *(0.5**n for n in range(4, 20))]
 MHEAD = {
     'inputs': 'five', 'optimizer': 'sgd', 'lr': 0.01, 'momentum': 0.9, 'nesterov': True, 'weight_decay': 1e-4,

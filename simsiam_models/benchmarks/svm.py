@@ -8,15 +8,14 @@ train, five draws of each. The published page calls these "SVM" and "Low-shot SV
     simsiam svm VOCdevkit --model simsiam_resnet50.mm_ep200_in1k --low-shot --jobs 8
 
 A process that fits all of trainval takes 1.9 GB (measured with 5011 x 8192 values). Finished fits are kept in
-OUTPUT/svm-*.jsonl, so that the same command goes on where a killed one was. While it runs, OUTPUT also holds the
-normalised features, 0.7 GB per tap.
+OUTPUT/svm-*.jsonl, so that the same command goes on where a killed one was; the seconds of a record are those of its
+fits, summed over sessions and processes. While it runs, OUTPUT also holds the normalised features, 0.7 GB per tap.
 """
 import argparse
-import hashlib
+import functools
 import json
 import os
 import shutil
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from .svm_fits import Finished, Table
+    from .features import Transform
+    from .svm_fits import Finished, Table, Task
 
 TAPS = ('feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -38,14 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--taps', nargs='+', choices=TAPS, metavar='TAP',
         help='of feat1 .. feat5 (default: all five; with --low-shot feat5, the best one of the published table)')
     add('--low-shot', action='store_true', help='k positives and 19 k negatives per class instead of all images')
-    add('--k', nargs='+', type=int, default=list(KS), metavar='K',
+    add('--k', nargs='+', type=int, metavar='K',
         help='low-shot: positives per class (default: 1 2 4 8 16 32 64 96)')
-    add('--samples', type=int, default=SAMPLES, metavar='N', help='low-shot: independent draws (default: 5)')
+    add('--samples', type=int, metavar='N', help='low-shot: independent draws (default: 5)')
     add('--seed', type=int, default=0, help="of the draws and of scikit-learn's solver (default: 0)")
     add('--jobs', type=int, metavar='N', help='processes that fit, one thread each (default: one per core)')
     add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the records (default: results)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
-    add('--batch-size', type=int, default=256, metavar='N', help='images per forward pass (default: 256)')
+    add('--batch-size', type=int, default=256, metavar='N',
+        help='images per forward pass (default: 256; a CPU takes 8 at most)')
     add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='off',
         help='precision of the forward pass (default: off, as published)')
@@ -59,39 +60,63 @@ def run(args: argparse.Namespace) -> int:
     from ..training.distributed import default_device, join_world
     from . import datasets
     from .backbone import load_backbone
-    from .record import versions
-    from .svm_fits import Finished, full, low_shot
+    from .svm_fits import Finished, alone, full, full_tasks, low_shot, low_shot_tasks, make_output
 
     _check(args)
     data = datasets.open_voc07(args.data, args.allow_partial)
     taps = sorted(set(args.taps or (['feat5'] if args.low_shot else TAPS)))
-    ks = sorted(set(args.k))
+    ks, samples = _draws(args)
     check_counts(data.names, data.labels_trainval, data.labels_test, ks if args.low_shot else None)
-    start = time.monotonic()
     with join_world(args.device or default_device()) as world:
+        world.share(lambda: make_output(args.output))
         backbone = load_backbone(args.model, world.device)
         features = _extract(args, backbone, data, taps, world)
+        pooling = pooling_of(backbone, args.image_size)
     if not world.main:
         return 0
-    name = hashlib.sha256(json.dumps([
-        *(f.digest for f in features), _bytes_digest(data.labels_trainval), _bytes_digest(data.labels_test), args.seed,
-        versions()['scikit-learn']]).encode()).hexdigest()[:12]
-    args.output.mkdir(parents=True, exist_ok=True)
-    work = args.output / f'.svm-{name}'
-    table = write_table(work, features, taps, data.labels_trainval, data.labels_test, args.seed)
+    labels = tuple(x[f.readable] for x, f in zip((data.labels_trainval, data.labels_test), features, strict=True))
     unreadable = sum(len(f.unreadable) for f in features)
     if unreadable:
         print(f'{unreadable} images cannot be read and are left out')
-        check_counts(data.names, table.labels_trainval, table.labels_test, ks if args.low_shot else None)
-    finished = Finished(args.output / f'svm-{name}.jsonl')
-    jobs = args.jobs or _cores()
-    if args.low_shot:
-        results = low_shot(table, finished, taps, ks, args.samples, data.labels_test.shape[1], jobs)
-    else:
-        results = full(table, finished, taps, data.names, jobs)
-    shutil.rmtree(work)
-    _report(args, backbone, data, results, finished, unreadable, time.monotonic() - start)
+        check_counts(data.names, *labels, ks if args.low_shot else None)
+    name = name_of(args, features, taps, labels)
+    work, jobs, classes = args.output / f'.svm-{name}', args.jobs or _cores(), len(data.names)
+    with alone(work):
+        finished = Finished(args.output / f'svm-{name}.jsonl')
+
+        def tasks() -> list['Task']:
+            return low_shot_tasks(taps, ks, samples, classes) if args.low_shot else full_tasks(finished, taps, classes)
+
+        left = sorted({task[1] for task in tasks() if task not in finished.results})  # taps
+        table = write_table(work, features, left, data.labels_trainval, data.labels_test, args.seed)
+        if args.low_shot:
+            results = low_shot(table, finished, taps, ks, samples, classes, jobs)
+        else:
+            results = full(table, finished, taps, data.names, jobs)
+        shutil.rmtree(work)
+        seconds = {tap: sum(finished.seconds[task] for task in tasks() if task[1] == tap) for tap in taps}
+        _report(args, protocol_of(args, pooling, unreadable), backbone, data, results, finished, unreadable, seconds)
     return 0
+
+
+def _draws(args: argparse.Namespace) -> tuple[list[int], int]:
+    """Low-shot: the ks, and how many draws."""
+    return sorted(set(args.k or KS)), args.samples or SAMPLES
+
+
+def name_of(
+    args: argparse.Namespace, features: tuple[Any, Any], taps: Sequence[str], labels: tuple['np.ndarray', 'np.ndarray'],
+) -> str:
+    """16 hexadecimal characters of all that decides a fit; --k and --samples only decide which fits there are."""
+    from ..data.index import digest
+    from .record import versions
+    from .svm_fits import AP, COSTS, FOLDS, FORMAT, NEGATIVES, SVC
+
+    about = {
+        'format': FORMAT, 'low_shot': args.low_shot, 'taps': taps, 'seed': args.seed, 'svm': SVC, 'costs': COSTS,
+        'folds': FOLDS, 'negatives': NEGATIVES, 'ap': AP, 'scikit-learn': versions()['scikit-learn']}
+    rows = (part for f, x in zip(features, labels, strict=True) for part in (f.digest, f.readable, x))
+    return digest(json.dumps(about), *rows)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -99,10 +124,13 @@ def _check(args: argparse.Namespace) -> None:
         import sklearn  # noqa: F401
     except ImportError:
         raise RuntimeError("simsiam svm needs scikit-learn: pip install 'simsiam-models[benchmarks]'") from None
+    for flag, value in ('--k', args.k and ' '.join(map(str, args.k))), ('--samples', args.samples):
+        if value is not None and not args.low_shot:
+            raise ValueError(f'{flag} {value}: is of the low-shot SVM; add --low-shot, or leave {flag} out')
     rules = [
         ('--jobs', args.jobs, args.jobs is None or args.jobs >= 1, 'at least 1'),
-        ('--samples', args.samples, args.samples >= 1, 'at least 1'),
-        ('--k', args.k, min(args.k) >= 1, 'at least 1 each'),
+        ('--samples', args.samples, args.samples is None or args.samples >= 1, 'at least 1'),
+        ('--k', args.k, args.k is None or min(args.k) >= 1, 'at least 1 each'),
         ('--batch-size', args.batch_size, args.batch_size >= 1, 'at least 1'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
         ('--seed', args.seed, 0 <= args.seed < 2**32, '0 .. 4294967295'),
@@ -137,15 +165,37 @@ def check_counts(
             raise ValueError(f'{name}: no positive test image, so there is no average precision; use all of VOC07')
 
 
-def _extract(args: argparse.Namespace, backbone: Any, data: Any, taps: Sequence[str], world: Any) -> tuple[Any, Any]:
-    from .features import Transform, extract
+def transform_of(args: argparse.Namespace) -> 'Transform':
+    """Section 4.1 of the protocol."""
+    from .features import Transform
 
-    transform = Transform(args.resize, args.image_size, 'squash')
-    return tuple(
-        extract(
-            backbone, images, taps, transform, args.cache, args.batch_size, args.workers, args.amp, world,
-            args.allow_partial)
-        for images in (data.trainval, data.test))
+    return Transform(args.resize, args.image_size, 'squash')
+
+
+def _extract(args: argparse.Namespace, backbone: Any, data: Any, taps: Sequence[str], world: Any) -> tuple[Any, Any]:
+    from .features import extract
+
+    try:
+        return tuple(
+            extract(
+                backbone, images, taps, transform_of(args), args.cache, args.batch_size, args.workers, args.amp, world,
+                args.allow_partial)
+            for images in (data.trainval, data.test))
+    except ValueError as e:
+        if 'stages only' not in str(e):
+            raise
+        raise ValueError(f'{e}; name those that it has with --taps (feat1 is the first)') from None
+
+
+def pooling_of(backbone: Any, size: int) -> str:
+    """How `extract` pools the taps of images of size x size: as the protocol does, or adaptively (`pooled`)."""
+    import torch
+
+    from .backbone import fits_protocol, taps
+
+    with torch.no_grad():
+        maps = taps(backbone, torch.zeros(1, 3, size, size, device=next(backbone.model.parameters()).device))
+    return 'mmselfsup' if fits_protocol(maps) else 'adaptive'
 
 
 def write_table(
@@ -154,49 +204,61 @@ def write_table(
 ) -> 'Table':
     """Normalise the features of each tap into a file that all processes map; a file that is there is whole.
 
+    The bytes are written, never mapped: on a full disk a mapped file is a signal that ends the process.
+
     Raises:
         ValueError: a feature is not finite.
+        OSError: no room.
     """
-    import numpy as np
+    from ..training.checkpoint import write_atomically
+    from .svm_fits import Table, writing
 
-    from .svm_fits import Table, normalize_rows
-
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths = [{tap: folder / f'{tap}_{part}.npy' for tap in taps} for part in ('trainval', 'test')]
     for source, files in zip(features, paths, strict=True):
         for tap, path in files.items():
-            if path.exists():
-                continue
-            x, rows = source.array(tap), source.readable
-            part = path.with_name(path.name + '.part')
-            out = np.lib.format.open_memmap(part, 'w+', np.float64, (len(rows), x.shape[1]))
-            for i in range(0, len(rows), 512):
-                out[i:i + 512] = normalize_rows(x[rows[i:i + 512]])
-                if not np.isfinite(out[i:i + 512]).all():
-                    raise ValueError(
-                        f'{tap} of some image is not finite, so no SVM can be fitted; the weights are damaged, or '
-                        '--amp off is needed')
-            out.flush()
-            del out
-            os.replace(part, path)
+            if not path.exists():
+                write = functools.partial(_write_rows, tap, source.array(tap), source.readable)
+                with writing(path):
+                    write_atomically(path, write)
     labels = (x[f.readable] for x, f in zip((labels_trainval, labels_test), features, strict=True))
     return Table(*paths, *labels, seed)
 
 
-def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Every parameter, as the record tells it."""
-    from .svm_fits import COST_OF_ONE, COSTS, FOLDS, NEGATIVES, SVC
+def _write_rows(tap: str, x: 'np.ndarray', rows: 'np.ndarray', file: Any) -> None:
+    """These rows of x, normalised, as .npy."""
+    import numpy as np
 
+    from .svm_fits import normalize_rows
+
+    np.lib.format.write_array_header_1_0(
+        file, {'descr': '<f8', 'fortran_order': False, 'shape': (len(rows), x.shape[1])})
+    for i in range(0, len(rows), 512):
+        part = normalize_rows(x[rows[i:i + 512]])
+        if not np.isfinite(part).all():
+            raise ValueError(
+                f'{tap} of some image is not finite, so no SVM can be fitted; the weights are damaged, or --amp off is '
+                'needed')
+        file.write(part.tobytes())
+
+
+def protocol_of(args: argparse.Namespace, pooling: str = 'mmselfsup', unreadable: int = 0) -> dict[str, Any]:
+    """Every parameter, as the record tells it; 'changed': in what it is no more the published one."""
+    from .svm_fits import AP, COST_OF_ONE, COSTS, FOLDS, NEGATIVES, SVC
+
+    transform = transform_of(args)
+    amp = 'off' if args.amp == 'auto' else args.amp  # as `extract` takes it
     protocol: dict[str, Any] = {
         'svm': {k: {str(a): b for a, b in v.items()} if isinstance(v, dict) else v for k, v in SVC.items()},
         'costs': list(COSTS), 'random_state': args.seed, 'normalization': 'x / (||x||_2 + 1e-5), float64',
-        'squash': True, 'resize': args.resize, 'image_size': args.image_size, 'amp': args.amp,
-        'difficult': 'negatives in training, left out in test',
-        'ap': 'envelope at all points (mAP); 11-point beside it',
+        'squash': transform.kind == 'squash', 'resize': transform.resize, 'image_size': transform.crop, 'amp': amp,
+        'pooling': pooling, 'difficult': 'negatives in training, left out in test', 'ap': AP,
         'note': 'the original gives no random_state and draws unseeded; both are seeded here'}
     if args.low_shot:
+        ks, samples = _draws(args)
         protocol |= {
-            'k': sorted(set(args.k)), 'samples': args.samples, 'negatives_per_positive': NEGATIVES,
+            'k': ks, 'samples': samples, 'negatives_per_positive': NEGATIVES,
             'std': 'over the draws, divided by their number',
             'k=N': 'oracle: per k one cost, the best on test; as published',
             'k=N_honest': 'per draw the cost of the best mean over classes by cross-validation on its own rows (3 '
@@ -204,31 +266,33 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
     else:
         protocol['folds'] = FOLDS
         protocol['selection'] = f'per class, {FOLDS}-fold cross_val_score(average_precision), first of equals; refit'
-    if args.amp == 'bfloat16':
-        protocol['changed'] = 'features in bfloat16'
+    changed = [what for what, is_so in (
+        (f'{unreadable} images cannot be read and are left out', unreadable), (f'features in {amp}', amp != 'off'),
+        ('taps are pooled adaptively', pooling == 'adaptive')) if is_so]
+    if changed:
+        protocol['changed'] = '; '.join(changed)
     return protocol
 
 
 def _report(
-    args: argparse.Namespace, backbone: Any, data: Any, results: dict[str, Any], finished: 'Finished', unreadable: int,
-    seconds: float,
+    args: argparse.Namespace, protocol: dict[str, Any], backbone: Any, data: Any, results: dict[str, Any],
+    finished: 'Finished', unreadable: int, seconds: dict[str, float],
 ) -> None:
     """One record per tap, then the table as the page has it, and measured beside published for the best tap."""
     from .record import print_record, record_path, write_record
-    from .svm_fits import SVC
+    from .svm_fits import SVC, writing
 
-    protocol = protocol_of(args)
-    if unreadable:
-        protocol['changed'] = f'{unreadable} images cannot be read and are left out'
     kind = 'voc07_lowshot_svm' if args.low_shot else 'voc07_svm'
     records = {}
     for tap, result in results.items():
         benchmark, of_tap = f'{kind}_feature{tap[-1]}', {**protocol, 'tap': tap}
         path = record_path(args.output, benchmark, backbone, of_tap, data.data())
-        records[tap] = write_record(
-            path, benchmark, of_tap, backbone, data.data(), _metrics(result), seconds,
-            {'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable,
-             'best_layer': best_tap(results)})
+        extra = {
+            'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable,
+            'best_layer': best_tap(results)}
+        with writing(path):
+            records[tap] = write_record(
+                path, benchmark, of_tap, backbone, data.data(), _metrics(result), seconds[tap], extra)
     best = best_tap(results)
     print(low_shot_table(results) if args.low_shot else full_table(results))
     if len(results) > 1:
@@ -276,11 +340,6 @@ def low_shot_table(results: dict[str, Any]) -> str:
     return '\n'.join(lines)
 
 
-def _bytes_digest(labels: 'np.ndarray') -> str:
-    import numpy as np
-
-    return hashlib.sha256(np.ascontiguousarray(labels, np.int8)).hexdigest()
-
-
 def _cores() -> int:
+    """All of them: under torchrun the other processes have ended when one fits."""
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

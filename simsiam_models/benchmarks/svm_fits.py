@@ -5,13 +5,18 @@ The protocol is that of MMSelfSup's VOC07 benchmark; every number of it is here.
 import json
 import os
 import random
+import sys
+import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .average_precision import eleven_point_ap, envelope_ap
@@ -23,6 +28,8 @@ SVC = dict(
 FOLDS = 3
 NEGATIVES = 19  # low-shot: for each positive
 COST_OF_ONE = 1.0  # honest choice at k = 1, where nothing can be held out
+AP = 'envelope at all points (mAP); 11-point beside it'
+FORMAT = 2  # to be raised where a result is another one for the same parameters
 Task = tuple[Any, ...]  # ('cv' or 'test', tap, class, cost) or ('low-shot', tap, k, sample, class)
 
 
@@ -123,28 +130,71 @@ def _parts(x: np.ndarray, rows: np.ndarray, size: int = 1024) -> Iterable[np.nda
     return (x[rows[i:i + size]] for i in range(0, len(rows), size))
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses is one sentence."""
+    try:
+        yield
+    except OSError as e:
+        why = e.strerror or e
+        raise OSError(f'--output: {path} cannot be written ({why}); make room there, or name another folder') from None
+
+
+def make_output(folder: Path) -> None:
+    """Before anything slow: can files be written there?"""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(b'0')
+            f.flush()
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Of the runs that want the same fits one makes them, and the others wait and find them.
+
+    The lock is a file beside `folder` and stays there: whoever waits for a deleted one excludes nobody.
+    """
+    lock = FileLock(folder.with_name(f'{folder.name}.lock'))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f'svm: waiting for the process that makes the same fits in {folder}', file=sys.stderr)
+        lock.acquire()
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class Finished:
-    """The results so far, one JSON line each; a line that a kill cut off is dropped and its task runs again."""
+    """The results so far, one JSON line each; a line that a kill cut off is dropped and its task runs again.
+
+    Nobody else may write to the file meanwhile (`alone`).
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.results = path, {}
+        self.path, self.results, self.seconds = path, {}, {}
         whole = 0
         if path.exists():
             for line in path.read_bytes().splitlines(keepends=True):
                 try:
-                    task, result = json.loads(line)
+                    task, result, seconds = json.loads(line)
                 except ValueError:
                     break
                 if not line.endswith(b'\n'):
                     break
-                self.results[tuple(task)] = result
+                self.results[tuple(task)], self.seconds[tuple(task)] = result, seconds
                 whole += len(line)
-            os.truncate(path, whole)
+            with writing(path):
+                os.truncate(path, whole)
 
-    def add(self, task: Task, result: dict[str, Any]) -> None:
-        with open(self.path, 'a') as f:
-            f.write(json.dumps([task, result]) + '\n')
-        self.results[task] = result
+    def add(self, task: Task, result: dict[str, Any], seconds: float) -> None:
+        with writing(self.path), open(self.path, 'a') as f:
+            f.write(json.dumps([task, result, round(seconds, 3)]) + '\n')
+        self.results[task], self.seconds[task] = result, seconds
 
 
 def run_all(
@@ -153,7 +203,8 @@ def run_all(
     """Run what is not finished yet, in `jobs` processes of one thread; the order does not matter to any number.
 
     Raises:
-        RuntimeError: a process was killed; what was finished is kept.
+        RuntimeError: a process was killed, or found no memory; what was finished is kept.
+        OSError: what is finished cannot be written.
     """
     from joblib import Parallel, delayed
     from joblib.externals.loky.process_executor import BrokenProcessPool
@@ -162,57 +213,73 @@ def run_all(
     bar = tqdm(total=len(tasks), initial=len(tasks) - len(left), unit='fit', disable=None, leave=False)
     with bar:
         if jobs == 1:
-            results = ((task, work(task, table)) for task in left)
+            results = (_timed(work, task, table) for task in left)
         else:
             results = Parallel(jobs, return_as='generator_unordered', batch_size=1)(
-                delayed(_with_task)(work, task, table) for task in left)
+                delayed(_timed)(work, task, table) for task in left)
         try:
-            for task, result in results:
-                finished.add(task, result)
+            for task, result, seconds in results:
+                finished.add(task, result, seconds)
                 bar.update()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, MemoryError) as e:
+            who = f'one of the {jobs} processes' if jobs > 1 else 'the process'
+            what = 'found no memory' if isinstance(e, MemoryError) else 'was killed, most likely for want of memory'
+            advice = 'with fewer --jobs' if jobs > 1 else 'where more is free'
             raise RuntimeError(
-                f'one of the {jobs} processes was killed, most likely for want of memory; run it again with fewer '
-                f'--jobs: what is finished is kept in {finished.path}') from None
+                f'{who} {what}; run it again {advice}: what is finished is kept in {finished.path}') from None
 
 
-def _with_task(work: Callable[..., Any], task: Task, table: Table) -> tuple[Task, Any]:
-    return task, work(task, table)
+def _timed(work: Callable[..., Any], task: Task, table: Table) -> tuple[Task, Any, float]:
+    began = time.perf_counter()
+    return task, work(task, table), time.perf_counter() - began
+
+
+def full_tasks(finished: Finished, taps: Sequence[str], classes: int) -> list[Task]:
+    """Cross-validation at each cost, and for each class where it is finished the refit at the best cost."""
+    tasks = []
+    for tap in taps:
+        for c in range(classes):
+            cv = [('cv', tap, c, cost) for cost in COSTS]
+            tasks += cv
+            if all(task in finished.results for task in cv):
+                best = int(np.argmax([finished.results[task]['cv'] for task in cv]))  # first of equals
+                tasks.append(('test', tap, c, COSTS[best]))
+    return tasks
 
 
 def full(
     table: Table, finished: Finished, taps: Sequence[str], names: Sequence[str], jobs: int,
 ) -> dict[str, dict[str, Any]]:
     """Per tap: mAP (fraction) by both definitions, and per class the cost, its cross-validated AP and the two APs."""
-    classes = range(len(names))
-    run_all([('cv', tap, c, cost) for tap in taps for c in classes for cost in COSTS], table, finished, jobs)
-    cv = {
-        (tap, c): np.array([finished.results['cv', tap, c, cost]['cv'] for cost in COSTS])
-        for tap in taps for c in classes}
-    tasks = {key: ('test', *key, COSTS[int(scores.argmax())]) for key, scores in cv.items()}  # argmax: first of equals
-    run_all(list(tasks.values()), table, finished, jobs)
+    for _ in 'cross-validation', 'refits':
+        run_all(full_tasks(finished, taps, len(names)), table, finished, jobs)
+    tasks = full_tasks(finished, taps, len(names))
     results = {}
     for tap in taps:
         rows = {}
-        for c in classes:
-            ap, ap11 = finished.results[tasks[tap, c]]['ap']
-            rows[names[c]] = {'cost': tasks[tap, c][-1], 'cv_ap': float(cv[tap, c].max()), 'ap': ap, 'ap_11point': ap11}
+        for kind, of, c, cost in tasks:
+            if (kind, of) == ('test', tap):
+                ap, ap11 = finished.results[kind, of, c, cost]['ap']
+                cv = finished.results['cv', of, c, cost]['cv']
+                rows[names[c]] = {'cost': cost, 'cv_ap': cv, 'ap': ap, 'ap_11point': ap11}
         results[tap] = {
             'mAP': float(np.mean([r['ap'] for r in rows.values()])),
             'mAP_11point': float(np.mean([r['ap_11point'] for r in rows.values()])), 'classes': rows,
-            'unconverged': sum(
-                r['unconverged'] for task, r in finished.results.items() if task[0] != 'low-shot' and task[1] == tap)}
+            'unconverged': sum(finished.results[task]['unconverged'] for task in tasks if task[1] == tap)}
     return results
+
+
+def low_shot_tasks(taps: Sequence[str], ks: Sequence[int], samples: int, classes: int) -> list[Task]:
+    return [  # large k first: the last fits to end are short
+        ('low-shot', tap, k, s, c)
+        for tap in taps for k in sorted(ks, reverse=True) for s in range(samples) for c in range(classes)]
 
 
 def low_shot(
     table: Table, finished: Finished, taps: Sequence[str], ks: Sequence[int], samples: int, classes: int, jobs: int,
 ) -> dict[str, dict[str, Any]]:
     """Per tap and k: statistics over the draws, with the cost that is best on test, and with one chosen without it."""
-    tasks = [  # large k first: the last fits to end are short
-        ('low-shot', tap, k, s, c)
-        for tap in taps for k in sorted(ks, reverse=True) for s in range(samples) for c in range(classes)]
-    run_all(tasks, table, finished, jobs)
+    run_all(low_shot_tasks(taps, ks, samples, classes), table, finished, jobs)
     results = {}
     for tap in taps:
         results[tap] = {'k': {}, 'unconverged': 0}

@@ -2,13 +2,14 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..data.index import Listing, digest
-from ..data.sources import FileImages
+from ..data.sources import FileImages, pixels_digest
 from .counts import SIZES, deviation, refusal
 
 NAMES = [  # alphabetical, which is the order of the files
@@ -34,8 +35,12 @@ class Voc07:
 
     def data(self) -> dict[str, Any]:
         """For the record."""
-        parts = [digest(self.trainval.digest, self.test.digest), self.labels_trainval, self.labels_test]
-        return {'name': 'voc07', 'counts': self.counts, 'digest': digest(*parts)}
+        return {'name': 'voc07', 'counts': self.counts, 'digest': self.digest}
+
+    @cached_property
+    def digest(self) -> str:
+        images = (part for x in (self.trainval, self.test) for part in (x.digest, pixels_digest(x)))
+        return digest(*images, self.labels_trainval, self.labels_test)
 
 
 def open_voc07(root: str | Path, partial: bool = False) -> Voc07:

@@ -29,10 +29,8 @@ def export_backbone(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = timm_config(backbone, model_name, 0, {'input_size': [3, size, size], 'crop_pct': size / resize})
-    # transformers passes num_classes itself, so model_args holds only what the architecture needs.
-    if model_args:
-        config['model_args'] = model_args
+    config = timm_config(
+        backbone, model_name, 0, {'input_size': [3, size, size], 'crop_pct': size / resize}, model_args)
     tensorfile.write(folder / 'model.safetensors', backbone.state_dict())
     write_json(folder / 'config.json', config)
 
@@ -69,10 +67,19 @@ def export_checkpoint(
     write_json(folder / 'config.json', config)
 
 
-def timm_config(model: nn.Module, name: str, num_classes: int, overlay: dict[str, Any]) -> dict[str, Any]:
-    """config.json for plain timm and for transformers, which needs a pretrained_cfg."""
+def timm_config(
+    model: nn.Module, name: str, num_classes: int, overlay: dict[str, Any], model_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """config.json for plain timm and for transformers, which needs a pretrained_cfg and passes num_classes itself.
+
+    Args:
+        overlay: entries of pretrained_cfg over the usual ones.
+        model_args: the keyword arguments that `model` was built with beside num_classes.
+    """
     name = name.split('.')[0]
     cfg = model.pretrained_cfg
+    if cfg.get('fixed_input_size'):  # timm would build it for the size of the images, which may be another one
+        model_args = {'img_size': cfg['input_size'][-1], **(model_args or {})}
     return {
         'architecture': PLAIN_TIMM.get(name, name),
         'num_classes': num_classes,
@@ -84,6 +91,7 @@ def timm_config(model: nn.Module, name: str, num_classes: int, overlay: dict[str
             'pool_size': cfg.get('pool_size'), 'first_conv': cfg.get('first_conv'), 'classifier': cfg.get('classifier'),
             'paper_ids': 'arXiv:2011.10566', **overlay,
         },
+        **({'model_args': model_args} if model_args else {}),
     }
 
 
