@@ -3,8 +3,8 @@
   OMP_NUM_THREADS=1 python tests/perf/features.py                     one core computes, the other one reads
   python tests/perf/features.py --device cuda --images 8192 --rounds 3
 
-All from one interleaved run over generated JPEGs (tests/perf/data.py), for ResNet-50, where the forward pass is the
-slower part, and a tiny network, where reading is. The best there can be is the slower of the two alone. Together they
+All from one interleaved run over generated JPEGs (tests/perf/data.py): for ResNet-50 the forward pass is the slower
+part, for a tiny network on small crops reading is. The best there can be is the slower of the two alone. Together they
 need two cores where each alone needs one: where others load the machine, processor time says more than the clock.
 """
 import argparse
@@ -27,8 +27,10 @@ from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import FolderImages
 
 
-def tasks(images: FolderImages, name: str, workers: int, device: torch.device, amp: str) -> dict[str, Callable]:
-    backbone, transform = load_backbone(f'{name}:random', device), features.Transform()
+def tasks(
+    images: FolderImages, name: str, size: int, workers: int, device: torch.device, amp: str,
+) -> dict[str, Callable]:
+    backbone, transform = load_backbone(f'{name}:random', device), features.Transform(round(size * 8 / 7), size)
     model = features._Model(backbone, amp, transform.crop)
     batch = features.CPU_BATCH if device.type == 'cpu' else 256
     batches = np.split(np.arange(len(images)), range(batch, len(images), batch))
@@ -51,7 +53,8 @@ def tasks(images: FolderImages, name: str, workers: int, device: torch.device, a
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--models', nargs='+', default=['simsiam_resnet50', 'lcnet_035'])
+    parser.add_argument(
+        '--models', nargs='+', default=['simsiam_resnet50:224', 'lcnet_035:64'], metavar='NAME:PIXELS')
     parser.add_argument('--images', type=int, default=256)
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--workers', type=int, default=1)
@@ -61,11 +64,12 @@ def main() -> None:
     device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as made, open(os.devnull, 'w') as sys.stderr:
         images = FolderImages(make_jpegs(Path(made), args.images))
-        for name in args.models:
+        for model in args.models:
+            name, size = model.split(':')
             spent: dict[str, list[float]] = {}
             processors: dict[str, list[float]] = {}
             for _ in range(1 + args.rounds):
-                for task, run in tasks(images, name, args.workers, device, args.amp).items():
+                for task, run in tasks(images, name, int(size), args.workers, device, args.amp).items():
                     start, begun = time.perf_counter(), time.process_time()
                     run()
                     if device.type == 'cuda':
@@ -75,7 +79,7 @@ def main() -> None:
             spent = {task: times[1:] for task, times in spent.items()}
             slower = [max(a, b) for a, b in zip(spent['reading alone'], spent['forward alone'], strict=True)]
             shares = [s / t for s, t in zip(slower, spent['extract'], strict=True)]
-            print(f'{name}, {args.images} images, {args.device}, {torch.get_num_threads()} torch threads, '
+            print(f'{name} on {size} px, {args.images} images, {args.device}, {torch.get_num_threads()} torch threads, '
                   f'{args.workers} workers, amp {args.amp}, torch {torch.__version__}; medians of {args.rounds} '
                   f'interleaved rounds; load average at the end {os.getloadavg()[0]:.1f}')
             for task, times in spent.items():
