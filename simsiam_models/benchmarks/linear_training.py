@@ -125,9 +125,6 @@ class LinearRun:
             maps = taps(self.backbone, x)
         return pooled(maps, self.pooling == 'adaptive')
 
-    def _pooled(self, maps: list[Tensor]) -> list[Tensor]:
-        return pooled(maps) if self.p.image_size == 224 else pooled(maps, adaptive=True)
-
     def _piece(self, piece: Piece) -> list[Tensor]:
         if not len(piece.rows):
             return [torch.zeros(0, c * n, device=self.world.device) for c, n in self.shapes]
