@@ -126,6 +126,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
     logging.basicConfig(format='%(message)s')
     try:
         status = args.run(args)
@@ -135,7 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, RuntimeError, OSError, FloatingPointError) as e:
-        print(f'simsiam: {e}', file=sys.stderr)
+        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in str(e))  # no terminal's commands
+        print(f'simsiam: {text}', file=sys.stderr)
         return 1
     except MemoryError as e:
         print(f'simsiam: not enough memory ({e})', file=sys.stderr)

@@ -131,3 +131,19 @@ def test_a_reader_that_has_seen_enough_is_no_error():
         ['bash', '-c', f'{sys.executable} -m simsiam_models.cli weights list | head -1; exit ${{PIPESTATUS[0]}}'],
         capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == '' and done.stdout.startswith('tag')
+
+
+def test_names_speak_to_no_terminal_and_need_not_be_text(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(['knn', f'{tmp_path}/\x1b]0;title\x07\udcff', '--model', 'resnet10t:random']) == 1
+    said = capsys.readouterr().err
+    assert '\\x1b]0;title\\x07\\udcff' in said and '\x1b' not in said
+
+
+def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture, few_digits: Path, tmp_path: Path):
+    for part in ('train', 'val'):
+        shutil.copytree(few_digits, tmp_path / part)
+    for name in ('nothing', *([] if torch.cuda.is_available() else ['cuda'])):
+        args = ['knn', str(tmp_path), '--model', 'resnet10t:random', '--device', name, '--output', f'{tmp_path}/out']
+        assert main(args) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f'simsiam: --device {name}: not to be had here') and said.count('\n') == 1

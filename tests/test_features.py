@@ -415,6 +415,38 @@ def test_weights_that_fill_no_network_are_refused(tmp_path):
         load_backbone('resnet18:random', num_classes=10)
 
 
+def test_a_damaged_or_odd_export_is_one_sentence(tmp_path):
+    model = timm.create_model('resnet10t', num_classes=0)
+    export_backbone(model, tmp_path / 'x', 'resnet10t')
+    weights, config = tmp_path / 'x' / 'model.safetensors', tmp_path / 'x' / 'config.json'
+    good, said = weights.read_bytes(), json.loads(config.read_text())
+    flipped = bytearray(good)
+    flipped[-100] ^= 1
+    for data in (bytes(flipped), good[:5000]):
+        weights.write_bytes(data)
+        for name in (str(tmp_path / 'x'), f'local-dir:{tmp_path / "x"}', str(weights)):
+            with pytest.raises(ValueError, match='model.safetensors: it is damaged or was cut off'):
+                load_backbone(name)
+    weights.write_bytes(good)
+    for change in ({'mean': 5}, {'mean': 'abc'}, {'std': [1, 0, 1]}, {'std': [1, float('nan'), 1]}, {'tag': ['a']}):
+        config.write_text(json.dumps({**said, 'pretrained_cfg': {**said['pretrained_cfg'], **change}}))
+        if 'tag' in change:
+            assert load_backbone(str(tmp_path / 'x')).tag is None
+            continue
+        with pytest.raises(ValueError, match='three numbers are needed'):
+            load_backbone(str(tmp_path / 'x'))
+
+
+@pytest.mark.parametrize('mark', ['{"999": "x"}', '{"-1": "x"}', '[' * 100_000])
+def test_a_mark_of_a_shard_that_names_other_images_is_not_believed(mark, tiny, images, tmp_path, small_shards):
+    first = extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    file = first.folder / 'avgpool.shards' / '0'
+    text = json.loads(file.read_text())
+    file.write_text(mark if mark[0] == '[' else json.dumps({**text, 'unreadable': json.loads(mark)}))
+    again = extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    assert again.made == 16 and not again.unreadable
+
+
 def test_a_tag_belongs_to_the_weights_that_it_was_given_to(tmp_path, monkeypatch, caplog):
     from simsiam_models import resnet
     from simsiam_models.weights import convert

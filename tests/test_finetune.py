@@ -507,10 +507,11 @@ def break_images(photos: Path, folder: Path) -> list[Path]:
 
 def test_a_run_begun_in_full_precision_goes_on_where_losses_are_scaled(trained: Path, tmp_path: Path):
     shutil.copytree(trained, tmp_path / 'run')
+    started = json.loads((trained / 'args.json').read_text())
     model = timm.create_model('resnet18', num_classes=10, **json.loads(NETWORK))
     loader = finetune_data.Loader(finetune_data.Samples(Broken(64, set()), None, 0, True), 0, ALONE.device)
     training = finetune_training.Training(
-        model, 10, settings(*PLAIN), loader, loader, tmp_path / 'run', ALONE, 'float16', {}, print, print)
+        model, 10, settings(*PLAIN), loader, loader, tmp_path / 'run', ALONE, 'float16', started, print, print)
     assert training.epoch == 6 and training.scaler.is_enabled()
 
 

@@ -161,6 +161,20 @@ def test_a_number_of_the_same_file_by_another_protocol_is_shown_and_not_compared
     assert found['difference'] == {} and 'by another protocol, imagenet_linear' in print_record(found)
 
 
+def test_a_hostile_record_neither_ends_the_report_nor_speaks_in_it(results: Path, tmp_path: Path):
+    before = report([results])
+    benchmark, published = 'imagenet_knn_T0.07', KNN
+    write(results / 'huge.json', benchmark, published, protocol={'T': 10**400})
+    assert 'T 1000000' in report([results]) and before.split('Other records')[0] in report([results])
+    found = write(results / 'huge.json', benchmark, published, protocol={'amp': 'BF16'})
+    assert 'amp BF16 where off is published' in found['not_comparable']
+    name = '![x](https://a.example/p.png) [click](javascript:alert(1)) `code`'
+    write(results / 'huge.json', benchmark, published, backbone(None, name), protocol={'T': 1})
+    (results / '<img src=x>[a](b).json').write_text('{')
+    text = report([results], markdown=True)
+    assert '\\[click\\]' in text and '](javascript' not in text.replace('\\](', '') and '<img' not in text
+
+
 def test_a_semi_supervised_result_tells_its_pair_and_what_is_not_the_protocols(tmp_path: Path):
     benchmark = 'imagenet_semi_1pct'
     data = {'counts': {'train': 12811, 'test': 50000, 'classes': 1000}}

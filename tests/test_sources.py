@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_digits
 from PIL import Image
 
 from simsiam_models.data import (
@@ -359,3 +360,17 @@ def test_evaluation_goes_on_where_a_file_is_unreadable(tmp_path):
     black = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]).view(3, 1, 1).expand(3, 16, 16)
     for i in (2, 3, 11):
         torch.testing.assert_close(x[i], black)
+
+
+def test_what_is_no_file_or_endless_is_unreadable_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_digits(tmp_path, 4)
+    images = FolderImages(tmp_path)
+    pipe, device, large = (images.path(i) for i in range(3))
+    pipe.unlink(), device.unlink()
+    os.mkfifo(pipe)
+    device.symlink_to('/dev/zero')
+    os.truncate(large, (1 << 30) + 1)
+    for i in range(3):
+        with pytest.raises(UnreadableError, match='no file, or one of more than a gigabyte'):
+            images.read(i)
+    assert images.read(3).shape == (32, 32, 3)

@@ -628,7 +628,10 @@ def test_a_finished_run_repeated_writes_no_table_and_keeps_its_seconds(
     assert svm.run(args) == 0
     fits, = tmp_path.glob('svm-*.jsonl')
     lines = [json.loads(line) for line in fits.read_text().splitlines()]
-    fits.write_text(''.join(json.dumps([task, result, 2.0]) + '\n' for task, result, _ in lines))
+    fits.unlink()
+    finished = svm_fits.Finished(fits)
+    for task, result, _, _ in lines:
+        finished.add(tuple(task), result, 2.0)
     rows = svm_fits.normalize_rows
     monkeypatch.setattr(svm_fits, 'normalize_rows', lambda x: 1 / 0)
     assert svm.run(args) == 0
@@ -684,3 +687,34 @@ def test_a_missing_scikit_learn_names_the_install_command(
     monkeypatch.setitem(__import__('sys').modules, 'sklearn', None)
     with pytest.raises(RuntimeError, match=r"pip install 'simsiam-models\[benchmarks\]'"):
         svm.run(parse(devkit, *TINY, '--output', tmp_path))
+
+
+@pytest.mark.parametrize('harm', ['flip', 'shape', 'cut', 'deep'])
+def test_a_damaged_line_is_dropped_and_the_others_are_kept(harm: str, tmp_path: Path):
+    fits = svm_fits.Finished(tmp_path / 'x.jsonl')
+    for i in range(3):
+        fits.add(('cv', i), {'ap': 0.9375}, 1.0)
+    lines = fits.path.read_bytes().splitlines(keepends=True)
+    broken = {
+        'flip': lines[1].replace(b'0.9375', b'0.1375'), 'shape': b'5\n', 'cut': lines[1][:9] + b'\n',
+        'deep': b'[' * 100_000 + b'\n'}[harm]
+    fits.path.write_bytes(lines[0] + broken + lines[2] + lines[1][:-1])  # the last without its end
+    for _ in range(2):
+        assert svm_fits.Finished(fits.path).results == {('cv', 0): {'ap': 0.9375}, ('cv', 2): {'ap': 0.9375}}
+        assert fits.path.read_bytes() == lines[0] + lines[2]
+
+
+def test_a_table_that_a_kill_left_is_made_again(devkit: Path, tmp_path: Path, one_thread: None, monkeypatch):
+    args = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path / 'a', '--cache', tmp_path / 'cache')
+    assert svm.run(args) == 0
+    other = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path / 'b', '--cache', tmp_path / 'cache')
+    with monkeypatch.context() as killed:
+        killed.setattr(svm_fits, 'run_all', lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            svm.run(other)
+    tables = list((tmp_path / 'b').rglob('*.npy'))
+    for table in tables:
+        table.write_bytes(table.read_bytes()[:200])
+    assert svm.run(other) == 0
+    a, b = (json.loads(next((tmp_path / x).glob('*.json')).read_text())['metrics'] for x in 'ab')
+    assert tables and a == b

@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.models import is_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -87,11 +88,21 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
             "a checkpoint, train.py's OUTPUT, local-dir:FOLDER or hf-hub:REPO")
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    mean, std = (tuple(float(x) for x in cfg.get(k) or d) for k, d in (
-        ('mean', timm.data.IMAGENET_DEFAULT_MEAN), ('std', timm.data.IMAGENET_DEFAULT_STD)))
+    mean = _three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
+    std = _three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
     tag = tag if tag in resnet.WEIGHTS else None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
     return Backbone(model, name, tag, weights_digest(model), '_bgr_' in (tag or ''), mean, std, int(features))
+
+
+def _three(values: Any, what: str, least: float = -math.inf) -> tuple[float, float, float]:
+    try:
+        numbers = tuple(float(x) for x in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(math.isfinite(x) and x >= least for x in numbers):
+        raise ValueError(f'{what} {str(values)[:60]} in its configuration: three numbers are needed')
+    return numbers
 
 
 def weights_digest(model: nn.Module) -> str:
@@ -104,7 +115,7 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """timm's errors are of many kinds; here they are one sentence."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except (TypeError, AssertionError, KeyError) as e:  # an argument that the network does not take, among others
+    except (TypeError, AssertionError, KeyError, AttributeError, SafetensorError) as e:  # arguments, among others
         raise ValueError(f'--model {name}: timm cannot build it ({" ".join(str(e).split())[:200]})') from None
     except RuntimeError as e:
         if type(e) is RuntimeError and str(e).startswith(('the ', name)):  # already one sentence of ours
@@ -126,14 +137,21 @@ def _exported(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | No
     """A folder written for timm. timm's own save_for_hf keeps the tag of weights that were trained on since."""
     if not (folder / 'config.json').is_file():
         raise FileNotFoundError(f'local-dir:{folder}: no config.json there; name a folder that was exported for timm')
+    _check_whole(folder / sources.MODEL)
     model = _pretrained(f'local-dir:{folder}', kwargs)
     tag = model.pretrained_cfg.get('tag')
-    if tag not in resnet.WEIGHTS:
+    if not isinstance(tag, str) or tag not in resnet.WEIGHTS:
         return model, None
     if json.loads((folder / 'config.json').read_text()).get(BACKBONE, '')[:16] == weights_digest(model):
         return model, tag
     _logger.warning(f'{folder}: its config.json says {tag}, but not for these weights: they count as your own, of RGB')
     return model, None
+
+
+def _check_whole(path: Path) -> None:
+    """Raises ValueError where the file is damaged, as far as it tells."""
+    if path.is_file() and not tensorfile.is_whole(path):
+        raise ValueError(f'{path}: it is damaged or was cut off; copy or export it again')
 
 
 def _from_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
@@ -148,6 +166,8 @@ def _from_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | N
 
 
 def _from_checkpoint(path: Path, kwargs: dict[str, Any]) -> nn.Module:
+    if path.suffix == '.safetensors':
+        _check_whole(path)
     try:
         checkpoint = load_checkpoint(path)
     except (zipfile.BadZipFile, EOFError, OSError) as e:

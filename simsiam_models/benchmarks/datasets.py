@@ -27,7 +27,7 @@ from ..data.index import Listing, digest, open_index
 from ..data.opening import open_data
 from ..data.sources import EXTENSIONS, FileImages, FolderImages, Images, pixels_digest
 from .counts import LABELLED, SIZES, deviation, refusal
-from .listed import LINE, listed, parse_inat, parse_list, parse_solution
+from .listed import LINE, LONGEST, listed, parse_inat, parse_list, parse_solution
 from .voc07 import Voc07, open_voc07  # noqa: F401 - open_voc07 is looked for here
 
 VALIDATION = ('val', 'valid', 'validation', 'test')  # of these the first that is there
@@ -285,7 +285,7 @@ def labelled_subset(images: Images, share: str, list_file: str | Path, partial: 
     at: dict[tuple[str, str], int] = {}
     given: dict[tuple[str, str], int] = {}
     for text in names:
-        labelled = LINE.fullmatch(text)
+        labelled = LINE.fullmatch(text) if len(text) <= LONGEST else None
         *folders, name = (labelled[1] if labelled else text).split('/')
         key = folders[-1] if folders else name.partition('_')[0], name
         at[key] = -1

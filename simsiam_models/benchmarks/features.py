@@ -237,7 +237,7 @@ def extract(
     folder = _cache(cache) / key
     tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
     workers = min(16, cores()) if workers is None else workers
-    with alone(folder, world):
+    with alone(folder / 'lock', world, 'features'):
         def prepare() -> tuple[list[tuple[int, list[str]]], dict[int, str]]:
             about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
             write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))

@@ -112,6 +112,7 @@ def run_one(
     from . import finetune_data as data
     from .finetune_result import Target, claim, finish
     from .finetune_training import Training, add_classifier, make_optimizer
+    from .tables import alone
 
     s = fit_batch(s, len(source.train), world.size, say)
     full = args.amp == 'auto' and (world.device.type == 'cpu' or args.protocol != 'plain')
@@ -133,13 +134,14 @@ def run_one(
         for images, transform in ((source.train, crop), (source.val, centre))]
     free = {'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}  # validation: paths as typed
     world.share(lambda: claim(folder, run, free))
-    training = Training(
-        target.backbone.model, len(source.classes), s, *loaders, folder, world, amp, run, say, target.export)
-    say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, '
-        f'lr {s.lr:g}, {world.device.type}, amp {amp} -> {folder}')
-    training.fit()
-    predicted = training.predict()
-    return finish(args, source, target, training, predicted, run, say) if world.main else None
+    with alone(folder / 'lock', world, 'finetune'):
+        training = Training(
+            target.backbone.model, len(source.classes), s, *loaders, folder, world, amp, run, say, target.export)
+        say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, '
+            f'lr {s.lr:g}, {world.device.type}, amp {amp} -> {folder}')
+        training.fit()
+        predicted = training.predict()
+        return finish(args, source, target, training, predicted, run, say) if world.main else None
 
 
 def fit_batch(s: 'Settings', n: int, processes: int, say: Callable[[str], Any]) -> 'Settings':

@@ -227,9 +227,19 @@ class Training:
             'step': 0, 'knn': [], 'processes': self.world.size, 'healthy': True}  # as train.py's have: checkpoint.KEYS
 
     def _resume(self) -> None:
-        state = self.world.share(lambda: checkpoint.load(self.folder, self.say))
+        free = {'processes', 'validation', 'amp'}  # held against args.json before
+        state = self.world.share(lambda: checkpoint.load(self.folder, self.say, self.run, free))
         if state is None:
             return
+        try:
+            self._take(state)
+        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f'{self.folder}: the checkpoint does not fit this run ({" ".join(str(e).split())[:150]}); remove the '
+                'folder or give another --output') from None
+        self.say(f'continuing after epoch {self.epoch}')
+
+    def _take(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state['model'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
@@ -238,7 +248,6 @@ class Training:
             self.scaler.load_state_dict(state['scaler'])
         self.epoch, self.history, self.best, self.stale = (state[k] for k in ('epoch', 'history', 'best', 'stale'))
         self.train.unreadable, self.val.unreadable = state['unreadable']
-        self.say(f'continuing after epoch {self.epoch}')
 
 
 def confusion(labels: np.ndarray, predicted: Tensor) -> dict[tuple[int, int], int]:

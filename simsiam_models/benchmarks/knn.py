@@ -116,12 +116,14 @@ def run(args: argparse.Namespace) -> int:
     from .backbone import load_backbone
     from .datasets import open_pair
     from .features import Transform, extract
+    from .linear import check_output
     from .record import print_record, record_path, write_record
 
     check(args.k, args.temperature)
     began = time.perf_counter()
     size, resize = size_and_resize(args, args.dataset.startswith('cifar'))
     check_extraction(args, size, resize)
+    check_output(args.output)
     transform = Transform(resize, size)
     pair = open_pair(args.dataset, args.data, args.allow_partial)
     with join_world(args.device or default_device()) as world:
@@ -133,8 +135,6 @@ def run(args: argparse.Namespace) -> int:
     if not world.main:
         return 0
     unreadable = [*bank.unreadable.values(), *queries.unreadable.values()]
-    if unreadable:
-        print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
     protocol: dict[str, Any] = {
         'T': args.temperature, 'k': args.k, 'features': 'avgpool', 'resize': resize, 'image_size': size,
         'amp': 'off' if args.amp == 'auto' else args.amp}
@@ -144,5 +144,7 @@ def run(args: argparse.Namespace) -> int:
     record = write_record(
         record_path(args.output, benchmark, backbone, protocol, pair.data()), benchmark, protocol, backbone,
         pair.data(), metrics, time.perf_counter() - began, {'unreadable': len(unreadable)})
+    if unreadable:
+        print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
     print(print_record(record))
     return 0

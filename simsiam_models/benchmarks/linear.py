@@ -268,6 +268,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     from .linear_data import readable
     from .linear_training import LinearRun, tap_shapes
     from .record import print_record, record_path, write_record
+    from .tables import alone
 
     amp = 'off' if args.amp == 'auto' else args.amp
     chosen = choose(args.protocol, args.dataset, {k: getattr(args, k) for k in NUMBERS}, amp)
@@ -291,18 +292,20 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     listed = len(pair.train) + len(pair.test)
     if args.allow_partial:
         pair = readable(pair, args.workers, world, say)
-    run = LinearRun(
-        chosen.protocol, chosen.label, backbone, pair, world, args.seed, amp, args.micro_batch, args.workers,
-        path.with_suffix('.pth'), {'protocol': protocol, 'weights': backbone.digest, 'data': pair.data()}, signals, say)
-    if not args.fresh:
-        run.resume()
-    run.train()
-    world.attempt(run.check_frozen)
-    if world.main:
-        record = write_record(
-            path, benchmark, protocol, backbone, data, run.metrics(), run.seconds,
-            {'epochs': run.history, 'unreadable': listed - len(pair.train) - len(pair.test)})
-        say(f'by protocol {chosen.label}: {print_record(record)}\nwritten to {path}')
+    with alone(path.with_suffix('.lock'), world, 'linear'):
+        run = LinearRun(
+            chosen.protocol, chosen.label, backbone, pair, world, args.seed, amp, args.micro_batch, args.workers,
+            path.with_suffix('.pth'), {'protocol': protocol, 'weights': backbone.digest, 'data': pair.data()}, signals,
+            say)
+        if not args.fresh:
+            run.resume()
+        run.train()
+        world.attempt(run.check_frozen)
+        if world.main:
+            record = write_record(
+                path, benchmark, protocol, backbone, data, run.metrics(), run.seconds,
+                {'epochs': run.history, 'unreadable': listed - len(pair.train) - len(pair.test)})
+            say(f'by protocol {chosen.label}: {print_record(record)}\nwritten to {path}')
 
 
 def check(args: argparse.Namespace) -> None:

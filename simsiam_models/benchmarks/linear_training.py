@@ -312,10 +312,10 @@ class LinearRun:
                         raise ValueError('damaged')
                 state = torch.load(self.path, map_location='cpu', weights_only=True)
                 missing = KEYS - set(state)
+                said = 'it is of another program' if missing else differences(state['identity'], self.identity, set())
             except Exception as e:  # a damaged file raises whatever its bytes lead to
                 raise ValueError(
                     f'{self.path} cannot be read ({type(e).__name__}); remove it, or start anew with --fresh') from None
-            said = 'it is of another program' if missing else differences(state['identity'], self.identity, set())
             if said:
                 raise ValueError(f'{self.path} belongs to another run ({said}); start anew with --fresh')
             return state
@@ -323,11 +323,18 @@ class LinearRun:
         state = self.world.share(read)
         if state is None:
             return
-        self.heads.load_state_dict(state['heads'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.epoch, self.step, self.history = state['epoch'], state['step'], state['history']
-        self.sums.copy_(state['sums'])
-        self.seen, self.seconds_before = state['seen'], state['seconds']
+        try:
+            self.heads.load_state_dict(state['heads'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.sums.copy_(state['sums'])
+            self.epoch, self.step, self.seen = (int(state[key]) for key in ('epoch', 'step', 'seen'))
+            self.history, self.seconds_before = list(state['history']), float(state['seconds'])
+            if len(self.history) != self.epoch:
+                raise ValueError(f'{len(self.history)} epochs are told of {self.epoch}')
+        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:
+            raise ValueError(
+                f'{self.path} does not fit this run ({" ".join(str(e).split())[:150]}); remove it, or start anew with '
+                '--fresh') from None
         self.say(
             f'{self.label}: continuing {self.path} after {self.epoch} epochs' + (f' and {self.step} steps' * bool(
                 self.step)))

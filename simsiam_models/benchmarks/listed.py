@@ -16,6 +16,7 @@ from .counts import refusal
 
 LINE = re.compile(r'(.+?)(?:\s*,\s*|\s+)([0-9]{1,9})')
 _SOLUTION = re.compile(r'(\w+),(n[0-9]{8})(?: .*)?')  # boxes of the one class follow
+LONGEST = 4096  # characters of a line
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -73,7 +74,7 @@ def parse_list(file: Path) -> Listing:
             text = text.strip()
             if not text:
                 continue
-            found = LINE.fullmatch(text)
+            found = LINE.fullmatch(text) if len(text) <= LONGEST else None  # many blanks take it long
             if not found or '\0' in text or int(found[2]) >= MOST:
                 raise ValueError(f'{file}, line {line}: {text[:80]!r} is not `path label` with the number of a class')
             listing.add(found[1].removeprefix('./'))

@@ -100,7 +100,8 @@ def report(paths: Sequence[str | Path], markdown: bool = True) -> str:
         rows = [_other(*c) for c in others]
         blocks.append(_block('Other records', [OTHERS, *rows], [], True) if markdown else _paragraphs(rows))
     if left:
-        blocks.append('\n'.join(['No records, left out:', *(f'- {text}' for text in left)]))
+        lines = [f'- {_escaped(text) if markdown else text}' for text in left]
+        blocks.append('\n'.join(['No records, left out:', *lines]))
     return '\n\n'.join(blocks)
 
 
@@ -269,6 +270,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    for character, written in (('\\', '\\\\'), ('&', '&amp;'), ('|', '\\|'), ('<', '&lt;'), ('>', '&gt;')):
+    for character, written in (('\\', '\\\\'), ('&', '&amp;'), ('|', '\\|'), ('<', '&lt;'), ('>', '&gt;'), ('[', '\\['),
+            (']', '\\]'), ('`', '\\`')):
         text = text.replace(character, written)
     return text

@@ -202,7 +202,7 @@ def write_table(
     folder: Path, features: tuple[Any, Any], taps: Sequence[str], labels_trainval: 'np.ndarray',
     labels_test: 'np.ndarray', seed: int,
 ) -> 'Table':
-    """Normalise the features of each tap into a file that all processes map; a file that is there is whole.
+    """Normalise the features of each tap into a file that all processes map.
 
     The bytes are written, never mapped: on a full disk a mapped file is a signal that ends the process.
 
@@ -218,10 +218,9 @@ def write_table(
     paths = [{tap: folder / f'{tap}_{part}.npy' for tap in taps} for part in ('trainval', 'test')]
     for source, files in zip(features, paths, strict=True):
         for tap, path in files.items():
-            if not path.exists():
-                write = functools.partial(_write_rows, tap, source.array(tap), source.readable)
-                with writing(path):
-                    write_atomically(path, write)
+            write = functools.partial(_write_rows, tap, source.array(tap), source.readable)
+            with writing(path):
+                write_atomically(path, write)
     labels = (x[f.readable] for x, f in zip((labels_trainval, labels_test), features, strict=True))
     return Table(*paths, *labels, seed)
 

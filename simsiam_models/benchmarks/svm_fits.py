@@ -3,12 +3,12 @@
 The protocol is that of MMSelfSup's VOC07 benchmark; every number of it is here.
 """
 import json
-import os
 import random
 import sys
 import tempfile
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ FOLDS = 3
 NEGATIVES = 19  # low-shot: for each positive
 COST_OF_ONE = 1.0  # honest choice at k = 1, where nothing can be held out
 AP = 'envelope at all points (mAP); 11-point beside it'
-FORMAT = 2  # to be raised where a result is another one for the same parameters
+FORMAT = 3  # to be raised where a result is another one for the same parameters
 Task = tuple[Any, ...]  # ('cv' or 'test', tap, class, cost) or ('low-shot', tap, k, sample, class)
 
 
@@ -170,31 +170,41 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 class Finished:
-    """The results so far, one JSON line each; a line that a kill cut off is dropped and its task runs again.
+    """The results so far, one JSON line each with its checksum; the task of a damaged line runs again.
 
     Nobody else may write to the file meanwhile (`alone`).
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.results, self.seconds = path, {}, {}
-        whole = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    task, result, seconds = json.loads(line)
-                except ValueError:
-                    break
-                if not line.endswith(b'\n'):
-                    break
-                self.results[tuple(task)], self.seconds[tuple(task)] = result, seconds
-                whole += len(line)
+        if not path.is_file():
+            return
+        lines = path.read_bytes().splitlines(keepends=True)
+        whole = []
+        for line in lines:
+            try:
+                *parts, crc = json.loads(line)
+                if line.endswith(b'\n') and crc == _checksum(parts):
+                    task, result, seconds = parts
+                    self.results[tuple(task)], self.seconds[tuple(task)] = result, seconds
+                    whole.append(line)
+            except (ValueError, TypeError, RecursionError):
+                continue
+        if len(whole) < len(lines):
+            from ..training.checkpoint import write_atomically
+
             with writing(path):
-                os.truncate(path, whole)
+                write_atomically(path, lambda f: f.write(b''.join(whole)))
 
     def add(self, task: Task, result: dict[str, Any], seconds: float) -> None:
+        parts = [task, result, round(seconds, 3)]
         with writing(self.path), open(self.path, 'a') as f:
-            f.write(json.dumps([task, result, round(seconds, 3)]) + '\n')
+            f.write(json.dumps([*parts, _checksum(parts)]) + '\n')
         self.results[task], self.seconds[task] = result, seconds
+
+
+def _checksum(parts: list[Any]) -> int:
+    return zlib.crc32(json.dumps(parts).encode())
 
 
 def run_all(

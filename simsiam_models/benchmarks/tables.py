@@ -47,10 +47,11 @@ class Table:
     def _check(self, shard: int, images: Images) -> dict[int, str] | None:
         try:
             mark = json.loads((self.marks / str(shard)).read_text())
-            bad = {int(i): why for i, why in mark['unreadable'].items()}
-            if mark['crc32'] != self._checksum(shard):
+            bad = {int(i): str(why) for i, why in mark['unreadable'].items()}
+            inside = range(*self.span(shard))
+            if not all(i in inside for i in bad) or mark['crc32'] != self._checksum(shard):
                 return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
         for index in bad:  # repaired meanwhile?
             try:
@@ -82,15 +83,15 @@ def write(file: int, data: memoryview, at: int) -> None:
 
 
 @contextmanager
-def alone(folder: Path, world: World) -> Iterator[None]:
-    """Of the runs that want these features one makes them, and the others wait and find them."""
+def alone(path: Path, world: World, what: str) -> Iterator[None]:
+    """Of the runs that want the same one makes it, and the others wait and find it. `path` is the lock."""
     def hold() -> FileLock | None:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / 'lock')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
         try:
             return lock.acquire(timeout=0).lock
         except Timeout:
-            print(f'features: waiting for the process that makes them in {folder}', file=sys.stderr)
+            print(f'{what}: waiting for the process that makes the same in {path.parent}', file=sys.stderr)
             return lock.acquire().lock
         except NotImplementedError:  # a file system without locks
             return None

@@ -5,6 +5,7 @@ Labels are optional and never used in training.
 import functools
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,6 +15,7 @@ import numpy as np
 from .decode import UnreadableError, decode
 from .index import Index, digest, open_index
 
+MOST_BYTES = 1 << 30  # of an image file
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
@@ -60,6 +62,11 @@ class Stream(Protocol):
     def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]: ...  # from position start on
 
 
+def _at_once(path: str, flags: int) -> int:
+    """A pipe would wait for somebody who writes to it."""
+    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
+
+
 class FileImages:
     """Image files that an index names, relative to `root` or from the top of the file system."""
 
@@ -77,9 +84,12 @@ class FileImages:
         """(H, W, 3) uint8. Raises UnreadableError, naming the file, where it cannot be decoded."""
         path = self.path(index)
         try:
-            with open(path, 'rb', buffering=0) as f:
+            with open(path, 'rb', buffering=0, opener=_at_once) as f:
+                status = os.fstat(f.fileno())
+                if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
+                    raise ValueError('no file, or one of more than a gigabyte')
                 data = bytearray(f.readall())
-        except (OSError, ValueError) as e:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as e:  # ValueError: also a name that no file can have
             raise UnreadableError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e})') from None
         return decode(data, str(path))
 
