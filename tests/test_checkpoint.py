@@ -96,5 +96,5 @@ def test_other_keys_are_named(tmp_path):
 
 def test_a_file_of_another_program_is_no_checkpoint(tmp_path):
     torch.save({'weights': torch.ones(2)}, tmp_path / 'x.pth')
-    with pytest.raises(ValueError, match='no checkpoint of train.py'):
+    with pytest.raises(ValueError, match='no checkpoint of this program'):
         checkpoint.read(tmp_path / 'x.pth')

@@ -475,7 +475,7 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert 'continuing after epoch 5' in capsys.readouterr().out
     assert same(folder, trained)
     # The torn one did not take the place of the good one.
-    assert [checkpoint.read(folder / n)['epoch'] for n in (checkpoint.LAST, checkpoint.PREVIOUS)] == [6, 5]
+    assert [checkpoint.read(folder / n, finetune_training.KEYS)['epoch'] for n in (checkpoint.LAST, checkpoint.PREVIOUS)] == [6, 5]
     assert (folder / 'checkpoint.pth.torn').read_bytes() == data[:len(data) // 2]
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         (folder / name).write_bytes(b'PK torn')

@@ -635,7 +635,7 @@ def test_a_checkpoint_of_another_program_is_named(key, split_digits, tmp_path):
     state = torch.load(path, weights_only=True)
     del state[key]
     torch.save(state, path)
-    with pytest.raises(ValueError, match='it is of another program.*--fresh'):
+    with pytest.raises(ValueError, match='no checkpoint of this program.*--fresh'):
         linear.run(_args(split_digits, tmp_path, 'fair', '--epochs', '1'))
 
 

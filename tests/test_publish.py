@@ -23,6 +23,7 @@ from simsiam_models.weights.export import export_backbone, export_checkpoint
 from simsiam_models.weights.publish import _record, publish
 from simsiam_models.weights.published import describe, published, same_page
 from simsiam_models.weights.tensorfile import file_sha256
+from simsiam_models.weights.verify import TOLERANCE, deviation
 
 ROOT = Path(__file__).resolve().parent.parent
 TAG, LIN = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k'
@@ -462,12 +463,15 @@ def test_an_upload_equals_the_dry_run_and_is_pinned(linear, hub, tmp_path):
     assert set(hub.files) == {p.name for p in repo.iterdir()}
     for name, content in hub.files.items():
         dry = (repo / name).read_bytes()
-        assert content == (dry.replace(b'simsiam-models/', b'someone/') if name == 'README.md' else dry), name
+        if name == 'fingerprint.json':  # of another process: memory may lie otherwise, and the last bits with it
+            assert deviation(json.loads(dry), json.loads(content)) < TOLERANCE['float32']
+        else:
+            assert content == (dry.replace(b'simsiam-models/', b'someone/') if name == 'README.md' else dry), name
     recorded = json.loads(pins.read_text())
     assert set(recorded) == {'other', LIN}
     assert recorded[LIN]['repo'] == f'someone/simsiam_resnet50.{LIN}' and recorded[LIN]['revision'] == COMMIT
     assert recorded[LIN]['files']['model.safetensors'] == file_sha256(repo / 'model.safetensors')
-    assert recorded[LIN]['fingerprint'] == json.loads((repo / 'fingerprint.json').read_text())
+    assert recorded[LIN]['fingerprint'] == json.loads(hub.files['fingerprint.json'])
 
 
 def test_pins_that_cannot_be_written_are_returned(tmp_path, monkeypatch):

@@ -651,7 +651,7 @@ def test_an_output_that_takes_no_files_is_found_before_anything_slow(
     file = tmp_path / 'file'
     file.write_text('x')
     for output in file, file / 'below':
-        with pytest.raises(OSError, match='--output: .*file.* cannot be written'):
+        with pytest.raises(ValueError, match='--output .*file.*: no record can be written there'):
             svm.run(parse(devkit, *TINY, '--output', output))
     with pytest.raises(ZeroDivisionError):
         svm.run(parse(devkit, *TINY, '--output', tmp_path / 'new' / 'folder'))

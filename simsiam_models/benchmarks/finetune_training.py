@@ -19,6 +19,9 @@ from ..training.distributed import World, gather_rows, mean_over_processes, para
 from ..training.precision import AMP
 from .finetune_data import Loader, eval_batches, seed_everything, train_batches
 
+# Of a checkpoint.
+KEYS = {'model', 'ema', 'optimizer', 'scaler', 'epoch', 'history', 'best', 'stale', 'run', 'unreadable'}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -223,12 +226,11 @@ class Training:
             'model': self.model.state_dict(), 'ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(), 'epoch': self.epoch,
             'history': self.history, 'best': self.best, 'stale': self.stale, 'run': self.run,
-            'unreadable': [self.train.unreadable, self.val.unreadable],
-            'step': 0, 'knn': [], 'processes': self.world.size, 'healthy': True}  # as train.py's have: checkpoint.KEYS
+            'unreadable': [self.train.unreadable, self.val.unreadable]}
 
     def _resume(self) -> None:
         free = {'processes', 'validation', 'amp'}  # held against args.json before
-        state = self.world.share(lambda: checkpoint.load(self.folder, self.say, self.run, free))
+        state = self.world.share(lambda: checkpoint.load(self.folder, self.say, self.run, free, keys=KEYS))
         if state is None:
             return
         try:

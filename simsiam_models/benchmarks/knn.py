@@ -116,8 +116,7 @@ def run(args: argparse.Namespace) -> int:
     from .backbone import load_backbone
     from .datasets import open_pair
     from .features import Transform, extract
-    from .linear import check_output
-    from .record import print_record, record_path, write_record
+    from .record import check_output, print_record, record_path, write_record
 
     check(args.k, args.temperature)
     began = time.perf_counter()

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -267,7 +266,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     from .datasets import open_pair
     from .linear_data import readable
     from .linear_training import LinearRun, tap_shapes
-    from .record import print_record, record_path, write_record
+    from .record import check_output, print_record, record_path, write_record
     from .tables import alone
 
     amp = 'off' if args.amp == 'auto' else args.amp
@@ -320,23 +319,6 @@ def check(args: argparse.Namespace) -> None:
     for flag, value, ok, rule in rules:
         if not ok:
             raise ValueError(f'{flag} {value}'.rstrip() + f': {rule}')
-
-
-def check_output(folder: Path) -> None:
-    """Make the folder of the records, and see that it can be written to, before hours of work.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(b'simsiam')
-            f.flush()
-    except OSError as e:
-        raise ValueError(
-            f'--output {folder}: no record can be written there ({e.strerror}); name a folder that can be written '
-            'to') from None
 
 
 def _silent(*what: Any) -> None:

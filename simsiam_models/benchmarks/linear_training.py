@@ -7,7 +7,6 @@ batches included, and no gradient is exchanged (features of a batch are smaller 
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.augment import _send
+from ..training import checkpoint
 from ..training.checkpoint import differences, write_atomically
 from ..training.distributed import World, default_workers, gather_rows
 from ..training.precision import AMP
@@ -307,15 +307,10 @@ class LinearRun:
             if not os.path.exists(self.path):
                 return None
             try:
-                with zipfile.ZipFile(self.path) as archive:
-                    if archive.testzip() is not None:  # torch.load alone may take damaged numbers for good ones
-                        raise ValueError('damaged')
-                state = torch.load(self.path, map_location='cpu', weights_only=True)
-                missing = KEYS - set(state)
-                said = 'it is of another program' if missing else differences(state['identity'], self.identity, set())
-            except Exception as e:  # a damaged file raises whatever its bytes lead to
-                raise ValueError(
-                    f'{self.path} cannot be read ({type(e).__name__}); remove it, or start anew with --fresh') from None
+                state = checkpoint.read(self.path, KEYS)
+                said = differences(state['identity'], self.identity, set())
+            except (ValueError, TypeError, AttributeError) as e:
+                raise ValueError(f'{e}; remove it, or start anew with --fresh') from None
             if said:
                 raise ValueError(f'{self.path} belongs to another run ({said}); start anew with --fresh')
             return state

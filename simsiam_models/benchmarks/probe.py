@@ -309,8 +309,8 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     from .backbone import load_backbone
     from .datasets import open_pair
     from .features import Transform, extract
-    from .linear import NUMBERS, backbone_fits, check_output
-    from .record import print_record, record_path, write_record
+    from .linear import NUMBERS, backbone_fits
+    from .record import check_output, print_record, record_path, write_record
 
     own = {'batch_size', 'epochs', 'momentum', 'image_size', 'resize'}
     given = {k: getattr(args, k) for k in NUMBERS if getattr(args, k) is not None}

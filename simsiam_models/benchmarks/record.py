@@ -8,6 +8,7 @@ import json
 import math
 import platform
 import re
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from functools import cache
@@ -106,6 +107,23 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda f: f.write(text.encode(errors='surrogateescape')))
     return record
+
+
+def check_output(folder: Path) -> None:
+    """Make the folder of the records, and see that it can be written to, before hours of work.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as f:
+            f.write(b'simsiam')
+            f.flush()
+    except OSError as e:
+        raise ValueError(
+            f'--output {folder}: no record can be written there ({e.strerror}); name a folder that can be written '
+            'to') from None
 
 
 def plain(value: Any) -> Any:

@@ -57,10 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..training.distributed import default_device, join_world
+    from ..training.distributed import World, default_device, join_world
     from . import datasets
     from .backbone import load_backbone
-    from .svm_fits import Finished, alone, full, full_tasks, low_shot, low_shot_tasks, make_output
+    from .record import check_output
+    from .svm_fits import Finished, full, full_tasks, low_shot, low_shot_tasks
+    from .tables import alone
 
     _check(args)
     data = datasets.open_voc07(args.data, args.allow_partial)
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     ks, samples = _draws(args)
     check_counts(data.names, data.labels_trainval, data.labels_test, ks if args.low_shot else None)
     with join_world(args.device or default_device()) as world:
-        world.share(lambda: make_output(args.output))
+        world.share(lambda: check_output(args.output))
         backbone = load_backbone(args.model, world.device)
         features = _extract(args, backbone, data, taps, world)
         pooling = pooling_of(backbone, args.image_size)
@@ -81,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
         check_counts(data.names, *labels, ks if args.low_shot else None)
     name = name_of(args, features, taps, labels)
     work, jobs, classes = args.output / f'.svm-{name}', args.jobs or _cores(), len(data.names)
-    with alone(work):
+    # The lock lies beside `work` and stays: whoever waits for a deleted one excludes nobody.
+    with alone(work.with_name(f'{work.name}.lock'), World(0, 1, world.device), 'svm'):  # the others have left
         finished = Finished(args.output / f'svm-{name}.jsonl')
 
         def tasks() -> list['Task']:

@@ -4,8 +4,6 @@ The protocol is that of MMSelfSup's VOC07 benchmark; every number of it is here.
 """
 import json
 import random
-import sys
-import tempfile
 import time
 import warnings
 import zlib
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .average_precision import eleven_point_ap, envelope_ap
@@ -138,35 +135,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as e:
         why = e.strerror or e
         raise OSError(f'--output: {path} cannot be written ({why}); make room there, or name another folder') from None
-
-
-def make_output(folder: Path) -> None:
-    """Before anything slow: can files be written there?"""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
-            f.write(b'0')
-            f.flush()
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Of the runs that want the same fits one makes them, and the others wait and find them.
-
-    The lock is a file beside `folder` and stays there: whoever waits for a deleted one excludes nobody.
-    """
-    lock = FileLock(folder.with_name(f'{folder.name}.lock'))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f'svm: waiting for the process that makes the same fits in {folder}', file=sys.stderr)
-        lock.acquire()
-    except NotImplementedError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Finished:

@@ -174,8 +174,8 @@ def save(
     _sync_folder(folder)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """One checkpoint, every byte of it checked.
+def read(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
+    """One checkpoint, every byte of it checked; `keys` are those that it must have.
 
     Raises:
         ValueError: it is torn, damaged, or none of ours.
@@ -187,14 +187,14 @@ def read(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:  # a torn file raises whatever its bytes lead to
         raise ValueError(f'{path} cannot be read ({type(e).__name__})') from None
-    if not isinstance(state, dict) or not state.keys() >= KEYS:
-        raise ValueError(f'{path} is no checkpoint of train.py')
+    if not isinstance(state, dict) or not state.keys() >= keys:
+        raise ValueError(f'{path} is no checkpoint of this program')
     return state
 
 
 def load(
     folder: Path, say: Callable[[str], Any] = print, run: dict[str, Any] | None = None, free: set[str] = frozenset(),
-    healthy: bool = False,
+    healthy: bool = False, keys: set[str] = KEYS,
 ) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, or None; a torn one is named and set aside, so that it replaces none.
 
@@ -211,7 +211,7 @@ def load(
     torn = []
     for path in found:
         try:
-            state = read(path)
+            state = read(path, keys)
         except ValueError as e:
             say(f'{e}; looking for the one before')
             torn.append(path)
@@ -223,7 +223,7 @@ def load(
             say(f'continuing from {path}')
             for bad in torn:
                 _set_aside(bad)
-        if state['healthy'] or not healthy:
+        if not healthy or state['healthy']:
             return state
     if torn and len(torn) == len(found):
         raise ValueError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
