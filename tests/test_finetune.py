@@ -51,8 +51,8 @@ def run(*args: str | Path) -> dict:
     return json.loads((parse(*args).output / 'record.json').read_text())
 
 
-def settings(*args: str) -> finetune_training.Settings:
-    return finetune.plain_settings(parse('x', '--out', 'y', *args))
+def settings(*args: str, images: int = 50_000) -> finetune_training.Settings:
+    return finetune.plain_settings(parse('x', '--out', 'y', *args), images)
 
 
 def environment() -> dict[str, str]:
@@ -220,6 +220,30 @@ def test_a_finished_run_started_again_trains_nothing_and_says_the_same(
 
 # --- how it learns
 
+def test_defaults_follow_the_number_of_images():
+    tiny, few, many = (settings(images=n) for n in (100, 400, 100_000))
+    assert (tiny.batch_size, tiny.epochs, tiny.patience, tiny.warmup_epochs) == (16, 100, 33, 10)
+    assert (few.batch_size, few.epochs, few.lr, few.mixup, few.cutmix) == (32, 84, 2e-3 * (1000 / 1008) ** 0.5, 0, 0)
+    assert (many.batch_size, many.epochs, many.patience, many.mixup, many.cutmix) == (64, 30, 10, 0.2, 1.0)
+    assert many.lr == pytest.approx(2e-3 * (1000 / (30 * 1562)) ** 0.5)
+    flags = ('--epochs', '5', '--batch-size', '8', '--lr', '0.32', '--mixup', '0.1', '--patience', '2')
+    given = settings(*flags, images=99)
+    assert (given.epochs, given.batch_size, given.mixup, given.patience, given.warmup_epochs) == (5, 8, 0.1, 2, 0)
+    assert given.lr == 0.01
+
+
+def test_a_small_folder_is_learned_at_the_rate_of_the_defaults(
+    trained: Path, photos: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture,
+):
+    args = ('--model', trained, '--device', 'cpu', '--workers', '0')
+    record = run(photos, '--out', tmp_path / 'run', *args, '--epochs', '15')
+    assert record['metrics']['top1'] > 50  # 35 at the rate of large data sets, --lr 0.001
+    assert record['protocol']['image_size'] == 32  # the model's own
+    said = capsys.readouterr().out
+    assert 'little was learned' not in said and '15 epochs of 7 steps, batch 32, adamw, lr 0.002, 32 px' in said
+    run(photos, '--out', tmp_path / 'slow', *args, '--epochs', '1', '--lr', '1e-6')
+    assert 'little was learned: the training loss, 2.' in capsys.readouterr().out
+
 def test_each_layers_rate_is_decay_to_the_power_of_its_distance_from_the_last():
     model = timm.create_model('resnet18', num_classes=3)
     s = settings('--layer-decay', '0.5', '--batch-size', '256', '--lr', '0.1')
@@ -305,7 +329,7 @@ def test_a_val_folder_is_what_is_validated_on(photos: Path, tmp_path: Path):
     train, val, text = finetune_data.open_labelled(str(tmp_path / 'data'), 0.2, 0)
     assert len(train) == len(val) == 300 and text == f'300 images of {tmp_path / "data" / "val"}'
     shutil.rmtree(tmp_path / 'data' / 'val' / '3')
-    with pytest.raises(ValueError, match='val: not the 10 classes of'):
+    with pytest.raises(ValueError, match="val: not the 10 classes of .*: '3' is in one of them only"):
         finetune_data.open_labelled(str(tmp_path / 'data'), 0.2, 0)
 
 
@@ -440,18 +464,24 @@ def without_seconds(folder: Path) -> list[dict]:
     return [{k: v for k, v in e.items() if k != 'seconds'} for e in epochs]
 
 
-def test_a_run_killed_in_an_epoch_ends_in_the_same_bits(trained: Path, photos: Path, tmp_path: Path, one_thread: None):
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_an_epoch_ends_in_the_same_bits(
+    number: int, trained: Path, photos: Path, tmp_path: Path, one_thread: None,
+):
     folder = tmp_path / 'run'
     process = subprocess.Popen(
-        [sys.executable, *LAUNCH, str(photos), '--out', str(folder), *PLAIN], stdout=subprocess.PIPE, text=True,
-        env=environment())
+        [sys.executable, '-m', 'simsiam_models', 'finetune', str(photos), '--out', str(folder), *PLAIN],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     try:
         for line in process.stdout:
             if line.startswith('epoch 2/'):
                 break
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.send_signal(number)
+        said = process.communicate()[1]
+    if number == signal.SIGINT:
+        assert process.returncode == 130
+        assert said == 'simsiam: stopped by SIGINT; the same command goes on after the last whole epoch\n'
     epoch = torch.load(folder / 'checkpoint.pth', weights_only=True)['epoch']
     assert 2 <= epoch < 6 and not (folder / 'record.json').exists()
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 10  # the best so far
@@ -475,7 +505,8 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
     assert 'continuing after epoch 5' in capsys.readouterr().out
     assert same(folder, trained)
     # The torn one did not take the place of the good one.
-    assert [checkpoint.read(folder / n, finetune_training.KEYS)['epoch'] for n in (checkpoint.LAST, checkpoint.PREVIOUS)] == [6, 5]
+    names = (checkpoint.LAST, checkpoint.PREVIOUS)
+    assert [checkpoint.read(folder / n, finetune_training.KEYS)['epoch'] for n in names] == [6, 5]
     assert (folder / 'checkpoint.pth.torn').read_bytes() == data[:len(data) // 2]
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         (folder / name).write_bytes(b'PK torn')
@@ -735,7 +766,7 @@ def test_a_fine_tuned_folder_is_a_backbone_again(trained: Path, photos: Path, tm
 
 def test_more_than_the_images_in_a_batch_is_said_and_made_smaller():
     said = []
-    s = finetune.fit_batch(settings('--batch-size', '64'), 31, 1, said.append)
-    assert s.batch_size == 30 and s.lr == pytest.approx(settings('--batch-size', '30').lr) and '30 is used' in said[0]
+    s = finetune.fit_batch(settings('--batch-size', '64', '--lr', '1'), 31, 1, said.append)
+    assert s.batch_size == 30 and s.lr == pytest.approx(30 / 256) and '30 is used' in said[0]
     with pytest.raises(ValueError, match='1 training images are too few'):
         finetune.fit_batch(settings('--batch-size', '64'), 1, 1, said.append)

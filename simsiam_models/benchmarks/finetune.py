@@ -15,6 +15,7 @@ Semi-supervised ImageNet, 1 % or 10 % of the labels, by MMSelfSup's protocol and
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 WEIGHT_DECAY = {'semi_1pct': 5e-4, 'semi_10pct': 1e-4}
 LRS, MULTIPLIERS = (0.1, 0.01, 0.001), (1.0, 10.0, 100.0)  # the nine pairs of the protocol
-PLAIN = {  # flag -> default
-    'epochs': 30, 'batch_size': 64, 'opt': 'adamw', 'lr': 1e-3, 'weight_decay': 0.05, 'layer_decay': 0.8,
-    'warmup_epochs': 3, 'smoothing': 0.1, 'mixup': 0.2, 'cutmix': 1.0, 'ema_decay': 0.9998, 'patience': 10,
+PLAIN = {  # flag -> default; what is not here depends on the number of images: `by_size`
+    'opt': 'adamw', 'weight_decay': 0.05, 'layer_decay': 0.8, 'smoothing': 0.1, 'ema_decay': 0.9998,
     'crop_scale': (0.25, 1.0), 'flip_p': 0.5, 'randaugment': 'rand-m7-mstd0.5-inc1', 'erase_p': 0.0}
+BY_SIZE = ('epochs', 'batch_size', 'lr', 'warmup_epochs', 'mixup', 'cutmix', 'patience')
+STEPS, RATE = 1000, 2e-3  # of few images: as many steps, at this rate
+MIXED = 20_000  # images from which on mixup and cutmix are of use (as in BiT's rule, Kolesnikov et al., 2020)
 SEMI = {'epochs': 20, 'batch_size': 256}  # what may be changed of the protocol, as a deviation
 
 
@@ -56,25 +59,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--workers', type=int, metavar='N', help='processes that read images, 0: none (default: by device and cores)')
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
         help='precision (default: auto; off on a CPU and with --protocol)')
-    add('--image-size', type=int, default=224, metavar='N', help='side of a crop, pixels (default: 224)')
+    add('--image-size', type=int, metavar='N',
+        help="side of a crop, pixels (default: the model's own; with --protocol 224)")
     add('--resize', type=int, metavar='N', help='short side in validation, pixels (default: image size x 256 / 224)')
     add = parser.add_argument_group('optimization and augmentation').add_argument
-    add('--epochs', type=int, metavar='N', help=f'default: {PLAIN["epochs"]}')
-    add('--batch-size', type=int, metavar='N', help=f'over all processes (default: {PLAIN["batch_size"]})')
+    add('--epochs', type=int, metavar='N',
+        help=f'default: 30; of few images as many as make {STEPS} steps, at most 100')
+    add('--batch-size', type=int, metavar='N',
+        help='over all processes (default: 64; below 1000 images 32, below 200 16)')
     add('--opt', metavar='NAME', help=f"timm's name of the optimizer (default: {PLAIN['opt']})")
     add('--lr', type=float, metavar='X', help='of the last layer, per 256 samples: the rate used is lr * batch / 256 '
-        f'(default: {PLAIN["lr"]:g}); with --protocol the rate of the backbone as it is')
+        f'(default: a used rate of {RATE:g}, beyond {STEPS} steps times the root of {STEPS} / steps); with --protocol '
+        'the rate of the backbone as it is')
     add('--weight-decay', type=float, metavar='X', help=f'default: {PLAIN["weight_decay"]}')
     add('--layer-decay', type=float, metavar='X',
         help=f"each layer's rate is the next one's times this (default: {PLAIN['layer_decay']}; 1: all alike)")
-    add('--warmup-epochs', type=int, metavar='N', help=f'linear; then cosine to 0 (default: {PLAIN["warmup_epochs"]})')
+    add('--warmup-epochs', type=int, metavar='N', help='linear; then cosine to 0 (default: a tenth)')
     add('--smoothing', type=float, metavar='X', help=f'of the labels (default: {PLAIN["smoothing"]})')
-    add('--mixup', type=float, metavar='ALPHA', help=f'0: none (default: {PLAIN["mixup"]})')
-    add('--cutmix', type=float, metavar='ALPHA', help=f'0: none (default: {PLAIN["cutmix"]})')
+    add('--mixup', type=float, metavar='ALPHA', help=f'0: none (default: 0.2 from {MIXED} images on, else 0)')
+    add('--cutmix', type=float, metavar='ALPHA', help=f'0: none (default: 1 from {MIXED} images on, else 0)')
     add('--ema-decay', type=float, metavar='X',
         help=f'of the averaged weights, 0: none (default: {PLAIN["ema_decay"]})')
     add('--patience', type=int, metavar='N', help='epochs without a better validation top-1 after which the run ends, '
-        f'0: never (default: {PLAIN["patience"]})')
+        '0: never (default: a third of --epochs)')
     add('--crop-scale', type=float, nargs=2, metavar=('MIN', 'MAX'), help='share of the area (default: 0.25 1)')
     add('--flip-p', type=float, metavar='P', help=f'probability of a flip (default: {PLAIN["flip_p"]})')
     add('--randaugment', metavar='SPEC', help=f'as timm writes it, or none (default: {PLAIN["randaugment"]})')
@@ -85,18 +92,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--grid', action='store_true', help='all nine pairs of --lr .1 .01 .001 and --head-multiplier 1 10 100')
     add('--dataset', choices=['imagenet', 'folder'], default='imagenet', help='default: imagenet')
     add('--allow-partial', action='store_true', help='go on with fewer images than the data set has')
+    parser.set_defaults(kept='the same command goes on after the last whole epoch')
 
 
 def run(args: argparse.Namespace) -> int:
     from ..training.distributed import join_world
     from ..training.runlog import RunLog
+    from .backbone import load_backbone
     from .finetune_result import open_source, print_grid
 
     with join_world(args.device) as world:
         say = RunLog(args.output, world.main).say
-        runs = [(args.output, plain_settings(args))] if args.protocol == 'plain' else semi_runs(args)
+        plain = args.protocol == 'plain'
+        runs = [(args.output, plain_settings(args, MIXED))] if plain else semi_runs(args)  # wrong flags come first
         source = open_source(args)
         say(f'{len(source.train)} training images of {len(source.classes)} classes; validation: {source.validation}')
+        if plain:
+            if args.image_size is None:
+                args.image_size = load_backbone(args.model, **args.model_args).image_size
+            runs = [(args.output, plain_settings(args, len(source.train)))]
         records = [run_one(args, source, s, folder, world, say) for folder, s in runs]
         if args.grid and world.main:
             say(print_grid([s for _, s in runs], records))
@@ -132,13 +146,14 @@ def run_one(
     loaders = [
         data.Loader(data.Samples(images, transform, s.seed, transform is crop), workers, world.device)
         for images, transform in ((source.train, crop), (source.val, centre))]
-    free = {'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}  # validation: paths as typed
+    free = {'model', 'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}  # paths as typed
     world.share(lambda: claim(folder, run, free))
     with alone(folder / 'lock', world, 'finetune'):
         training = Training(
             target.backbone.model, len(source.classes), s, *loaders, folder, world, amp, run, say, target.export)
-        say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs, batch {s.batch_size}, {s.optimizer}, '
-            f'lr {s.lr:g}, {world.device.type}, amp {amp} -> {folder}')
+        say(f'{args.model}: protocol {args.protocol}, {s.epochs} epochs of {training.steps} steps, batch '
+            f'{s.batch_size}, {s.optimizer}, lr {s.lr:.3g}, {s.image_size} px, {world.device.type}, amp {amp} -> '
+            f'{folder}')
         training.fit()
         predicted = training.predict()
         return finish(args, source, target, training, predicted, run, say) if world.main else None
@@ -164,8 +179,21 @@ def fit_batch(s: 'Settings', n: int, processes: int, say: Callable[[str], Any]) 
     return dataclasses.replace(s, batch_size=batch, lr=s.lr * batch / s.batch_size)
 
 
-def plain_settings(args: argparse.Namespace) -> 'Settings':
-    """The defaults with the flags' numbers in their place.
+def by_size(n: int, given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults for n training images. With few, a run of the usual 30 epochs is over before anything is learned: so
+    batches are smaller, epochs and rate higher, and images are not mixed."""
+    batch = given.get('batch_size') or (64 if n >= 1000 else 32 if n >= 200 else 16)
+    in_epoch = max(1, n // batch)
+    epochs = given.get('epochs') or min(100, max(30, math.ceil(STEPS / in_epoch)))
+    rate = RATE * min(1.0, math.sqrt(STEPS / max(1, epochs * in_epoch)))
+    mixed = n >= MIXED
+    return {
+        'epochs': epochs, 'batch_size': batch, 'lr': rate * 256 / batch, 'warmup_epochs': epochs // 10,
+        'mixup': 0.2 if mixed else 0.0, 'cutmix': 1.0 if mixed else 0.0, 'patience': max(10, epochs // 3)}
+
+
+def plain_settings(args: argparse.Namespace, images: int) -> 'Settings':
+    """The defaults for so many training images, with the flags' numbers in their place.
 
     Raises:
         ValueError: a number outside its range, or a flag of the other protocol.
@@ -175,17 +203,15 @@ def plain_settings(args: argparse.Namespace) -> 'Settings':
     for name in ('list', 'head_multiplier', 'grid'):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 was given, too
             raise ValueError(f'--{name.replace("_", "-")} belongs to --protocol semi_1pct or semi_10pct; name one')
-    given = {k: v for k, v in vars(args).items() if k in PLAIN and v is not None}
-    n = {**PLAIN, **given}
-    if 'warmup_epochs' not in given:
-        n['warmup_epochs'] = min(n['warmup_epochs'], n['epochs'] - 1)
+    given = {k: v for k, v in vars(args).items() if k in (*PLAIN, *BY_SIZE) and v is not None}
+    n = {**PLAIN, **by_size(images, given), **given}
     _check(args, n)
     return Settings(
         epochs=n['epochs'], batch_size=n['batch_size'], optimizer=n['opt'], lr=n['lr'] * n['batch_size'] / 256,
         weight_decay=n['weight_decay'], momentum=0.9, layer_decay=None if n['layer_decay'] == 1 else n['layer_decay'],
         head_multiplier=None, steps=None, warmup_epochs=n['warmup_epochs'], smoothing=n['smoothing'], mixup=n['mixup'],
         cutmix=n['cutmix'], ema_decay=n['ema_decay'], patience=n['patience'], eval_every=1, keep='best',
-        partial_batch=False, image_size=args.image_size, resize=_resize(args), crop_scale=tuple(n['crop_scale']),
+        partial_batch=False, image_size=args.image_size or 224, resize=_resize(args), crop_scale=tuple(n['crop_scale']),
         flip=n['flip_p'], randaugment=None if n['randaugment'] == 'none' else n['randaugment'], erase=n['erase_p'],
         seed=args.seed)
 
@@ -198,7 +224,7 @@ def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
     """
     from .finetune_training import Settings
 
-    fixed = [k for k in PLAIN if k not in (*SEMI, 'lr') and getattr(args, k) is not None]
+    fixed = [k for k in (*PLAIN, *BY_SIZE) if k not in (*SEMI, 'lr') and getattr(args, k) is not None]
     if fixed:
         raise ValueError(f'--{fixed[0].replace("_", "-")} is fixed by --protocol {args.protocol}; leave it out')
     if args.grid and (args.lr is not None or args.head_multiplier is not None):
@@ -211,14 +237,14 @@ def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
     if args.grid:
         pairs = [(lr, multiplier) for lr in LRS for multiplier in MULTIPLIERS]
     n = {**SEMI, **{k: getattr(args, k) for k in SEMI if getattr(args, k) is not None}}
-    _check(args, {**PLAIN, **n, 'warmup_epochs': 0, 'lr': pairs[0][0]})
+    _check(args, {**PLAIN, **by_size(MIXED, n), **n, 'lr': pairs[0][0]})
     runs = []
     for lr, multiplier in pairs:
         settings = Settings(
             epochs=n['epochs'], batch_size=n['batch_size'], optimizer='sgd', lr=lr,
             weight_decay=WEIGHT_DECAY[args.protocol], momentum=0.9, layer_decay=None, head_multiplier=multiplier,
             steps=(12, 16), warmup_epochs=0, smoothing=0.0, mixup=0.0, cutmix=0.0, ema_decay=0.0, patience=0,
-            eval_every=10, keep='last', partial_batch=True, image_size=args.image_size, resize=_resize(args),
+            eval_every=10, keep='last', partial_batch=True, image_size=args.image_size or 224, resize=_resize(args),
             crop_scale=(0.08, 1.0), flip=0.5, randaugment=None, erase=0.0, seed=args.seed)
         folder = args.output / f'lr{lr:g}_head{multiplier:g}' if args.grid else args.output
         runs.append((folder, settings))
@@ -233,7 +259,7 @@ def deviations(run: dict[str, Any]) -> list[str]:
 
 
 def _resize(args: argparse.Namespace) -> int:
-    return round(args.image_size * 256 / 224) if args.resize is None else args.resize
+    return round((args.image_size or 224) * 8 / 7) if args.resize is None else args.resize
 
 
 def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
@@ -255,8 +281,8 @@ def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
         ('--erase-p', n['erase_p'], 0 <= n['erase_p'] <= 1, 'a probability'),
         ('--head-multiplier', multiplier, multiplier is None or 0 < multiplier < float('inf'), 'above 0'),
         ('--val-share', args.val_share, 0 < args.val_share < 1, 'above 0, below 1'),
-        ('--image-size', args.image_size, args.image_size >= 8, 'at least 8 pixels'),
-        ('--resize', _resize(args), _resize(args) >= args.image_size, 'at least --image-size'),
+        ('--image-size', args.image_size, args.image_size is None or args.image_size >= 8, 'at least 8 pixels'),
+        ('--resize', _resize(args), _resize(args) >= (args.image_size or 224), 'at least --image-size'),
         ('--seed', args.seed, 0 <= args.seed < 2**63, 'at least 0'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
     for flag, value, ok, rule in rules:

@@ -38,9 +38,12 @@ def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, s
         raise ValueError(f'{spec}: no labels; fine-tuning needs one subfolder per class, or a list with labels')
     for part in ('val', 'valid', 'validation'):
         if val is None and Path(spec, 'train').is_dir() and Path(spec, part).is_dir():
+            there = {p.name for p in Path(spec, part).iterdir() if p.is_dir()}
+            odd = sorted(there.symmetric_difference(images.classes))
+            where = f'{odd[0]!r} is in one of them only' if odd else 'the folder is not called val'
             raise ValueError(
-                f'{Path(spec, part)}: not the {len(images.classes)} classes of {Path(spec, "train")}, or not called '
-                'val; give both the same class folders under train and val')
+                f'{Path(spec, part)}: not the {len(images.classes)} classes of {Path(spec, "train")}: {where}; give '
+                'both the same class folders under train and val')
     if len(np.unique(images.labels)) < 2:
         raise ValueError(f'{spec}: one class only; a classifier needs at least two')
     every_class_trains(images)

@@ -115,7 +115,7 @@ class Training:
         amp: str, run: dict[str, Any], say: Callable[[str], Any], export: Callable[[nn.Module], Any],
     ) -> None:
         self.s, self.train, self.val, self.folder, self.world, self.amp = s, train, val, folder, world, amp
-        self.run, self.say, self.export = run, say, export
+        self.run, self.say, self.export, self.classes = run, say, export, classes
         self.model = synchronize_batchnorm(model, world)
         self.ema = ModelEmaV3(self.model, s.ema_decay, use_warmup=True) if s.ema_decay else None
         self.measured = self.ema.module if self.ema else self.model
@@ -157,6 +157,10 @@ class Training:
                 if improved:
                     self.export(self.measured)
             self.say(f'{self._line(row, improved)}, {speed:.0f} images/s in training')
+        if (loss := self.history[-1]['loss']) > 0.9 * (guess := math.log(self.classes)):
+            self.say(
+                f'little was learned: the training loss, {loss:.2f}, is near that of a guess, {guess:.2f}; a higher '
+                '--lr, more --epochs or less augmentation may help')
         if self.epoch < self.s.epochs:
             self.say(f'stopped early: validation top-1 did not rise for {self.s.patience} epochs')
         self.measured.load_state_dict(self.best['weights'])
@@ -229,7 +233,7 @@ class Training:
             'unreadable': [self.train.unreadable, self.val.unreadable]}
 
     def _resume(self) -> None:
-        free = {'processes', 'validation', 'amp'}  # held against args.json before
+        free = {'model', 'processes', 'validation', 'amp'}  # held against args.json before
         state = self.world.share(lambda: checkpoint.load(self.folder, self.say, self.run, free, keys=KEYS))
         if state is None:
             return
