@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from torch import nn
 
+from simsiam_models.benchmarks import compare as comparing
 from simsiam_models.benchmarks import record as records
 from simsiam_models.benchmarks import report as reports
 from simsiam_models.benchmarks.backbone import Backbone
+from simsiam_models.benchmarks.compare import compare
 from simsiam_models.benchmarks.counts import SIZES
-from simsiam_models.benchmarks.record import compare, print_record, read_record, write_record
+from simsiam_models.benchmarks.record import print_record, read_record, write_record
 from simsiam_models.benchmarks.report import report
 from simsiam_models.resnet import WEIGHTS
 from simsiam_models.weights.published import published as published_of
@@ -39,7 +41,7 @@ def whole(benchmark: str) -> dict:
 
 
 def as_published(benchmark: str) -> dict:
-    return dict(records.PROTOCOLS[records.family(benchmark)])
+    return dict(comparing.PROTOCOLS[comparing.family(benchmark)])
 
 
 def write(path: Path, benchmark: str, metrics: dict, model: Backbone | None = None, **changes) -> dict:
@@ -88,11 +90,13 @@ def test_a_record_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    'metrics', [{'k=10': float('nan')}, {'k=10': float('inf')}, {'k=10': 'high'}, {'k=10': True}, {}])
-def test_what_is_no_number_is_no_result(metrics: dict, tmp_path: Path):
+    'metrics', [{'k=10': float('nan')}, {'k=10': float('inf')}, {'k=10': 'high'}, {'k=10': True}, {}, {'k=10': -0.01},
+                {'k=10': 100.01}])
+def test_what_is_no_number_of_percent_is_no_result(metrics: dict, tmp_path: Path):
     with pytest.raises(ValueError) as e:
         write(tmp_path / 'x.json', 'imagenet_knn_T0.07', metrics)
     assert '\n' not in str(e.value) and not (tmp_path / 'x.json').exists()
+    assert write(tmp_path / 'x.json', 'imagenet_knn_T0.07', {'k=10': 0, 'k=20': 100 + 1e-12})['metrics']['k=10'] == 0
 
 
 def test_things_without_a_form_in_json_and_folders_are_refused(tmp_path: Path):
@@ -165,7 +169,8 @@ def test_a_hostile_record_neither_ends_the_report_nor_speaks_in_it(results: Path
     before = report([results])
     benchmark, published = 'imagenet_knn_T0.07', KNN
     write(results / 'huge.json', benchmark, published, protocol={'T': 10**400})
-    assert 'T 1000000' in report([results]) and before.split('Other records')[0] in report([results])
+    page = before.split('### imagenet_')[0]
+    assert 'T 1000000' in report([results]) and '### ImageNet Nearest' in page and report([results]).startswith(page)
     found = write(results / 'huge.json', benchmark, published, protocol={'amp': 'BF16'})
     assert 'amp BF16 where off is published' in found['not_comparable']
     name = '![x](https://a.example/p.png) [click](javascript:alert(1)) `code`'
@@ -236,16 +241,24 @@ def test_the_tolerance_is_the_spread_that_was_observed_between_two_runs(tmp_path
         found = write(tmp_path / 'x.json', benchmark, {metric: 50.0, 'other': 1.0}, backbone(None, 'mine'))
         assert found['tolerance'] == {metric: value}
     assert write(tmp_path / 'x.json', 'imagenet_knn_T0.07', KNN)['tolerance'] == {}
-    assert all((name, metric) in {(e['benchmark'], m) for tag in WEIGHTS for e in records.published_for(name, tag)
-                                  for m in e['metrics']} for name, metric in records.SPREAD)
+    assert all((name, metric) in {(e['benchmark'], m) for tag in WEIGHTS for e in comparing.published_for(name, tag)
+                                  for m in e['metrics']} for name, metric in comparing.SPREAD)
 
 
-def test_a_benchmark_without_published_numbers_says_so(tmp_path: Path):
+def test_that_no_number_is_published_is_said_where_there_could_be_one(tmp_path: Path):
     found = write_record(
         tmp_path / 'x.json', 'flowers_finetune', {'lr': 1}, backbone(None, 'mine'),
         {'name': 'folder', 'counts': {'train': 5}}, {'top1': 50.0}, 1)
     assert found['published'] == [] and found['not_comparable'] is None and found['difference'] == {}
-    assert 'no number is published for flowers_finetune' in print_record(found)
+    for benchmark, name, said in (
+            ('flowers_finetune', 'folder', False), ('folder_linear_moco', 'folder', False), ('finetune', 'a/b', False),
+            ('imagenet_auto_probe', 'imagenet', False), ('imagenet_knn_T0.2', 'imagenet', True),
+            ('cifar10_knn_T0.07', 'cifar10', True)):
+        found = write_record(
+            tmp_path / 'x.json', benchmark, {'lr': 1}, backbone(None, 'mine'), {'name': name, 'counts': {}},
+            {'top1': 50.0}, 1)
+        for text in (print_record(found), report([tmp_path]), report([tmp_path], markdown=False)):
+            assert (f'no number is published for {benchmark}' in text.replace('No number', 'no number')) == said
 
 
 def test_the_protocols_of_linear_evaluation_are_the_ones_that_are_compared(tmp_path: Path):
@@ -261,7 +274,7 @@ def test_the_protocols_of_linear_evaluation_are_the_ones_that_are_compared(tmp_p
             if overrides:
                 assert found['not_comparable'] or benchmark.endswith('_changed') and not found['published']
             else:
-                assert benchmark in records.PROTOCOLS and found['not_comparable'] is None
+                assert benchmark in comparing.PROTOCOLS and found['not_comparable'] is None
 
 
 HOSTILE = {
@@ -281,10 +294,14 @@ def hostile(tmp_path: Path) -> dict[str, bytes]:
         'version': {'version': 99}, 'no benchmark': {'benchmark': None}, 'a list as protocol': {'protocol': []},
         'no metric': {'metrics': {}}, 'a text as metric': {'metrics': {'k=10': '60.2'}},
         'a truth as metric': {'metrics': {'k=10': True}}, 'a huge metric': {'metrics': {'k=10': 10**400}},
-        'a list as metric': {'metrics': {'k=10': [1]}}, 'no name': {'weights': {**weights, 'name': 3}},
+        'a list as metric': {'metrics': {'k=10': [1]}}, 'less than none': {'metrics': {'k=10': -50}},
+        'more than all': {'metrics': {'k=10': 1e8}}, 'a list as extra': {'extra': []},
+        'nested': {'protocol': {'T': json.loads('[' * 200 + ']' * 200)}},
+        'no name': {'weights': {**weights, 'name': 3}},
         'a list as tag': {'weights': {**weights, 'tag': []}}, 'no digest': {'weights': {'name': 'x', 'tag': None}},
         'no counts': {'data': {'name': 'imagenet'}}, 'counts in a list': {'data': {'name': 'imagenet', 'counts': []}},
         'no data': {'data': None}}
+    changes |= {f'unreadable {x}': {'extra': {'unreadable': x}} for x in (2.5, 3.0, True, -1, 'three', None)}
     found = {name: edited(tmp_path, **change) for name, change in changes.items()}
     found['infinite metric'] = edited(tmp_path).replace(b'60.2', b'1e999')
     return {**HOSTILE, **found}
@@ -308,20 +325,46 @@ def test_broken_and_foreign_files_are_one_sentence_that_names_them(tmp_path: Pat
             read(tmp_path / 'none.json')
 
 
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
+    file = tmp_path / 'good.json'
+    edited(tmp_path)
+    with pytest.raises(ValueError, match=f'{tmp_path}: is a folder'):
+        read_record(tmp_path)
+    for error in (PermissionError(13, 'Permission denied'), FileNotFoundError(2, 'Gone'), OSError(5, 'I/O error')):
+        def read(self: Path, error: OSError = error):
+            raise error  # without the name, as read(2) has it
+        with monkeypatch.context() as m:
+            m.setattr(Path, 'read_bytes', read)
+            for named in (read_record, lambda f: report([f]), lambda f: report([f.parent])):
+                with pytest.raises(OSError, match=rf'good.json: cannot be read \({error.strerror}\)'):
+                    named(file)
+    (tmp_path / 'sub').mkdir()
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).endswith('sub'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', closed)
+    assert 'sub: cannot be listed (Permission denied)' in report([tmp_path])
+
+
 def test_strange_but_possible_values_do_not_break_the_tables(tmp_path: Path):
     weights = {'name': 'a|b\n<script>\x1b[31m`', 'tag': 'nobody', 'digest': ''}
     for i, changes in enumerate([
-            {'weights': weights}, {'benchmark': 'x\n|y'}, {'metrics': {'a\n|b' * 99: 1e8, 'k=10': -5}},
+            {'weights': weights}, {'benchmark': 'x\n|y'}, {'metrics': {'a\n|b' * 99: 0.5, 'k=10': 5, 'b_ ' * 99: 1}},
             {'protocol': {'T': {'a': [1]}, 'changed': [{}]}},
             {'data': {'name': 'imagenet', 'counts': {'train': 10**40}}},
             {'data': {'name': 'x', 'counts': {'train': None, 'classes': [1]}}},
+            {'data': {'name': 'x', 'counts': {}, 'digest': ['|'] * 9}}, {'protocol': {'changed': {'a': 1}, 'name': []}},
             {'published': 3, 'difference': 'all'}]):
         (tmp_path / f'{i}.json').write_bytes(edited(tmp_path, **changes))
     markdown, text = report([tmp_path]), report([tmp_path], markdown=False)
     assert '<script>' not in markdown and '\x1b' not in markdown + text
     widths = [line.replace('\\|', '').count('|') for line in markdown.splitlines() if line.startswith('|')]
-    assert set(widths) == {7, 6}  # kNN's four columns, and those of other records
-    for i in range(7):
+    assert len(widths) > 20 and set(widths) <= {4, 5, 6, 7, 8}
+    for i in range(9):
         assert print_record(read_record(tmp_path / f'{i}.json'))
 
 
@@ -336,7 +379,9 @@ HEADERS = [
     '| Weights |  | AvgPool |',
     '| Weights |  | Feature1 | Feature2 | Feature3 | Feature4 | Feature5 |',
     '| Weights |  | k=10 | k=20 | k=100 | k=200 |',
-    '| Weights | Benchmark | Measured (percent) | Data | Why it is not in a table above |']
+    '| Weights | top1 |',
+    '| Weights | k=10 | k=20 | k=100 | k=200 |',
+    '| Weights | k=10 | k=20 | k=100 | k=200 |']
 
 
 @pytest.fixture
@@ -348,7 +393,7 @@ def results(tmp_path: Path) -> Path:
     few = {'counts': {'train': 100, 'test': 50, 'classes': 3}}
     write(folder / 'sub' / 'partial.json', 'imagenet_knn_T0.07', KNN, data=few)
     write(folder / 'sub' / 'hot.json', 'imagenet_knn_T0.07', KNN, protocol={'T': 0.1})
-    write_record(folder / 'auto.json', 'imagenet_linear_auto', {}, backbone(), whole('imagenet_x'), {'top1': 71.5}, 1)
+    write_record(folder / 'moco.json', 'imagenet_linear_moco', {}, backbone(), whole('imagenet_x'), {'top1': 71.5}, 1)
     return folder
 
 
@@ -360,7 +405,10 @@ def test_the_tables_have_the_columns_of_the_page(results: Path):
     assert [line for line in text.splitlines() if line.startswith('#')] == [
         '### VOC07 SVM / Low-shot SVM', '### ImageNet Linear Evaluation',
         "### ImageNet Linear Evaluation, facebookresearch/simsiam's protocol (best of 90 epochs)",
-        '### Places205 Linear Evaluation', '### ImageNet Nearest-Neighbor Classification', '### Other records']
+        '### Places205 Linear Evaluation', '### ImageNet Nearest-Neighbor Classification',
+        '### imagenet_linear_moco on imagenet (1,281,167 + 50,000 images of 1000 classes)',
+        '### imagenet_knn_T0.07 on imagenet (1,281,167 + 50,000 images of 1000 classes)',
+        '### imagenet_knn_T0.07 on imagenet (abababab, 100 + 50 images of 3 classes)']
 
 
 def test_measured_and_published_stand_below_one_another(results: Path):
@@ -400,16 +448,21 @@ def test_other_weights_get_published_rows_of_their_own_and_no_difference(tmp_pat
 
 
 def test_other_parameters_partial_data_and_other_benchmarks_stand_apart_with_the_reason(results: Path):
-    found = rows(report([results]))
-    other = {row[1]: row for row in found[found.index([c.strip() for c in HEADERS[-1].strip('|').split('|')]):]}
-    apart = [row for row in found if len(row) == 5 and row[1] == 'imagenet_knn_T0.07']
-    assert sorted(row[4] for row in apart)[0].startswith('100 training images found where 1,281,167 are expected')
-    assert sorted(row[4] for row in apart)[1] == 'T 0.1 where 0.07 is published'
-    assert '100 + 50 images of 3 classes' in apart[0][3] + apart[1][3]
-    assert other['imagenet_linear_auto'][2] == 'top1 71.50'
-    assert 'no number is published' in other['imagenet_linear_auto'][4]
-    knn = [row for row in found if row[1] == 'measured' and row[2] == '60.20']
-    assert not knn, 'the published numbers themselves were put into the two records that are apart'
+    write(results / 'other_k.json', 'imagenet_knn_T0.07', {'k=5': 59.0})  # a number without a column there
+    whole_set = '(1,281,167 + 50,000 images of 1000 classes)'
+    blocks = {block.split('\n')[0]: block for block in report([results]).split('### ')}
+    moco, hot, part = (blocks[f'{name} on imagenet {of}'] for name, of in (
+        ('imagenet_linear_moco', whole_set), ('imagenet_knn_T0.07', whole_set),
+        ('imagenet_knn_T0.07', '(abababab, 100 + 50 images of 3 classes)')))
+    assert '| 71.50 |' in moco and '- No number is published for imagenet_linear_moco.' in moco
+    assert '- Not comparable with published numbers: 100 training images found where 1,281,167 are expected' in part
+    name = f'simsiam_resnet50.{RGB}'
+    assert [row for row in rows(hot) if row[0] == name] == [
+        [name, 'T 0.07', '59.00', '', '', '', ''], [name, 'T 0.1', '', '60.20', '60.40', '58.80', '57.40']]
+    assert f'- {name}: not comparable with published numbers: T 0.1 where 0.07 is published.' in hot
+    assert f'- {name}: no number is published for k=5.' in hot
+    knn = [row for row in rows(blocks['ImageNet Nearest-Neighbor Classification']) if row[1] == 'measured']
+    assert [row[2] for row in knn] == ['59.95']
 
 
 def test_the_best_layer_is_the_one_with_the_best_svm_and_the_others_are_noted(tmp_path: Path):
@@ -429,7 +482,10 @@ def test_two_results_of_the_same_weights_are_two_rows(tmp_path: Path):
     for i in range(2):
         write(tmp_path / f'{i}.json', 'imagenet_knn_T0.07', {'k=10': 50.0 + i})
     assert [row[2] for row in rows(report([tmp_path])) if row[1] == 'measured'] == ['50.00', '51.00']
-    assert report([tmp_path, tmp_path / '0.json']) == report([tmp_path])  # none is counted twice
+    once = report([tmp_path])
+    (tmp_path / 'link.json').symlink_to('0.json')
+    os.link(tmp_path / '1.json', tmp_path / 'hard.json')
+    assert report([tmp_path, tmp_path / '0.json', tmp_path / 'link.json']) == report([tmp_path]) == once
 
 
 def test_the_comparison_in_a_file_is_not_believed(tmp_path: Path):
@@ -464,26 +520,30 @@ def test_the_terminal_form_has_the_same_cells_in_aligned_columns(results: Path):
         assert header.index(name) == measured.index(value)
     flat = ' '.join(text.split()).lower()
     table = [row for row in rows(markdown) if row[0] != 'Weights' and not row[0].startswith('---')]
+    (results / 'voc07_lowshot_svm_feature5.json').unlink()
+    header = report([results], markdown=False).splitlines()[2]
+    assert header.split() == ['Weights', 'Best', 'Layer', 'SVM'], 'columns without a number take no room'
     assert len(table) > 20 and all(' '.join(cell.split()).lower() in flat for row in table for cell in row)
 
 
-def test_the_command_prints_the_report(results: Path, capsys):
+def test_the_command_prints_the_report(results: Path, capsys, monkeypatch):
     parser = argparse.ArgumentParser()
     reports.add_arguments(parser)
+    monkeypatch.setenv('COLUMNS', '90')
     assert reports.run(parser.parse_args([str(results), '--markdown'])) == 0
     assert capsys.readouterr().out == report([results], markdown=True) + '\n'
     assert reports.run(parser.parse_args([str(results)])) == 0
-    assert capsys.readouterr().out == report([results], markdown=False) + '\n'
+    assert capsys.readouterr().out == report([results], markdown=False, width=90) + '\n'
 
 
 def test_every_published_benchmark_has_a_column_of_its_own_for_each_of_its_numbers():
     columns = {(c.benchmark, c.metric) for table in reports.TABLES for c in table.columns}
     for tag in WEIGHTS:
         for entry in published_of(tag):
-            found = {(records.family(entry['benchmark']), metric) for metric in entry['metrics']}
+            found = {(comparing.family(entry['benchmark']), metric) for metric in entry['metrics']}
             assert found - {('voc12aug_fcn_r50_d8_512_20k', 'mIoU_first_report')} <= columns
     unpublished = {'inat18_mhead_linear', 'imagenet_semi_1pct', 'imagenet_semi_10pct'}
-    assert {records.family(name) for name in CASES} == set(records.PROTOCOLS) - unpublished
+    assert {comparing.family(name) for name in CASES} == set(comparing.PROTOCOLS) - unpublished
 
 
 def test_a_benchmark_whose_published_parameters_are_not_known_here_is_not_compared():

@@ -1,59 +1,34 @@
 """A benchmark's result as one JSON file, with what is published for the same weights beside it.
 
-A difference to a published number is taken only where the weights are the very file that it belongs to, the data set is
-whole, and every parameter is the published protocol's: see `compare`. A published number was not measured here.
+A published number was not measured here; `compare` says when a difference to one is taken.
 """
 import importlib.metadata
 import json
-import math
 import platform
 import re
 import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .counts import LABELLED, SIZES, deviation
+from .compare import (  # noqa: F401 - PROTOCOLS and why_not_comparable are looked for here
+    PROTOCOLS,
+    changes,
+    compare,
+    short,
+    spread,
+    unpublished,
+    why_not_comparable,
+)
+from .counts import SIZES  # noqa: F401 - this one, too
 
 if TYPE_CHECKING:
     from .backbone import Backbone
 
 FORMAT, VERSION = 'simsiam_models benchmark', 1
 LARGEST = 64 * 2**20  # bytes of a file that can be a record
-CENTRE = {'resize': 256, 'image_size': 224}
-SQUASHED = {'squash': True, 'pooling': 'mmselfsup', **CENTRE}
-COSTS = [1, 10, 100, *(0.5**n for n in range(4, 20))]
-MHEAD = {
-    'inputs': 'five', 'optimizer': 'sgd', 'lr': 0.01, 'momentum': 0.9, 'nesterov': True, 'weight_decay': 1e-4,
-    'batch_size': 256, 'schedule': 'steps', 'lr_gamma': 0.1, 'reported': 'last', **CENTRE}
-LINEAR = {
-    'inputs': 'avgpool', 'batch_size': 4096, 'scaled_lr': 1.6, 'momentum': 0.9, 'weight_decay': 0, 'epochs': 90,
-    'schedule': 'cosine', 'augmentation': 'resized_crop', **CENTRE}
-# What a record's protocol has to say for its benchmark to be the published one (sections of protocols: 2 to 5).
-PROTOCOLS: dict[str, dict[str, Any]] = {
-    'imagenet_knn_T0.07': {'T': 0.07, 'features': 'avgpool', **CENTRE},
-    'imagenet_linear': {'optimizer': 'larc', 'reported': 'best', **LINEAR},
-    'imagenet_linear_avgpool': {'optimizer': 'lars_mmselfsup', 'reported': 'last', **LINEAR},
-    'imagenet_mhead_linear': {
-        'epochs': 90, 'lr_steps': [30, 60], 'augmentation': 'resized_crop_colour', 'jitter': 0.4, 'lighting': 0.1,
-        **MHEAD},
-    'places205_mhead_linear': {'epochs': 28, 'lr_steps': [7, 14, 21], 'augmentation': 'random_crop', **MHEAD},
-    'inat18_mhead_linear': {'epochs': 84, 'lr_steps': [24, 48, 72], 'augmentation': 'resized_crop', **MHEAD},
-    **dict.fromkeys(('imagenet_semi_1pct', 'imagenet_semi_10pct'), {
-        'optimizer': 'sgd', 'epochs': 20, 'batch_size': 256, 'steps': [12, 16], 'momentum': 0.9, **CENTRE}),
-    'voc07_svm': {'costs': COSTS, 'folds': 3, **SQUASHED},
-    'voc07_lowshot_svm': {'costs': COSTS, 'samples': 5, 'negatives_per_positive': 19, **SQUASHED},
-}
-# The entry of spread.json for a benchmark and its metric.
-SPREAD = {
-    ('voc07_svm_feature5', 'mAP'): 'svm_mAP', ('imagenet_linear_avgpool', 'top1'): 'avgpool_top1',
-    ('imagenet_mhead_linear', 'feature5'): 'mhead_feature5', ('voc0712_faster_rcnn_c4_24k', 'AP50'): 'voc0712_AP50',
-    ('coco_mask_rcnn_r50_fpn_ms_1x', 'box_AP'): 'coco_box_AP', ('coco_mask_rcnn_r50_fpn_ms_1x', 'mask_AP'):
-    'coco_mask_AP', ('voc12aug_fcn_r50_d8_512_20k', 'mIoU'): 'voc12aug_mIoU'}
-# Numbers of the same task by another protocol: shown, never compared with.
-RELATED = {'imagenet_linear': 'imagenet_linear_avgpool', 'imagenet_linear_avgpool': 'imagenet_linear'}
+DEEPEST = 100  # lists and tables in one another
 
 
 class NoRecordError(ValueError):
@@ -82,7 +57,8 @@ def write_record(
             'changed' says that it is another protocol.
         data: name (a key of SIZES, where it is one of these sets), counts (train, test, classes) and digest.
         metrics: percent.
-        extra: whatever else is worth keeping; 'unreadable', images that were left out, makes a record incomparable.
+        extra: whatever else is worth keeping; 'unreadable', images that were left out (their number, a list or a
+            table), makes a record incomparable.
 
     Raises:
         ValueError: a metric is no number of percent, or something has no form in JSON.
@@ -162,27 +138,45 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """What `write_record` wrote.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, or it is no record.
+        FileNotFoundError, ValueError, OSError: no such file, it is no record, or it cannot be read.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such record; `simsiam knn`, `linear` and the like write them')
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f'{path}: is no record: {path.stat().st_size:,} bytes are too many')
+    try:
+        if path.is_dir():
+            raise ValueError(f'{path}: is a folder; name a record in it, or give the folder to `simsiam report`')
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: no such record; `simsiam knn`, `linear` and the like write them')
+        if (size := path.stat().st_size) > LARGEST:
+            raise ValueError(f'{path}: is no record: {size:,} bytes are too many')
+        content = path.read_bytes()
+    except OSError as e:
+        if e.errno is None:  # said above
+            raise
+        raise type(e)(f'{path}: cannot be read ({e.strerror}); mend that, or leave the file out') from None
 
     def constant(name: str) -> None:
         raise ValueError(f'{name} is no number')
 
     try:
-        value = json.loads(path.read_bytes().decode(errors='surrogateescape'), parse_constant=constant)
+        value = json.loads(content.decode(errors='surrogateescape'), parse_constant=constant)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path}: is not readable as JSON ({" ".join(str(e).split())[:150]})') from None
     if not isinstance(value, dict) or value.get('format') != FORMAT:
         raise NoRecordError(f'{path}: is JSON, but no record of a benchmark; its "format" would be {FORMAT!r}')
+    if _depth(value) > DEEPEST:
+        raise ValueError(f'{path}: is no record: it is nested more than {DEEPEST} deep')
     if value.get('version') != VERSION:
         raise ValueError(f'{path}: is a record of version {str(value.get("version"))[:20]}, and this program reads '
                          f'{VERSION}; read it with the program that wrote it')
     return checked(value, str(path))
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+    return depth
 
 
 def checked(record: dict[str, Any], where: str) -> dict[str, Any]:
@@ -190,6 +184,8 @@ def checked(record: dict[str, Any], where: str) -> dict[str, Any]:
     for key, kind in (('benchmark', str), ('protocol', dict), ('weights', dict), ('data', dict), ('metrics', dict)):
         if not isinstance(record.get(key), kind):
             raise ValueError(f'{where}: the record has no usable {key!r}: {short(record.get(key))}')
+    if not isinstance(record.get('extra', {}), dict):
+        raise ValueError(f"{where}: the record has no usable 'extra': {short(record['extra'])}")
     weights, data = record['weights'], record['data']
     if not all(isinstance(weights.get(key), kind) for key, kind in (
             ('name', str), ('digest', str), ('tag', str | None))):
@@ -199,114 +195,13 @@ def checked(record: dict[str, Any], where: str) -> dict[str, Any]:
     if not record['metrics']:
         raise ValueError(f'{where}: the record has no metric')
     for name, value in record['metrics'].items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e-6 < value < 100 + 1e-6:
             raise ValueError(f'{where}: the metric {short(name)} is {short(value)}, which is no number of percent')
+    found = record.get('extra', {}).get('unreadable', 0)
+    if isinstance(found, bool) or not isinstance(found, (int, list, dict)) or isinstance(found, int) and found < 0:
+        raise ValueError(f"{where}: the record's extra.unreadable is {short(found)}, which is no number of images, nor "
+                         'a list or table of them')
     return record
-
-
-def compare(record: dict[str, Any]) -> dict[str, Any]:
-    """What is published for a record's benchmark, and how far the measured numbers are from it.
-
-    Returns:
-        published: entries of weights/published.json with `file`, `same_weights` and `same_protocol`.
-        not_comparable: why no published number may be held against the record, or None.
-        difference: metric -> measured - published; only for the same weights and protocol.
-        tolerance: metric -> how much two pretraining runs of one recipe were seen to differ.
-    """
-    benchmark, tag, metrics = record['benchmark'], record['weights']['tag'], record['metrics']
-    found = published_for(benchmark, tag)
-    reason = why_not_comparable(record) if found or family(benchmark) in PROTOCOLS else None
-    difference, tolerance = {}, {}
-    for entry in found:
-        if reason is None and entry['same_weights'] and entry['same_protocol']:
-            difference |= {
-                name: round(value - entry['metrics'][name], 4) for name, value in metrics.items()
-                if name in entry['metrics']}
-    if reason is None:
-        tolerance = {
-            name: abs(spread()['deltas'][key]) for name in metrics if (key := SPREAD.get((benchmark, name)))}
-    return {'published': found, 'not_comparable': reason, 'difference': difference, 'tolerance': tolerance}
-
-
-def published_for(benchmark: str, tag: str | None) -> list[dict[str, Any]]:
-    """Those of the same file first; else those of others, which differ in more than a run."""
-    from ..resnet import WEIGHTS
-    from ..weights.published import published, same_page
-
-    own = published(tag) if tag else []
-    others = same_page(tag) if own else []
-    if benchmark not in {entry['benchmark'] for entry in own + others}:  # of any weights, for orientation
-        others = [entry for other in WEIGHTS if other != tag and '_lin_' not in other for entry in published(other)]
-    found = []
-    for entry in own + others:
-        if entry['benchmark'] not in (benchmark, RELATED.get(benchmark)):
-            continue
-        same = entry['benchmark'] == benchmark
-        if not same and entry not in own:
-            continue
-        found.append({
-            **entry, 'file': WEIGHTS[entry['tag']].url.rsplit('/', 1)[-1], 'same_weights': entry in own,
-            'same_protocol': same})
-    return found
-
-
-def family(benchmark: str) -> str:
-    """The benchmark without its layer."""
-    return re.sub(r'_feature[1-5]$', '', benchmark)
-
-
-def why_not_comparable(record: dict[str, Any]) -> str | None:
-    """In what a record departs from the published protocol of its benchmark; None where in nothing."""
-    benchmark, protocol, data = record['benchmark'], record['protocol'], record['data']
-    wanted = PROTOCOLS.get(family(benchmark))
-    if wanted is None:
-        return f'the parameters that {benchmark} was published with are not known here'
-    said = []
-    kind = benchmark.split('_')[0]
-    if data['name'] != kind:
-        said.append(f'measured on {data["name"]}, not on {SIZES[kind].title}')
-    elif found := deviation(kind, data['counts'], LABELLED.get(benchmark.rpartition('_')[2])):
-        said.append(found)
-    if unreadable := _unreadable(record.get('extra')):
-        said.append(f'{unreadable} images could not be read')
-    for key, value in wanted.items():
-        if key not in protocol:
-            said.append(f'the record does not tell its {key} ({short(value)} is published)')
-        elif not _same(protocol[key], value):
-            said.append(f'{key} {short(protocol[key])} where {short(value)} is published')
-    if protocol.get('amp') not in (None, 'off'):
-        said.append(f'amp {short(protocol["amp"])} where off is published')
-    changed = protocol.get('changed')
-    if changed and not said:
-        said.append(f'changed: {short(changed)}')
-    return '; '.join(said) or None
-
-
-def _unreadable(extra: Any) -> int:
-    """How many images were left out or replaced: a number, or a list or table of them."""
-    found = extra.get('unreadable') if isinstance(extra, dict) else None
-    return found if isinstance(found, int) else len(found) if isinstance(found, (list, dict)) else 0
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, bool) or isinstance(b, bool) or not all(isinstance(x, (int, float)) for x in (a, b)):
-        return a == b
-    try:
-        return math.isclose(a, b, rel_tol=1e-9)
-    except OverflowError:  # JSON has whole numbers of any length
-        return False
-
-
-@cache
-def spread() -> dict[str, Any]:
-    """How much two runs were seen to differ."""
-    return json.loads(Path(__file__).with_name('spread.json').read_text(encoding='utf-8'))
-
-
-def short(value: Any, most: int = 80) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
-    return text if len(text) <= most else text[:most - 3] + '...'
 
 
 def pair_of(record: dict[str, Any]) -> str:
@@ -326,8 +221,10 @@ def counts_of(data: dict[str, Any]) -> str:
 
 
 def called(weights: dict[str, Any]) -> str:
+    """The name as the user wrote it; of a long path the end, which tells it from others."""
     name, tag = weights['name'], weights['tag']
-    return short(name if tag is None or tag in name else f'{name} ({tag})')
+    text = short(name if tag is None or tag in name else f'{name} ({tag})', LARGEST)
+    return text if len(text) <= 60 else f'...{text[-57:]}'
 
 
 def print_record(record: dict[str, Any]) -> str:
@@ -358,12 +255,13 @@ def print_record(record: dict[str, Any]) -> str:
         lines.append(f'with {pair}')
     if not comparable:
         lines.append(f'not comparable with published numbers: {now["not_comparable"]}')
+    elif said := changes(record['protocol']):
+        lines.append(f'changed: {"; ".join(said)}')
     if now['tolerance'] and comparable:
         lines.append(f'spread: {spread()["description"]}')
-    for entry in now['published']:
-        lines.append(published_line(entry))
-    if not now['published']:
-        lines.append(f'no number is published for {short(record["benchmark"])}')
+    lines += map(published_line, now['published'])
+    if not now['published'] and (said := unpublished(record)):
+        lines.append(said)
     return '\n'.join(lines)
 
 

@@ -4,28 +4,19 @@
     simsiam report results/ --markdown > RESULTS.md
 
 A table has the columns of the page (MMSelfSup 0.9.1). Only a record whose data and parameters are the published ones
-stands in it; all others are listed in a table of their own.
+stands in it; all others stand in tables of their own, which compare models (`sheets`).
 """
 import argparse
 import os
+import shutil
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .record import (
-    NoRecordError,
-    called,
-    compare,
-    counts_of,
-    family,
-    pair_of,
-    published_line,
-    read_record,
-    short,
-    source,
-    spread,
-)
+from .compare import compare, family, short, spread
+from .record import NoRecordError, published_line, read_record, source
+from .sheets import Compared, Label, Sheet, labels, sheets
 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 Cells = dict[int, str]  # column -> text
@@ -66,8 +57,7 @@ TABLES = [
         'AP50(Mask)': 'mask_AP50', 'AP75(Mask)': 'mask_AP75'}), digits=1),
     Table('Pascal VOC 2012 + Aug', _columns('voc12aug_fcn_r50_d8_512_20k', {'mIOU': 'mIoU'})),
 ]
-OTHERS = ['Weights', 'Benchmark', 'Measured (percent)', 'Data', 'Why it is not in a table above']
-SHOWN = 8  # metrics of a record in that table
+WIDTH = 120  # characters of a line, where the terminal does not tell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,28 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    print(report(args.results, args.markdown))
+    print(report(args.results, args.markdown, shutil.get_terminal_size((WIDTH, 24)).columns))
     return 0
 
 
-def report(paths: Sequence[str | Path], markdown: bool = True) -> str:
-    """All records as tables, in Markdown or for a terminal.
+def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDTH) -> str:
+    """All records as tables, in Markdown or for a terminal of `width` characters.
 
     Raises:
         FileNotFoundError: no such file or folder, or no record in any of them.
-        ValueError: a file that is named is no record; one in a folder is left out, and the report says so.
+        ValueError, OSError: a file that is named is no record, or cannot be read; one in a folder is left out, and the
+            report says so.
     """
     records, left = _read(paths)
-    blocks, placed = [], {family_of for table in TABLES for family_of in (c.benchmark for c in table.columns)}
-    compared = [(record, compare(record)) for record in records]
-    fit = [c for c in compared if c[1]['not_comparable'] is None and family(c[0]['benchmark']) in placed]
+    label, found, fit, others = labels(records), [], [], []
+    for record in records:
+        compared = record, compare(record)
+        (fit if compared[1]['not_comparable'] is None and _has_column(record) else others).append(compared)
     for table in TABLES:
         wanted = {column.benchmark for column in table.columns}
         if chosen := [c for c in fit if family(c[0]['benchmark']) in wanted]:
-            blocks.append(_block(table.title, *_table(table, chosen), markdown))
-    if others := [c for c in compared if not any(c[0] is record for record, _ in fit)]:
-        rows = [_other(*c) for c in others]
-        blocks.append(_block('Other records', [OTHERS, *rows], [], True) if markdown else _paragraphs(rows))
+            found.append(_table(table, chosen, label))
+    found += sheets(others, label)
+    blocks = [_markdown(sheet) if markdown else _text(sheet, width) for sheet in found]
     if left:
         lines = [f'- {_escaped(text) if markdown else text}' for text in left]
         blocks.append('\n'.join(['No records, left out:', *lines]))
@@ -107,17 +98,31 @@ def report(paths: Sequence[str | Path], markdown: bool = True) -> str:
 
 def _read(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Records, and why files of a folder are none."""
-    files, left = {}, []  # path -> whether it was named
+    files: dict[Any, tuple[Path, bool]] = {}  # a file, once under whatever names -> one of them, whether it was given
+    left: list[str] = []
+
+    def add(path: Path, named: bool) -> None:
+        try:
+            found = path.stat()
+            key = found.st_dev, found.st_ino
+        except OSError:  # reading it will tell
+            key = path
+        if named or key not in files:
+            files[key] = path, named
+
+    def unlisted(e: OSError) -> None:
+        left.append(short(f'{e.filename}: cannot be listed ({e.strerror})', 400))
+
     for path in map(Path, paths):
         if not path.is_dir():
-            files[path] = True
+            add(path, True)
             continue
-        for folder, _, names in sorted(os.walk(path)):
+        for folder, _, names in sorted(os.walk(path, onerror=unlisted)):
             for name in sorted(names):
                 if name.lower().endswith('.json'):
-                    files.setdefault(Path(folder, name), False)
+                    add(Path(folder, name), False)
     records, others = [], 0
-    for path, named in files.items():
+    for path, named in files.values():
         try:
             records.append(read_record(path))
         except NoRecordError:
@@ -136,17 +141,19 @@ def _read(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]
     return records, left
 
 
-Compared = tuple[dict[str, Any], dict[str, Any]]  # record, compare(record)
+def _has_column(record: dict[str, Any]) -> bool:
+    """Whether a number of it stands in a table of the page."""
+    at = family(record['benchmark'])
+    return any(c.benchmark == at and c.metric in record['metrics'] for table in TABLES for c in table.columns)
 
 
-def _table(table: Table, chosen: list[Compared]) -> tuple[list[list[str]], list[str]]:
-    """Rows with the header first, and notes."""
+def _table(table: Table, chosen: list[Compared], label: Label) -> Sheet:
     rows = [['Weights', '', *(column.header for column in table.columns)]]
     notes: dict[str, None] = {}  # in order, each once
     elsewhere: dict[str, list[dict[str, Any]]] = {}  # published for other weights, by tag
-    for name, run in _runs(chosen):
+    for name, run in _runs(chosen, label):
         measured, difference, tolerance, own = {}, {}, {}, []
-        for record, found in _best_layers(run, notes):
+        for record, found in _best_layers(run, notes, name):
             at = {c.metric: i for i, c in enumerate(table.columns) if c.benchmark == family(record['benchmark'])}
             measured |= _cells(at, record['benchmark'], record['metrics'], '.2f')
             difference |= _cells(at, '', found['difference'], '+.2f')
@@ -166,10 +173,10 @@ def _table(table: Table, chosen: list[Compared]) -> tuple[list[list[str]], list[
     for tag, entries in elsewhere.items():
         if cells := _published(table, entries, notes):
             rows.append([tag, 'published, other weights', *(cells.get(i, '') for i in range(len(table.columns)))])
-    return rows, list(notes)
+    return Sheet(table.title, rows, list(notes), 2)
 
 
-def _runs(chosen: list[Compared]) -> list[tuple[str, list[Compared]]]:
+def _runs(chosen: list[Compared], label: Label) -> list[tuple[str, list[Compared]]]:
     """Results of the same weights together; of two that are of the same benchmark, each begins a row of its own."""
     groups: dict[tuple, list[dict[str, Compared]]] = {}
     for record, found in chosen:
@@ -181,10 +188,10 @@ def _runs(chosen: list[Compared]) -> list[tuple[str, list[Compared]]]:
         free[record['benchmark']] = record, found
     first = [next(iter(run.values()))[0]['weights'] for runs in groups.values() for run in runs]
     listed = [list(run.values()) for runs in groups.values() for run in runs]
-    return [(called(weights), run) for weights, run in zip(first, listed, strict=True)]
+    return [(label(weights), run) for weights, run in zip(first, listed, strict=True)]
 
 
-def _best_layers(run: list[Compared], notes: dict[str, None]) -> list[Compared]:
+def _best_layers(run: list[Compared], notes: dict[str, None], name: str) -> list[Compared]:
     """Of results by layer, as the SVM's, those of the layer with the best SVM; the others become a note."""
     layered = [c for c in run if family(c[0]['benchmark']) != c[0]['benchmark']]
     kept = [c for c in run if not any(c is other for other in layered)]
@@ -199,7 +206,6 @@ def _best_layers(run: list[Compared], notes: dict[str, None]) -> list[Compared]:
         layer = best if best in found else max(score, key=score.__getitem__)
         best = best or layer
         kept.append(found[layer])
-        name = called(found[layer][0]['weights'])
         if layer != best:
             notes[f'{name}: low-shot SVM is of {layer}.'] = None
         if kind == 'voc07_svm':
@@ -232,37 +238,43 @@ def _published(table: Table, entries: list[dict[str, Any]], notes: dict[str, Non
     return cells
 
 
-def _other(record: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    numbers = [f'{short(name, 40)} {value:.2f}' for name, value in list(record['metrics'].items())[:SHOWN]]
-    if more := len(record['metrics']) - SHOWN:
-        numbers += [f'{more} more in the record'] if more > 0 else []
-    if pair := pair_of(record):
-        numbers[-1] += f' ({pair})'
-    why = found['not_comparable'] or 'no number is published under this name'
-    data = ', '.join(filter(None, (short(record['data']['name'], 40), counts_of(record['data']))))
-    return [called(record['weights']), short(record['benchmark']), ', '.join(numbers), data, short(why, 400)]
+def _markdown(sheet: Sheet) -> str:
+    rows = [[_escaped(cell) for cell in row] for row in sheet.rows]
+    lines = [f'### {_escaped(sheet.title)}', '', _line(rows[0]), _line(['---'] * len(rows[0])), *map(_line, rows[1:])]
+    return '\n'.join(lines + ([''] if sheet.notes else []) + [f'- {_escaped(note)}' for note in sheet.notes])
 
 
-def _block(title: str, rows: list[list[str]], notes: list[str], markdown: bool) -> str:
-    if markdown:
-        rows = [[_escaped(cell) for cell in row] for row in rows]
-        lines = [f'### {title}', '', _line(rows[0]), _line(['---'] * len(rows[0])), *map(_line, rows[1:])]
-        return '\n'.join(lines + ([''] if notes else []) + [f'- {_escaped(note)}' for note in notes])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ['  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    rule = '-' * min(120, max(map(len, lines)))
-    return '\n'.join([title, rule, *lines, rule, *(line for note in notes for line in _wrapped(note))])
+def _text(sheet: Sheet, width: int) -> str:
+    """Without empty columns; what is wider than the terminal is written in parts, one below the other."""
+    columns, notes, n = list(zip(*sheet.rows, strict=True)), sheet.notes, sheet.keys
+    wide = [max(map(len, column)) + 2 for column in columns]
+    shown = [i for i in range(n, len(columns)) if any(columns[i][1:])]
+    kept = [i for i in shown if i not in sheet.variants]
+    if sum(wide[:n]) + sum(wide[i] for i in shown) - 2 > width and 0 < len(kept) < len(shown):
+        first, shown = next(i for i in shown if i in sheet.variants), kept
+        notes = [*notes, f'{len(sheet.variants)} more columns, as {columns[first][0]}: see --markdown.']
+    enough = next(  # key columns that tell the rows apart
+        (i for i in range(1, n) if len(set(zip(*columns[:i], strict=True))) == len(sheet.rows)), n)
+    parts = [[*range(n)]]
+    used = sum(wide[:n])
+    for i in shown:
+        if len(parts[-1]) > n and used + wide[i] - 2 > width:
+            n = enough
+            parts.append([*range(n)])
+            used = sum(wide[:n])
+        parts[-1].append(i)
+        used += wide[i]
+    blocks = ['\n'.join(
+        ''.join(row[i].ljust(wide[i]) for i in part).rstrip() for row in sheet.rows) for part in parts]
+    rule = '-' * min(width, max(len(line) for block in blocks for line in block.split('\n')))
+    return '\n'.join([
+        *_wrapped(sheet.title, width), rule, '\n\n'.join(blocks), rule,
+        *(line for note in notes for line in _wrapped(note, width))])
 
 
-def _paragraphs(rows: list[list[str]]) -> str:
-    """For a terminal, which is too narrow for a table of sentences."""
-    return '\n'.join(['Other records', '-' * 40, *(
-        line for weights, benchmark, numbers, data, why in rows
-        for line in _wrapped(f'{benchmark}, {weights}: {numbers}. Data: {data}. {why[:1].upper()}{why[1:]}.'))])
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 110, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(
+        text, min(width, WIDTH), subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
 
 
 def _line(cells: list[str]) -> str:
