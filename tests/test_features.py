@@ -3,9 +3,12 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -22,9 +25,11 @@ from torchvision import transforms
 from simsiam_models import cli, create_simsiam
 from simsiam_models.benchmarks import features, tables
 from simsiam_models.benchmarks.backbone import fits_protocol, load_backbone, pooled, taps, weights_digest
+from simsiam_models.benchmarks.datasets import subset
 from simsiam_models.benchmarks.features import NAMES, Transform, extract
 from simsiam_models.data import DataError, FolderImages, MemoryImages, UnreadableError
 from simsiam_models.data.streams import WebStream
+from simsiam_models.data.tars import TarImages
 from simsiam_models.weights import export_backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -38,8 +43,8 @@ def tiny():
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    monkeypatch.setattr(tables, 'ROWS', 16)
-    monkeypatch.setattr(features, 'ROWS', 16)
+    for module in (tables, features):
+        monkeypatch.setattr(module, 'shard_rows', lambda n: 16)
     monkeypatch.setattr(features, 'CPU_BATCH', 8)
 
 
@@ -247,7 +252,7 @@ from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import FolderImages
 from simsiam_models.training.distributed import join_world
 torch.set_num_threads(1)
-tables.ROWS = features.ROWS = 16
+tables.shard_rows = features.shard_rows = lambda n: 16
 features.CPU_BATCH = 8
 data, cache, delay = sys.argv[1:]
 class Slow(FolderImages):
@@ -268,8 +273,8 @@ def child(*args, launcher=()) -> subprocess.Popen:
         text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(ROOT)})
 
 
-@pytest.mark.parametrize('after', [1, 3])
-def test_after_a_kill_it_goes_on_to_the_same_bytes(tiny, few_digits, tmp_path, small_shards, after):
+@pytest.mark.parametrize('after, number', [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGINT)])
+def test_after_a_kill_it_goes_on_to_the_same_bytes(tiny, few_digits, tmp_path, small_shards, after, number):
     extract(tiny, FolderImages(few_digits), ['avgpool', 'feat3'], SMALL, tmp_path / 'whole')
     (tmp_path / 'child.py').write_text(CHILD)
     process = child(tmp_path / 'child.py', few_digits, tmp_path / 'killed', 0.02)
@@ -279,8 +284,9 @@ def test_after_a_kill_it_goes_on_to_the_same_bytes(tiny, few_digits, tmp_path, s
             assert process.poll() is None and time.monotonic() < end, process.communicate()
             time.sleep(0.002)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.send_signal(number)
+        process.communicate(timeout=60)  # no thread holds it up
+    assert number == signal.SIGKILL or not list((tmp_path / 'killed').rglob('*.part'))
     assert files(tmp_path / 'killed') != files(tmp_path / 'whole')
     rest = extract(tiny, FolderImages(few_digits), ['avgpool', 'feat3'], SMALL, tmp_path / 'killed')
     assert 0 < rest.made <= 64 - 16 * after
@@ -297,6 +303,72 @@ def test_two_processes_make_the_features_of_one(tiny, few_digits, tmp_path, smal
     assert process.returncode == 0, err
     assert out.count('made 64') == 2
     assert files(tmp_path / 'two') == files(tmp_path / 'one')
+
+
+def test_of_a_few_hundred_images_most_are_kept_where_it_is_stopped(tiny, tmp_path, monkeypatch):
+    images = MemoryImages(np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3), np.uint8), None, [], 'some')
+    read = MemoryImages.read
+
+    def stop(self, index):
+        if index == 270:
+            raise KeyboardInterrupt
+        return read(self, index)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(MemoryImages, 'read', stop)
+        extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    assert extract(tiny, images, ['avgpool'], SMALL, tmp_path).made == 300 - 256
+    assert [tables.shard_rows(n) for n in (8191, 8192)] == [128, 1024]  # of many images, larger ones cost less
+
+
+@pytest.mark.parametrize('kind', ['folder', 'subset', 'tar'])
+def test_an_image_exchanged_under_its_name_is_noticed(tiny, tmp_path, small_shards, kind):
+    data = write_digits(tmp_path / 'data', 64)
+
+    def opened(root):
+        images = FolderImages(root)
+        if kind == 'tar':
+            with tarfile.open(root / 'x.tar', 'w') as tar:
+                for i in range(64):
+                    tar.add(images.path(i), images.path(i).name)
+            return TarImages([root / 'x.tar'], 'x')
+        return subset(images, range(8, 64)) if kind == 'subset' else images
+
+    first = extract(tiny, opened(data), ['avgpool'], SMALL, tmp_path / 'cache')
+    shutil.copytree(data, tmp_path / 'copy', copy_function=shutil.copyfile)  # with other times
+    copied = extract(tiny, opened(tmp_path / 'copy'), ['avgpool'], SMALL, tmp_path / 'cache')
+    assert copied.made == 0 and copied.digest == first.digest
+    file = FolderImages(data).path(28)  # none that pixels_digest samples, of neither kind
+    before = file.stat().st_size
+    Image.open(file).rotate(90).save(file)
+    assert file.stat().st_size != before
+    again = extract(tiny, opened(data), ['avgpool'], SMALL, tmp_path / 'cache')
+    assert again.made == 16 and again.digest != first.digest and again.folder == first.folder
+    extract(tiny, opened(data), ['avgpool'], SMALL, tmp_path / 'fresh')
+    assert files(tmp_path / 'cache') == files(tmp_path / 'fresh')
+
+
+@pytest.mark.parametrize('call, after, where', [
+    ('mkdir', 0, ''), ('fsync', 0, ''), ('pwrite', 0, '/avgpool.npy'), ('pwrite', 5, '/avgpool.npy'),
+    ('fsync', 2, '/avgpool.npy'), ('fsync', 3, '/avgpool.npy')])  # the last: of a mark
+def test_a_full_disk_is_told_with_the_file_and_what_to_do(
+        tiny, images, tmp_path, small_shards, monkeypatch, call, after, where):
+    calls, do = [], getattr(os, call)
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise OSError(28, 'No space left on device')
+        return do(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, call, full)
+        text = rf'{re.escape(str(tmp_path))}/cache/[0-9a-f]{{16}}{where}: .*\(No space left on device\).* --cache'
+        with pytest.raises(OSError, match=text):
+            extract(tiny, images, ['avgpool'], SMALL, tmp_path / 'cache')
+    for cache in ('cache', 'fresh'):
+        extract(tiny, images, ['avgpool'], SMALL, tmp_path / cache)
+    assert files(tmp_path / 'cache') == files(tmp_path / 'fresh')
 
 
 @pytest.mark.parametrize('harm', ['truncate', 'flip', 'empty', 'mark', 'head', 'remove'])

@@ -316,12 +316,13 @@ def test_a_truncated_file_is_ignored_and_written_again(settled, cache, scans):
         assert scans and file.read_bytes() == whole
 
 
-def test_a_flipped_bit_in_the_header_is_seen(settled, cache, scans):
+def test_a_flipped_bit_is_seen_wherever_it_is(settled, cache, scans):
     file = kept(settled, cache)
     whole, want = file.read_bytes(), walked(settled)
     header = index.PREFIX.size + index.PREFIX.unpack_from(whole)[1]
     rng = np.random.default_rng(0)
-    for at in [*range(index.PREFIX.size), *rng.integers(index.PREFIX.size, header, 150)]:
+    arrays = range(index._aligned(header), len(whole))
+    for at in [*range(index.PREFIX.size), *rng.integers(index.PREFIX.size, header, 150), *arrays]:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << rng.integers(8)
         file.write_bytes(damaged)
@@ -402,6 +403,17 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch, call):
     assert list((cache / 'index').iterdir()) == []
     check(root)
     assert len(list((cache / 'index').iterdir())) == 1
+
+
+def test_what_a_killed_process_left_half_written_is_removed_later(settled, cache):
+    file = kept(settled, cache)
+    old, new = (file.with_name(f'{file.stem}{x}.part') for x in ('old', 'new'))
+    for part in (old, new):
+        part.touch()
+    os.utime(old, (time.time() - 2 * index.ABANDONED,) * 2)
+    file.unlink()
+    check(settled)
+    assert set(file.parent.iterdir()) == {file, new}  # somebody may be writing the new one
 
 
 def test_the_cache_is_for_its_owner_only(tmp_path, monkeypatch):

@@ -2,10 +2,15 @@
 
 One pass over the images writes every feature that is asked for: the average pool and the five pooled taps of
 `backbone.pooled`, float32 always (half precision would exchange neighbours and move SVM costs). A file NAME.npy holds
-all rows; they are written in shards of ROWS rows, each of which counts once its checksum is written too. So a killed
-extraction goes on with the first unfinished shard and ends in the same bytes, and what was cut off or damaged later is
-found and made again. Batches never cross a shard: their sizes, and with them the bits, do not depend on the number of
-processes. The folder is named after weights, architecture, data, transform and precision.
+all rows; they are written in shards, each of which counts once its checksum is written too. So a killed extraction goes
+on with the first unfinished shard and ends in the same bytes, and what was cut off or damaged later is found and made
+again. Batches never cross a shard: their sizes, and with them the bits, do not depend on the number of processes.
+
+The folder is named after weights, architecture, data, transform and precision. Images that were exchanged under their
+names are noticed by the sizes of their files, and their shard is made again; the times of files do not count, so
+that a copy of the data has the same features. Not noticed are other pixels in a file of the same size (always so in
+formats without compression), unless it is among the 16 images of `pixels_digest`; in torchvision's data sets of files
+these 16 are all that is looked at.
 """
 import functools
 import json
@@ -29,16 +34,16 @@ from ..data.cache import cache_folder
 from ..data.decode import DataError, UnreadableError
 from ..data.index import digest
 from ..data.loader import AHEAD, EvalImages, in_order
-from ..data.sources import Images, pixels_digest
+from ..data.sources import Images, pixels_digest, stored_sizes
 from ..training.checkpoint import write_atomically
 from ..training.distributed import World, cores
 from ..training.precision import AMP
 from .backbone import Backbone, _taps, fits_protocol, pooled
 from .record import versions
-from .tables import HEAD, ROWS, Table, alone, write
+from .tables import Table, alone, naming, shard_rows
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
-FORMAT = 1
+FORMAT = 2
 SHARE = 8  # images that a thread takes at a time
 CPU_BATCH = 8  # ResNet-50 makes 16.2 images per second of a core with 8, 12.7 with 32, and needs gigabytes with 256
 
@@ -206,7 +211,7 @@ def extract(
     Args:
         what: of NAMES. Away from 224 px, or of networks with other maps, taps are pooled adaptively (`pooled`).
         cache: folder; None: `features` in this package's own.
-        batch: images in one forward pass, at most ROWS (and CPU_BATCH on a CPU).
+        batch: images in one forward pass, at most a shard's, 128 or 1024 (and CPU_BATCH on a CPU).
         workers: threads that read; None: one for each core of the process, at most 16; 0: the caller's own.
         amp: 'auto' is 'off': published benchmarks ran in float32. Or 'bfloat16', 'float16' (CUDA).
         partial: go on where images cannot be read; `Features.readable` has the others.
@@ -230,52 +235,64 @@ def extract(
     model = _Model(backbone, amp, transform.crop)
     widths = model.widths(names)
     about = {
-        'format': FORMAT, 'rows': ROWS, 'backbone': backbone.identity, 'images': images.digest,
+        'format': FORMAT, 'rows': shard_rows(len(images)), 'backbone': backbone.identity, 'images': images.digest,
         'pixels': world.share(lambda: pixels_digest(images)), 'n': len(images), 'transform': asdict(transform),
         'precision': amp, 'versions': {name: versions()[name] for name in ('torch', 'torchvision', 'timm')}}
     key = digest(json.dumps(about))
     folder = _cache(cache) / key
     tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
+    spans = tables[names[0]].spans
     workers = min(16, cores()) if workers is None else workers
+    with naming(folder):
+        world.share(lambda: folder.mkdir(parents=True, exist_ok=True))
     with alone(folder / 'lock', world, 'features'):
-        def prepare() -> tuple[list[tuple[int, list[str]]], dict[int, str]]:
+        def prepare() -> tuple[list[tuple[int, list[str]]], list[str | None], dict[int, str]]:
             about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
-            write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))
+            with naming(folder):
+                write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))
             with ThreadPoolExecutor(max(1, workers)) as threads:
-                found = {name: table.prepare(images, threads) for name, table in tables.items()}
-            todo = [(s, [n for n in names if found[n][s] is None]) for s in found[names[0]]]
-            done = [bad for shards in found.values() for bad in shards.values() if bad is not None]
-            return [(s, missing) for s, missing in todo if missing], {i: why for bad in done for i, why in bad.items()}
+                files = list(threads.map(lambda span: _files(images, *span), spans))
+                found = {name: table.prepare(images, files, threads) for name, table in tables.items()}
+            todo = [(s, [n for n in names if found[n][s] is None]) for s in range(len(spans))]
+            done = {i: why for shards in found.values() for bad in shards for i, why in (bad or {}).items()}
+            return [(s, missing) for s, missing in todo if missing], files, done
 
-        todo, unreadable = world.share(prepare)
+        todo, files, unreadable = world.share(prepare)
         mine = todo[world.rank::world.size]
-        bad = world.attempt(lambda: _fill(model, images, tables, mine, transform, batch, workers, world))
+        bad = world.attempt(lambda: _fill(model, images, tables, mine, files, transform, batch, workers, world))
         for found in world.gather(bad):  # also the barrier
             unreadable |= found
-    made = sum(stop - start for start, stop in (tables[names[0]].span(s) for s, _ in todo))
+    made = sum(stop - start for start, stop in (spans[s] for s, _ in todo))
     if unreadable and not partial:
         raise DataError(
             f'{images.name}: {len(unreadable)} of {len(images)} images cannot be read '
             f'({"; ".join(list(unreadable.values())[:3])}{"; ..." if len(unreadable) > 3 else ""}), and a benchmark on '
             'other images is another benchmark: repair them, or leave them out with --allow-partial')
-    return Features(folder, images, names, key, dict(sorted(unreadable.items())), made)
+    contents = digest(key, *(x or '' for x in files))  # the folder stays the same where an image is exchanged
+    return Features(folder, images, names, contents, dict(sorted(unreadable.items())), made)
+
+
+def _files(images: Images, start: int, stop: int) -> str | None:
+    """Tells the files of these images from others, as far as their sizes do; None where there are none."""
+    sizes = stored_sizes(images, np.arange(start, stop))
+    return None if sizes is None else digest(sizes.astype('<i8'))
 
 
 def _fill(
     model: _Model, images: Images, tables: dict[str, Table], shards: list[tuple[int, list[str]]],
-    transform: Transform, batch: int, workers: int, world: World,
+    files: list[str | None], transform: Transform, batch: int, workers: int, world: World,
 ) -> dict[int, str]:
-    """Make these shards; returns what could not be read in them."""
-    batch = min(batch, ROWS, CPU_BATCH if model.device.type == 'cpu' else ROWS)
+    """Make these shards; returns what could not be read in them. `files`: see Table.prepare."""
+    batch = min(batch, CPU_BATCH) if model.device.type == 'cpu' else batch
     plan = []  # shard, names, rows of one batch, whether it is the shard's last
     for shard, names in shards:
-        start, stop = tables[names[0]].span(shard)
+        start, stop = tables[names[0]].spans[shard]
         cuts = list(range(start, stop, batch))
         plan += [(shard, names, np.arange(i, min(i + batch, stop)), i == cuts[-1]) for i in cuts]
     if not plan:
         return {}
     pixels = _Pixels(images, [rows for _, _, rows, _ in plan], transform, workers, model.device)
-    files = {name: os.open(table.path, os.O_RDWR) for name, table in tables.items()}
+    handles = {name: os.open(table.path, os.O_RDWR) for name, table in tables.items()}
     crc = dict.fromkeys(tables, 0)
     total = sum(len(rows) for _, _, rows, _ in plan)
     began = time.perf_counter()
@@ -290,18 +307,18 @@ def _fill(
                     f'{model.backbone.name}: {name} of images {rows[0]} to {rows[-1]} is not finite; check the weights '
                     '(simsiam weights verify), or use --amp off')
             data = memoryview(values).cast('B')
-            write(files[name], data, HEAD + int(rows[0]) * table.row_bytes)
+            table.write(handles[name], data, int(rows[0]))
             crc[name] = zlib.crc32(data, crc[name])
         bar.update(len(rows))
         if last:
-            start, stop = tables[names[0]].span(shard)
+            start, stop = tables[names[0]].spans[shard]
             bad = {i: why for i, why in sorted(pixels.bad.items()) if start <= i < stop}
             if len(bad) > 32 and 2 * len(bad) > stop - start:
                 raise DataError(
                     f'{next(iter(bad.values()))}; {len(bad)} of {stop - start} images in a row cannot be read: is the '
                     'data still there?')
             for name in names:
-                tables[name].finish(files[name], shard, crc[name], bad)
+                tables[name].finish(handles[name], shard, crc[name], files[shard], bad)
                 crc[name] = 0
 
     try:
@@ -314,8 +331,8 @@ def _fill(
         store(*before)
     finally:
         bar.close()
-        for file in files.values():
-            os.close(file)
+        for handle in handles.values():
+            os.close(handle)
     if world.main and bar.disable:
         seconds = time.perf_counter() - began
         print(f'features: {total} images in {seconds:.1f} s ({total / seconds:.1f} images/s)', file=sys.stderr)

@@ -16,40 +16,63 @@ from ..data.sources import Images
 from ..training.checkpoint import write_atomically
 from ..training.distributed import World
 
-ROWS = 1024  # of a shard
 HEAD = 4096  # bytes before the first row: shards begin on pages, so processes never write to the same one
 
 
+def shard_rows(rows: int) -> int:
+    """Rows of a shard, the most that a stopped process loses: of a small table that is to be a small part.
+
+    128 rows are whole pages where a row has a multiple of 8 values, as the features of networks have.
+    """
+    return 1024 if rows >= 8192 else 128
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """While `path` is written: the system's errors name no file where a disk is full, nor do they say what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(
+            f'{path}: features cannot be written there ({e.strerror or e}); make room, or name another folder with '
+            '--cache') from None
+
+
 class Table:
-    """NAME.npy while it is filled: (rows, width) float32, and NAME.shards/NUMBER with the checksum of each shard."""
+    """NAME.npy while it is filled: (rows, width) float32, and NAME.shards/NUMBER with what each shard was made of.
+
+    That is the checksum of its rows, a digest of its images' files, and which of them could not be read.
+    """
 
     def __init__(self, folder: Path, name: str, rows: int, width: int) -> None:
         self.path, self.marks = folder / f'{name}.npy', folder / f'{name}.shards'
-        self.rows, self.row_bytes = rows, 4 * width
+        self.rows, self.row_bytes, step = rows, 4 * width, shard_rows(rows)
+        self.spans = [(i, min(i + step, rows)) for i in range(0, rows, step)]  # of each shard: its first row, its end
         text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({rows}, {width}), }}"
         length = (HEAD - 10).to_bytes(2, 'little')  # format 1.0 of .npy, the dictionary filled up with spaces
         self.head = np.lib.format.magic(1, 0) + length + text.ljust(HEAD - 11).encode() + b'\n'
 
-    def span(self, shard: int) -> tuple[int, int]:
-        return shard * ROWS, min((shard + 1) * ROWS, self.rows)
+    def prepare(
+        self, images: Images, files: list[str | None], threads: ThreadPoolExecutor) -> list[dict[int, str] | None]:
+        """Make the file what it must be; of each shard, None: to be made, or what was unreadable in it.
 
-    def prepare(self, images: Images, threads: ThreadPoolExecutor) -> dict[int, dict[int, str] | None]:
-        """Make the file what it must be; of each shard, None: to be made, or what was unreadable in it."""
-        self.marks.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), 'r+b') as f:
-            if f.read(HEAD) != self.head:
-                f.seek(0)
-                f.write(self.head)
-            f.truncate(HEAD + self.rows * self.row_bytes)  # longer or shorter; what is new is zero and fails the check
-        shards = range(-(-self.rows // ROWS))
-        return dict(zip(shards, threads.map(lambda shard: self._check(shard, images), shards), strict=True))
+        `files`: of each shard, the digest of its images' files as they are now; None where they are no files.
+        """
+        with naming(self.path):
+            self.marks.mkdir(parents=True, exist_ok=True)
+            with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), 'r+b') as f:
+                if f.read(HEAD) != self.head:
+                    f.seek(0)
+                    f.write(self.head)
+                f.truncate(HEAD + self.rows * self.row_bytes)  # what is new is zero and fails the check
+        return list(threads.map(lambda shard: self._check(shard, images, files[shard]), range(len(self.spans))))
 
-    def _check(self, shard: int, images: Images) -> dict[int, str] | None:
+    def _check(self, shard: int, images: Images, files: str | None) -> dict[int, str] | None:
         try:
             mark = json.loads((self.marks / str(shard)).read_text())
             bad = {int(i): str(why) for i, why in mark['unreadable'].items()}
-            inside = range(*self.span(shard))
-            if not all(i in inside for i in bad) or mark['crc32'] != self._checksum(shard):
+            inside = range(*self.spans[shard])
+            if not all(i in inside for i in bad) or mark['files'] != files or mark['crc32'] != self._checksum(shard):
                 return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
@@ -62,7 +85,7 @@ class Table:
         return bad
 
     def _checksum(self, shard: int) -> int:
-        start, stop = self.span(shard)
+        start, stop = self.spans[shard]
         left, crc = (stop - start) * self.row_bytes, 0
         with open(self.path, 'rb', buffering=0) as f:
             f.seek(HEAD + start * self.row_bytes)
@@ -70,16 +93,19 @@ class Table:
                 crc, left = zlib.crc32(data, crc), left - len(data)
         return crc
 
-    def finish(self, file: int, shard: int, crc: int, bad: dict[int, str]) -> None:
-        os.fsync(file)
-        mark = json.dumps({'crc32': crc, 'unreadable': bad})
-        write_atomically(self.marks / str(shard), lambda f: f.write(mark.encode()))
+    def write(self, file: int, data: memoryview, row: int) -> None:
+        """`file` is the open table, `row` the first of those in `data`."""
+        at = HEAD + row * self.row_bytes
+        with naming(self.path):
+            while data:
+                n = os.pwrite(file, data, at)
+                data, at = data[n:], at + n
 
-
-def write(file: int, data: memoryview, at: int) -> None:
-    while data:
-        n = os.pwrite(file, data, at)
-        data, at = data[n:], at + n
+    def finish(self, file: int, shard: int, crc: int, files: str | None, bad: dict[int, str]) -> None:
+        mark = json.dumps({'crc32': crc, 'files': files, 'unreadable': bad})
+        with naming(self.path):
+            os.fsync(file)
+            write_atomically(self.marks / str(shard), lambda f: f.write(mark.encode()))
 
 
 @contextmanager

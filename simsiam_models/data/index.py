@@ -5,8 +5,8 @@ next to nothing in a process that maps them. A file holds
 
     MAGIC, length of the header (int64), SHA-256 of the header; the header, JSON; the arrays, each 8-byte aligned
 
-and is believed while no folder below the root, and no file that was read for it, has changed. The arrays themselves
-carry no checksum: to verify one would be to read them all.
+and is believed while no folder below the root, and no file that was read for it, has changed. The CRC-32 of the arrays
+is in the header and verified each time: that is to read them all, 0.02 s for ImageNet.
 """
 import hashlib
 import json
@@ -15,6 +15,7 @@ import stat
 import struct
 import tempfile
 import time
+import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,11 @@ import numpy as np
 
 from .cache import cache_folder
 
-MAGIC = b'simsidx2'  # the last character is the version of the format
+MAGIC = b'simsidx3'  # the last character is the version of the format
 PREFIX = struct.Struct('<8sq32s')
 DTYPES = {'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
 COLUMNS = ('shards', 'starts', 'sizes')  # where an image lies in tar shards
+ABANDONED = 3600  # seconds after which nobody writes to a file under its temporary name any more
 RACY_NS = 2 * 10**9  # the coarsest clock of a file system in use (FAT)
 
 
@@ -219,21 +221,26 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
     arrays = {'offsets': index._offsets, 'paths': index._paths, **index.columns}
     if index.labels is not None:
         arrays['labels'] = index.labels
-    places, size = {}, 0
+    places, blocks, size, crc = {}, [], 0, 0
     for name, values in arrays.items():
         places[name] = [size, len(values)]
+        blocks += [values.astype(DTYPES[name], copy=False), bytes(-values.nbytes % 8)]
         size = _aligned(size + values.nbytes)
+    for block in blocks:
+        crc = zlib.crc32(block, crc)
     header = json.dumps({
         **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'folders': listing.folders,
-        'files': listing.files, 'arrays': places, 'size': size}).encode()
+        'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
     file.parent.mkdir(mode=0o700, exist_ok=True)
+    for left in file.parent.glob(f'{file.stem}*.part'):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > ABANDONED:
+            left.unlink(missing_ok=True)
     handle, part = tempfile.mkstemp('.part', file.stem, file.parent)
     try:
         with open(handle, 'wb') as f:
             f.write(PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()))
-            for block in (header, *(values.astype(DTYPES[name], copy=False) for name, values in arrays.items())):
+            for block in (header, bytes(-(PREFIX.size + len(header)) % 8), *blocks):
                 f.write(block)
-                f.write(bytes(_aligned(f.tell()) - f.tell()))
             f.flush()
             os.fsync(f.fileno())  # or a power cut could leave the new name with zeros behind it
         os.replace(part, file)
@@ -259,6 +266,12 @@ def _load(file: Path, key: dict) -> Index | None:
             for at_hand, kept in ((_stamp, header['folders']), (file_stamp, header['files'])):
                 if any(at_hand(os.path.join(key['root'], at)) != stamp for at, stamp in kept.items()):
                     return None
+            f.seek(start)
+            crc = 0
+            while data := f.read(1 << 20):  # not through the mapping, whose pages would count as this process's memory
+                crc = zlib.crc32(data, crc)
+            if crc != header['crc32']:
+                return None
             mapped = np.asarray(np.memmap(f, np.uint8, 'r'))[start:]
         arrays = {}
         for name, (first, count) in header['arrays'].items():

@@ -47,6 +47,20 @@ def pixels_digest(images: Images) -> str:
     return digest(*parts)
 
 
+def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
+    """Bytes of the files (in a tar: members) that hold these images, -1 where there is none, int64.
+
+    They tell most images that were exchanged under their names, and a copy of the data has the same, unlike the times
+    of files. None for other sources: their `digest` covers sizes or pixels, except of files that torchvision reads.
+    """
+    while hasattr(images, 'indices'):  # a subset
+        images, rows = images.images, images.indices[rows]
+    if isinstance(images, FileImages):
+        return np.array([images.size(i) for i in rows.tolist()], np.int64)
+    index = getattr(images, '_index', None)
+    return None if index is None else index.columns['sizes'][rows]
+
+
 @runtime_checkable
 class Stream(Protocol):
     """A source without random access: images come in its own order, undecoded, and it never has labels."""
@@ -79,6 +93,13 @@ class FileImages:
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._index.path(index))
+
+    def size(self, index: int) -> int:
+        """Bytes of the file, -1 where there is none."""
+        try:  # not by `path`, which takes as long again
+            return os.stat(os.path.join(os.fsencode(self.root), self._index.path(index))).st_size
+        except (OSError, ValueError):  # ValueError: a name that no file can have
+            return -1
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8. Raises UnreadableError, naming the file, where it cannot be decoded."""
