@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .training.stopping import Signals
+
 BENCHMARKS = {  # module and command: what it does
     'knn': 'weighted nearest neighbours on frozen features',
     'linear': 'a linear classifier on frozen features: published protocols, or a grid on cached features',
@@ -125,15 +127,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
-    for stream in (sys.stdout, sys.stderr):  # names of files may be no text
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
-    logging.basicConfig(format='%(message)s')
+    args = None
     try:
-        status = args.run(args)
-        sys.stdout.flush()
-        return status
+        with Signals():
+            args = build_parser().parse_args(argv)
+            for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+                if hasattr(stream, 'reconfigure'):
+                    stream.reconfigure(errors='backslashreplace')
+            logging.basicConfig(format='%(message)s')
+            status = args.run(args)
+            sys.stdout.flush()
+            return status
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -144,8 +148,11 @@ def main(argv: list[str] | None = None) -> int:
     except MemoryError as e:
         print(f'simsiam: not enough memory ({e})', file=sys.stderr)
         return 1
-    except KeyboardInterrupt as e:
-        return getattr(e, 'code', 130)  # training.stopping.Stopped has one
+    except KeyboardInterrupt as e:  # training.stopping.Stopped, but for the first moment
+        if os.environ.get('RANK', '0') == '0':
+            text = '; '.join(filter(None, (str(e) or 'stopped by SIGINT', getattr(args, 'kept', None))))
+            print(f'simsiam: {text}', file=sys.stderr)
+        return getattr(e, 'code', 130)
 
 
 if __name__ == '__main__':

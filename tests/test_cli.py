@@ -1,7 +1,9 @@
 """The `simsiam` command, and `weights verify`, which it is the way to."""
 import copy
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,8 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
 
-from simsiam_models import create_simsiam
+from simsiam_models import cli, create_simsiam
+from simsiam_models.benchmarks import features
 from simsiam_models.cli import main
 from simsiam_models.resnet import WEIGHTS
 from simsiam_models.weights import layouts, tensorfile
@@ -146,4 +149,43 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
         args = ['knn', str(tmp_path), '--model', 'resnet10t:random', '--device', name, '--output', f'{tmp_path}/out']
         assert main(args) == 1
         said = capsys.readouterr().err
-        assert said.startswith(f'simsiam: --device {name}: not to be had here') and said.count('\n') == 1
+        assert said.startswith(f'simsiam: --device {name}: not to be had here (') and said.count('\n') == 1
+        assert said.endswith('); name another, or leave it out\n') and 'http' not in said
+
+
+@pytest.mark.parametrize('command', ['knn', 'embed'])
+@pytest.mark.parametrize(('name', 'code'), [('SIGINT', 130), ('SIGTERM', 143)])
+def test_a_signal_is_one_line_that_says_what_is_kept(command, name, code, few_digits, tmp_path, monkeypatch, capsys):
+    for part in ('train', 'val'):
+        shutil.copytree(few_digits, tmp_path / part)
+    monkeypatch.setattr(features, 'extract', lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    args = [command, str(tmp_path), '--model', 'resnet10t:random', '--device', 'cpu', '--out', str(tmp_path / 'out')]
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(args) == code
+    assert capsys.readouterr().err == (
+        f'simsiam: stopped by {name}; finished features are kept, the same command goes on\n')
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_before_the_command_is_known_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(cli, 'build_parser', lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert main([]) == 130
+    assert capsys.readouterr().err == 'simsiam: stopped by SIGINT\n'
+
+
+def test_weights_that_cannot_be_had_and_files_that_are_none_name_the_way_on(few_digits, tmp_path, monkeypatch, capsys):
+    for part in ('train', 'val'):
+        shutil.copytree(few_digits, tmp_path / part)
+    (tmp_path / 'notes.txt').write_text('no weights\n')
+
+    def offline(*args, **more):
+        raise RuntimeError('simsiam_resnet50.x: model.safetensors could not be loaded. No network. Do this.')
+    monkeypatch.setattr('simsiam_models.weights.sources.fetch', offline)
+    for model, words in {
+        'simsiam_resnet50': 'Do this. --model PATH takes a checkpoint that you have, and NAME:random untrained weights',
+        'simsiam_resnet18_cifar': 'random init. --model PATH takes a checkpoint',
+        f'{tmp_path / "notes.txt"}': 'notes.txt cannot be read as a checkpoint: it is a text; name a file of weights',
+    }.items():
+        assert main(['knn', str(tmp_path), '--model', model, '--device', 'cpu', '--out', str(tmp_path / 'out')]) == 1
+        said = capsys.readouterr().err
+        assert words in said and said.count('\n') == 1

@@ -515,10 +515,12 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(
 
 
 def test_images_that_could_not_be_read_are_still_in_the_record_after_a_restart(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ):
     broken = break_images(photos, tmp_path / 'data')
     first = run(tmp_path / 'data', '--out', tmp_path / 'run', *PLAIN, '--epochs', '2')
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('so far')]
+    assert len(said) == 1 and said[0].startswith('so far 1 training and 2 validation images cannot be read')
     assert len(first['extra']['unreadable']) == 3
     assert all(any(w.startswith(f'{b}: ') for w in first['extra']['unreadable']) for b in broken)
     monkeypatch.setattr(finetune_training.Training, '_train_epoch', lambda self: 1 / 0)

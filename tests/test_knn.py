@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,14 @@ import torch
 from conftest import ROOT
 from sklearn.neighbors import NearestNeighbors
 
-from simsiam_models import cli
+from simsiam_models import cli, create_simsiam
+from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.benchmarks.candidates import TAU, Rows, candidates
 from simsiam_models.benchmarks.knn import size_and_resize
 from simsiam_models.benchmarks.neighbours import EXTRA, hits, neighbours
 from simsiam_models.data import kernel
 from simsiam_models.training.monitor import knn_accuracy
+from simsiam_models.weights.export import export_backbone
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -252,8 +255,8 @@ def test_memory_stays_below_the_stated_bound(tmp_path, product):
     ('--image-size 0 --resize 0', '--image-size 0: must be at least 8 pixels'),
     ('--image-size 0', '--image-size 0: must be at least 8 pixels'),
     ('--image-size -5', '--image-size -5: must be at least 8 pixels'),
-    ('--resize 0', '--resize 0: must be at least --image-size, 224'),
-    ('--image-size 64 --resize 63', '--resize 63: must be at least --image-size, 64'),
+    ('--resize 0', '--resize 0: must be at least the image size, 8'),
+    ('--image-size 64 --resize 63', '--resize 63: must be at least the image size, 64'),
     ('--workers -3', '--workers -3: must be at least 0'), ('--batch-size 0', '--batch-size 0: must be at least 1')])
 def test_a_flag_outside_its_range_is_one_sentence_before_data_are_opened(command, flags, said, tmp_path, capsys):
     more = ['--out', str(tmp_path / 'x.npz')] if command == 'embed' else []
@@ -263,10 +266,64 @@ def test_a_flag_outside_its_range_is_one_sentence_before_data_are_opened(command
 
 def test_sizes_left_out_are_those_of_the_protocol():
     parse = cli.build_parser().parse_args
-    for flags, small, sizes in (
-            ('', False, (224, 256)), ('', True, (32, 32)), ('--image-size 64', False, (64, 73)),
-            ('--image-size 64', True, (64, 64)), ('--resize 300', False, (224, 300)), ('--resize 40', True, (32, 40))):
-        assert size_and_resize(parse(['knn', 'x', *flags.split()]), small) == sizes
+    for flags, own, sizes in (
+            ('', 224, (224, 256)), ('--dataset cifar10', 224, (32, 32)), ('--image-size 64', 224, (64, 73)),
+            ('--image-size 64 --dataset cifar100', 224, (64, 64)), ('--resize 300', 224, (224, 300)),
+            ('--resize 40 --dataset cifar10', 224, (32, 40)), ('', 32, (32, 37)), ('', 384, (384, 439)),
+            ('--image-size 64', 384, (64, 73))):
+        assert size_and_resize(parse(['knn', 'x', *flags.split()]), own) == sizes
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A folder of train.py that learned from 24 px."""
+    folder, model = tmp_path_factory.mktemp('run'), create_simsiam('resnet10t', dim=16, pred_dim=4)
+    export_backbone(model.backbone, folder / 'backbone', 'resnet10t', size=24, resize=24)
+    torch.save({'model': model.state_dict()}, folder / 'checkpoint.pth')
+    (folder / 'args.json').write_text(json.dumps({'model': 'resnet10t', 'augmentation': {'size': 24}}))
+    return folder
+
+
+def test_a_backbone_tells_its_own_size(run, tmp_path):
+    sizes = {
+        str(run): 24, f'local-dir:{run / "backbone"}': 24, str(run / 'checkpoint.pth'): 24,
+        'simsiam_resnet18_cifar:random': 32, 'simsiam_resnet50:random': 224, 'test_vit:random': 160}
+    assert {name: load_backbone(name).image_size for name in sizes} == sizes
+    assert load_backbone('test_vit:random', img_size=64).image_size == 64
+    shutil.copytree(run / 'backbone', tmp_path / 'x')
+    config = tmp_path / 'x' / 'config.json'
+    said = json.loads(config.read_text())
+    for size in ([3, 4, 4], [3, 32.5, 32.5], [3, True, True]):
+        config.write_text(json.dumps({**said, 'pretrained_cfg': {**said['pretrained_cfg'], 'input_size': size}}))
+        with pytest.raises(ValueError, match='input_size .* channels, height and width are needed, at least 8 px'):
+            load_backbone(str(tmp_path / 'x'))
+
+
+@pytest.mark.parametrize('command', ['knn', 'embed', 'linear --protocol fair --epochs 1', 'linear --protocol auto'])
+def test_images_have_the_size_of_the_model_and_a_line_says_so(command, run, few_digits, tmp_path, capsys):
+    name, *flags = command.split()
+    for part in ('train', 'val'):
+        shutil.copytree(few_digits, tmp_path / part)
+    shutil.rmtree(tmp_path / 'val' / '3')
+    out = tmp_path / 'out'
+    args = [name, str(tmp_path), *flags, '--model', str(run), '--device', 'cpu', '--out', str(out)]
+    if '--epochs' not in flags:
+        args += ['--cache', str(tmp_path / 'cache')]
+    line = f'images of 24 px, the size in the configuration of {run} (--image-size changes it)'
+    assert cli.main([*args, '--resize', '23']) == 1
+    assert capsys.readouterr().err.startswith('simsiam: --resize 23: must be at least the image size, 24')
+    for more, said, sizes in (([], 1, (24, 27)), (['--image-size', '32'], 0, (32, 37))):
+        assert cli.main([*args, *more]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines.count(line) == said
+        if name == 'embed':
+            about = [json.loads(p.read_text()) for p in (tmp_path / 'cache').glob('*/about.json')]
+            assert (sizes[0], sizes[1]) in [(a['transform']['crop'], a['transform']['resize']) for a in about]
+            continue
+        assert lines.count('1 of 10 classes have no test image: 3') == 1
+        path, = (Path(text.removeprefix('written to ')) for text in lines if text.startswith('written to '))
+        protocol = json.loads(path.read_text())['protocol']
+        assert (protocol['image_size'], protocol['resize']) == sizes
 
 
 @pytest.mark.parametrize('part', ['train', 'val'])
@@ -277,7 +334,7 @@ def test_where_no_image_can_be_read_there_is_nothing_to_measure(part, few_digits
     broken.parent.mkdir(parents=True)
     broken.write_bytes(b'no JPEG')
     command = [
-        'knn', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--device', 'cpu', '--allow-partial',
+        'knn', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--k', '1', '--allow-partial',
         '--output', str(tmp_path / 'results'), '--cache', str(tmp_path / 'cache')]
     assert cli.main(command) == 1
     said = capsys.readouterr().err
@@ -295,16 +352,24 @@ def test_the_command_measures_and_writes_a_record(digits, tmp_path, capsys):
                 target.symlink_to(file)
     command = [
         'knn', str(tmp_path / 'data'), '--model', 'resnet10t:random', '--image-size', '32', '--resize', '32', '--k',
-        '1', '10', '500', '--device', 'cpu', '--output', str(tmp_path / 'results'), '--cache', str(tmp_path / 'cache')]
+        '1', '10', '200', '201', '500', '--device', 'cpu', '--output', str(tmp_path / 'results'), '--cache',
+        str(tmp_path / 'cache')]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
-    assert 'k=10' in said and 'no number is published' in said
-    record, = (tmp_path / 'results').glob('folder_knn_T0.07-*.json')
-    record = json.loads(record.read_text())
-    assert record['metrics'].keys() == {f'k={k}{top}' for k in (1, 10, 500) for top in ('', ' top-5')}
+    path, = (tmp_path / 'results').glob('folder_knn_T0.07-*.json')
+    assert 'k=10' in said and said.endswith(f'written to {path}\n')
+    assert said.startswith('--k 201 500: left out, as there are 200 training images\n')
+    record = json.loads(path.read_text())
+    assert record['protocol']['k'] == [1, 10, 200]
+    assert record['metrics'].keys() == {f'k={k}{top}' for k in (1, 10, 200) for top in ('', ' top-5')}
     assert record['metrics']['k=1'] == record['metrics']['k=1 top-5'] > 60  # digits; chance is 10
     assert record['metrics']['k=10'] < record['metrics']['k=10 top-5'] <= 100
     assert record['protocol'].items() >= {'T': 0.07, 'image_size': 32, 'resize': 32, 'features': 'avgpool'}.items()
     assert record['data']['counts'] == {'train': 200, 'test': 200, 'classes': 10, 'test_classes': 10}
-    assert cli.main([*command, '--k', '0']) == 1
-    assert '--k 0' in capsys.readouterr().err
+    for flags, words in {
+        '--k 0': '--k 0: must be whole numbers from 1, each once',
+        '--temperature 0': '--temperature 0: must be more than 0',
+        '--k 5 5': '--k 5 5: must be whole numbers from 1, each once',
+        '--k 201 300': '--k 201 300: there are 200 training images; use --k 200 or less'}.items():
+        assert cli.main([*command, *flags.split()]) == 1
+        assert capsys.readouterr().err.endswith(f'simsiam: {words}\n')

@@ -135,7 +135,8 @@ def test_the_batch_scales_the_rate_where_the_protocol_says_so():
     ('fair', {'lr_steps': [3]}, '--lr-steps: protocol fair has no such number'),
     ('moco', {'trust': 0.1}, '--trust: protocol moco has no such number'),
     ('fair', {'epochs': 0}, '--epochs 0: it must be above 0'),
-    ('fair', {'resize': 100}, '--resize 100 is smaller than --image-size 224'),
+    ('fair', {'resize': 100}, '--resize 100: must be at least the image size, 224'),
+    ('fair', {'image_size': 5}, '--image-size 5: must be at least 8 pixels'),
     ('fair', {'crop_scale': [0.5, 0.1]}, '--crop-scale 0.5 0.1'),
     ('mhead', {'epochs': 3, 'report_epochs': [2, 4]}, '--report-epochs 2 4: there are epochs 1 to 3'),
     ('mhead', {'report_epochs': [0]}, '--report-epochs 0: there are epochs 1 to 90'),
@@ -150,6 +151,15 @@ def test_cifar_keeps_its_pixels_and_says_that_this_is_a_change():
     chosen = choose('fair', 'cifar10', {})
     assert chosen.protocol.image_size == 32 and chosen.changed == {'image_size': (224, 32), 'resize': (256, 32)}
     assert 'image_size 224 -> 32' in chosen.describe() and 'changed' in chosen.label
+
+
+@pytest.mark.parametrize(('overrides', 'own', 'sizes'), [
+    ({}, 224, (224, 256)), ({'image_size': 32}, 224, (32, 37)), ({}, 32, (32, 37)), ({'resize': 32}, 32, (32, 32)),
+    ({'image_size': 448, 'resize': None}, 32, (448, 512))])
+def test_the_short_side_follows_the_image_size(overrides, own, sizes):
+    chosen = choose('fair', 'folder', overrides, own=own)
+    assert (chosen.protocol.image_size, chosen.protocol.resize) == sizes
+    assert bool(chosen.changed) == (sizes != (224, 256))
 
 
 def test_the_cosine_goes_by_epoch_and_steps_fall_after_theirs():
@@ -597,6 +607,31 @@ def test_a_kill_costs_the_steps_since_the_last_save_within_the_epoch(split_digit
     linear.run(_args(split_digits, tmp_path / 'killed', 'mhead'))
     assert calls[4] == calls[5] == (1, 1) and len(calls) == 10  # 3 epochs of 3 steps, and the one that was killed
     assert _same_numbers(_record(tmp_path / 'whole'), _record(tmp_path / 'killed'))
+
+
+def test_a_finished_run_says_so_and_prints_its_result_again(split_digits, tmp_path, capsys):
+    before, after = [linear.run(_args(split_digits, tmp_path, 'fair')) or capsys.readouterr().out for _ in range(2)]
+    (path,) = tmp_path.glob('*.pth')
+    assert f'fair (changed): {path} is finished, 3 epochs; --fresh trains anew' in after
+    assert 'images/s' not in after and 'continuing' not in after
+    assert before.splitlines()[-3:] == after.splitlines()[-3:]
+
+
+def test_a_batch_of_more_than_all_images_is_said(split_digits, tmp_path, capsys):
+    for size, said in (('101', 1), ('100', 0)):
+        linear.run(_args(split_digits, tmp_path / size, 'fair', '--epochs', '1', '--batch-size', size))
+        assert capsys.readouterr().out.count(
+            f'batch {size} is more than the 100 training images: one step per epoch; for your own folder --protocol '
+            'auto chooses the rates by itself') == said
+
+
+def test_the_checkpoint_of_other_numbers_is_named_by_those_that_were_given(split_digits, tmp_path):
+    for rate in ('60', '30'):
+        linear.run(_args(split_digits, tmp_path / rate, 'fair', '--lr', rate))
+    ours, other = (next((tmp_path / rate).glob('*.pth')) for rate in ('60', '30'))
+    shutil.copy(other, ours)
+    with pytest.raises(ValueError, match=r'belongs to another run \(--lr: 30.0 there, 60.0 here\); start anew'):
+        linear.run(_args(split_digits, tmp_path / '60', 'fair'))
 
 
 def test_another_command_does_not_continue_this_run(split_digits, tmp_path):

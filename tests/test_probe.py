@@ -99,12 +99,10 @@ def test_a_member_is_torchs_sgd_on_the_same_batches():
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     optimizer = torch.optim.SGD([{'params': [head.weight], 'weight_decay': 1e-3}, {'params': [head.bias]}], 4.0, 0.9)
-    batch, done = 64, 0
-    steps = -(-1200 // batch)
+    done, steps = 0, 19  # of at most 64 images, as equal as can be
+    cuts = np.cumsum([64] * 3 + [63] * 16)
     for epoch in range(2):
-        order = probe.permutation(0, epoch, 1200)
-        for step in range(steps):
-            at = order[step * batch:(step + 1) * batch]
+        for at in np.split(probe.permutation(0, epoch, 1200), cuts[:-1]):
             for group in optimizer.param_groups:
                 group['lr'] = 4.0 * 0.5 * (1 + math.cos(math.pi * done / (2 * steps)))
             optimizer.zero_grad()
@@ -176,12 +174,44 @@ def test_members_that_diverge_are_dropped_named_and_spoil_no_other(capsys):
     metrics, found = auto_probe(a, b, 10, wild)
     assert found['dropped'] == [f'lr {lr:g} wd {wd:g}' for lr in (1e6, 1e30) for wd in (1e-4, 1e-3)]
     assert 'auto_probe: diverged and dropped: lr 1e+06 wd 0.0001' in capsys.readouterr().out
-    assert found['chosen']['lr'] == 8 and metrics['top1'] > 88
-    tame, _ = auto_probe(a, b, 10, dataclasses.replace(QUICK, lrs=(8.0,)), say=lambda text: None)
+    assert found['chosen']['lr'] <= 8 and metrics['top1'] > 88  # 8 is at an end: 2 and 0.5 are tried
+    tame, _ = auto_probe(
+        a, b, 10, dataclasses.replace(QUICK, lrs=(found['chosen']['lr'],)), say=lambda text: None)
     assert metrics == pytest.approx(tame, abs=0.4)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     with pytest.raises(RuntimeError, match='every classifier of the grid diverged'):
         auto_probe(a, b, 10, dataclasses.replace(QUICK, lrs=(1e30,)), say=lambda text: None)
+
+
+def test_an_epoch_is_spread_evenly_over_its_steps(monkeypatch):
+    """66 images in batches of 64 would leave a step of two, at the full rate."""
+    a, _ = _digits()
+    sizes, real = [], probe.gradient
+    monkeypatch.setattr(probe, 'gradient', lambda fit, x, y: sizes.append(len(x)) or real(fit, x, y))
+    train(a, np.arange(66), 10, [(32.0, 1e-6)], dataclasses.replace(QUICK, epochs=2))
+    assert sizes == [33, 33] * 2
+
+
+@pytest.mark.parametrize(('lr', 'weight_decay', 'expected'), [
+    (2.0, 1e-5, []), (32.0, 1e-5, [(128.0, 1e-5), (512.0, 1e-5)]), (0.5, 1e-6, [(0.125, 1e-6), (0.03125, 1e-6)]),
+    (32.0, 1e-3, [(128.0, 1e-3), (512.0, 1e-3), (32.0, 1e-2), (32.0, 1e-1)])])
+def test_past_an_end_of_the_grid_two_more_are_tried(lr, weight_decay, expected):
+    found = probe.beyond(lr, weight_decay, AutoProbe())
+    assert [x for x, _ in found] == [x for x, _ in expected]
+    assert [x for _, x in found] == pytest.approx([x for _, x in expected])
+
+
+def test_a_grid_that_is_too_low_finds_the_rate_above_it():
+    a, b = _digits()
+    said = []
+    low = dataclasses.replace(QUICK, lrs=(0.001, 0.01), weight_decays=(1e-6,), epochs=12)
+    metrics, found = auto_probe(a, b, 10, low, said.append)
+    assert [m['lr'] for m in found['grid']] == [0.001, 0.01, 0.04, 0.16] and found['chosen']['lr'] == 0.16
+    assert found['chosen']['at_edge_of'] == ['lr']
+    text = '\n'.join(said)
+    assert 'lr 0.01, weight decay 1e-06 is the best and at an end of the grid; trying 2 beyond it' in text
+    assert 'no larger lr was tried: --epochs 24 may give more' in text and 'quote top1, as top1_lbfgs only' in text
+    assert sum('images/s' in line for line in said) == 6  # every other epoch
 
 
 def test_the_choice_does_not_see_the_test_images():
@@ -213,8 +243,8 @@ def test_the_held_out_images_do_not_scale_the_features_of_the_grid():
         x[probe.permutation(0, 0, 1200)[:120]] *= factor
         tables = Table(x, digits.target[:1200], CPU), Table(x, digits.target[:1200], CPU)
         found.append(auto_probe(*tables, 10, QUICK, say=lambda text: None)[1]['grid'])
-    losses = [[m['train_loss'] for m in grid] for grid in found]
-    assert losses[0] == losses[1] and found[0] != found[1]
+    losses = [[m['train_loss'] for m in grid[:4]] for grid in found]  # what lies beyond is chosen by the held-out ones
+    assert losses[0] == losses[1] and found[0][:4] != found[1][:4]
 
 
 def test_the_grid_and_the_final_fit_take_the_same_batches(monkeypatch):
@@ -309,8 +339,13 @@ def test_auto_is_recorded_as_its_own_protocol_and_repeats(split_digits, tmp_path
 def test_flags_of_other_protocols_are_refused(split_digits, tmp_path):
     with pytest.raises(ValueError, match='^--jitter, --lr: --protocol auto has no such number'):
         linear.run(_command(split_digits, tmp_path, '--lr', '3', '--jitter', '0.1'))
-    with pytest.raises(ValueError, match='^--epochs 0 cannot be'):
-        linear.run(_command(split_digits, tmp_path, '--epochs', '0'))
+    for flags, words in {
+        '--epochs 0': '--epochs 0: must be at least 1', '--batch-size 0': '--batch-size 0: must be at least 1',
+        '--momentum 1': '--momentum 1.0: must be at least 0, below 1',
+        '--image-size 5': '--image-size 5: must be at least 8 pixels',
+        '--resize 31': '--resize 31: must be at least the image size, 32'}.items():
+        with pytest.raises(ValueError, match=f'^{words}$'):
+            linear.run(_command(split_digits, tmp_path, *flags.split()))
     with pytest.raises(ValueError, match='^--fresh: --protocol auto always trains anew'):
         linear.run(_command(split_digits, tmp_path, '--fresh'))
     with pytest.raises(ValueError, match='^--seed -1: must be in 0'):

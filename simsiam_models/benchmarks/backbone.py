@@ -20,10 +20,12 @@ from ..data.index import digest
 from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
 from ..weights.layouts import Checkpoint, load_checkpoint
+from .knn import LEAST, SIZE
 
 RANDOM = ':random'
 # MMSelfSup's pooling of the five taps at 224 px: side of the map; kernel, stride, padding. Zeros count in the mean.
 POOLS = ((112, 10, 10, 4), (56, 16, 8, 0), (28, 13, 5, 0), (14, 8, 3, 0), (7, 6, 1, 0))
+HAVE = '--model PATH takes a checkpoint that you have, and NAME:random untrained weights'
 VALUES = 9216  # the most that adaptive pooling leaves of a tap
 # Networks that a bare checkpoint may hold; the first whose entries have the same names and shapes is taken.
 KNOWN = ('simsiam_resnet50', 'simsiam_resnet18_cifar', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
@@ -43,6 +45,7 @@ class Backbone:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     num_features: int
+    image_size: int = SIZE  # pixels: the side of the images that the model's configuration, or its run, is made for
 
     @property
     def identity(self) -> str:
@@ -92,7 +95,17 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
     std = _three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
     tag = tag if tag in resnet.WEIGHTS else None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
-    return Backbone(model, name, tag, weights_digest(model), '_bgr_' in (tag or ''), mean, std, int(features))
+    size = _size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
+    return Backbone(model, name, tag, weights_digest(model), '_bgr_' in (tag or ''), mean, std, int(features), size)
+
+
+def _size(values: Any, name: str) -> int:
+    size = values[-1] if isinstance(values, (list, tuple)) and values else values
+    if type(size) is not int or size < LEAST:
+        raise ValueError(
+            f'{name}: input_size {str(values)[:60]} in its configuration: channels, height and width are needed, at '
+            f'least {LEAST} px')
+    return size
 
 
 def _three(values: Any, what: str, least: float = -math.inf) -> tuple[float, float, float]:
@@ -118,11 +131,15 @@ def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     except (TypeError, AssertionError, KeyError, AttributeError, SafetensorError) as e:  # arguments, among others
         raise ValueError(f'--model {name}: timm cannot build it ({" ".join(str(e).split())[:200]})') from None
     except RuntimeError as e:
-        if type(e) is RuntimeError and str(e).startswith(('the ', name)):  # already one sentence of ours
-            raise
-        raise RuntimeError(f'--model {name}: {" ".join(str(e).split())[:300]}') from None
+        text = ' '.join(str(e).split())
+        if type(e) is not RuntimeError or not text.startswith(('the ', name)):  # else it is a sentence of ours
+            text = f'--model {name}: {text[:300]}'
+        if 'could not be loaded' in text or 'No pretrained weights' in text:
+            text = f'{text.rstrip(".")}. {HAVE}'
+        raise RuntimeError(text) from None
     except OSError as e:  # among them those of the Hub client, of many lines
-        raise RuntimeError(f'--model {name}: its weights cannot be had ({" ".join(str(e).split())[:300]})') from None
+        text = ' '.join(str(e).split())[:300]
+        raise RuntimeError(f'--model {name}: its weights cannot be had ({text}); {HAVE}') from None
 
 
 def _pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -170,30 +187,48 @@ def _from_checkpoint(path: Path, kwargs: dict[str, Any]) -> nn.Module:
         _check_whole(path)
     try:
         checkpoint = load_checkpoint(path)
-    except (zipfile.BadZipFile, EOFError, OSError) as e:
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as e:
+        if _is_text(path):
+            raise ValueError(
+                f'{path} cannot be read as a checkpoint: it is a text; name a file of weights, or the folder of a '
+                'run') from None
+        if isinstance(e, ValueError):
+            raise
         raise ValueError(f'{path} cannot be read as a checkpoint ({type(e).__name__}); name another one') from None
     return _fill(checkpoint, path, kwargs)
 
 
+def _is_text(path: Path) -> bool:
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(4096)
+    except OSError:
+        return False
+    return bool(head) and min(head.translate(None, b'\t\n\f\r'), default=0) >= 32
+
+
 def _fill(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> nn.Module:
     """The network of the run whose folder the file lies in, or the first of KNOWN that the entries fill."""
-    candidates = [(name, kwargs) for name in KNOWN]
+    candidates = [(name, kwargs, None) for name in KNOWN]
     try:
         run = json.loads((path.parent / 'args.json').read_text())
-        candidates.insert(0, (run['model'], {**(run.get('model_args') or {}), **kwargs}))
-    except (OSError, ValueError, KeyError, TypeError):
+        size = (run.get('augmentation') or {}).get('size')
+        candidates.insert(0, (run['model'], {**(run.get('model_args') or {}), **kwargs}, size))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     shapes = {k: v.shape for k, v in checkpoint.backbone.items()}
-    for name, args in candidates:
+    for name, args, size in candidates:
         with torch.device('meta'):
             model = _create(name, False, num_classes=0, **args)
         if {k: v.shape for k, v in model.state_dict().items()} == shapes:
             model = _create(name, False, num_classes=0, **args)
             model.load_state_dict(checkpoint.backbone, strict=True)
+            if size is not None:  # of the views that it was trained on
+                model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, size, size)}
             return model
     raise ValueError(
         f'{path}: its {len(shapes)} backbone entries (layout {checkpoint.layout}) fill none of '
-        f'{", ".join(name for name, _ in candidates)}; export the backbone and name it as local-dir:FOLDER')
+        f'{", ".join(name for name, *_ in candidates)}; export the backbone and name it as local-dir:FOLDER')
 
 
 def taps(backbone: Backbone, x: Tensor) -> list[Tensor]:

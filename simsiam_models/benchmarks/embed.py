@@ -7,12 +7,13 @@
 The t-SNE is MMSelfSup's: images of the first 20 classes, features as they are, one picture for each.
 """
 import argparse
+import importlib.util
 import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .knn import add_extraction, check_extraction, size_and_resize
+from .knn import LEAST, add_extraction, check_extraction, silent, size_and_resize, transform_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +31,8 @@ TSNE = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help="as for train.py: a folder of images, a list, tar shards, ...")
-    add('--out', type=Path, required=True, metavar='FILE.npz|FOLDER', help='where the features go')
+    add('--out', '--output', dest='output', type=Path, required=True, metavar='FILE.npz|FOLDER',
+        help='where the features go')
     add('--model', default='simsiam_resnet50', metavar='NAME',
         help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
     add('--what', nargs='+', choices=FEATURES, default=['avgpool'], metavar='FEATURE',
@@ -47,18 +49,17 @@ def run(args: argparse.Namespace) -> int:
     from ..data import open_data
     from ..training.distributed import default_device, join_world
     from .backbone import load_backbone
-    from .features import Transform, extract
+    from .features import extract
 
-    if args.out.suffix not in ('', '.npz'):
-        raise ValueError(f'--out {args.out}: a file that ends in .npz, or a folder')
-    if args.out.suffix == '' and args.out.is_file():
-        raise ValueError(f'--out {args.out} is a file; name a folder, or a file that ends in .npz')
+    if args.output.suffix not in ('', '.npz'):
+        raise ValueError(f'--output {args.output}: must be a file that ends in .npz, or a folder')
+    if args.output.suffix == '' and args.output.is_file():
+        raise ValueError(f'--output {args.output} is a file; name a folder, or a file that ends in .npz')
     if args.tsne is not None:
         check_tsne()
         if args.tsne.suffix not in ('', '.png') or args.tsne.suffix == '' and args.tsne != Path():
-            raise ValueError(f'--tsne {args.tsne}: a file that ends in .png')
-    size, resize = size_and_resize(args)
-    check_extraction(args, size, resize)
+            raise ValueError(f'--tsne {args.tsne}: must be a file that ends in .png')
+    check_extraction(args, *size_and_resize(args, LEAST))
     train, val = open_data(args.data)
     images = train if args.part == 'train' else val
     if images is None:
@@ -67,11 +68,13 @@ def run(args: argparse.Namespace) -> int:
                 f'{val}: its images have no labels, or other classes than those of train, and so are no validation '
                 f'part of {args.data}; give {val} itself, without --part')
         raise ValueError(f'{args.data} has no validation part; leave --part out')
+    if args.tsne is not None and not hasattr(images, 'samples'):  # a stream is refused by `extract`
+        check_count(len(shown(images.labels, len(images))))
     with join_world(args.device or default_device()) as world:
         backbone = load_backbone(args.model, world.device)
         features = extract(
-            backbone, images, args.what, Transform(resize, size), args.cache, args.batch_size, args.workers, args.amp,
-            world, args.allow_partial)
+            backbone, images, args.what, transform_of(args, backbone, print if world.main else silent), args.cache,
+            args.batch_size, args.workers, args.amp, world, args.allow_partial)
     if not world.main:
         return 0
     for text in features.unreadable.values():
@@ -80,8 +83,8 @@ def run(args: argparse.Namespace) -> int:
     about = {
         'paths': paths(images, rows), 'classes': [str(name) for name in features.classes],
         'labels': None if features.labels is None else features.labels[rows].astype('int64')}
-    _save(args.out, features, rows, about)
-    print(f'{args.out}: {", ".join(f"{n} {len(rows)} x {features.array(n).shape[1]}" for n in features.names)} '
+    _save(args.output, features, rows, about)
+    print(f'{args.output}: {", ".join(f"{n} {len(rows)} x {features.array(n).shape[1]}" for n in features.names)} '
           f'of {images.name} by {backbone.name} (weights {backbone.digest})')
     if args.tsne is not None:
         _pictures(args, features, rows, about['labels'])
@@ -137,36 +140,44 @@ class _Seekless:
 
 
 def check_tsne() -> None:
-    try:
-        import matplotlib  # noqa: F401
-        import sklearn.manifold  # noqa: F401
-    except ImportError as e:
-        raise RuntimeError(
-            f"--tsne needs {e.name}: pip install 'simsiam-models[benchmarks,plots]'") from None
+    missing = [package for name, package in (('sklearn', 'scikit-learn'), ('matplotlib', 'matplotlib'))
+               if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(f'--tsne needs {" and ".join(missing)}: pip install {" ".join(missing)}')
+
+
+def check_count(n: int) -> None:
+    if n <= TSNE['perplexity']:
+        raise ValueError(
+            f'{n} images for a t-SNE of perplexity {TSNE["perplexity"]:g}: more than that are needed, of the first '
+            f'{CLASSES} classes where there are labels; add images, or leave --tsne out')
+
+
+def shown(labels: 'np.ndarray | None', n: int) -> 'np.ndarray':
+    """Which of n images a picture shows."""
+    import numpy as np
+
+    return np.arange(n) if labels is None else np.flatnonzero(np.asarray(labels) < CLASSES)
 
 
 def tsne(x: 'np.ndarray') -> 'np.ndarray':
     """(N, D) -> (N, 2), as scikit-learn gives it with TSNE's parameters."""
     from sklearn.manifold import TSNE as Embedding
 
-    if len(x) <= TSNE['perplexity']:
-        raise ValueError(
-            f'{len(x)} images for a t-SNE of perplexity {TSNE["perplexity"]:g}: more than that are needed')
+    check_count(len(x))  # again: some may be unreadable
     known = inspect.signature(Embedding).parameters  # max_iter was n_iter before scikit-learn 1.5
     return Embedding(**{k if k in known else 'n_iter': v for k, v in TSNE.items()}).fit_transform(x)
 
 
 def _pictures(args: argparse.Namespace, features: 'Features', rows: 'np.ndarray', labels: Any) -> None:
-    import numpy as np
-
-    shown = np.arange(len(rows)) if labels is None else np.flatnonzero(labels < CLASSES)
-    target = args.out.with_name(f'{args.out.stem}.png') if args.tsne == Path() else args.tsne
+    chosen = shown(labels, len(rows))
+    target = args.output.with_name(f'{args.output.stem}.png') if args.tsne == Path() else args.tsne
     target.parent.mkdir(parents=True, exist_ok=True)
     for name in features.names:
         file = target if len(features.names) == 1 else target.with_name(f'{target.stem}-{name}.png')
-        xy = tsne(features.rows(name, rows[shown]))
-        scatter(xy, None if labels is None else labels[shown], file)
-        print(f'{file}: t-SNE of {name}, {len(shown)} images')
+        xy = tsne(features.rows(name, rows[chosen]))
+        scatter(xy, None if labels is None else labels[chosen], file)
+        print(f'{file}: t-SNE of {name}, {len(chosen)} images')
 
 
 def scatter(xy: 'np.ndarray', labels: 'np.ndarray | None', file: Path) -> None:

@@ -136,6 +136,7 @@ class Training:
 
     def fit(self) -> None:
         """To the last epoch, or to the end of the patience; then `measured` holds the weights that are kept."""
+        told = self._unreadable
         while not self.over:
             start = time.monotonic()
             loss = self._train_epoch()
@@ -157,6 +158,11 @@ class Training:
                 if improved:
                     self.export(self.measured)
             self.say(f'{self._line(row, improved)}, {speed:.0f} images/s in training')
+            if self._unreadable != told:
+                told = train, val = self._unreadable
+                self.say(
+                    f'so far {train} training and {val} validation images cannot be read: another stands in for the '
+                    'former, the latter count as a black one')
         if (loss := self.history[-1]['loss']) > 0.9 * (guess := math.log(self.classes)):
             self.say(
                 f'little was learned: the training loss, {loss:.2f}, is near that of a guess, {guess:.2f}; a higher '
@@ -164,6 +170,10 @@ class Training:
         if self.epoch < self.s.epochs:
             self.say(f'stopped early: validation top-1 did not rise for {self.s.patience} epochs')
         self.measured.load_state_dict(self.best['weights'])
+
+    @property
+    def _unreadable(self) -> tuple[int, int]:
+        return len(self.train.unreadable), len(self.val.unreadable)
 
     def _line(self, row: dict[str, Any], improved: bool) -> str:
         text = f'epoch {row["epoch"]}/{self.s.epochs}: loss {row["loss"]:.4f}'

@@ -2,14 +2,16 @@
 
 Every image: short side to 256, centre crop 224, average pool of the frozen backbone, length 1. Each of the k nearest
 training images of a test image adds exp(cosine / T) to its class; T = 0.07 and k = 10, 20, 100, 200 are published.
-`neighbours` says what is exact about it, and which rule decides among equals. CIFAR's images stay 32 px by default;
-monitors that others run there take k = 200 and T = 0.1, which is another protocol.
+`neighbours` says what is exact about it, and which rule decides among equals. Without --image-size, images are as large
+as the model's configuration says, 224 px for published weights; CIFAR's stay 32 px. Monitors that others run on CIFAR
+take k = 200 and T = 0.1, which is another protocol.
 
     simsiam knn IMAGENET --dataset imagenet --model simsiam_resnet50.mm_ep200_in1k
     torchrun --nproc-per-node 8 -m simsiam_models.cli knn IMAGENET --dataset imagenet
 """
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..training.distributed import World
-    from .features import Features
+    from .backbone import Backbone
+    from .datasets import Pair
+    from .features import Features, Transform
 
 KS, T = (10, 20, 100, 200), 0.07
+SIZE, LEAST = 224, 8  # pixels: of the published protocols, and the fewest
 KINDS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'places205', 'inat18')
 
 
@@ -63,9 +68,36 @@ def knn(
 
 def check(ks: 'Sequence[int]', t: float) -> None:
     if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-        raise ValueError(f'--k {" ".join(map(str, ks))}: different numbers from 1')
+        raise ValueError(f'--k {" ".join(map(str, ks))}: must be whole numbers from 1, each once')
     if not 0 < t < float('inf'):
-        raise ValueError(f'--temperature {t:g}: more than 0')
+        raise ValueError(f'--temperature {t:g}: must be more than 0')
+
+
+def fitting(ks: 'Sequence[int]', n: int, say: Callable[[str], Any] = print) -> list[int]:
+    """Those that n training images have neighbours for; `say` hears of the others.
+
+    Raises:
+        ValueError: none is left.
+    """
+    large = ' '.join(str(k) for k in ks if k > n)
+    if min(ks) > n:
+        raise ValueError(f'--k {large}: there are {n} training images; use --k {n} or less')
+    if large:
+        say(f'--k {large}: left out, as there are {n} training images')
+    return [k for k in ks if k <= n]
+
+
+def without_test_image(pair: 'Pair') -> str | None:
+    """One line where classes of the training images have no test image."""
+    import numpy as np
+
+    from .record import short
+
+    missing = np.setdiff1d(pair.train.labels, pair.test.labels)
+    if not len(missing):
+        return None
+    names = short(', '.join(str(pair.train.classes[i]) for i in missing))
+    return f'{len(missing)} of {pair.counts["classes"]} classes have no test image: {names}'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
     add('--k', nargs='+', type=int, default=list(KS), metavar='K', help='neighbours (default: 10 20 100 200)')
     add('--temperature', type=float, default=T, metavar='T', help='default: 0.07')
-    add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the record (default: results)')
+    add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
+        help='of the record (default: results)')
     add_extraction(parser)
     add('--allow-partial', action='store_true', help='go on with a part of the data set, or without unreadable images')
 
@@ -84,7 +117,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_extraction(parser: argparse.ArgumentParser) -> None:
     """What `extract` takes, and the transform."""
     add = parser.add_argument
-    add('--image-size', type=int, metavar='N', help='pixels of the centre crop (default: 224; CIFAR: 32)')
+    add('--image-size', type=int, metavar='N',
+        help="pixels of the centre crop (default: the model's own, 224 where it has none; CIFAR: 32)")
     add('--resize', type=int, metavar='N', help='short side before that (default: image size x 8/7; CIFAR: the same)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
     add('--batch-size', type=int, default=256, metavar='N',
@@ -93,18 +127,41 @@ def add_extraction(parser: argparse.ArgumentParser) -> None:
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
         help='precision of the forward pass (default: auto, which is off, as published)')
     add('--cache', type=Path, metavar='DIR', help="features are kept there (default: the package's cache)")
+    parser.set_defaults(kept='finished features are kept, the same command goes on')  # cli says so of a stopped one
 
 
-def size_and_resize(args: argparse.Namespace, small: bool = False) -> tuple[int, int]:
-    size = (32 if small else 224) if args.image_size is None else args.image_size
-    return size, (size if small else round(size * 8 / 7)) if args.resize is None else args.resize
+def is_small(args: argparse.Namespace) -> bool:
+    return getattr(args, 'dataset', '').startswith('cifar')
+
+
+def size_and_resize(args: argparse.Namespace, own: int = SIZE) -> tuple[int, int]:
+    """Pixels of the crop, and of the short side before it; `own`: the model's size, `Backbone.image_size`."""
+    size = (32 if is_small(args) else own) if args.image_size is None else args.image_size
+    return size, (size if is_small(args) else round(size * 8 / 7)) if args.resize is None else args.resize
+
+
+def say_size(args: argparse.Namespace, backbone: 'Backbone', say: Callable[[str], Any]) -> None:
+    if args.image_size is None and not is_small(args) and backbone.image_size != SIZE:
+        say(f'images of {backbone.image_size} px, the size in the configuration of {backbone.name} (--image-size '
+            'changes it)')
+
+
+def transform_of(args: argparse.Namespace, backbone: 'Backbone', say: Callable[[str], Any]) -> 'Transform':
+    """Raises ValueError where --resize is less than the model's own size."""
+    from .features import Transform
+
+    size, resize = size_and_resize(args, backbone.image_size)
+    check_extraction(args, size, resize)
+    say_size(args, backbone, say)
+    return Transform(resize, size)
 
 
 def check_extraction(args: argparse.Namespace, size: int, resize: int) -> None:
+    """Raises ValueError. Before there is a model, size and resize are those of LEAST."""
     rules = [
-        ('--image-size', size, size >= 8, 'at least 8 pixels'),
-        ('--resize', resize, resize >= size, f'at least --image-size, {size}'),
-        ('--batch-size', args.batch_size, args.batch_size >= 1, 'at least 1'),
+        ('--image-size', size, size >= LEAST, f'at least {LEAST} pixels'),
+        ('--resize', resize, resize >= size, f'at least the image size, {size}'),
+        ('--batch-size', args.batch_size, args.batch_size is None or args.batch_size >= 1, 'at least 1'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
     for flag, value, ok, rule in rules:
         if not ok:
@@ -115,35 +172,44 @@ def run(args: argparse.Namespace) -> int:
     from ..training.distributed import default_device, join_world
     from .backbone import load_backbone
     from .datasets import open_pair
-    from .features import Transform, extract
+    from .features import extract
     from .record import check_output, print_record, record_path, write_record
 
     check(args.k, args.temperature)
     began = time.perf_counter()
-    size, resize = size_and_resize(args, args.dataset.startswith('cifar'))
-    check_extraction(args, size, resize)
+    check_extraction(args, *size_and_resize(args, LEAST))
     check_output(args.output)
-    transform = Transform(resize, size)
     pair = open_pair(args.dataset, args.data, args.allow_partial)
     with join_world(args.device or default_device()) as world:
+        say = print if world.main else silent
+        if missing := without_test_image(pair):
+            say(missing)
         backbone = load_backbone(args.model, world.device)
+        transform = transform_of(args, backbone, say)
         bank, queries = (
             extract(backbone, images, ['avgpool'], transform, args.cache, args.batch_size, args.workers, args.amp,
                     world, args.allow_partial) for images in (pair.train, pair.test))
-        metrics = knn(bank, queries, args.k, args.temperature, pair.classes, world)
+        n = len(bank.readable)
+        ks = fitting(args.k, n, say) if n else args.k  # without any, `knn` says so
+        metrics = knn(bank, queries, ks, args.temperature, pair.classes, world)
     if not world.main:
         return 0
     unreadable = [*bank.unreadable.values(), *queries.unreadable.values()]
     protocol: dict[str, Any] = {
-        'T': args.temperature, 'k': args.k, 'features': 'avgpool', 'resize': resize, 'image_size': size,
-        'amp': 'off' if args.amp == 'auto' else args.amp}
+        'T': args.temperature, 'k': ks, 'features': 'avgpool', 'resize': transform.resize,
+        'image_size': transform.crop, 'amp': 'off' if args.amp == 'auto' else args.amp}
     if args.amp == 'bfloat16':
         protocol['changed'] = 'amp: bfloat16 where off is published'
     benchmark = f'{args.dataset}_knn_T{args.temperature:g}'
+    path = record_path(args.output, benchmark, backbone, protocol, pair.data())
     record = write_record(
-        record_path(args.output, benchmark, backbone, protocol, pair.data()), benchmark, protocol, backbone,
-        pair.data(), metrics, time.perf_counter() - began, {'unreadable': len(unreadable)})
+        path, benchmark, protocol, backbone, pair.data(), metrics, time.perf_counter() - began,
+        {'unreadable': len(unreadable)})
     if unreadable:
         print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
-    print(print_record(record))
+    print(f'{print_record(record)}\nwritten to {path}')
     return 0
+
+
+def silent(*what: Any) -> None:
+    """Rank 0 speaks."""

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .knn import LEAST, SIZE, say_size, silent, without_test_image
+
 DATASETS = ('imagenet', 'places205', 'inat18', 'cifar10', 'cifar100', 'folder')
 
 
@@ -102,8 +104,9 @@ NUMBERS: dict[str, tuple[type, str]] = {
     'jitter': (float, 'brightness, contrast, saturation'),
     'lighting': (float, 'standard deviation of the PCA noise'),
     'flip_p': (float, 'probability of a horizontal flip'),
-    'image_size': (int, 'pixels'),
-    'resize': (int, "short side of a test image, and of Places205's training images, pixels"),
+    'image_size': (int, "pixels (default: the model's own, 224 where it has none; CIFAR: 32)"),
+    'resize': (int, "short side of a test image, and of Places205's training images, pixels (default: image size x "
+               '8/7; CIFAR: the same)'),
     'eval_every': (int, 'epochs between evaluations'),
     'report_epochs': (int, 'epochs that are reported as well'),
 }
@@ -134,8 +137,11 @@ class Chosen:
             'changed': {k: {'published': old, 'used': new} for k, (old, new) in self.changed.items()}}
 
 
-def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off') -> Chosen:
+def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off', own: int = SIZE) -> Chosen:
     """The protocol `name` on a kind of data set, with the numbers that flags override.
+
+    Args:
+        own: the image size, pixels, that holds where no flag gives one: the model's.
 
     Raises:
         ValueError: no such protocol, or a number that cannot be.
@@ -146,20 +152,23 @@ def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off')
         raise ValueError(f'--protocol {name} is not known; use one of {", ".join(PROTOCOLS)}, or auto')
     base = PROTOCOLS[name]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
-    if dataset in ('cifar10', 'cifar100'):  # images of 32 px stay what they are
-        given = {'image_size': 32, 'resize': 32, **given}
+    small = dataset in ('cifar10', 'cifar100')  # images of 32 px stay what they are
+    size = given.setdefault('image_size', 32 if small else own)
+    given.setdefault('resize', size if small else round(size * 8 / 7))
     if unused := sorted(base.idle & set(given)):
         flags = ', '.join(f'--{k.replace("_", "-")}' for k in unused)
         raise ValueError(f'{flags}: protocol {name} has no such number; leave it out')
     p = dataclasses.replace(base, **given)
-    for key in ('batch_size', 'epochs', 'image_size', 'eval_every', 'lr', 'init_std'):
+    for key in ('batch_size', 'epochs', 'eval_every', 'lr', 'init_std'):
         if not getattr(p, key) > 0:
             raise ValueError(f'--{key.replace("_", "-")} {getattr(p, key)}: it must be above 0')
     for key in ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma'):
         if not getattr(p, key) >= 0:
             raise ValueError(f'--{key.replace("_", "-")} {getattr(p, key)}: it cannot be below 0')
+    if p.image_size < LEAST:
+        raise ValueError(f'--image-size {p.image_size}: must be at least {LEAST} pixels')
     if p.resize < p.image_size:
-        raise ValueError(f'--resize {p.resize} is smaller than --image-size {p.image_size}; use at least that')
+        raise ValueError(f'--resize {p.resize}: must be at least the image size, {p.image_size}')
     if not 0 < p.crop_scale[0] <= p.crop_scale[1] <= 1:
         raise ValueError(f'--crop-scale {p.crop_scale[0]} {p.crop_scale[1]}: two shares of the area, the larger last')
     if not 0 <= p.flip_p <= 1:
@@ -196,7 +205,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--protocol', default='fair', choices=['fair', 'mmselfsup', 'moco', 'mhead', 'auto'],
         help='default: fair; auto: a grid of classifiers on cached features, chosen on held-out training images')
-    parser.add_argument('--output', type=Path, default=Path('results'), metavar='FOLDER', help='default: results')
+    parser.add_argument(
+        '--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
+        help='default: results')
     parser.add_argument('--seed', type=int, default=0, metavar='N', help='default: 0')
     parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
     parser.add_argument('--workers', type=int, metavar='N', help='threads that read images')
@@ -270,13 +281,15 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     from .tables import alone
 
     amp = 'off' if args.amp == 'auto' else args.amp
-    chosen = choose(args.protocol, args.dataset, {k: getattr(args, k) for k in NUMBERS}, amp)
+    what = args.protocol, args.dataset, {k: getattr(args, k) for k in NUMBERS}, amp
+    choose(*what, LEAST)  # what is wrong with any model is said before one is loaded
     if amp == 'float16' and world.device.type != 'cuda':
         raise ValueError(f'--amp float16 does not run on {world.device.type}; use bfloat16 or off')
     world.share(lambda: check_output(args.output))
-    say = print if world.main else _silent
+    say = print if world.main else silent
     pair = world.attempt(lambda: open_pair(args.dataset, args.data, args.allow_partial))
     backbone = world.attempt(lambda: load_backbone(args.model, world.device))
+    chosen = choose(*what, backbone.image_size)
     pooling = tap_shapes(backbone, chosen.protocol, world.device)[1]
     if pooling == 'adaptive':
         chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', pooling)})
@@ -288,9 +301,15 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
         protocol['best_chosen_on'] = 'test images, as in the released code'
     path = record_path(args.output, benchmark, backbone, protocol, data)
     say(f'{args.dataset}, {len(pair.train)} training and {len(pair.test)} test images; {chosen.describe()}')
+    say_size(args, backbone, say)
+    if missing := without_test_image(pair):
+        say(missing)
     listed = len(pair.train) + len(pair.test)
     if args.allow_partial:
         pair = readable(pair, args.workers, world, say)
+    if chosen.protocol.batch_size > len(pair.train):
+        say(f'batch {chosen.protocol.batch_size} is more than the {len(pair.train)} training images: one step per '
+            'epoch; for your own folder --protocol auto chooses the rates by itself')
     with alone(path.with_suffix('.lock'), world, 'linear'):
         run = LinearRun(
             chosen.protocol, chosen.label, backbone, pair, world, args.seed, amp, args.micro_batch, args.workers,
@@ -319,7 +338,3 @@ def check(args: argparse.Namespace) -> None:
     for flag, value, ok, rule in rules:
         if not ok:
             raise ValueError(f'{flag} {value}'.rstrip() + f': {rule}')
-
-
-def _silent(*what: Any) -> None:
-    """Rank 0 speaks."""

@@ -25,7 +25,7 @@ from ..training.precision import AMP
 from ..training.stopping import Signals, Stopped
 from .backbone import Backbone, fits_protocol, pooled, taps, weights_digest
 from .features import CPU_BATCH, _full_precision
-from .linear import Protocol, backbone_fits
+from .linear import NUMBERS, Protocol, backbone_fits
 from .linear_data import CentreCrops, Piece, TrainCrops, to_device
 from .linear_heads import Heads, lr_at, make_optimizer, right_within
 
@@ -308,8 +308,8 @@ class LinearRun:
                 return None
             try:
                 state = checkpoint.read(self.path, KEYS)
-                said = differences(state['identity'], self.identity, set())
-            except (ValueError, TypeError, AttributeError) as e:
+                said = differences(_told(state['identity']), _told(self.identity), set())
+            except (ValueError, TypeError, AttributeError, KeyError) as e:
                 raise ValueError(f'{e}; remove it, or start anew with --fresh') from None
             if said:
                 raise ValueError(f'{self.path} belongs to another run ({said}); start anew with --fresh')
@@ -330,6 +330,17 @@ class LinearRun:
             raise ValueError(
                 f'{self.path} does not fit this run ({" ".join(str(e).split())[:150]}); remove it, or start anew with '
                 '--fresh') from None
+        if self.epoch == self.p.epochs:
+            self.say(f'{self.label}: {self.path} is finished, {self.epoch} epochs; --fresh trains anew')
+            return
         self.say(
             f'{self.label}: continuing {self.path} after {self.epoch} epochs' + (f' and {self.step} steps' * bool(
                 self.step)))
+
+
+def _told(identity: dict[str, Any]) -> dict[str, Any]:
+    """Its parts by name, the numbers of the protocol as the flags that give them; without what follows from these."""
+    numbers = {
+        f'--{k.replace("_", "-")}' if k in NUMBERS else f'protocol {k}': v for k, v in identity['protocol'].items()
+        if k not in ('scaled_lr', 'changed', 'name')}
+    return {**numbers, 'weights': identity['weights'], 'data': identity['data']}

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.counted import permutation
 from ..training.distributed import World
 from .linear_heads import right_within
+from .probe_table import Table, moments
 
 NAME = 'auto_probe'
 BYTES = 1 << 28  # of scores that are held at a time
@@ -30,7 +31,7 @@ HELD_OUT = 50_000  # images at most
 class AutoProbe:
     """The numbers of the protocol. Rates belong to features x' = (x - mean) / (std sqrt(D)), so |x'| is about 1."""
 
-    lrs: tuple[float, ...] = (0.5, 2.0, 8.0, 32.0)
+    lrs: tuple[float, ...] = (0.5, 2.0, 8.0, 32.0)  # of a best one at an end, two more beyond it: `beyond`
     weight_decays: tuple[float, ...] = (1e-6, 1e-5, 1e-4, 1e-3)  # of (wd / 2) |W|^2; the bias has none
     epochs: int = 30
     batch_size: int = 1024  # where images are few a 32nd of them, but 64
@@ -38,73 +39,6 @@ class AutoProbe:
     held_out: float = 0.1  # share of the training images, HELD_OUT at most
     lbfgs_iterations: int = 200
     seed: int = 0
-
-
-class Table:
-    """Features (N, D) on a disk or in memory, and labels (N,); `take` gives scaled rows on the device.
-
-    Where a table takes less than a third of the device's free memory it is held there. `rows`: those of both that count
-    (default: all); every index is one among them.
-    """
-
-    def __init__(
-        self, array: np.ndarray, labels: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32,
-        resident: bool | None = None, rows: np.ndarray | None = None,
-    ) -> None:
-        if array.ndim != 2 or len(array) != len(labels):
-            raise ValueError(f'features {array.shape} and {len(labels)} labels: rows (N, D) and a label for each')
-        self.array, self.device, self.dtype = array, device, dtype
-        self.rows = np.arange(len(array)) if rows is None else rows
-        self.labels = torch.from_numpy(np.asarray(labels).astype(np.int64)[self.rows]).to(device)
-        self.mean = self.scale = None
-        if resident is None:
-            resident = device.type != 'cuda' or 3 * array.nbytes < torch.cuda.mem_get_info(device)[0]
-            resident = resident and device.type != 'cpu'  # a mapped array is as good as a copy there
-        self.held = torch.from_numpy(np.array(array)).to(device) if resident else None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def features(self) -> int:
-        return self.array.shape[1]
-
-    def scale_by(self, mean: np.ndarray, std: np.ndarray) -> None:
-        """A feature without spread is left out: it becomes 0."""
-        scale = np.where(std > 0, 1 / np.where(std > 0, std, 1), 0) / math.sqrt(self.features)
-        self.mean, self.scale = (torch.from_numpy(x).to(self.device, self.dtype) for x in (mean, scale))
-
-    def take(self, rows: np.ndarray) -> Tensor:
-        """(n,) -> (n, D)."""
-        rows = self.rows[rows]
-        if self.held is not None:
-            x = self.held[torch.from_numpy(rows).to(self.device)]
-        else:
-            x = torch.from_numpy(np.asarray(self.array[rows])).to(self.device)
-        return (x.to(self.dtype) - self.mean) * self.scale
-
-    def label(self, rows: np.ndarray) -> Tensor:
-        return self.labels[torch.from_numpy(rows).to(self.device)]
-
-
-def moments(array: np.ndarray, rows: np.ndarray | None = None, chunk: int = 8192) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each feature over `rows` (all), float64, in one pass (Chan et al., 1979).
-
-    Raises:
-        ValueError: a feature is not finite.
-    """
-    rows = np.arange(len(array)) if rows is None else np.sort(rows)
-    n, mean, square = 0, np.zeros(array.shape[1]), np.zeros(array.shape[1])
-    for i in range(0, len(rows), chunk):
-        x = np.asarray(array[rows[i:i + chunk]], np.float64)
-        m, own = len(x), x.mean(0)
-        square += ((x - own) ** 2).sum(0) + (own - mean) ** 2 * n * m / (n + m)
-        mean += (own - mean) * m / (n + m)
-        n += m
-    if not np.isfinite(square).all():
-        raise ValueError('some features are not finite; the weights are damaged, or --amp off is needed')
-    std = np.sqrt(square / n)
-    return mean, np.where(std > 1e-6 * np.abs(mean), std, 0.0)  # what rounding leaves of a constant is no spread
 
 
 @dataclass
@@ -170,9 +104,9 @@ def train(
     steps = -(-len(rows) // batch)
     for epoch in range(p.epochs):
         started, total = time.perf_counter(), torch.zeros(g, **make)
-        order = rows[permutation(p.seed, epoch, len(rows))]
-        for step in range(steps):
-            at = np.sort(order[step * batch:(step + 1) * batch])  # a disk likes them in order
+        # Evenly: at the rates of the grid a last batch of two images can undo an epoch.
+        for step, at in enumerate(np.array_split(rows[permutation(p.seed, epoch, len(rows))], steps)):
+            at = np.sort(at)  # a disk likes them in order
             loss, weight, bias = gradient(fit, table.take(at), table.label(at))
             total += loss
             rate = lr * (0.5 * (1 + math.cos(math.pi * (epoch * steps + step) / (p.epochs * steps))))
@@ -181,9 +115,10 @@ def train(
             fit.weight.sub_(weight_m * rate)
             fit.bias.sub_(bias_m * rate)
         fit.losses[epoch] = (total / len(rows)).tolist()
-        best = np.nanmin(fit.losses[epoch]) if not np.isnan(fit.losses[epoch]).all() else math.nan
-        say(f'{NAME}: epoch {epoch + 1}/{p.epochs}  {g} classifiers  lowest loss {best:.4f}  '
-            f'{len(rows) / (time.perf_counter() - started):.0f} images/s')
+        if (epoch + 1) % max(1, p.epochs // 6) == 0 or epoch + 1 == p.epochs:
+            best = np.nanmin(fit.losses[epoch]) if not np.isnan(fit.losses[epoch]).all() else math.nan
+            say(f'{NAME}: epoch {epoch + 1}/{p.epochs}  {g} classifiers  lowest loss {best:.4f}  '
+                f'{len(rows) / (time.perf_counter() - started):.0f} images/s')
     return fit
 
 
@@ -265,25 +200,26 @@ def auto_probe(
     members = [(lr, wd) for lr in p.lrs for wd in p.weight_decays]
     say(f'{NAME}: {len(members)} classifiers on {len(learned)} training images, chosen on {held} others; '
         f'{int((std == 0).sum())} of {len(std)} features are constant and left out')
-    fit = train(train_table, learned, classes, members, p, say)
-    dropped = diverged(fit, classes)
-    if gone := [f'lr {lr:g} wd {wd:g}' for (lr, wd), bad in zip(members, dropped, strict=True) if bad]:
-        say(f'{NAME}: diverged and dropped: {"; ".join(gone)}')
-    if all(dropped):
+    grid = _tried(train(train_table, learned, classes, members, p, say), members, train_table, chosen_on, say)
+    if all(m['diverged'] for m in grid):
         raise RuntimeError(f'{NAME}: every classifier of the grid diverged, so no number is given; check the features')
-    figures = evaluate(fit, train_table, chosen_on)
-    left = [g for g, bad in enumerate(dropped) if not bad]
-    best = min(left, key=lambda g: (-figures['top1'][g], figures['loss'][g], g))
-    lr, wd = members[best]
-    edges = [name for name, value, grid in (('lr', lr, p.lrs), ('weight decay', wd, p.weight_decays))
-             if len(grid) > 1 and value in (min(grid), max(grid))]
-    say(f'{NAME}: chosen lr {lr:g}, weight decay {wd:g}: {figures["top1"][best]:.2f} % of the held-out images'
-        + (f'; at the edge of the grid of {" and ".join(edges)}' if edges else ''))
+    best = _best(grid)
+    if more := beyond(best['lr'], best['weight_decay'], p):
+        say(f'{NAME}: lr {best["lr"]:g}, weight decay {best["weight_decay"]:g} is the best and at an end of the grid; '
+            f'trying {len(more)} beyond it')
+        grid += _tried(train(train_table, learned, classes, more, p), more, train_table, chosen_on, say)
+        best = _best(grid)
+    lr, wd = best['lr'], best['weight_decay']
+    tried = {name: {m[name] for m in grid} for name in ('lr', 'weight_decay')}
+    edges = [name for name, x in tried.items() if len(x) > 1 and best[name] in (min(x), max(x))]
+    advice = f'; no larger lr was tried: --epochs {2 * p.epochs} may give more'
+    say(f'{NAME}: chosen lr {lr:g}, weight decay {wd:g}: {best["held_out_top1"]:.2f} % of the held-out images'
+        + advice * ('lr' in edges and lr == max(tried['lr'])))
     everything = np.arange(n)
     mean, std = moments(train_table.array, train_table.rows)
     for table in (train_table, test_table):
         table.scale_by(mean, std)
-    final = train(train_table, everything, classes, [members[best]], p)
+    final = train(train_table, everything, classes, [(lr, wd)], p)
     if diverged(final, classes)[0]:
         raise RuntimeError(f'{NAME}: the chosen classifier diverged on all training images; no number is given')
     optimum, value, slope = lbfgs(train_table, everything, wd, final, p.lbfgs_iterations)
@@ -291,13 +227,45 @@ def auto_probe(
     metrics = {k: float(found[k][0]) for k in found if k != 'loss'}
     metrics |= {f'{k}_lbfgs': float(check[k][0]) for k in check if k != 'loss'}
     sgd = objective_of(final, train_table, everything, wd)
-    say(f'{NAME}: objective {sgd:.5f} by SGD, {value:.5f} by L-BFGS (largest slope {slope:.1e})')
+    say(f'{NAME}: objective {sgd:.5f} by SGD, {value:.5f} by L-BFGS (largest slope {slope:.1e}); quote top1, as '
+        'top1_lbfgs only checks that SGD came to the optimum')
     return metrics, {
-        'chosen': {'lr': lr, 'weight_decay': wd, 'at_edge_of': edges}, 'dropped': gone, 'held_out_images': held,
-        'grid': [{
-            'lr': a, 'weight_decay': b, 'diverged': bad, 'train_loss': _finite(loss), 'held_out_top1': float(t)}
-            for (a, b), bad, loss, t in zip(members, dropped, fit.losses[-1], figures['top1'], strict=True)],
-        'objective': {'sgd': sgd, 'lbfgs': value, 'lbfgs_largest_slope': slope}}
+        'chosen': {'lr': lr, 'weight_decay': wd, 'at_edge_of': edges}, 'dropped': _gone(grid), 'held_out_images': held,
+        'grid': grid, 'objective': {'sgd': sgd, 'lbfgs': value, 'lbfgs_largest_slope': slope}}
+
+
+def _tried(
+    fit: Fit, members: Sequence[tuple[float, float]], table: Table, held: np.ndarray, say: Callable[[str], Any],
+) -> list[dict[str, Any]]:
+    """What became of each member, on the images `held` out of its training."""
+    figures = evaluate(fit, table, held)
+    columns = members, diverged(fit, fit.bias.shape[1]), fit.losses[-1], figures['top1'], figures['loss']
+    tried = [{
+        'lr': lr, 'weight_decay': wd, 'diverged': bad, 'train_loss': _finite(loss), 'held_out_top1': float(top1),
+        'held_out_loss': _finite(held_out)} for (lr, wd), bad, loss, top1, held_out in zip(*columns, strict=True)]
+    if gone := _gone(tried):
+        say(f'{NAME}: diverged and dropped: {"; ".join(gone)}')
+    return tried
+
+
+def _gone(tried: list[dict[str, Any]]) -> list[str]:
+    return [f'lr {m["lr"]:g} wd {m["weight_decay"]:g}' for m in tried if m['diverged']]
+
+
+def _best(tried: list[dict[str, Any]]) -> dict[str, Any]:
+    def order(m: dict[str, Any]) -> tuple[float, float]:
+        return -m['held_out_top1'], math.inf if m['held_out_loss'] is None else m['held_out_loss']
+
+    return min((m for m in tried if not m['diverged']), key=order)
+
+
+def beyond(lr: float, weight_decay: float, p: AutoProbe) -> list[tuple[float, float]]:
+    """Two members past each end of the grid that this one lies at; the least weight decay is as good as none."""
+    ends = [(max(p.lrs), 4), (min(p.lrs), 1 / 4)] if len(p.lrs) > 1 else []
+    more = [(lr * step**k, weight_decay) for end, step in ends if lr == end for k in (1, 2)]
+    if len(p.weight_decays) > 1 and weight_decay == max(p.weight_decays):
+        more += [(lr, weight_decay * 10**k) for k in (1, 2)]
+    return more
 
 
 def _finite(x: float) -> float | None:
@@ -308,33 +276,35 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     """`simsiam linear --protocol auto`: features of the test transform, once; then the probe; then the record."""
     from .backbone import load_backbone
     from .datasets import open_pair
-    from .features import Transform, extract
+    from .features import extract
+    from .knn import LEAST, check_extraction, silent, size_and_resize, transform_of, without_test_image
     from .linear import NUMBERS, backbone_fits
     from .record import check_output, print_record, record_path, write_record
 
-    own = {'batch_size', 'epochs', 'momentum', 'image_size', 'resize'}
     given = {k: getattr(args, k) for k in NUMBERS if getattr(args, k) is not None}
-    if others := sorted(set(given) - own):
+    if others := sorted(set(given) - {'batch_size', 'epochs', 'momentum', 'image_size', 'resize'}):
         flags = ', '.join(f'--{k.replace("_", "-")}' for k in others)
         raise ValueError(f'{flags}: --protocol auto has no such number; it takes --epochs, --batch-size, --momentum, '
                          '--image-size and --resize')
-    size = 32 if args.dataset.startswith('cifar') else 224
-    size, resize = given.pop('image_size', size), given.pop('resize', 256 if size == 224 else size)
-    for key, value in (*given.items(), ('image_size', size)):
-        if key != 'momentum' and value < 1 or key == 'momentum' and not 0 <= value < 1:
-            raise ValueError(f'--{key.replace("_", "-")} {value} cannot be')
-    if resize < size:
-        raise ValueError(f'--resize {resize} is smaller than --image-size {size}; use at least that')
-    p = AutoProbe(seed=args.seed, **given)
+    check_extraction(args, *size_and_resize(args, LEAST))
+    if args.epochs is not None and args.epochs < 1:
+        raise ValueError(f'--epochs {args.epochs}: must be at least 1')
+    if args.momentum is not None and not 0 <= args.momentum < 1:
+        raise ValueError(f'--momentum {args.momentum}: must be at least 0, below 1')
+    p = AutoProbe(seed=args.seed, **{k: v for k, v in given.items() if k not in ('image_size', 'resize')})
     world.share(lambda: check_output(args.output))
     pair = world.attempt(lambda: open_pair(args.dataset, args.data, args.allow_partial))
     backbone = world.attempt(lambda: load_backbone(args.model, world.device))
+    say = print if world.main else silent
+    if missing := without_test_image(pair):
+        say(missing)
+    transform = transform_of(args, backbone, say)
     started = time.perf_counter()
     with backbone_fits():
         features = [
             extract(
-                backbone, images, ['avgpool'], Transform(resize, size), args.cache, args.micro_batch or 256,
-                args.workers, args.amp, world, args.allow_partial) for images in (pair.train, pair.test)]
+                backbone, images, ['avgpool'], transform, args.cache, args.micro_batch or 256, args.workers, args.amp,
+                world, args.allow_partial) for images in (pair.train, pair.test)]
     if not world.main:
         return
     unreadable = [why for f in features for why in f.unreadable.values()]
@@ -343,10 +313,10 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     tables = [Table(f.array('avgpool'), f.labels, world.device, rows=f.readable) for f in features]
     metrics, found = auto_probe(*tables, pair.classes, p)
     protocol = {
-        **dataclasses.asdict(p), 'name': NAME, 'inputs': 'avgpool', 'image_size': size, 'resize': resize,
-        'augmentation': 'none', 'scaling': '(x - mean) / (std sqrt(D)) by the images that are learned from',
-        'ties': 'wrong', 'amp': 'off' if args.amp == 'auto' else args.amp,
-        'batch_size_used': steps_batch(len(tables[0]), p)}
+        **dataclasses.asdict(p), 'name': NAME, 'inputs': 'avgpool', 'image_size': transform.crop,
+        'resize': transform.resize, 'augmentation': 'none',
+        'scaling': '(x - mean) / (std sqrt(D)) by the images that are learned from', 'ties': 'wrong',
+        'amp': 'off' if args.amp == 'auto' else args.amp, 'batch_size_used': steps_batch(len(tables[0]), p)}
     benchmark, data = f'{args.dataset}_{NAME}', pair.data()
     path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import os
+import textwrap
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +109,8 @@ def join_world(device: str | None = None) -> Iterator[World]:
         chosen = torch.device(name)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as e:  # torch without CUDA asserts
-        raise ValueError(f'--device {name}: not to be had here ({str(e).splitlines()[0][:120]})') from None
+        why = textwrap.shorten(str(e).split('. ')[0], 120, placeholder=' ...')
+        raise ValueError(f'--device {name}: not to be had here ({why}); name another, or leave it out') from None
     size = int(os.environ.get('WORLD_SIZE', 1))
     if size == 1:
         yield World(0, 1, chosen)
