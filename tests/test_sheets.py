@@ -9,8 +9,10 @@ from simsiam_models.benchmarks.linear import benchmark_name, choose
 from simsiam_models.benchmarks.record import print_record, write_record
 from simsiam_models.benchmarks.report import report
 
-DATA = {'name': 'folder', 'counts': {'train': 1200, 'test': 300, 'classes': 10}, 'digest': '1f2e3d4c5b6a7988'}
-TITLE = 'folder (1f2e3d4c, 1,200 + 300 images of 10 classes)'
+DATA = {
+    'name': 'folder', 'counts': {'train': 1200, 'test': 300, 'classes': 10}, 'digest': '1f2e3d4c5b6a7988',
+    'path': 'my/photos'}
+TITLE = 'my/photos (1f2e3d4c, 1,200 + 300 images of 10 classes)'
 KNN = {'T': 0.07, 'k': [10], 'features': 'avgpool', 'resize': 256, 'image_size': 224, 'amp': 'off'}
 
 

@@ -1,8 +1,13 @@
 """VOC07 SVMs: average precision by its definitions, selection and draws by the protocol, and runs that go on."""
 import argparse
+import fcntl
+import functools
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from fractions import Fraction
@@ -19,6 +24,7 @@ from sklearn.svm import LinearSVC
 from simsiam_models.benchmarks import backbone, svm, svm_fits
 from simsiam_models.benchmarks.average_precision import eleven_point_ap, envelope_ap
 from simsiam_models.benchmarks.svm_fits import COSTS, Finished, draw, full, low_shot, run_all, run_task
+from simsiam_models.benchmarks.svm_pool import DiedError, in_processes
 
 NAMES = ['cat', 'cow', 'dog']
 
@@ -327,8 +333,15 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path):
     run_all(tasks, made, Finished(path), 1, never)
 
 
-def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+def die(task: tuple, made: svm_fits.Table) -> None:  # a process imports it by its name
+    os._exit(9)
+
+
+def much(task: tuple, made: svm_fits.Table) -> dict:
+    return {'cv': np.zeros((2**25, 2**30))}
+
+
+def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Path):
     made = table(tmp_path)
     one, two = Finished(tmp_path / '1.jsonl'), Finished(tmp_path / '2.jsonl')
     tasks = [('low-shot', 'feat5', 2, s, c) for s in range(2) for c in range(3)]
@@ -336,18 +349,102 @@ def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Pa
     run_all(tasks, made, two, 2)
     assert one.results == two.results
 
-    def die(task, made):
-        os._exit(9)
-
     with pytest.raises(RuntimeError, match='one of the 2 processes was killed.*fewer --jobs'):
         run_all([('cv', 'feat5', 0, 1.0)] * 2, made, Finished(tmp_path / '3.jsonl'), 2, die)
 
 
+def test_processes_take_every_item_once_and_an_error_in_one_is_told():
+    assert sorted(in_processes(abs, range(-9, 0), 3)) == list(range(1, 10))
+    with pytest.raises(ValueError, match="invalid literal for int.*'x'") as e:
+        list(in_processes(int, ['1', 'x'], 2))
+    assert 'Traceback' in str(e.value.__cause__)  # of that process
+    with pytest.raises(DiedError):
+        list(in_processes(os._exit, [9, 9], 1))
+    blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+    before = blocked(())
+    theirs, = in_processes(blocked, [()], 1)  # what a terminal sends to all is for the first process to act on
+    assert theirs >= {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1} and blocked(()) == before == set()
+
+
+SLEEPY = """
+import argparse, fcntl, os, sys, time
+from simsiam_models.benchmarks import svm, svm_fits
+
+def sleep(task, table):
+    with open(f'{os.getpid()}.new', 'w') as mine:
+        fcntl.lockf(mine, fcntl.LOCK_EX)
+        os.rename(mine.name, f'{os.getpid()}.busy')
+        time.sleep(600)
+
+def main():
+    parser = argparse.ArgumentParser()
+    svm.add_arguments(parser)
+    svm_fits.run_all.__defaults__ = sleep,
+    sys.exit(svm.run(parser.parse_args(sys.argv[1:])))
+"""
+
+
+@pytest.mark.parametrize('name, to, code', [('SIGINT', 'all', 130), ('SIGTERM', 'all', 143), ('SIGKILL', 'one', -9)])
+def test_a_stopped_or_killed_command_leaves_one_line_and_no_process(
+    name: str, to: str, code: int, devkit: Path, tmp_path: Path,
+):
+    (tmp_path / 'sleepy.py').write_text(SLEEPY)
+    args = (devkit, *TINY, '--jobs', '2', '--taps', 'feat5', '--output', 'out', '--cache', 'cache')
+    with open(tmp_path / 'err', 'w') as err:
+        process = subprocess.Popen(
+            [sys.executable, '-c', 'import sleepy; sleepy.main()', *map(str, args)], cwd=tmp_path, stderr=err,
+            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(
+                [str(tmp_path), str(Path(__file__).resolve().parent.parent)])})
+    try:
+        while len(busy := list(tmp_path.glob('*.busy'))) < 2:
+            assert process.poll() is None, (tmp_path / 'err').read_text()
+            time.sleep(0.05)
+        (os.killpg if to == 'all' else os.kill)(process.pid, getattr(signal, name))
+        assert process.wait(120) == code
+        end = time.monotonic() + 60
+        for path in busy:  # which a process holds while it lives
+            with open(path, 'a') as f:
+                while True:
+                    try:
+                        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    except OSError:
+                        assert time.monotonic() < end, f'{path.stem} goes on'
+                        time.sleep(0.05)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    said = [line for line in (tmp_path / 'err').read_text().splitlines() if not line.startswith('features: ')]
+    assert said == ([] if name == 'SIGKILL' else [
+        f'simsiam svm: stopped by {name}; features are kept in the cache and finished fits in out/svm-*.jsonl, and the '
+        'same command goes on'])
+    assert bool(list((tmp_path / 'out').glob('.svm-*/'))) == (name == 'SIGKILL')
+
+
+def test_off_a_terminal_a_line_every_half_minute_and_at_the_end_tells_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture,
+):
+    now = [1000.0]
+    progress = svm_fits.Progress(380, 100, lambda: now[0])
+    for _ in range(280):
+        now[0] += 2.5
+        progress.step()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 + 280 * 2.5 // 30
+    assert lines[0] == 'svm: 112 of 380 fits, 0.4 fits/s, about 11 min left'
+    assert lines[-2] == 'svm: 376 of 380 fits, 0.4 fits/s, about 10 s left'
+    assert lines[-1] == 'svm: 380 of 380 fits, 0.4 fits/s, in 12 min'
+    tasks = [('cv', i) for i in range(3)]
+    for wanted in 'svm: 3 of 3 fits, ', '':  # the second time nothing is left to do
+        run_all(tasks, None, Finished(tmp_path / 'f.jsonl'), 1, lambda task, made: {})
+        said = capsys.readouterr().err
+        assert said.startswith(wanted) and said.count('\n') == bool(wanted)
+
+
 @pytest.mark.parametrize('jobs, said', [(1, 'where more is free'), (2, 'one of the 2 processes .* fewer --jobs')])
 def test_a_fit_that_finds_no_memory_is_one_sentence(jobs: int, said: str, tmp_path: Path):
-    def much(task, made):
-        return {'cv': np.zeros((2**25, 2**30))}
-
     with pytest.raises(RuntimeError, match='found no memory') as e:
         run_all([('cv', 'feat5', 0, 1.0)], None, Finished(tmp_path / 'f.jsonl'), jobs, much)
     assert '\n' not in str(e.value)
@@ -383,12 +480,28 @@ def counts(positive: int, negative: int, test: int = 1) -> tuple:
     (counts(2, 30), None, 'sheep: 2 of the 32 trainval images are positive, and 3-fold cross-validation needs 3'),
     (counts(30, 2), None, '3-fold cross-validation needs 3 positive and 3 others'),
     (counts(3, 90), [1, 4], 'sheep: 3 positive and 90 negative trainval images, and --k 4 needs 4 and 76; choose'),
-    (counts(4, 75), [1, 4], '--k 4 needs 4 and 76; choose a smaller --k'),
+    (counts(4, 75), [1, 4], r'--k 4 needs 4 and 76; choose a smaller --k \(possible here: 1 2\)'),
+    (counts(40, 18), [1], '--k 1 needs 1 and 19; use more of VOC07'),
     (counts(4, 76, 0), [4], 'sheep: no positive test image')])
 def test_too_few_images_of_a_class_are_one_sentence(of: tuple, ks: list | None, said: str):
     with pytest.raises(ValueError, match=said) as e:
         svm.check_counts(*of, ks)
     assert '\n' not in str(e.value)
+
+
+def test_of_a_partial_set_the_published_ks_are_taken_that_it_suffices_for(
+    devkit: Path, tmp_path: Path, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    labels = counts(9, 19 * 8 - 1)[1]
+    for flags, wanted in (
+            (('--low-shot', '--allow-partial'), [1, 2, 4]), (('--low-shot',), list(svm.KS)),
+            (('--allow-partial',), None), (('--low-shot', '--allow-partial', '--k', '96', '8'), [8, 96])):
+        assert svm.ks_of(parse('x', *flags), labels) == wanted
+    assert svm.ks_of(parse('x', '--low-shot', '--allow-partial'), counts(0, 90)[1]) == [1]  # to be refused
+    record = run_and_read(tmp_path, devkit, *TINY, '--low-shot', '--samples', '1', '--cache', tmp_path / 'cache')
+    assert record['protocol']['k'] == [1, 2] and 'training images found' in record['not_comparable']
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == 'low-shot: only k = 1 2, as a class has too few images for 4 8 16 32 64 96'
 
 
 def test_as_many_images_as_needed_are_enough():
@@ -415,6 +528,7 @@ def test_the_command_prints_both_tables_and_writes_a_record_per_tap(
     assert svm.run(args) == 0
     printed = capsys.readouterr().out
     assert 'feature4  feature5' in printed and 'envelope AP (as published)' in printed and '11-point AP' in printed
+    assert 'iterations before they converged: so it is in the published protocol' in printed
     assert 'best layer: feature' in printed and 'not comparable with published numbers' in printed
     records = {r['benchmark']: r for r in map(json.loads, (p.read_text() for p in (tmp_path / 'out').glob('*.json')))}
     assert set(records) == {'voc07_svm_feature4', 'voc07_svm_feature5'}
@@ -439,7 +553,7 @@ def test_the_low_shot_command_prints_a_row_of_one_number_per_k(
                  tmp_path / 'cache')
     assert svm.run(args) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[-2:] == ['k=1', 'k=2']
+    assert printed[0].split()[-2:] == ['k=1', 'k=2']  # they were asked for: nothing is said
     record = json.loads(next(tmp_path.glob('*.json')).read_text())
     assert record['benchmark'] == 'voc07_lowshot_svm_feature5'
     assert set(record['metrics']) == {'k=1', 'k=2', 'k=1_honest', 'k=2_honest'}
@@ -465,6 +579,13 @@ def test_auto_is_off_and_what_is_not_as_published_is_said():
     assert svm.protocol_of(args, 'adaptive', 3)['changed'] == (
         '3 images cannot be read and are left out; features in bfloat16; taps are pooled adaptively')
     assert svm.protocol_of(args, 'adaptive')['pooling'] == 'adaptive'
+
+
+@pytest.mark.parametrize('flags, wanted', [
+    ((), (256, 224)), (('--image-size', '112'), (128, 112)), (('--image-size', '112', '--resize', '200'), (200, 112))])
+def test_the_short_side_is_eight_sevenths_of_the_image_size(flags: tuple[str, ...], wanted: tuple[int, int]):
+    protocol = svm.protocol_of(parse('x', *flags))
+    assert (protocol['resize'], protocol['image_size'], protocol['squash']) == (*wanted, True)
 
 
 @pytest.mark.parametrize('size, wanted', [(224, 'mmselfsup'), (192, 'adaptive')])
@@ -665,7 +786,8 @@ def test_an_output_that_takes_no_files_is_found_before_anything_slow(
     (['--k', '4', '8'], r'--k 4 8: is of the low-shot SVM; add --low-shot'),
     (['--samples', '3'], '--samples 3: is of the low-shot SVM; add --low-shot'),
     (['--model', 'convnext_atto:random'], 'feat5: .* 4 stages only; name those that it has with --taps'),
-    (['--low-shot', '--k', '40'], '--k 40 needs 40 and 760'),
+    (['--low-shot', '--k', '40'], r'--k 40 needs 40 and 760; .*\(possible here: 1 2\)'),
+    (['--image-size', '40'], '--resize 36: must be at least'), (['--batch-size', '0'], '--batch-size 0: must be'),
     (['--model', 'no_such_model:random'], 'no_such_model')])
 def test_what_a_user_gets_wrong_is_one_sentence(args: list[str], said: str, devkit: Path, tmp_path: Path):
     with pytest.raises((ValueError, RuntimeError), match=said) as e:
@@ -685,7 +807,7 @@ def test_a_missing_scikit_learn_names_the_install_command(
     devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setitem(__import__('sys').modules, 'sklearn', None)
-    with pytest.raises(RuntimeError, match=r"pip install 'simsiam-models\[benchmarks\]'"):
+    with pytest.raises(RuntimeError, match='^svm needs scikit-learn: pip install scikit-learn$'):
         svm.run(parse(devkit, *TINY, '--output', tmp_path))
 
 
@@ -710,6 +832,7 @@ def test_a_table_that_a_kill_left_is_made_again(devkit: Path, tmp_path: Path, on
     other = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path / 'b', '--cache', tmp_path / 'cache')
     with monkeypatch.context() as killed:
         killed.setattr(svm_fits, 'run_all', lambda *args: 1 / 0)
+        killed.setattr(shutil, 'rmtree', lambda *args, **kwargs: None)
         with pytest.raises(ZeroDivisionError):
             svm.run(other)
     tables = list((tmp_path / 'b').rglob('*.npy'))

@@ -201,9 +201,10 @@ def run(args: argparse.Namespace) -> int:
     if args.amp == 'bfloat16':
         protocol['changed'] = 'amp: bfloat16 where off is published'
     benchmark = f'{args.dataset}_knn_T{args.temperature:g}'
-    path = record_path(args.output, benchmark, backbone, protocol, pair.data())
+    data = pair.data() | {'path': args.data}
+    path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(
-        path, benchmark, protocol, backbone, pair.data(), metrics, time.perf_counter() - began,
+        path, benchmark, protocol, backbone, data, metrics, time.perf_counter() - began,
         {'unreadable': len(unreadable)})
     if unreadable:
         print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')

@@ -293,7 +293,7 @@ def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
     pooling = tap_shapes(backbone, chosen.protocol, world.device)[1]
     if pooling == 'adaptive':
         chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', pooling)})
-    benchmark, data = benchmark_name(chosen, args.dataset), pair.data()
+    benchmark, data = benchmark_name(chosen, args.dataset), pair.data() | {'path': args.data}
     protocol = {**chosen.record(), 'seed': args.seed, 'amp': amp, 'ties': 'wrong'}
     if pooling is not None:
         protocol['pooling'] = pooling

@@ -317,7 +317,7 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
         'resize': transform.resize, 'augmentation': 'none',
         'scaling': '(x - mean) / (std sqrt(D)) by the images that are learned from', 'ties': 'wrong',
         'amp': 'off' if args.amp == 'auto' else args.amp, 'batch_size_used': steps_batch(len(tables[0]), p)}
-    benchmark, data = f'{args.dataset}_{NAME}', pair.data()
+    benchmark, data = f'{args.dataset}_{NAME}', pair.data() | {'path': args.data}
     path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(
         path, benchmark, protocol, backbone, data, metrics, time.perf_counter() - started,

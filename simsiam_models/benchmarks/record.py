@@ -55,7 +55,8 @@ def write_record(
         benchmark: as weights/published.json calls it, where that has it.
         protocol: every parameter; where it is to be compared, those of PROTOCOLS under their names. A true value under
             'changed' says that it is another protocol.
-        data: name (a key of SIZES, where it is one of these sets), counts (train, test, classes) and digest.
+        data: name (a key of SIZES, where it is one of these sets), counts (train, test, classes), digest, and where it
+            has one its path as typed.
         metrics: percent.
         extra: whatever else is worth keeping; 'unreadable', images that were left out (their number, a list or a
             table), makes a record incomparable.

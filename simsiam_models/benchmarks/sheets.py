@@ -79,10 +79,12 @@ def _sheet(group: list[Compared], label: Label) -> Sheet:
     for i, record in enumerate(records):
         numbers = (record['metrics'].get(name) for name in metrics)
         rows.append([*(column[i] for column in keys.values()), *('' if x is None else f'{x:.2f}' for x in numbers)])
-    digest = '' if _whole(records[0]) else short(str(data.get('digest') or '')[:8])
+    whole = _whole(records[0])
+    digest = '' if whole else short(str(data.get('digest') or '')[:8])
+    where = data['path'] if data['name'] == 'folder' and isinstance(data.get('path'), str) else data['name']
     about = ', '.join(filter(None, (digest, counts_of(data)))) or 'counts not told'
     return Sheet(
-        short(f'{benchmark} on {short(data["name"])} ({about})', 200), rows,
+        short(f'{benchmark} on {short(where)} ({about})', 200), rows,
         [*notes, *_notes(group, label, differing)], len(keys),
         tuple(len(keys) + i for i, name in enumerate(metrics) if VARIANT.search(name)))
 

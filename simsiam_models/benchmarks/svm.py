@@ -8,15 +8,18 @@ train, five draws of each. The published page calls these "SVM" and "Low-shot SV
     simsiam svm VOCdevkit --model simsiam_resnet50.mm_ep200_in1k --low-shot --jobs 8
 
 A process that fits all of trainval takes 1.9 GB (measured with 5011 x 8192 values). Finished fits are kept in
-OUTPUT/svm-*.jsonl, so that the same command goes on where a killed one was; the seconds of a record are those of its
-fits, summed over sessions and processes. While it runs, OUTPUT also holds the normalised features, 0.7 GB per tap.
+OUTPUT/svm-*.jsonl, so that the same command goes on where a stopped or killed one was; the seconds of a record are
+those of its fits, summed over sessions and processes. That file may be deleted once the records are written, OUTPUT/
+.svm-*.lock whenever no such command runs, and so what a kill left of OUTPUT/.svm-*/, the normalised features (0.7 GB
+per tap), which are there only while the command runs.
 """
 import argparse
 import functools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .features import Transform
-    from .svm_fits import Finished, Table, Task
+    from .svm_fits import Table, Task
 
 TAPS = ('feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
@@ -39,48 +42,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='of feat1 .. feat5 (default: all five; with --low-shot feat5, the best one of the published table)')
     add('--low-shot', action='store_true', help='k positives and 19 k negatives per class instead of all images')
     add('--k', nargs='+', type=int, metavar='K',
-        help='low-shot: positives per class (default: 1 2 4 8 16 32 64 96)')
+        help='low-shot: positives per class (default: 1 2 4 8 16 32 64 96; with --allow-partial those of them that '
+        'the images suffice for)')
     add('--samples', type=int, metavar='N', help='low-shot: independent draws (default: 5)')
     add('--seed', type=int, default=0, help="of the draws and of scikit-learn's solver (default: 0)")
     add('--jobs', type=int, metavar='N', help='processes that fit, one thread each (default: one per core)')
     add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the records (default: results)')
+    add('--image-size', type=int, metavar='N', help='images are squashed to N x N pixels (default: 224)')
+    add('--resize', type=int, metavar='N', help='short side before that, pixels (default: image size x 8/7)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
     add('--batch-size', type=int, default=256, metavar='N',
         help='images per forward pass (default: 256; a CPU takes 8 at most)')
     add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
-    add('--amp', choices=['auto', 'off', 'bfloat16'], default='off',
-        help='precision of the forward pass (default: off, as published)')
+    add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
+        help='precision of the forward pass (default: auto, which is off, as published)')
     add('--cache', type=Path, metavar='DIR', help="features are kept there (default: the package's cache)")
     add('--allow-partial', action='store_true', help='go on with fewer images than VOC07 has')
-    add('--image-size', type=int, default=224, metavar='N', help='images are squashed to N x N pixels (default: 224)')
-    add('--resize', type=int, default=256, metavar='N', help='short side before that, pixels (default: 256)')
 
 
 def run(args: argparse.Namespace) -> int:
+    """Fits, prints, writes the records; 0, or 128 + a signal's number."""
+    from ..training.stopping import Signals, Stopped
+
+    try:
+        with Signals():
+            _run(args)
+    except Stopped as e:
+        if os.environ.get('RANK', '0') == '0':
+            print(
+                f'simsiam svm: {e}; features are kept in the cache and finished fits in {args.output}/svm-*.jsonl, and '
+                'the same command goes on', file=sys.stderr)
+        return e.code
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
     from ..training.distributed import World, default_device, join_world
     from . import datasets
     from .backbone import load_backbone
     from .record import check_output
     from .svm_fits import Finished, full, full_tasks, low_shot, low_shot_tasks
+    from .svm_result import report
     from .tables import alone
 
     _check(args)
     data = datasets.open_voc07(args.data, args.allow_partial)
     taps = sorted(set(args.taps or (['feat5'] if args.low_shot else TAPS)))
-    ks, samples = _draws(args)
-    check_counts(data.names, data.labels_trainval, data.labels_test, ks if args.low_shot else None)
+    ks, samples = ks_of(args, data.labels_trainval), args.samples or SAMPLES
+    check_counts(data.names, data.labels_trainval, data.labels_test, ks)
     with join_world(args.device or default_device()) as world:
         world.share(lambda: check_output(args.output))
         backbone = load_backbone(args.model, world.device)
         features = _extract(args, backbone, data, taps, world)
-        pooling = pooling_of(backbone, args.image_size)
+        pooling = pooling_of(backbone, transform_of(args).crop)
     if not world.main:
-        return 0
+        return
     labels = tuple(x[f.readable] for x, f in zip((data.labels_trainval, data.labels_test), features, strict=True))
     unreadable = sum(len(f.unreadable) for f in features)
     if unreadable:
         print(f'{unreadable} images cannot be read and are left out')
-        check_counts(data.names, *labels, ks if args.low_shot else None)
+        ks = ks_of(args, labels[0])
+        check_counts(data.names, *labels, ks)
+    if ks and not args.k and len(ks) < len(KS):
+        print(f'low-shot: only k = {_words(ks)}, as a class has too few images for {_words(set(KS) - set(ks))}')
     name = name_of(args, features, taps, labels)
     work, jobs, classes = args.output / f'.svm-{name}', args.jobs or _cores(), len(data.names)
     # The lock lies beside `work` and stays: whoever waits for a deleted one excludes nobody.
@@ -91,20 +115,37 @@ def run(args: argparse.Namespace) -> int:
             return low_shot_tasks(taps, ks, samples, classes) if args.low_shot else full_tasks(finished, taps, classes)
 
         left = sorted({task[1] for task in tasks() if task not in finished.results})  # taps
-        table = write_table(work, features, left, data.labels_trainval, data.labels_test, args.seed)
-        if args.low_shot:
-            results = low_shot(table, finished, taps, ks, samples, classes, jobs)
-        else:
-            results = full(table, finished, taps, data.names, jobs)
-        shutil.rmtree(work)
+        try:
+            table = write_table(work, features, left, data.labels_trainval, data.labels_test, args.seed)
+            if args.low_shot:
+                results = low_shot(table, finished, taps, ks, samples, classes, jobs)
+            else:
+                results = full(table, finished, taps, data.names, jobs)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
         seconds = {tap: sum(finished.seconds[task] for task in tasks() if task[1] == tap) for tap in taps}
-        _report(args, protocol_of(args, pooling, unreadable), backbone, data, results, finished, unreadable, seconds)
-    return 0
+        protocol = protocol_of(args, pooling, unreadable, ks)
+        report(args.output, protocol, backbone, data, results, finished, unreadable, seconds)
 
 
-def _draws(args: argparse.Namespace) -> tuple[list[int], int]:
-    """Low-shot: the ks, and how many draws."""
-    return sorted(set(args.k or KS)), args.samples or SAMPLES
+def ks_of(args: argparse.Namespace, labels: 'np.ndarray') -> list[int] | None:
+    """None without --low-shot. Of the published ks, if a partial set is allowed, those that its images suffice for."""
+    if not args.low_shot:
+        return None
+    if args.k or not args.allow_partial:
+        return sorted(set(args.k or KS))
+    return possible_ks(labels) or [KS[0]]  # `check_counts` says why not even that
+
+
+def possible_ks(labels: 'np.ndarray') -> list[int]:
+    """Of the published ks those for which each class has enough images, of labels (N, classes)."""
+    from .svm_fits import NEGATIVES
+
+    return [k for k in KS if ((labels == 1).sum(0) >= k).all() and ((labels == 0).sum(0) >= NEGATIVES * k).all()]
+
+
+def _words(ks: Iterable[int]) -> str:
+    return ' '.join(map(str, sorted(ks)))
 
 
 def name_of(
@@ -123,10 +164,12 @@ def name_of(
 
 
 def _check(args: argparse.Namespace) -> None:
+    from .knn import check_extraction, size_and_resize
+
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise RuntimeError("simsiam svm needs scikit-learn: pip install 'simsiam-models[benchmarks]'") from None
+        raise RuntimeError('svm needs scikit-learn: pip install scikit-learn') from None
     for flag, value in ('--k', args.k and ' '.join(map(str, args.k))), ('--samples', args.samples):
         if value is not None and not args.low_shot:
             raise ValueError(f'{flag} {value}: is of the low-shot SVM; add --low-shot, or leave {flag} out')
@@ -134,14 +177,11 @@ def _check(args: argparse.Namespace) -> None:
         ('--jobs', args.jobs, args.jobs is None or args.jobs >= 1, 'at least 1'),
         ('--samples', args.samples, args.samples is None or args.samples >= 1, 'at least 1'),
         ('--k', args.k, args.k is None or min(args.k) >= 1, 'at least 1 each'),
-        ('--batch-size', args.batch_size, args.batch_size >= 1, 'at least 1'),
-        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
-        ('--seed', args.seed, 0 <= args.seed < 2**32, '0 .. 4294967295'),
-        ('--image-size', args.image_size, args.image_size >= 8, 'at least 8 pixels'),
-        ('--resize', args.resize, args.resize >= 8, 'at least 8 pixels')]
+        ('--seed', args.seed, 0 <= args.seed < 2**32, '0 .. 4294967295')]
     for flag, value, ok, rule in rules:
         if not ok:
             raise ValueError(f'{flag} {value}: must be {rule}')
+    check_extraction(args, *size_and_resize(args))
 
 
 def check_counts(
@@ -161,9 +201,11 @@ def check_counts(
                 f'{name}: {positive} of the {len(train)} trainval images are positive, and {FOLDS}-fold '
                 f'cross-validation needs {FOLDS} positive and {FOLDS} others; use the whole of VOC07')
         if ks is not None and (positive < max(ks) or negative < NEGATIVES * max(ks)):
+            possible = _words(possible_ks(labels_trainval))
             raise ValueError(
                 f'{name}: {positive} positive and {negative} negative trainval images, and --k {max(ks)} needs '
-                f'{max(ks)} and {NEGATIVES * max(ks)}; choose a smaller --k')
+                f'{max(ks)} and {NEGATIVES * max(ks)}; ' + (
+                    f'choose a smaller --k (possible here: {possible})' if possible else 'use more of VOC07'))
         if not (test == 1).any():
             raise ValueError(f'{name}: no positive test image, so there is no average precision; use all of VOC07')
 
@@ -171,8 +213,10 @@ def check_counts(
 def transform_of(args: argparse.Namespace) -> 'Transform':
     """Section 4.1 of the protocol."""
     from .features import Transform
+    from .knn import size_and_resize
 
-    return Transform(args.resize, args.image_size, 'squash')
+    size, resize = size_and_resize(args)
+    return Transform(resize, size, 'squash')
 
 
 def _extract(args: argparse.Namespace, backbone: Any, data: Any, taps: Sequence[str], world: Any) -> tuple[Any, Any]:
@@ -245,7 +289,9 @@ def _write_rows(tap: str, x: 'np.ndarray', rows: 'np.ndarray', file: Any) -> Non
         file.write(part.tobytes())
 
 
-def protocol_of(args: argparse.Namespace, pooling: str = 'mmselfsup', unreadable: int = 0) -> dict[str, Any]:
+def protocol_of(
+    args: argparse.Namespace, pooling: str = 'mmselfsup', unreadable: int = 0, ks: Sequence[int] | None = KS,
+) -> dict[str, Any]:
     """Every parameter, as the record tells it; 'changed': in what it is no more the published one."""
     from .svm_fits import AP, COST_OF_ONE, COSTS, FOLDS, NEGATIVES, SVC
 
@@ -258,9 +304,8 @@ def protocol_of(args: argparse.Namespace, pooling: str = 'mmselfsup', unreadable
         'pooling': pooling, 'difficult': 'negatives in training, left out in test', 'ap': AP,
         'note': 'the original gives no random_state and draws unseeded; both are seeded here'}
     if args.low_shot:
-        ks, samples = _draws(args)
         protocol |= {
-            'k': ks, 'samples': samples, 'negatives_per_positive': NEGATIVES,
+            'k': list(ks), 'samples': args.samples or SAMPLES, 'negatives_per_positive': NEGATIVES,
             'std': 'over the draws, divided by their number',
             'k=N': 'oracle: per k one cost, the best on test; as published',
             'k=N_honest': 'per draw the cost of the best mean over classes by cross-validation on its own rows (3 '
@@ -274,72 +319,6 @@ def protocol_of(args: argparse.Namespace, pooling: str = 'mmselfsup', unreadable
     if changed:
         protocol['changed'] = '; '.join(changed)
     return protocol
-
-
-def _report(
-    args: argparse.Namespace, protocol: dict[str, Any], backbone: Any, data: Any, results: dict[str, Any],
-    finished: 'Finished', unreadable: int, seconds: dict[str, float],
-) -> None:
-    """One record per tap, then the table as the page has it, and measured beside published for the best tap."""
-    from .record import print_record, record_path, write_record
-    from .svm_fits import SVC, writing
-
-    kind = 'voc07_lowshot_svm' if args.low_shot else 'voc07_svm'
-    records = {}
-    for tap, result in results.items():
-        benchmark, of_tap = f'{kind}_feature{tap[-1]}', {**protocol, 'tap': tap}
-        path = record_path(args.output, benchmark, backbone, of_tap, data.data())
-        extra = {
-            'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable,
-            'best_layer': best_tap(results)}
-        with writing(path):
-            records[tap] = write_record(
-                path, benchmark, of_tap, backbone, data.data(), _metrics(result), seconds[tap], extra)
-    best = best_tap(results)
-    print(low_shot_table(results) if args.low_shot else full_table(results))
-    if len(results) > 1:
-        print(f'best layer: feature{best[-1]}')
-    if left := sum(r['unconverged'] for r in results.values()):
-        print(f'{left} fits ended at the protocol\'s limit of {SVC["max_iter"]} iterations, before they converged')
-    print(print_record(records[best]))
-
-
-def _metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Percent."""
-    from .svm_fits import percent
-
-    if 'mAP' in result:
-        return {name: percent(result[name]) for name in ('mAP', 'mAP_11point')}
-    return {
-        f'k={k}{suffix}': r[rule]['mean'] for rule, suffix in (('oracle', ''), ('honest', '_honest'))
-        for k, r in result['k'].items()}
-
-
-def best_tap(results: dict[str, Any]) -> str:
-    """The tap of the highest mAP; low-shot: of the highest mean over k, costs chosen as published."""
-    def score(tap: str) -> float:
-        r = results[tap]
-        return r['mAP'] if 'mAP' in r else sum(v['oracle']['mean'] for v in r['k'].values())
-
-    return max(results, key=score)
-
-
-def full_table(results: dict[str, Any]) -> str:
-    lines = ['VOC07 SVM, mAP in percent  ' + ''.join(f'{f"feature{tap[-1]}":>10}' for tap in results)]
-    for name, key in (('envelope AP (as published)', 'mAP'), ('11-point AP', 'mAP_11point')):
-        lines.append(f'{name:27}' + ''.join(f'{100 * r[key]:10.2f}' for r in results.values()))
-    return '\n'.join(lines)
-
-
-def low_shot_table(results: dict[str, Any]) -> str:
-    ks = list(next(iter(results.values()))['k'])
-    lines = [f'{"VOC07 low-shot SVM, mAP in percent":42}' + ''.join(f'{f"k={k}":>8}' for k in ks)]
-    for tap, result in results.items():
-        for rule, text in (('oracle', 'cost best on test (as published)'), ('honest', 'cost chosen without test')):
-            for statistic in ('mean', 'std'):
-                start = f'feature{tap[-1]} {text}' if statistic == 'mean' else '  std over the draws'
-                lines.append(f'{start:42}' + ''.join(f'{result["k"][k][rule][statistic]:8.2f}' for k in ks))
-    return '\n'.join(lines)
 
 
 def _cores() -> int:

@@ -2,13 +2,15 @@
 
 The protocol is that of MMSelfSup's VOC07 benchmark; every number of it is here.
 """
+import functools
 import json
 import random
+import sys
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .average_precision import eleven_point_ap, envelope_ap
+from .svm_pool import DiedError, in_processes
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))  # in this order: the first of equals is taken
 SVC = dict(
@@ -26,6 +29,7 @@ FOLDS = 3
 NEGATIVES = 19  # low-shot: for each positive
 COST_OF_ONE = 1.0  # honest choice at k = 1, where nothing can be held out
 AP = 'envelope at all points (mAP); 11-point beside it'
+EVERY = 30.0  # seconds between lines of progress
 FORMAT = 3  # to be raised where a result is another one for the same parameters
 Task = tuple[Any, ...]  # ('cv' or 'test', tap, class, cost) or ('low-shot', tap, k, sample, class)
 
@@ -184,32 +188,54 @@ def run_all(
         RuntimeError: a process was killed, or found no memory; what was finished is kept.
         OSError: what is finished cannot be written.
     """
-    from joblib import Parallel, delayed
-    from joblib.externals.loky.process_executor import BrokenProcessPool
-
     left = [task for task in tasks if task not in finished.results]
-    bar = tqdm(total=len(tasks), initial=len(tasks) - len(left), unit='fit', disable=None, leave=False)
-    with bar:
-        if jobs == 1:
-            results = (_timed(work, task, table) for task in left)
-        else:
-            results = Parallel(jobs, return_as='generator_unordered', batch_size=1)(
-                delayed(_timed)(work, task, table) for task in left)
-        try:
+    if not left:
+        return
+    progress = Progress(len(tasks), len(tasks) - len(left))
+    try:
+        one = functools.partial(_timed, work, table)
+        with closing((one(task) for task in left) if jobs == 1 else in_processes(one, left, jobs)) as results:
             for task, result, seconds in results:
                 finished.add(task, result, seconds)
-                bar.update()
-        except (BrokenProcessPool, MemoryError) as e:
-            who = f'one of the {jobs} processes' if jobs > 1 else 'the process'
-            what = 'found no memory' if isinstance(e, MemoryError) else 'was killed, most likely for want of memory'
-            advice = 'with fewer --jobs' if jobs > 1 else 'where more is free'
-            raise RuntimeError(
-                f'{who} {what}; run it again {advice}: what is finished is kept in {finished.path}') from None
+                progress.step()
+    except (DiedError, MemoryError) as e:
+        who = f'one of the {jobs} processes' if jobs > 1 else 'the process'
+        what = 'found no memory' if isinstance(e, MemoryError) else 'was killed, most likely for want of memory'
+        advice = 'with fewer --jobs' if jobs > 1 else 'where more is free'
+        raise RuntimeError(
+            f'{who} {what}; run it again {advice}: what is finished is kept in {finished.path}') from None
+    finally:
+        progress.bar.close()
 
 
-def _timed(work: Callable[..., Any], task: Task, table: Table) -> tuple[Task, Any, float]:
+def _timed(work: Callable[..., Any], table: Table, task: Task) -> tuple[Task, Any, float]:
     began = time.perf_counter()
     return task, work(task, table), time.perf_counter() - began
+
+
+class Progress:
+    """How far the fits are, on stderr: a bar on a terminal, elsewhere a line every 30 s at most, and at the end."""
+
+    def __init__(self, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self.before, self.done, self.clock = total, done, done, clock
+        self.began = self.said = clock()
+        self.bar = tqdm(total=total, initial=done, unit='fit', disable=None, leave=False)
+
+    def step(self) -> None:
+        self.done += 1
+        self.bar.update()
+        now, last = self.clock(), self.done == self.total
+        if self.bar.disable and (last or now - self.said >= EVERY):
+            self.said, seconds = now, now - self.began
+            rate = (self.done - self.before) / max(seconds, 1e-3)
+            rest = f'in {_rough(seconds)}' if last else f'about {_rough((self.total - self.done) / rate)} left'
+            print(f'svm: {self.done} of {self.total} fits, {float(f"{rate:.2g}"):g} fits/s, {rest}', file=sys.stderr)
+
+
+def _rough(seconds: float) -> str:
+    if seconds < 90:
+        return f'{seconds:.0f} s'
+    return f'{seconds / 60:.0f} min' if seconds < 5400 else f'{seconds / 3600:.1f} h'
 
 
 def full_tasks(finished: Finished, taps: Sequence[str], classes: int) -> list[Task]:
