@@ -121,6 +121,17 @@ def test_plain_timm_loads_the_classifier_with_its_class_names_in_another_process
         np.testing.assert_allclose(logits, model(here[None]).numpy(), atol=1e-6)
 
 
+def test_the_readmes_lines_name_the_class_of_a_photo(
+    trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+):
+    (code,) = [block for block in (ROOT / 'README.md').read_text().split('```python\n') if 'local-dir:OUT' in block]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'OUT').symlink_to(trained)
+    shutil.copy(next((photos / '0').glob('*.jpg')), tmp_path / 'photo.jpg')
+    exec(code.partition('```')[0], {})
+    assert capsys.readouterr().out.strip() in {str(i) for i in range(10)}
+
+
 def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predicts(trained: Path, photos: Path):
     _, val, _ = finetune_data.open_labelled(str(photos), 0.2, 0)
     predicted = exported_logits(trained, photos).argmax(1)
