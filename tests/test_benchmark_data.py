@@ -277,6 +277,17 @@ def test_beside_the_images_of_a_list_anything_may_lie_in_val(write, stray: str, 
     assert after.data() == before.data()
 
 
+def test_images_that_were_exchanged_are_other_data(tmp_path: Path):
+    for part in ('train', 'val'):
+        for i in range(40):
+            layouts.write_image(tmp_path / part / str(i % 2) / f'{i:02}.png', i)
+    before = open_pair('folder', str(tmp_path)).data()
+    pictures = sorted((tmp_path / 'train').rglob('*.png'))
+    assert open_pair('folder', str(tmp_path)).data() == before
+    pictures[1].write_bytes(pictures[1].read_bytes() + b'x')  # not among the 16 of which pixels are looked at
+    assert open_pair('folder', str(tmp_path)).data()['digest'] != before['digest']
+
+
 def put(path: Path) -> None:
     layouts.write_image(path, 0) if path.suffix == '.jpg' else path.mkdir()
 

@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_with_the_file_and_what_to_do(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, full)
-        text = rf'{re.escape(str(tmp_path))}/cache/[0-9a-f]{{16}}{where}: .*\(No space left on device\).* --cache'
+        text = rf'--cache: {re.escape(str(tmp_path))}/cache/[0-9a-f]{{16}}{where}.* \(No space left on device\); make'
         with pytest.raises(OSError, match=text):
             extract(tiny, images, ['avgpool'], SMALL, tmp_path / 'cache')
     for cache in ('cache', 'fresh'):

@@ -241,15 +241,21 @@ def test_defaults_follow_the_number_of_images():
     given = settings(*flags, images=99)
     assert (given.epochs, given.batch_size, given.mixup, given.patience, given.warmup_epochs) == (5, 8, 0.1, 2, 0)
     assert given.lr == 0.01
+    for n, processes, batch in ((8, 1, 8), (100, 6, 12), (100, 32, 32), (1, 1, 2), (100_000, 3, 60)):
+        s = finetune.plain_settings(parse('x', '--out', 'y'), n, processes=processes)
+        assert s.batch_size == batch
+        if n > 1:
+            assert finetune.fit_batch(s, n, processes, print) == s
+    assert finetune.fit_batch(settings('--batch-size', '256', images=100), 100, 1, print).lr == pytest.approx(2e-3)
 
 
 def test_a_small_folder_is_learned_at_the_rate_of_the_defaults(
     trained: Path, photos: Path, tmp_path: Path, one_thread: None, capsys: pytest.CaptureFixture,
 ):
     args = ('--model', trained, '--device', 'cpu', '--workers', '0')
-    record = run(photos, '--out', tmp_path / 'run', *args, '--epochs', '15')
+    record = run(photos, '--out', tmp_path / 'run', *args, '--epochs', '15', '--resize', '40')
     assert record['metrics']['top1'] > 50  # 35 at the rate of large data sets, --lr 0.001
-    assert record['protocol']['image_size'] == 32  # the model's own
+    assert (record['protocol']['image_size'], record['protocol']['resize']) == (32, 40)  # 32 is the model's own
     said = capsys.readouterr().out
     assert 'little was learned' not in said and '15 epochs of 7 steps, batch 32, adamw, lr 0.002, 32 px' in said
     run(photos, '--out', tmp_path / 'slow', *args, '--epochs', '1', '--lr', '1e-6')
@@ -659,6 +665,18 @@ def test_a_grid_on_a_list_of_labelled_images_names_each_pair_and_its_deviations(
     assert not torch.equal(first['bn1.running_mean'], start.bn1.running_mean)  # batch norm is not frozen
 
 
+def test_the_protocol_is_at_224_px_whatever_the_size_of_the_model(trained: Path, photos: Path, tmp_path: Path):
+    for part in ('train', 'val'):
+        for c in '01':
+            (tmp_path / 'data' / part / c).mkdir(parents=True)
+            shutil.copy(next((photos / c).glob('*.jpg')), tmp_path / 'data' / part / c)
+    record = run(
+        tmp_path / 'data', '--out', tmp_path / 'run', '--protocol', 'semi_1pct', '--dataset', 'folder', '--device',
+        'cpu', '--workers', '0', '--model', trained, '--epochs', '1')
+    assert (record['protocol']['image_size'], record['protocol']['resize']) == (224, 256)
+    assert record['protocol']['changed'] == ['epochs 1']
+
+
 def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():
     backbone = load_backbone('resnet18:random')
     finetune_training.add_classifier(backbone.model, 500, 3)
@@ -698,7 +716,7 @@ def test_a_network_may_have_two_classifiers_or_one_without_bias(
     (['--epochs', '0'], '--epochs 0: must be at least 1'),
     (['--batch-size', '31'], '--batch-size 31 does not divide by 2'),
     (['--layer-decay', '1.5'], '--layer-decay 1.5'), (['--warmup-epochs', '6'], '--warmup-epochs 6: must be 0'),
-    (['--val-share', '1'], '--val-share 1'), (['--resize', '16'], '--resize 16: must be at least --image-size'),
+    (['--val-share', '1'], '--val-share 1'), (['--resize', '16'], '--resize 16: must be at least the image size, 32'),
     (['--crop-scale', '0', '1'], '--crop-scale'), (['--grid'], '--grid belongs to --protocol'),
     (['--list', 'x'], '--list belongs to --protocol'), (['--seed', '-1'], '--seed -1'),
     (['--head-multiplier', '0'], '--head-multiplier belongs to --protocol'),

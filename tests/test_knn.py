@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT
 from sklearn.neighbors import NearestNeighbors
@@ -290,6 +291,9 @@ def test_a_backbone_tells_its_own_size(run, tmp_path):
         'simsiam_resnet18_cifar:random': 32, 'simsiam_resnet50:random': 224, 'test_vit:random': 160}
     assert {name: load_backbone(name).image_size for name in sizes} == sizes
     assert load_backbone('test_vit:random', img_size=64).image_size == 64
+    export_backbone(timm.create_model('resnet18', num_classes=0), tmp_path / 'y', 'resnet18', size=48, resize=48)
+    assert load_backbone(str(tmp_path / 'y')).image_size == 48
+    assert load_backbone(str(tmp_path / 'y' / 'model.safetensors')).image_size == 48
     shutil.copytree(run / 'backbone', tmp_path / 'x')
     config = tmp_path / 'x' / 'config.json'
     said = json.loads(config.read_text())

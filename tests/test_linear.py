@@ -25,13 +25,14 @@ from torchvision.transforms import functional as TF
 
 from simsiam_models.benchmarks import linear, linear_training
 from simsiam_models.benchmarks.backbone import load_backbone, pooled, taps
+from simsiam_models.benchmarks.compare import why_not_comparable
+from simsiam_models.benchmarks.counts import SIZES
 from simsiam_models.benchmarks.datasets import open_pair
 from simsiam_models.benchmarks.features import CPU_BATCH
 from simsiam_models.benchmarks.linear import NUMBERS, PROTOCOLS, benchmark_name, choose
 from simsiam_models.benchmarks.linear_data import CentreCrops, Piece, TrainCrops, lighting, to_device
 from simsiam_models.benchmarks.linear_heads import Heads, MmselfsupLars, lr_at, make_optimizer, right_within
 from simsiam_models.benchmarks.linear_training import LinearRun, check_batches
-from simsiam_models.benchmarks.record import SIZES, why_not_comparable
 from simsiam_models.data import MemoryImages, kernel
 from simsiam_models.training.distributed import World
 

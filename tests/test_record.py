@@ -463,6 +463,8 @@ def test_other_parameters_partial_data_and_other_benchmarks_stand_apart_with_the
     assert f'- {name}: no number is published for k=5.' in hot
     knn = [row for row in rows(blocks['ImageNet Nearest-Neighbor Classification']) if row[1] == 'measured']
     assert [row[2] for row in knn] == ['59.95']
+    write(results / 'more_k.json', 'imagenet_knn_T0.07', {'k=10': 60.0, 'k=7': 58.5, 'k=10 top-5': 77.25})
+    assert f'- {name}, also measured for imagenet_knn_T0.07: k=7 58.50, k=10 top-5 77.25.' in report([results])
 
 
 def test_the_best_layer_is_the_one_with_the_best_svm_and_the_others_are_noted(tmp_path: Path):

@@ -32,10 +32,10 @@ NAMES = ['cat', 'cow', 'dog']
 class Rows:
     """Features as svm.write_table takes them."""
 
-    def __init__(self, x: np.ndarray, unreadable: tuple[int, ...] = ()) -> None:
+    def __init__(self, x: np.ndarray, unreadable: tuple[int, ...] = (), digest: str = 'rows') -> None:
         self.x, self.unreadable = x.astype(np.float32), dict.fromkeys(unreadable, 'broken')
         self.readable = np.array([i for i in range(len(x)) if i not in unreadable])
-        self.digest = 'rows'
+        self.digest = digest
 
     def array(self, name: str) -> np.ndarray:
         return self.x
@@ -349,8 +349,17 @@ def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Pa
     run_all(tasks, made, two, 2)
     assert one.results == two.results
 
-    with pytest.raises(RuntimeError, match='one of the 2 processes was killed.*fewer --jobs'):
+    with pytest.raises(RuntimeError, match='one of the 2 processes ended with exit code 9.*fewer --jobs'):
         run_all([('cv', 'feat5', 0, 1.0)] * 2, made, Finished(tmp_path / '3.jsonl'), 2, die)
+
+
+class TwoArgumentsError(Exception):
+    def __init__(self, a: str, b: str) -> None:
+        super().__init__(f'{a} and {b}')
+
+
+def unsendable(x: str) -> None:
+    raise TwoArgumentsError(x, 'y')
 
 
 def test_processes_take_every_item_once_and_an_error_in_one_is_told():
@@ -358,8 +367,12 @@ def test_processes_take_every_item_once_and_an_error_in_one_is_told():
     with pytest.raises(ValueError, match="invalid literal for int.*'x'") as e:
         list(in_processes(int, ['1', 'x'], 2))
     assert 'Traceback' in str(e.value.__cause__)  # of that process
-    with pytest.raises(DiedError):
+    with pytest.raises(DiedError, match='ended with exit code 9'):
         list(in_processes(os._exit, [9, 9], 1))
+    with pytest.raises(DiedError, match='was killed, most likely for want of memory'):
+        list(in_processes(functools.partial(signal.raise_signal), [signal.SIGKILL], 1))
+    with pytest.raises(RuntimeError, match='TwoArgumentsError: x and y'):
+        list(in_processes(unsendable, ['x'], 1))  # an error whose copy cannot be made from its text
     blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
     before = blocked(())
     theirs, = in_processes(blocked, [()], 1)  # what a terminal sends to all is for the first process to act on
@@ -367,8 +380,9 @@ def test_processes_take_every_item_once_and_an_error_in_one_is_told():
 
 
 SLEEPY = """
-import argparse, fcntl, os, sys, time
-from simsiam_models.benchmarks import svm, svm_fits
+import fcntl, os, sys, time
+from simsiam_models import cli
+from simsiam_models.benchmarks import svm_fits
 
 def sleep(task, table):
     with open(f'{os.getpid()}.new', 'w') as mine:
@@ -377,10 +391,8 @@ def sleep(task, table):
         time.sleep(600)
 
 def main():
-    parser = argparse.ArgumentParser()
-    svm.add_arguments(parser)
     svm_fits.run_all.__defaults__ = sleep,
-    sys.exit(svm.run(parser.parse_args(sys.argv[1:])))
+    sys.exit(cli.main(['svm', *sys.argv[1:]]))
 """
 
 
@@ -418,8 +430,8 @@ def test_a_stopped_or_killed_command_leaves_one_line_and_no_process(
             pass
     said = [line for line in (tmp_path / 'err').read_text().splitlines() if not line.startswith('features: ')]
     assert said == ([] if name == 'SIGKILL' else [
-        f'simsiam svm: stopped by {name}; features are kept in the cache and finished fits in out/svm-*.jsonl, and the '
-        'same command goes on'])
+        f'simsiam: stopped by {name}; features are kept in the cache and finished fits in --output, the same command '
+        'goes on'])
     assert bool(list((tmp_path / 'out').glob('.svm-*/'))) == (name == 'SIGKILL')
 
 
@@ -563,7 +575,7 @@ def test_the_low_shot_command_prints_a_row_of_one_number_per_k(
 
 
 def test_with_the_defaults_the_record_has_the_numbers_that_published_ones_are_compared_by():
-    from simsiam_models.benchmarks.record import PROTOCOLS
+    from simsiam_models.benchmarks.compare import PROTOCOLS
 
     for flags, kind in ((), 'voc07_svm'), (('--low-shot',), 'voc07_lowshot_svm'):
         protocol = svm.protocol_of(parse('x', *flags))
@@ -653,14 +665,14 @@ def test_the_seed_is_that_of_every_solver_and_draw_and_of_the_record(
 def test_fits_are_kept_under_the_name_of_all_that_decides_them(monkeypatch: pytest.MonkeyPatch):
     x, labels = problem(30, 0.5, 1)
 
-    def name(*flags, bad=(), labels=labels, taps=('feat5',)):
-        rows = Rows(x, bad), Rows(x)
+    def name(*flags, bad=(), labels=labels, taps=('feat5',), digest='rows'):
+        rows = Rows(x, bad), Rows(x, digest=digest)
         return svm.name_of(parse('x', *flags), rows, list(taps), (labels[rows[0].readable], labels))
 
     alike = np.zeros_like(labels)
     names = [
         name(), name('--low-shot'), name('--seed', '1'), name(taps=('feat4', 'feat5')), name(bad=(3,)),
-        name(labels=alike), name(bad=(3,), labels=alike), name(bad=(4,), labels=alike)]
+        name(labels=alike), name(digest='exchanged'), name(bad=(3,), labels=alike), name(bad=(4,), labels=alike)]
     for constant, value in (
             ('COSTS', (1.0,)), ('FOLDS', 5), ('NEGATIVES', 9), ('SVC', {'tol': 1}), ('AP', 'x'), ('FORMAT', 0)):
         with monkeypatch.context() as changed:

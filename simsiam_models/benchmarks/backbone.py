@@ -20,7 +20,7 @@ from ..data.index import digest
 from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
 from ..weights.layouts import Checkpoint, load_checkpoint
-from .knn import LEAST, SIZE
+from . import LEAST, SIZE
 
 RANDOM = ':random'
 # MMSelfSup's pooling of the five taps at 224 px: side of the map; kernel, stride, padding. Zeros count in the mean.
@@ -209,26 +209,35 @@ def _is_text(path: Path) -> bool:
 
 def _fill(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> nn.Module:
     """The network of the run whose folder the file lies in, or the first of KNOWN that the entries fill."""
-    candidates = [(name, kwargs, None) for name in KNOWN]
-    try:
-        run = json.loads((path.parent / 'args.json').read_text())
-        size = (run.get('augmentation') or {}).get('size')
-        candidates.insert(0, (run['model'], {**(run.get('model_args') or {}), **kwargs}, size))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
+    candidates = [(name, kwargs) for name in KNOWN]
+    run, config = (_read(path.parent / name) for name in ('args.json', 'config.json'))
+    if isinstance(run.get('model'), str):
+        candidates.insert(0, (run['model'], {**(run.get('model_args') or {}), **kwargs}))
+    size = (config.get('pretrained_cfg') or {}).get('input_size')  # of an exported folder
+    if size is None and (side := (run.get('augmentation') or {}).get('size')):  # of the views that it was trained on
+        size = 3, side, side
     shapes = {k: v.shape for k, v in checkpoint.backbone.items()}
-    for name, args, size in candidates:
+    for name, args in candidates:
         with torch.device('meta'):
             model = _create(name, False, num_classes=0, **args)
         if {k: v.shape for k, v in model.state_dict().items()} == shapes:
             model = _create(name, False, num_classes=0, **args)
             model.load_state_dict(checkpoint.backbone, strict=True)
-            if size is not None:  # of the views that it was trained on
-                model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': (3, size, size)}
+            if size is not None:
+                model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': size}
             return model
     raise ValueError(
         f'{path}: its {len(shapes)} backbone entries (layout {checkpoint.layout}) fill none of '
-        f'{", ".join(name for name, *_ in candidates)}; export the backbone and name it as local-dir:FOLDER')
+        f'{", ".join(name for name, _ in candidates)}; export the backbone and name it as local-dir:FOLDER')
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """JSON beside a checkpoint; {} where there is none of use."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {k: v for k, v in found.items() if isinstance(v, (dict, str))} if isinstance(found, dict) else {}
 
 
 def taps(backbone: Backbone, x: Tensor) -> list[Tensor]:

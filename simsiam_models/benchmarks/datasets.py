@@ -25,7 +25,7 @@ import numpy as np
 
 from ..data.index import Listing, digest, open_index
 from ..data.opening import open_data
-from ..data.sources import EXTENSIONS, FileImages, FolderImages, Images, pixels_digest
+from ..data.sources import EXTENSIONS, FileImages, FolderImages, Images, contents_digest
 from .counts import LABELLED, SIZES, deviation, refusal
 from .listed import LINE, LONGEST, listed, parse_inat, parse_list, parse_solution
 from .voc07 import Voc07, open_voc07  # noqa: F401 - open_voc07 is looked for here
@@ -56,7 +56,7 @@ class Pair:
 
     @cached_property
     def digest(self) -> str:
-        return digest(*(part for x in (self.train, self.test) for part in (x.digest, pixels_digest(x))))
+        return digest(contents_digest(self.train), contents_digest(self.test))
 
 
 class Subset:

@@ -13,7 +13,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .knn import LEAST, add_extraction, check_extraction, silent, size_and_resize, transform_of
+from . import LEAST
+from .knn import add_extraction, check_extraction, silent, size_and_resize, transform_of
 
 if TYPE_CHECKING:
     import numpy as np

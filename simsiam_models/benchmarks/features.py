@@ -40,7 +40,7 @@ from ..training.distributed import World, cores
 from ..training.precision import AMP
 from .backbone import Backbone, _taps, fits_protocol, pooled
 from .record import versions
-from .tables import Table, alone, naming, shard_rows
+from .tables import Table, alone, shard_rows, writing
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 FORMAT = 2
@@ -243,12 +243,12 @@ def extract(
     tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
     spans = tables[names[0]].spans
     workers = min(16, cores()) if workers is None else workers
-    with naming(folder):
+    with writing(folder):
         world.share(lambda: folder.mkdir(parents=True, exist_ok=True))
     with alone(folder / 'lock', world, 'features'):
         def prepare() -> tuple[list[tuple[int, list[str]]], list[str | None], dict[int, str]]:
             about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
-            with naming(folder):
+            with writing(folder):
                 write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))
             with ThreadPoolExecutor(max(1, workers)) as threads:
                 files = list(threads.map(lambda span: _files(images, *span), spans))

@@ -4,8 +4,9 @@
     torchrun --nproc-per-node 8 -m simsiam_models.cli finetune my_photos --output runs/my_photos
     timm.create_model('local-dir:runs/my_photos', pretrained=True)
 
-The first layers learn more slowly than the last (--layer-decay), images are varied by RandAugment, mixup and cutmix,
-and what is validated and kept is a running average of the weights. A run that was killed goes on by the same command.
+The first layers learn more slowly than the last (--layer-decay), images are varied by RandAugment, many of them also by
+mixup and cutmix, and what is validated and kept is a running average of the weights. A run that was killed goes on by
+the same command.
 
 Semi-supervised ImageNet, 1 % or 10 % of the labels, by MMSelfSup's protocol and its literal numbers:
 
@@ -19,6 +20,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from . import LEAST, SIZE
+from .knn import check_extraction, size_and_resize
 
 if TYPE_CHECKING:
     from .finetune_result import Source
@@ -81,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--ema-decay', type=float, metavar='X',
         help=f'of the averaged weights, 0: none (default: {PLAIN["ema_decay"]})')
     add('--patience', type=int, metavar='N', help='epochs without a better validation top-1 after which the run ends, '
-        '0: never (default: a third of --epochs)')
+        '0: never (default: a third of --epochs, at least 10)')
     add('--crop-scale', type=float, nargs=2, metavar=('MIN', 'MAX'), help='share of the area (default: 0.25 1)')
     add('--flip-p', type=float, metavar='P', help=f'probability of a flip (default: {PLAIN["flip_p"]})')
     add('--randaugment', metavar='SPEC', help=f'as timm writes it, or none (default: {PLAIN["randaugment"]})')
@@ -104,13 +108,12 @@ def run(args: argparse.Namespace) -> int:
     with join_world(args.device) as world:
         say = RunLog(args.output, world.main).say
         plain = args.protocol == 'plain'
-        runs = [(args.output, plain_settings(args, MIXED))] if plain else semi_runs(args)  # wrong flags come first
+        runs = [(args.output, plain_settings(args, MIXED, LEAST))] if plain else semi_runs(args)  # wrong flags first
         source = open_source(args)
         say(f'{len(source.train)} training images of {len(source.classes)} classes; validation: {source.validation}')
         if plain:
-            if args.image_size is None:
-                args.image_size = load_backbone(args.model, **args.model_args).image_size
-            runs = [(args.output, plain_settings(args, len(source.train)))]
+            own = load_backbone(args.model, **args.model_args).image_size if args.image_size is None else SIZE
+            runs = [(args.output, plain_settings(args, len(source.train), own, world.size))]
         records = [run_one(args, source, s, folder, world, say) for folder, s in runs]
         if args.grid and world.main:
             say(print_grid([s for _, s in runs], records))
@@ -174,26 +177,28 @@ def fit_batch(s: 'Settings', n: int, processes: int, say: Callable[[str], Any]) 
         return s
     batch = n // multiple * multiple
     if batch < max(2, multiple):
-        raise ValueError(f'{n} training images are too few for a batch; add images, or use --mixup 0 --cutmix 0')
+        hint = ', or use --mixup 0 --cutmix 0' if multiple > processes else ''
+        raise ValueError(f'{n} training images are too few for a batch of {processes} processes; add images{hint}')
     say(f'--batch-size {s.batch_size} is more than the {n} training images: {batch} is used')
     return dataclasses.replace(s, batch_size=batch, lr=s.lr * batch / s.batch_size)
 
 
-def by_size(n: int, given: dict[str, Any]) -> dict[str, Any]:
+def by_size(n: int, given: dict[str, Any], processes: int = 1) -> dict[str, Any]:
     """Defaults for n training images. With few, a run of the usual 30 epochs is over before anything is learned: so
     batches are smaller, epochs and rate higher, and images are not mixed."""
-    batch = given.get('batch_size') or (64 if n >= 1000 else 32 if n >= 200 else 16)
+    mixed = n >= MIXED
+    each = max(2 if mixed else 1, min(64 if n >= 1000 else 32 if n >= 200 else 16, n) // processes)
+    batch = given.get('batch_size') or max(2, (each - each % 2 * mixed) * processes)
     in_epoch = max(1, n // batch)
     epochs = given.get('epochs') or min(100, max(30, math.ceil(STEPS / in_epoch)))
-    rate = RATE * min(1.0, math.sqrt(STEPS / max(1, epochs * in_epoch)))
-    mixed = n >= MIXED
+    rate = RATE * min(1.0, math.sqrt(STEPS / (epochs * in_epoch)))
     return {
-        'epochs': epochs, 'batch_size': batch, 'lr': rate * 256 / batch, 'warmup_epochs': epochs // 10,
+        'epochs': epochs, 'batch_size': batch, 'lr': rate * 256 / min(batch, n), 'warmup_epochs': epochs // 10,
         'mixup': 0.2 if mixed else 0.0, 'cutmix': 1.0 if mixed else 0.0, 'patience': max(10, epochs // 3)}
 
 
-def plain_settings(args: argparse.Namespace, images: int) -> 'Settings':
-    """The defaults for so many training images, with the flags' numbers in their place.
+def plain_settings(args: argparse.Namespace, images: int, own: int = SIZE, processes: int = 1) -> 'Settings':
+    """The defaults for so many training images, with the flags' numbers in their place; `own`: the model's size, px.
 
     Raises:
         ValueError: a number outside its range, or a flag of the other protocol.
@@ -204,14 +209,15 @@ def plain_settings(args: argparse.Namespace, images: int) -> 'Settings':
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 was given, too
             raise ValueError(f'--{name.replace("_", "-")} belongs to --protocol semi_1pct or semi_10pct; name one')
     given = {k: v for k, v in vars(args).items() if k in (*PLAIN, *BY_SIZE) and v is not None}
-    n = {**PLAIN, **by_size(images, given), **given}
-    _check(args, n)
+    n = {**PLAIN, **by_size(images, given, processes), **given}
+    size, resize = size_and_resize(args, own)
+    _check(args, n, size, resize)
     return Settings(
         epochs=n['epochs'], batch_size=n['batch_size'], optimizer=n['opt'], lr=n['lr'] * n['batch_size'] / 256,
         weight_decay=n['weight_decay'], momentum=0.9, layer_decay=None if n['layer_decay'] == 1 else n['layer_decay'],
         head_multiplier=None, steps=None, warmup_epochs=n['warmup_epochs'], smoothing=n['smoothing'], mixup=n['mixup'],
         cutmix=n['cutmix'], ema_decay=n['ema_decay'], patience=n['patience'], eval_every=1, keep='best',
-        partial_batch=False, image_size=args.image_size or 224, resize=_resize(args), crop_scale=tuple(n['crop_scale']),
+        partial_batch=False, image_size=size, resize=resize, crop_scale=tuple(n['crop_scale']),
         flip=n['flip_p'], randaugment=None if n['randaugment'] == 'none' else n['randaugment'], erase=n['erase_p'],
         seed=args.seed)
 
@@ -237,14 +243,15 @@ def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
     if args.grid:
         pairs = [(lr, multiplier) for lr in LRS for multiplier in MULTIPLIERS]
     n = {**SEMI, **{k: getattr(args, k) for k in SEMI if getattr(args, k) is not None}}
-    _check(args, {**PLAIN, **by_size(MIXED, n), **n, 'lr': pairs[0][0]})
+    _check(args, {**PLAIN, **by_size(MIXED, n), **n, 'lr': pairs[0][0]}, *size_and_resize(args))
+    size, resize = size_and_resize(args)
     runs = []
     for lr, multiplier in pairs:
         settings = Settings(
             epochs=n['epochs'], batch_size=n['batch_size'], optimizer='sgd', lr=lr,
             weight_decay=WEIGHT_DECAY[args.protocol], momentum=0.9, layer_decay=None, head_multiplier=multiplier,
             steps=(12, 16), warmup_epochs=0, smoothing=0.0, mixup=0.0, cutmix=0.0, ema_decay=0.0, patience=0,
-            eval_every=10, keep='last', partial_batch=True, image_size=args.image_size or 224, resize=_resize(args),
+            eval_every=10, keep='last', partial_batch=True, image_size=size, resize=resize,
             crop_scale=(0.08, 1.0), flip=0.5, randaugment=None, erase=0.0, seed=args.seed)
         folder = args.output / f'lr{lr:g}_head{multiplier:g}' if args.grid else args.output
         runs.append((folder, settings))
@@ -258,11 +265,7 @@ def deviations(run: dict[str, Any]) -> list[str]:
     return [f'{k} {run[k]}' for k, values in rules.items() if run[k] not in values]
 
 
-def _resize(args: argparse.Namespace) -> int:
-    return round((args.image_size or 224) * 8 / 7) if args.resize is None else args.resize
-
-
-def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
+def _check(args: argparse.Namespace, n: dict[str, Any], size: int, resize: int) -> None:
     scale, multiplier = n['crop_scale'], args.head_multiplier
     rules = [
         ('--epochs', n['epochs'], n['epochs'] >= 1, 'at least 1'),
@@ -281,10 +284,8 @@ def _check(args: argparse.Namespace, n: dict[str, Any]) -> None:
         ('--erase-p', n['erase_p'], 0 <= n['erase_p'] <= 1, 'a probability'),
         ('--head-multiplier', multiplier, multiplier is None or 0 < multiplier < float('inf'), 'above 0'),
         ('--val-share', args.val_share, 0 < args.val_share < 1, 'above 0, below 1'),
-        ('--image-size', args.image_size, args.image_size is None or args.image_size >= 8, 'at least 8 pixels'),
-        ('--resize', _resize(args), _resize(args) >= (args.image_size or 224), 'at least --image-size'),
-        ('--seed', args.seed, 0 <= args.seed < 2**63, 'at least 0'),
-        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
+        ('--seed', args.seed, 0 <= args.seed < 2**63, 'at least 0')]
     for flag, value, ok, rule in rules:
         if not ok:
             raise ValueError(f'{flag} {value}: must be {rule}')
+    check_extraction(args, size, resize)

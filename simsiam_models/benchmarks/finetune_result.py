@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.index import digest
-from ..data.sources import Images, pixels_digest
+from ..data.sources import Images, contents_digest
 from ..training import checkpoint
 from ..weights import tensorfile
 from ..weights.export import PLAIN_TIMM, timm_config, write_json
@@ -55,7 +55,7 @@ def open_source(args: Any) -> Source:
             every_class_trains(train)
         validation = f"the data set's {len(val)} test images"
     return Source(train, val, [str(c) for c in train.classes], validation, digest(
-        *(part for x in (train, val) for part in (x.digest, pixels_digest(x)))))
+        contents_digest(train), contents_digest(val)))
 
 
 def architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:

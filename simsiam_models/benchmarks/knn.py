@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import LEAST, SIZE
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
     from .features import Features, Transform
 
 KS, T = (10, 20, 100, 200), 0.07
-SIZE, LEAST = 224, 8  # pixels: of the published protocols, and the fewest
 KINDS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'places205', 'inat18')
 
 
@@ -114,12 +115,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--allow-partial', action='store_true', help='go on with a part of the data set, or without unreadable images')
 
 
-def add_extraction(parser: argparse.ArgumentParser) -> None:
-    """What `extract` takes, and the transform."""
+def add_extraction(
+    parser: argparse.ArgumentParser,
+    size: str = "pixels of the centre crop (default: the model's own, 224 where it has none; CIFAR: 32)",
+    resize: str = 'short side before that (default: image size x 8/7; CIFAR: the same)',
+) -> None:
+    """What `extract` takes, and the transform, with these help texts."""
     add = parser.add_argument
-    add('--image-size', type=int, metavar='N',
-        help="pixels of the centre crop (default: the model's own, 224 where it has none; CIFAR: 32)")
-    add('--resize', type=int, metavar='N', help='short side before that (default: image size x 8/7; CIFAR: the same)')
+    add('--image-size', type=int, metavar='N', help=size)
+    add('--resize', type=int, metavar='N', help=resize)
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
     add('--batch-size', type=int, default=256, metavar='N',
         help='images in a forward pass (default: 256; a CPU takes 8 at most)')

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .knn import LEAST, SIZE, say_size, silent, without_test_image
+from . import LEAST, SIZE
+from .knn import say_size, silent, without_test_image
 
 DATASETS = ('imagenet', 'places205', 'inat18', 'cifar10', 'cifar100', 'folder')
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..data.counted import permutation
 from ..training.distributed import World
+from . import LEAST
 from .linear_heads import right_within
 from .probe_table import Table, moments
 
@@ -277,7 +278,7 @@ def run_auto(args: argparse.Namespace, world: World) -> None:
     from .backbone import load_backbone
     from .datasets import open_pair
     from .features import extract
-    from .knn import LEAST, check_extraction, silent, size_and_resize, transform_of, without_test_image
+    from .knn import check_extraction, silent, size_and_resize, transform_of, without_test_image
     from .linear import NUMBERS, backbone_fits
     from .record import check_output, print_record, record_path, write_record
 

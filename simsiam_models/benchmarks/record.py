@@ -12,16 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compare import (  # noqa: F401 - PROTOCOLS and why_not_comparable are looked for here
-    PROTOCOLS,
-    changes,
-    compare,
-    short,
-    spread,
-    unpublished,
-    why_not_comparable,
-)
-from .counts import SIZES  # noqa: F401 - this one, too
+from .compare import changes, compare, short, spread, unpublished
 
 if TYPE_CHECKING:
     from .backbone import Backbone

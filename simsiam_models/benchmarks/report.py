@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from .compare import compare, family, short, spread
 from .record import NoRecordError, published_line, read_record, source
-from .sheets import Compared, Label, Sheet, labels, sheets
+from .sheets import VARIANT, Compared, Label, Sheet, labels, sheets
 
 KS = (1, 2, 4, 8, 16, 32, 64, 96)
 Cells = dict[int, str]  # column -> text
@@ -157,6 +157,9 @@ def _table(table: Table, chosen: list[Compared], label: Label) -> Sheet:
             at = {c.metric: i for i, c in enumerate(table.columns) if c.benchmark == family(record['benchmark'])}
             measured |= _cells(at, record['benchmark'], record['metrics'], '.2f')
             difference |= _cells(at, '', found['difference'], '+.2f')
+            rest = {k: v for k, v in record['metrics'].items() if k not in at and not VARIANT.search(k)}
+            if text := ', '.join(f'{short(k, 40)} {v:.2f}' for k, v in rest.items()):
+                notes[f'{name}, also measured for {family(record["benchmark"])}: {short(text, 400)}.'] = None
             tolerance |= _cells(at, '', found['tolerance'], '.2f')
             for entry in found['published']:
                 if entry['same_weights']:

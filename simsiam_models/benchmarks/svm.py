@@ -18,10 +18,11 @@ import functools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .knn import add_extraction, check_extraction, size_and_resize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,36 +48,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--samples', type=int, metavar='N', help='low-shot: independent draws (default: 5)')
     add('--seed', type=int, default=0, help="of the draws and of scikit-learn's solver (default: 0)")
     add('--jobs', type=int, metavar='N', help='processes that fit, one thread each (default: one per core)')
-    add('--output', type=Path, default=Path('results'), metavar='FOLDER', help='of the records (default: results)')
-    add('--image-size', type=int, metavar='N', help='images are squashed to N x N pixels (default: 224)')
-    add('--resize', type=int, metavar='N', help='short side before that, pixels (default: image size x 8/7)')
-    add('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
-    add('--batch-size', type=int, default=256, metavar='N',
-        help='images per forward pass (default: 256; a CPU takes 8 at most)')
-    add('--workers', type=int, metavar='N', help='threads that read images (default: one for each core, at most 16)')
-    add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
-        help='precision of the forward pass (default: auto, which is off, as published)')
-    add('--cache', type=Path, metavar='DIR', help="features are kept there (default: the package's cache)")
+    add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
+        help='of the records (default: results)')
+    add_extraction(
+        parser, 'images are squashed to N x N pixels (default: 224, as published, for every model)',
+        'short side before that, pixels (default: image size x 8/7)')
     add('--allow-partial', action='store_true', help='go on with fewer images than VOC07 has')
+    parser.set_defaults(kept='features are kept in the cache and finished fits in --output, the same command goes on')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fits, prints, writes the records; 0, or 128 + a signal's number."""
-    from ..training.stopping import Signals, Stopped
-
-    try:
-        with Signals():
-            _run(args)
-    except Stopped as e:
-        if os.environ.get('RANK', '0') == '0':
-            print(
-                f'simsiam svm: {e}; features are kept in the cache and finished fits in {args.output}/svm-*.jsonl, and '
-                'the same command goes on', file=sys.stderr)
-        return e.code
-    return 0
-
-
-def _run(args: argparse.Namespace) -> None:
+    """Fits, prints, writes the records."""
     from ..training.distributed import World, default_device, join_world
     from . import datasets
     from .backbone import load_backbone
@@ -96,7 +78,7 @@ def _run(args: argparse.Namespace) -> None:
         features = _extract(args, backbone, data, taps, world)
         pooling = pooling_of(backbone, transform_of(args).crop)
     if not world.main:
-        return
+        return 0
     labels = tuple(x[f.readable] for x, f in zip((data.labels_trainval, data.labels_test), features, strict=True))
     unreadable = sum(len(f.unreadable) for f in features)
     if unreadable:
@@ -126,6 +108,7 @@ def _run(args: argparse.Namespace) -> None:
         seconds = {tap: sum(finished.seconds[task] for task in tasks() if task[1] == tap) for tap in taps}
         protocol = protocol_of(args, pooling, unreadable, ks)
         report(args.output, protocol, backbone, data, results, finished, unreadable, seconds)
+    return 0
 
 
 def ks_of(args: argparse.Namespace, labels: 'np.ndarray') -> list[int] | None:
@@ -164,8 +147,6 @@ def name_of(
 
 
 def _check(args: argparse.Namespace) -> None:
-    from .knn import check_extraction, size_and_resize
-
     try:
         import sklearn  # noqa: F401
     except ImportError:
@@ -213,7 +194,6 @@ def check_counts(
 def transform_of(args: argparse.Namespace) -> 'Transform':
     """Section 4.1 of the protocol."""
     from .features import Transform
-    from .knn import size_and_resize
 
     size, resize = size_and_resize(args)
     return Transform(resize, size, 'squash')
@@ -258,15 +238,16 @@ def write_table(
         OSError: no room.
     """
     from ..training.checkpoint import write_atomically
-    from .svm_fits import Table, writing
+    from .svm_fits import Table
+    from .tables import writing
 
-    with writing(folder):
+    with writing(folder, '--output'):
         folder.mkdir(parents=True, exist_ok=True)
     paths = [{tap: folder / f'{tap}_{part}.npy' for tap in taps} for part in ('trainval', 'test')]
     for source, files in zip(features, paths, strict=True):
         for tap, path in files.items():
             write = functools.partial(_write_rows, tap, source.array(tap), source.readable)
-            with writing(path):
+            with writing(path, '--output'):
                 write_atomically(path, write)
     labels = (x[f.readable] for x, f in zip((labels_trainval, labels_test), features, strict=True))
     return Table(*paths, *labels, seed)

@@ -9,8 +9,8 @@ import sys
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .average_precision import eleven_point_ap, envelope_ap
 from .svm_pool import DiedError, in_processes
+from .tables import writing
 
 COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))  # in this order: the first of equals is taken
 SVC = dict(
@@ -131,16 +132,6 @@ def _parts(x: np.ndarray, rows: np.ndarray, size: int = 1024) -> Iterable[np.nda
     return (x[rows[i:i + size]] for i in range(0, len(rows), size))
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the disk refuses is one sentence."""
-    try:
-        yield
-    except OSError as e:
-        why = e.strerror or e
-        raise OSError(f'--output: {path} cannot be written ({why}); make room there, or name another folder') from None
-
-
 class Finished:
     """The results so far, one JSON line each with its checksum; the task of a damaged line runs again.
 
@@ -165,12 +156,12 @@ class Finished:
         if len(whole) < len(lines):
             from ..training.checkpoint import write_atomically
 
-            with writing(path):
+            with writing(path, '--output'):
                 write_atomically(path, lambda f: f.write(b''.join(whole)))
 
     def add(self, task: Task, result: dict[str, Any], seconds: float) -> None:
         parts = [task, result, round(seconds, 3)]
-        with writing(self.path), open(self.path, 'a') as f:
+        with writing(self.path, '--output'), open(self.path, 'a') as f:
             f.write(json.dumps([*parts, _checksum(parts)]) + '\n')
         self.results[task], self.seconds[task] = result, seconds
 
@@ -200,7 +191,7 @@ def run_all(
                 progress.step()
     except (DiedError, MemoryError) as e:
         who = f'one of the {jobs} processes' if jobs > 1 else 'the process'
-        what = 'found no memory' if isinstance(e, MemoryError) else 'was killed, most likely for want of memory'
+        what = 'found no memory' if isinstance(e, MemoryError) else str(e)
         advice = 'with fewer --jobs' if jobs > 1 else 'where more is free'
         raise RuntimeError(
             f'{who} {what}; run it again {advice}: what is finished is kept in {finished.path}') from None

@@ -20,7 +20,7 @@ ONE_THREAD = dict.fromkeys(('OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'MKL_NUM_
 
 
 class DiedError(RuntimeError):
-    """A process ended by itself."""
+    """A process ended before it gave a result; the text says how."""
 
 
 def in_processes(work: Callable[[Any], Any], items: Sequence[Any], jobs: int) -> Generator[Any, None, None]:
@@ -71,17 +71,27 @@ def _send(process: subprocess.Popen, *what: Any) -> None:
             process.stdin.write(pickle.dumps(x))
         process.stdin.flush()
     except BrokenPipeError:
-        raise DiedError from None
+        raise _died(process) from None
 
 
 def _receive(process: subprocess.Popen) -> Any:
     try:
         result, error, text = pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
-        raise DiedError from None
+        raise _died(process) from None
     if error is not None:
         raise error from RuntimeError(text)
     return result
+
+
+def _died(process: subprocess.Popen) -> DiedError:
+    try:
+        code = process.wait(5)
+    except subprocess.TimeoutExpired:  # it closed its end and lives
+        code = None
+    killed = code is not None and -code == signal.SIGKILL
+    return DiedError(
+        'was killed, most likely for want of memory' if killed else f'ended with exit code {code}, see what it printed')
 
 
 def _serve() -> None:
@@ -96,9 +106,20 @@ def _serve() -> None:
             try:
                 answer = pickle.dumps((work(item), None, ''))
             except Exception as e:
-                answer = pickle.dumps((None, e, traceback.format_exc()))
+                answer = _failure(e)
             give.write(answer)
             give.flush()
+
+
+def _failure(e: Exception) -> bytes:
+    """The exception itself where it can be sent, else what it says."""
+    text = traceback.format_exc()
+    try:
+        answer = pickle.dumps((None, e, text))
+        pickle.loads(answer)
+    except Exception:
+        answer = pickle.dumps((None, RuntimeError(f'{type(e).__name__}: {e}'), text))
+    return answer
 
 
 def _end_with(parent: int) -> None:

@@ -3,7 +3,8 @@ from pathlib import Path
 from typing import Any
 
 from .record import print_record, record_path, write_record
-from .svm_fits import SVC, Finished, percent, writing
+from .svm_fits import SVC, Finished, percent
+from .tables import writing
 
 
 def report(
@@ -20,7 +21,7 @@ def report(
         extra = {
             'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable,
             'best_layer': best_tap(results)}
-        with writing(path):
+        with writing(path, '--output'):
             records[tap] = write_record(
                 path, benchmark, of_tap, backbone, data.data(), _metrics(result), seconds[tap], extra)
     best = best_tap(results)

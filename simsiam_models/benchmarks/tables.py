@@ -28,14 +28,13 @@ def shard_rows(rows: int) -> int:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """While `path` is written: the system's errors name no file where a disk is full, nor do they say what to do."""
+def writing(path: Path, flag: str = '--cache') -> Iterator[None]:
+    """While `path` is written, of which `flag` names the folder: the system names no file where a disk is full."""
     try:
         yield
     except OSError as e:
-        raise OSError(
-            f'{path}: features cannot be written there ({e.strerror or e}); make room, or name another folder with '
-            '--cache') from None
+        why = e.strerror or e
+        raise OSError(f'{flag}: {path} cannot be written ({why}); make room there, or name another folder') from None
 
 
 class Table:
@@ -58,7 +57,7 @@ class Table:
 
         `files`: of each shard, the digest of its images' files as they are now; None where they are no files.
         """
-        with naming(self.path):
+        with writing(self.path):
             self.marks.mkdir(parents=True, exist_ok=True)
             with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), 'r+b') as f:
                 if f.read(HEAD) != self.head:
@@ -96,14 +95,14 @@ class Table:
     def write(self, file: int, data: memoryview, row: int) -> None:
         """`file` is the open table, `row` the first of those in `data`."""
         at = HEAD + row * self.row_bytes
-        with naming(self.path):
+        with writing(self.path):
             while data:
                 n = os.pwrite(file, data, at)
                 data, at = data[n:], at + n
 
     def finish(self, file: int, shard: int, crc: int, files: str | None, bad: dict[int, str]) -> None:
         mark = json.dumps({'crc32': crc, 'files': files, 'unreadable': bad})
-        with naming(self.path):
+        with writing(self.path):
             os.fsync(file)
             write_atomically(self.marks / str(shard), lambda f: f.write(mark.encode()))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.index import Listing, digest
-from ..data.sources import FileImages, pixels_digest
+from ..data.sources import FileImages, contents_digest
 from .counts import SIZES, deviation, refusal
 
 NAMES = [  # alphabetical, which is the order of the files
@@ -39,7 +39,7 @@ class Voc07:
 
     @cached_property
     def digest(self) -> str:
-        images = (part for x in (self.trainval, self.test) for part in (x.digest, pixels_digest(x)))
+        images = map(contents_digest, (self.trainval, self.test))
         return digest(*images, self.labels_trainval, self.labels_test)
 
 
