@@ -427,7 +427,7 @@ def test_the_last_incomplete_batch_is_dropped():
 
 
 @pytest.mark.parametrize('batch, world, text', [
-    (25, 1, r'larger than the data set: noise has 24 images; use at most 24'),
+    (25, 1, r'larger than the data set: noise has 24 images; use at most 24, or let simsiam preflight'),
     (8, 3, r'does not divide by 3 processes; use a multiple of 3'),
     (1, 1, r'at least 2 samples'),
     (4, 4, r'at least 2 samples'),

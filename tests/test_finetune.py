@@ -257,6 +257,7 @@ def test_a_small_folder_is_learned_at_the_rate_of_the_defaults(
     assert record['metrics']['top1'] > 50  # 35 at the rate of large data sets, --lr 0.001
     assert (record['protocol']['image_size'], record['protocol']['resize']) == (32, 40)  # 32 is the model's own
     said = capsys.readouterr().out
+    assert f'images of 32 px, the size in the configuration of {trained} (--image-size changes it)' in said
     assert 'little was learned' not in said and '15 epochs of 7 steps, batch 32, adamw, lr 0.002, 32 px' in said
     run(photos, '--out', tmp_path / 'slow', *args, '--epochs', '1', '--lr', '1e-6')
     assert 'little was learned: the training loss, 2.' in capsys.readouterr().out

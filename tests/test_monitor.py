@@ -22,6 +22,7 @@ from simsiam_models.training.monitor import (
     output_std,
     pixel_spread,
 )
+from simsiam_models.training.wording import gain
 
 
 def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
@@ -190,3 +191,12 @@ def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ()
     assert np.array_equal(train.images, again.images)
     seen = {image.tobytes() for image in train.images}
     assert not any(image.tobytes() in seen for image in val.images)
+
+
+@pytest.mark.parametrize('trained, before, queries, said', [
+    (98.4, 41.5, 768, '+56.9 points over the better of them, learned without labels.'),
+    (29.2, 25.0, 24, 'no difference to the better of them that 24 queries could show.'),
+    (29.2, 25.0, 24_000, '+4.2 points over the better of them, learned without labels.'),
+    (56.3, 94.7, 300, '38.4 points below the better of them; these features are of no use yet.')])
+def test_a_gain_is_one_only_beyond_what_chance_gives(trained: float, before: float, queries: int, said: str):
+    assert gain(trained, before, queries) == said

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import LEAST, SIZE
-from .knn import check_extraction, size_and_resize
+from .knn import check_extraction, say_size, size_and_resize
 
 if TYPE_CHECKING:
     from .finetune_result import Source
@@ -112,7 +112,11 @@ def run(args: argparse.Namespace) -> int:
         source = open_source(args)
         say(f'{len(source.train)} training images of {len(source.classes)} classes; validation: {source.validation}')
         if plain:
-            own = load_backbone(args.model, **args.model_args).image_size if args.image_size is None else SIZE
+            own = SIZE
+            if args.image_size is None:
+                backbone = load_backbone(args.model, **args.model_args)
+                own = backbone.image_size
+                say_size(args, backbone, say)
             runs = [(args.output, plain_settings(args, len(source.train), own, world.size))]
         records = [run_one(args, source, s, folder, world, say) for folder, s in runs]
         if args.grid and world.main:

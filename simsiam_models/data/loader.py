@@ -179,7 +179,7 @@ class TwoViews:
         if batch > len(images):
             raise ValueError(
                 f'--batch-size {batch} is larger than the data set: {images.name} has {len(images)} images; '
-                f'use at most {len(images)}')
+                f'use at most {len(images)}, or let simsiam preflight choose a recipe')
         if batch // world < 2:
             raise ValueError(f'--batch-size {batch} on {world} processes: batch norm needs at least 2 samples each')
         self.images, self.aug, self.seed, self.device = images, aug, seed, torch.device(device)

@@ -68,7 +68,9 @@ def write_part(path: Path, write: Callable[[Any], Any]) -> Path:
                 raise
             f.flush()
             os.fsync(f.fileno())
-    except BaseException:
+    except BaseException as e:
+        if isinstance(e, OSError) and e.filename is None:
+            e.filename = str(path)
         try:
             part.unlink(missing_ok=True)
         except OSError:

@@ -1,4 +1,5 @@
 """What a run says of itself at its beginning and at its end. `run` is train.py's Run."""
+import math
 from typing import Any
 
 from .checkpoint import BACKBONE, UNREADABLE
@@ -48,13 +49,23 @@ def verdict(run: Any) -> str:
         lines += [f'  {text}' for text in list(run.known_unreadable.values())[:5]]
     if 'trained' in knn:
         raw = f', raw pixels {knn["pixels"]:.1f} %' if 'pixels' in knn else ''
-        gain = knn['trained'] - max(knn['random'], knn.get('pixels', 0.0))
+        gained = gain(knn['trained'], max(knn['random'], knn.get('pixels', 0.0)), len(run.monitor.sets[1][1]))
         lines.append(
             f'{run.monitor.describe()}: trained backbone {knn["trained"]:.1f} %, random backbone {knn["random"]:.1f} %'
-            f'{raw}: {gain:+.1f} points over the better of them, learned without labels.')
+            f'{raw}: {gained}')
     lines.append(
         f"The backbone is ready for timm: timm.create_model('local-dir:{run.folder / BACKBONE}', pretrained=True)")
     return '\n'.join(lines)
+
+
+def gain(trained: float, before: float, queries: int) -> str:
+    """Percent right of the queries, in words; a difference within two standard errors of it is none."""
+    difference, p = trained - before, [x / 100 for x in (trained, before)]
+    if abs(difference) <= 200 * math.sqrt(sum(x * (1 - x) for x in p) / queries):
+        return f'no difference to the better of them that {queries} queries could show.'
+    if difference < 0:
+        return f'{-difference:.1f} points below the better of them; these features are of no use yet.'
+    return f'{difference:+.1f} points over the better of them, learned without labels.'
 
 
 def clock_time(seconds: float) -> str:

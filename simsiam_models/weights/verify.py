@@ -49,9 +49,11 @@ def build(checkpoint: Checkpoint) -> nn.Module:
     """The ResNet-50 of a checkpoint, with its linear classifier where it has one; loads strictly.
 
     Raises:
-        RuntimeError: entries are missing, left over, or of another shape.
+        RuntimeError: it is of another network; entries are missing, left over, or of another shape.
     """
     state = checkpoint.model_state()
+    if 'layer1.0.conv3.weight' not in state:
+        raise RuntimeError('these are of another network than ResNet-50, the only one that is verified')
     classes = len(state['fc.weight']) if 'fc.weight' in state else 0
     model = timm.create_model('simsiam_resnet50', num_classes=classes)
     model.load_state_dict(state, strict=True)
