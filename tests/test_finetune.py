@@ -34,10 +34,10 @@ PLAIN = (
     *TINY, '--epochs', '6', '--batch-size', '32', '--lr', '0.06', '--warmup-epochs', '1', '--layer-decay', '0.9',
     '--flip-p', '0', '--crop-scale', '0.7', '1', '--randaugment', 'rand-m3-inc1', '--mixup', '0.1', '--cutmix', '0')
 ALONE = World(0, 1, torch.device('cpu'))
-LAUNCH = [
-    '-c', 'import argparse, sys, torch; torch.set_num_threads(1)\n'
+LAUNCH = (
+    'import argparse, sys, torch; torch.set_num_threads(1)\n'
     'from simsiam_models.benchmarks import finetune as f\n'
-    'p = argparse.ArgumentParser(); f.add_arguments(p); sys.exit(f.run(p.parse_args(sys.argv[1:])))']
+    'p = argparse.ArgumentParser(); f.add_arguments(p); sys.exit(f.run(p.parse_args(sys.argv[1:])))')
 
 
 def parse(*args: str | Path) -> argparse.Namespace:
@@ -584,7 +584,7 @@ def test_two_processes_learn_what_one_does(photos: Path, tmp_path: Path, one_thr
         tmp_path / 'data', *PLAIN, '--mixup', '0', '--epochs', '1', '--opt', 'sgd', '--lr', '0.2', '--warmup-epochs',
         '0', '--batch-size', '240')
     script = tmp_path / 'launch.py'
-    script.write_text(LAUNCH[1])
+    script.write_text(LAUNCH)
     subprocess.run(
         [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
          '--nproc-per-node', '2', str(script), *map(str, args), '--out', str(tmp_path / 'two')],

@@ -294,6 +294,9 @@ def test_a_backbone_tells_its_own_size(run, tmp_path):
     export_backbone(timm.create_model('resnet18', num_classes=0), tmp_path / 'y', 'resnet18', size=48, resize=48)
     assert load_backbone(str(tmp_path / 'y')).image_size == 48
     assert load_backbone(str(tmp_path / 'y' / 'model.safetensors')).image_size == 48
+    (tmp_path / 'y' / 'config.json').write_text('{"pretrained_cfg": "x"}')  # of something else
+    (tmp_path / 'y' / 'args.json').write_text('{"model": "resnet18", "model_args": "x", "augmentation": [1]}')
+    assert load_backbone(str(tmp_path / 'y' / 'model.safetensors')).image_size == 224
     shutil.copytree(run / 'backbone', tmp_path / 'x')
     config = tmp_path / 'x' / 'config.json'
     said = json.loads(config.read_text())

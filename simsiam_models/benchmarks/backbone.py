@@ -212,9 +212,9 @@ def _fill(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> nn.Modu
     candidates = [(name, kwargs) for name in KNOWN]
     run, config = (_read(path.parent / name) for name in ('args.json', 'config.json'))
     if isinstance(run.get('model'), str):
-        candidates.insert(0, (run['model'], {**(run.get('model_args') or {}), **kwargs}))
-    size = (config.get('pretrained_cfg') or {}).get('input_size')  # of an exported folder
-    if size is None and (side := (run.get('augmentation') or {}).get('size')):  # of the views that it was trained on
+        candidates.insert(0, (run['model'], {**_table(run, 'model_args'), **kwargs}))
+    size = _table(config, 'pretrained_cfg').get('input_size')  # of an exported folder
+    if size is None and (side := _table(run, 'augmentation').get('size')):  # of the views that it was trained on
         size = 3, side, side
     shapes = {k: v.shape for k, v in checkpoint.backbone.items()}
     for name, args in candidates:
@@ -237,7 +237,11 @@ def _read(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return {k: v for k, v in found.items() if isinstance(v, (dict, str))} if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _table(found: dict[str, Any], key: str) -> dict[str, Any]:
+    return value if isinstance(value := found.get(key), dict) else {}
 
 
 def taps(backbone: Backbone, x: Tensor) -> list[Tensor]:

@@ -247,8 +247,8 @@ def semi_runs(args: argparse.Namespace) -> list[tuple[Path, 'Settings']]:
     if args.grid:
         pairs = [(lr, multiplier) for lr in LRS for multiplier in MULTIPLIERS]
     n = {**SEMI, **{k: getattr(args, k) for k in SEMI if getattr(args, k) is not None}}
-    _check(args, {**PLAIN, **by_size(MIXED, n), **n, 'lr': pairs[0][0]}, *size_and_resize(args))
     size, resize = size_and_resize(args)
+    _check(args, {**PLAIN, **by_size(MIXED, n), **n, 'lr': pairs[0][0]}, size, resize)
     runs = []
     for lr, multiplier in pairs:
         settings = Settings(

@@ -134,18 +134,33 @@ def add_extraction(
     parser.set_defaults(kept='finished features are kept, the same command goes on')  # cli says so of a stopped one
 
 
-def is_small(args: argparse.Namespace) -> bool:
-    return getattr(args, 'dataset', '').startswith('cifar')
+def is_small(dataset: str) -> bool:
+    """Its images are of 32 px and stay what they are."""
+    return dataset.startswith('cifar')
+
+
+def sizes(dataset: str, size: int | None, resize: int | None, own: int = SIZE) -> tuple[int, int]:
+    """Pixels of the crop, and of the short side before it, where flags may say neither; `own`: the model's size."""
+    small = is_small(dataset)
+    size = (32 if small else own) if size is None else size
+    return size, (size if small else round(size * 8 / 7)) if resize is None else resize
+
+
+def check_sizes(size: int, resize: int) -> None:
+    """Raises ValueError."""
+    if size < LEAST:
+        raise ValueError(f'--image-size {size}: must be at least {LEAST} pixels')
+    if resize < size:
+        raise ValueError(f'--resize {resize}: must be at least the image size, {size}')
 
 
 def size_and_resize(args: argparse.Namespace, own: int = SIZE) -> tuple[int, int]:
-    """Pixels of the crop, and of the short side before it; `own`: the model's size, `Backbone.image_size`."""
-    size = (32 if is_small(args) else own) if args.image_size is None else args.image_size
-    return size, (size if is_small(args) else round(size * 8 / 7)) if args.resize is None else args.resize
+    """`sizes` as the flags of a command say; a command without --dataset has no small images."""
+    return sizes(getattr(args, 'dataset', ''), args.image_size, args.resize, own)
 
 
 def say_size(args: argparse.Namespace, backbone: 'Backbone', say: Callable[[str], Any]) -> None:
-    if args.image_size is None and not is_small(args) and backbone.image_size != SIZE:
+    if args.image_size is None and not is_small(getattr(args, 'dataset', '')) and backbone.image_size != SIZE:
         say(f'images of {backbone.image_size} px, the size in the configuration of {backbone.name} (--image-size '
             'changes it)')
 
@@ -162,9 +177,8 @@ def transform_of(args: argparse.Namespace, backbone: 'Backbone', say: Callable[[
 
 def check_extraction(args: argparse.Namespace, size: int, resize: int) -> None:
     """Raises ValueError. Before there is a model, size and resize are those of LEAST."""
+    check_sizes(size, resize)
     rules = [
-        ('--image-size', size, size >= LEAST, f'at least {LEAST} pixels'),
-        ('--resize', resize, resize >= size, f'at least the image size, {size}'),
         ('--batch-size', args.batch_size, args.batch_size is None or args.batch_size >= 1, 'at least 1'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')]
     for flag, value, ok, rule in rules:

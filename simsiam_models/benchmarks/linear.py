@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import LEAST, SIZE
-from .knn import say_size, silent, without_test_image
+from .knn import check_sizes, say_size, silent, sizes, without_test_image
 
 DATASETS = ('imagenet', 'places205', 'inat18', 'cifar10', 'cifar100', 'folder')
 
@@ -153,9 +153,7 @@ def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off',
         raise ValueError(f'--protocol {name} is not known; use one of {", ".join(PROTOCOLS)}, or auto')
     base = PROTOCOLS[name]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
-    small = dataset in ('cifar10', 'cifar100')  # images of 32 px stay what they are
-    size = given.setdefault('image_size', 32 if small else own)
-    given.setdefault('resize', size if small else round(size * 8 / 7))
+    given['image_size'], given['resize'] = sizes(dataset, given.get('image_size'), given.get('resize'), own)
     if unused := sorted(base.idle & set(given)):
         flags = ', '.join(f'--{k.replace("_", "-")}' for k in unused)
         raise ValueError(f'{flags}: protocol {name} has no such number; leave it out')
@@ -166,10 +164,7 @@ def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off',
     for key in ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma'):
         if not getattr(p, key) >= 0:
             raise ValueError(f'--{key.replace("_", "-")} {getattr(p, key)}: it cannot be below 0')
-    if p.image_size < LEAST:
-        raise ValueError(f'--image-size {p.image_size}: must be at least {LEAST} pixels')
-    if p.resize < p.image_size:
-        raise ValueError(f'--resize {p.resize}: must be at least the image size, {p.image_size}')
+    check_sizes(p.image_size, p.resize)
     if not 0 < p.crop_scale[0] <= p.crop_scale[1] <= 1:
         raise ValueError(f'--crop-scale {p.crop_scale[0]} {p.crop_scale[1]}: two shares of the area, the larger last')
     if not 0 <= p.flip_p <= 1:
