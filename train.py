@@ -32,9 +32,8 @@ from torch import nn
 
 from simsiam_models import SimSiam, simsiam_loss
 from simsiam_models.data import DataError, TwoViews, open_data
-from simsiam_models.training import checkpoint
-from simsiam_models.training.autoperf import Perf
-from simsiam_models.training.distributed import (
+from simsiam_models.runtime import checkpoint
+from simsiam_models.runtime.distributed import (
     World,
     default_workers,
     join_world,
@@ -42,12 +41,15 @@ from simsiam_models.training.distributed import (
     parallel,
     synchronize_batchnorm,
 )
+from simsiam_models.runtime.files import write_atomically
+from simsiam_models.runtime.log import RunLog, check_extras
+from simsiam_models.runtime.precision import AMP
+from simsiam_models.runtime.signals import Signals, Stopped
+from simsiam_models.training.autoperf import Perf
 from simsiam_models.training.doctor import Diagnosis, Doctor
 from simsiam_models.training.monitor import KnnMonitor, Moment, Reading, is_collapsed
 from simsiam_models.training.options import ROLLBACKS, build_parser, resolve_recipe
-from simsiam_models.training.precision import AMP
 from simsiam_models.training.recipes import Recipe
-from simsiam_models.training.runlog import RunLog, check_extras
 from simsiam_models.training.schedule import load_optimizer, make_optimizer, set_lr
 from simsiam_models.training.setup import (
     FREE,
@@ -58,8 +60,7 @@ from simsiam_models.training.setup import (
     make_model,
     make_scaler,
 )
-from simsiam_models.training.stopping import Signals, Stopped
-from simsiam_models.training.wording import clock_time, describe, describe_continuation, verdict
+from simsiam_models.training.summary import clock_time, describe, describe_continuation, verdict
 from simsiam_models.weights import export_backbone
 
 ROLL_BACK, COLLAPSED, UNSAVED = 1, 2, 3  # what can be the trouble with a run, in the order of priority
@@ -74,7 +75,7 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     """One run, or the rest of one; returns the last figures."""
     name, recipe = resolve_recipe(args)
     check_extras(args.tensorboard, args.wandb)
-    views, monitor, model = world.attempt(lambda: prepare(args, recipe, world))
+    views, monitor, model = world.all_or_none(lambda: prepare(args, recipe, world))
 
     folder = Path(args.output or f'runs/{name}-{data_name(args.data)}')
     log = RunLog(folder, world.main)
@@ -98,11 +99,11 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
         run.restore(state)
         log.say(describe_continuation(run, state['processes']))
     log.resume(state['log_bytes'] if state is not None else 0)
-    world.share(lambda: log.attach(args.tensorboard, args.wandb, record, run.done))
+    world.broadcast_from_main(lambda: log.attach(args.tensorboard, args.wandb, record, run.done))
     if state is None:
         run.measure_before()
         saved = run.save()
-        if not world.share(lambda: saved):
+        if not world.broadcast_from_main(lambda: saved):
             raise RunError(f'no checkpoint can be written to {folder}')
     try:
         run.train()
@@ -208,13 +209,13 @@ class Run:
             self.signals.deferred = True
             if self.step < steps:
                 self.train_epoch()
-            signal, _, trouble = self.world.agree(self.wishes())
+            signal, _, trouble = self.world.all_reduce_max(self.wishes())
             if trouble == ROLL_BACK:
                 self.roll_back()
                 continue
             if trouble == UNSAVED:
                 saved = self.save()
-                if self.world.share(lambda saved=saved: saved):
+                if self.world.broadcast_from_main(lambda saved=saved: saved):
                     continue
             if trouble:
                 raise RunError(self.reason(trouble))
@@ -225,11 +226,11 @@ class Run:
                 self.roll_back()
                 continue
             if signal:
-                if not self.world.share(lambda saved=saved: saved):
+                if not self.world.broadcast_from_main(lambda saved=saved: saved):
                     raise RunError('stopped by a signal without a new checkpoint; the one before is kept')
                 raise Stopped(signal)
         self.signals.deferred = False
-        if not self.world.share(lambda: self.saved == (self.epoch, self.step)):
+        if not self.world.broadcast_from_main(lambda: self.saved == (self.epoch, self.step)):
             raise RunError(
                 'the last checkpoint could not be written; make room, and the same command goes on from the one before')
         if not self.finished:
@@ -251,7 +252,7 @@ class Run:
             if pending:  # this step is launched, so reading the one before does not hold it up
                 self.report(*pending)
                 pending = None
-            signal, due, trouble = self.world.agree(self.wishes())
+            signal, due, trouble = self.world.all_reduce_max(self.wishes())
             ending = self.step == steps or self.done == last
             if self.step % self.args.log_every == 0 or ending:
                 mean = mean_over_processes(torch.stack(losses).mean(), self.world)
@@ -343,7 +344,7 @@ class Run:
         measure = self.monitor and (epoch == r.epochs or r.knn_every and epoch % r.knn_every == 0)
         if measure:
             saved = self.save()  # measuring may take longer than a scheduler waits
-            if self.world.agree(self.wishes())[0]:
+            if self.world.all_reduce_max(self.wishes())[0]:
                 return
             self.signals.deferred = not saved
         if self.known_unreadable:
@@ -376,7 +377,7 @@ class Run:
         if self.world.main:
             text = ''.join(f'{found[i]}\n' for i in sorted(found))
             try:
-                checkpoint.write_atomically(self.folder / checkpoint.UNREADABLE, lambda f: f.write(os.fsencode(text)))
+                write_atomically(self.folder / checkpoint.UNREADABLE, lambda f: f.write(os.fsencode(text)))
             except OSError as e:
                 self.log.say(f'{self.folder / checkpoint.UNREADABLE} cannot be written ({e.strerror})')
         self.views.judge(found, self.epoch)
@@ -430,7 +431,7 @@ class Run:
     def roll_back(self) -> None:
         """To the newest healthy checkpoint, at half the learning rate."""
         scale, rollbacks, diagnosis = self.lr_scale / 2, self.rollbacks + 1, self.diagnosis
-        state = self.world.share(lambda: checkpoint.load(self.folder, self.log.say, healthy=True))
+        state = self.world.broadcast_from_main(lambda: checkpoint.load(self.folder, self.log.say, healthy=True))
         if state is None:
             raise RunError(f'{self.folder} holds no healthy checkpoint to go back to')
         self.restore(state)

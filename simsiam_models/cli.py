@@ -1,26 +1,31 @@
 """The `simsiam` command: a thin table of subcommands. Heavy imports wait until a command runs."""
 import argparse
-import importlib
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .training.stopping import Signals
+from .benchmarks import embed
+from .benchmarks.finetune import command as finetune
+from .benchmarks.knn import command as knn
+from .benchmarks.linear import command as linear
+from .benchmarks.results import report
+from .benchmarks.svm import command as svm
+from .runtime.signals import Signals
 
-BENCHMARKS = {  # module and command: what it does
-    'knn': 'weighted nearest neighbours on frozen features',
-    'linear': 'a linear classifier on frozen features: published protocols, or a grid on cached features',
-    'svm': 'VOC07: linear SVMs on five taps, from all images or from a few',
-    'finetune': 'a classifier from a backbone and a labelled folder, and the semi-supervised protocols',
-    'embed': 'features of any images into a file; t-SNE',
-    'report': 'records of benchmarks as one table, measured beside published'}
+BENCHMARKS = {  # command: its module, what it does
+    'knn': (knn, 'weighted nearest neighbours on frozen features'),
+    'linear': (linear, 'a linear classifier on frozen features: published protocols, or a grid on cached features'),
+    'svm': (svm, 'VOC07: linear SVMs on five taps, from all images or from a few'),
+    'finetune': (finetune, 'a classifier from a backbone and a labelled folder, and the semi-supervised protocols'),
+    'embed': (embed, 'features of any images into a file; t-SNE'),
+    'report': (report, 'records of benchmarks as one table, measured beside published')}
 
 
 def weights_list(args: argparse.Namespace) -> int:
-    from .resnet import WEIGHTS
     from .weights import sources
+    from .weights.published import WEIGHTS
 
     print(f'{"tag":26}{"epochs":>7}{"batch":>7}{"top-1":>7}  {"licence":14}cached')
     for tag, w in WEIGHTS.items():
@@ -61,7 +66,7 @@ def publish(args: argparse.Namespace) -> int:
 
 
 def preflight(args: argparse.Namespace) -> int:
-    from .training.preflight import preflight
+    from .preflight.report import preflight
 
     sample = sys.maxsize if args.all else args.sample
     preflight(
@@ -120,8 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         '--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
     command.add_argument('--json', type=Path, metavar='FILE', help='write the same there, as a record')
 
-    for name, text in BENCHMARKS.items():
-        module = importlib.import_module(f'.benchmarks.{name}', __package__)
+    for name, (module, text) in BENCHMARKS.items():
         module.add_arguments(add(commands, name, module.run, text))
     return parser
 

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from simsiam_models.data import FolderImages, TwoViews, sources
-from simsiam_models.training import checkpoint
+from simsiam_models.data import FolderImages, TwoViews
+from simsiam_models.data.readers import images as sources
+from simsiam_models.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)

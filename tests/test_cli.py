@@ -18,9 +18,9 @@ from torch import nn
 from simsiam_models import cli, create_simsiam
 from simsiam_models.benchmarks import features
 from simsiam_models.cli import main
-from simsiam_models.resnet import WEIGHTS
 from simsiam_models.weights import layouts, tensorfile
 from simsiam_models.weights.export import export_checkpoint
+from simsiam_models.weights.published import WEIGHTS
 from simsiam_models.weights.verify import TOLERANCE, deviation, fingerprint
 
 
@@ -149,7 +149,7 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
         args = ['knn', str(tmp_path), '--model', 'resnet10t:random', '--device', name, '--output', f'{tmp_path}/out']
         assert main(args) == 1
         said = capsys.readouterr().err
-        assert said.startswith(f'simsiam: --device {name}: not to be had here (') and said.count('\n') == 1
+        assert said.startswith(f'simsiam: --device {name}: not available here (') and said.count('\n') == 1
         assert said.endswith('); name another, or leave it out\n') and 'http' not in said
 
 

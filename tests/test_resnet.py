@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 import simsiam_models  # noqa: F401  registers the models
-from simsiam_models.resnet import WEIGHTS
+from simsiam_models.weights.published import WEIGHTS
 
 R50 = 'simsiam_resnet50'
 R18 = 'simsiam_resnet18_cifar'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from conftest import ROOT, TINY
 
-from simsiam_models.training import checkpoint
+from simsiam_models.runtime import checkpoint
 
 STAND_INS = {
     'srun': 'echo $$ > "$STATE/step"\nexec "$@"\n',

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from simsiam_models.training import checkpoint
+from simsiam_models.runtime import checkpoint
 
 EPOCHS, STEPS = 3, 4  # 64 digits in batches of 16
 ENV = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}

@@ -17,10 +17,10 @@ import train
 from simsiam_models import simsiam_loss
 from simsiam_models.data import open_data
 from simsiam_models.data.loader import EvalImages
+from simsiam_models.runtime.precision import choose_amp
 from simsiam_models.training.doctor import Diagnosis
 from simsiam_models.training.monitor import effective_rank, output_std
 from simsiam_models.training.options import build_parser, resolve_recipe
-from simsiam_models.training.precision import choose_amp
 from simsiam_models.training.recipes import RECIPES, Recipe
 from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr
 

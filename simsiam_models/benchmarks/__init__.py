@@ -1,2 +1,1 @@
-"""A backbone -> the numbers of the tables: one file per benchmark."""
-SIZE, LEAST = 224, 8  # pixels: of the published protocols, and the fewest
+"""A backbone -> the numbers of the tables: one folder per benchmark."""

@@ -15,12 +15,12 @@ from timm.models import is_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from .. import resnet
-from ..data.index import digest
+from ..data.readers.index import digest
 from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
 from ..weights.layouts import Checkpoint, load_checkpoint
-from . import LEAST, SIZE
+from ..weights.published import WEIGHTS, tag_of_file
+from .protocols import LEAST, SIZE
 
 RANDOM = ':random'
 # MMSelfSup's pooling of the five taps at 224 px: side of the map; kernel, stride, padding. Zeros count in the mean.
@@ -84,7 +84,7 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
         model, tag = _from_folder(path, model_kwargs)
     elif path.is_file():
         model = _from_checkpoint(path, model_kwargs)
-        tag = resnet.tag_of_file(path)
+        tag = tag_of_file(path)
     else:
         raise FileNotFoundError(
             f'--model {name}: neither a model of timm nor a file or folder; name one (timm.list_models() lists them), '
@@ -93,7 +93,7 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean = _three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
     std = _three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
-    tag = tag if tag in resnet.WEIGHTS else None
+    tag = tag if tag in WEIGHTS else None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
     size = _size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
     return Backbone(model, name, tag, weights_digest(model), '_bgr_' in (tag or ''), mean, std, int(features), size)
@@ -157,7 +157,7 @@ def _exported(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | No
     _check_whole(folder / sources.MODEL)
     model = _pretrained(f'local-dir:{folder}', kwargs)
     tag = model.pretrained_cfg.get('tag')
-    if not isinstance(tag, str) or tag not in resnet.WEIGHTS:
+    if not isinstance(tag, str) or tag not in WEIGHTS:
         return model, None
     if json.loads((folder / 'config.json').read_text()).get(BACKBONE, '')[:16] == weights_digest(model):
         return model, tag
@@ -250,10 +250,10 @@ def taps(backbone: Backbone, x: Tensor) -> list[Tensor]:
     ResNets give five: after the stem's convolution, batch norm and ReLU, before max-pool; then layer1 to layer4. Other
     networks give the last five of those that timm's forward_intermediates returns, or as many as there are.
     """
-    return _taps(backbone.model, x)[0]
+    return stage_maps(backbone.model, x)[0]
 
 
-def _taps(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
+def stage_maps(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     """The maps, and what `forward_head` takes."""
     if isinstance(model, ResNet):
         maps = [model.act1(model.bn1(model.conv1(x)))]

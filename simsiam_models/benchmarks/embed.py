@@ -11,15 +11,17 @@ import importlib.util
 import inspect
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import LEAST
-from .knn import add_extraction, check_extraction, silent, size_and_resize, transform_of
+import numpy as np
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from .features import Features
+from ..data import open_data
+from ..runtime.distributed import default_device, join_world
+from ..runtime.files import write_atomically
+from .backbone import load_backbone
+from .features import Features, extract
+from .options import add_extraction, check_extraction, silent, size_and_resize, transform_of
+from .protocols import LEAST
 
 FEATURES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 CLASSES = 20
@@ -47,11 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data import open_data
-    from ..training.distributed import default_device, join_world
-    from .backbone import load_backbone
-    from .features import extract
-
     if args.output.suffix not in ('', '.npz'):
         raise ValueError(f'--output {args.output}: must be a file that ends in .npz, or a folder')
     if args.output.suffix == '' and args.output.is_file():
@@ -101,10 +98,6 @@ def paths(images: Any, rows: 'np.ndarray') -> list[str]:
 
 
 def _save(out: Path, features: 'Features', rows: 'np.ndarray', about: dict[str, Any]) -> None:
-    import numpy as np
-
-    from ..training.checkpoint import write_atomically
-
     def array(name: str) -> 'np.ndarray':
         return features.array(name) if len(rows) == len(features) else features.rows(name, rows)
 
@@ -156,8 +149,6 @@ def check_count(n: int) -> None:
 
 def shown(labels: 'np.ndarray | None', n: int) -> 'np.ndarray':
     """Which of n images a picture shows."""
-    import numpy as np
-
     return np.arange(n) if labels is None else np.flatnonzero(np.asarray(labels) < CLASSES)
 
 

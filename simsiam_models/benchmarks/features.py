@@ -12,16 +12,15 @@ that a copy of the data has the same features. Not noticed are other pixels in a
 formats without compression), unless it is among the 16 images of `pixels_digest`; in torchvision's data sets of files
 these 16 are all that is looked at.
 """
-import functools
 import json
 import os
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -29,42 +28,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data.augment import resize, short_side
-from ..data.cache import cache_folder
-from ..data.decode import DataError, UnreadableError
-from ..data.index import digest
-from ..data.loader import AHEAD, EvalImages, in_order
-from ..data.sources import Images, pixels_digest, stored_sizes
-from ..training.checkpoint import write_atomically
-from ..training.distributed import World, cores
-from ..training.precision import AMP
-from .backbone import Backbone, _taps, fits_protocol, pooled
-from .record import versions
-from .tables import Table, alone, shard_rows, writing
+from ..data.evaluation import EvalImages, Transform
+from ..data.loader import EvalImages
+from ..data.readers.decode import DataError
+from ..data.readers.images import Images, pixels_digest, stored_sizes
+from ..data.readers.index import digest
+from ..runtime.distributed import World, cores
+from ..runtime.files import cache_folder, explain_write_errors, hold_lock, write_atomically
+from ..runtime.precision import AMP, full_precision
+from .backbone import Backbone, fits_protocol, pooled, stage_maps
+from .feature_file import FeatureFile, shard_rows
+from .results.record import versions
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 FORMAT = 2
 SHARE = 8  # images that a thread takes at a time
 CPU_BATCH = 8  # ResNet-50 makes 16.2 images per second of a core with 8, 12.7 with 32, and needs gigabytes with 256
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Short side to `resize`, then the centre of crop x crop; or 'squash' (VOC07): the whole to exactly crop x crop.
-
-    Both as torchvision's operators on PIL images do it, bilinear (`augment.resize`).
-    """
-
-    resize: int = 256
-    crop: int = 224
-    kind: str = 'center'
-
-    def __post_init__(self) -> None:
-        if self.kind not in ('center', 'squash'):
-            raise ValueError(f"transform {self.kind!r}: it is 'center' or 'squash'")
-        if min(self.resize, self.crop) < 1 or (self.kind == 'center' and self.crop > self.resize):
-            raise ValueError(
-                f'--image-size {self.crop} and --resize {self.resize}: the crop must fit into the resized image')
 
 
 class Features:
@@ -98,52 +77,6 @@ class Features:
         return np.array(self.array(name)[indices])
 
 
-class _Noting:
-    """Images, and which of them could not be read."""
-
-    def __init__(self, images: Images) -> None:
-        self.images, self.bad = images, {}
-
-    def read(self, index: int) -> np.ndarray:
-        try:
-            return self.images.read(index)
-        except UnreadableError as e:
-            self.bad[index] = str(e)
-            raise
-
-
-class _Pixels(EvalImages):
-    """uint8 (B, S, S, 3), one batch for each array of indices; what cannot be read is black, and named in `bad`."""
-
-    def __init__(
-        self, images: Images, batches: list[np.ndarray], transform: Transform, workers: int, device: torch.device,
-    ) -> None:
-        super().__init__(
-            _Noting(images), np.zeros(0), transform.crop, transform.resize, workers=workers, device=device)
-        self.batches, self.kind, self.bad = batches, transform.kind, self.images.bad
-        largest = max((len(rows) for rows in batches), default=1)
-        self.ahead = max(AHEAD, -(-2 * workers * SHARE // largest))  # so that no thread waits for the model
-
-    def __iter__(self) -> Iterator[Tensor]:
-        yield from in_order(self._threads, self._jobs(), self.ahead)
-
-    def _jobs(self) -> Iterator[tuple[Tensor, list[Callable[[], None]]]]:
-        for rows in self.batches:
-            shape = len(rows), self.size, self.size, 3
-            x = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
-            parts = [slice(i, i + SHARE) for i in range(0, len(rows), SHARE)]
-            yield x, [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in parts]
-
-    def _cut(self, image: np.ndarray, out: np.ndarray) -> None:
-        if self.kind == 'center':
-            super()._cut(image, out)
-            return
-        width, height = short_side(image, self.resize)
-        whole = np.empty((height, width, 3), np.uint8)
-        resize(image, width, height, 0, 0, whole)
-        resize(whole, self.size, self.size, 0, 0, out)
-
-
 class _Model:
     """uint8 pixels (B, S, S, 3) -> the named features, float32 (B, D) each, in full or half precision."""
 
@@ -162,10 +95,10 @@ class _Model:
         x = x.float().div_(255).sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
         model = self.backbone.model
         half = torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
-        with half, _full_precision():
+        with half, full_precision():
             if set(names) == {'avgpool'}:
                 return {'avgpool': model(x).float()}
-            maps, last = _taps(model, x)
+            maps, last = stage_maps(model, x)
             average = model.forward_head(last).float() if 'avgpool' in names else None
         flat = dict(zip(NAMES[1:], pooled(maps, not fits_protocol(maps)), strict=False))
         flat['avgpool'] = average
@@ -186,17 +119,6 @@ class _Model:
             if y.ndim != 2:
                 raise ValueError(f'{name} of {self.backbone.name} is {tuple(y.shape)}, not one row for each image')
         return {name: y.shape[1] for name, y in outputs.items()}
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Convolutions of float32 in float32: CUDA would take TF32 by itself."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def extract(
@@ -236,19 +158,20 @@ def extract(
     widths = model.widths(names)
     about = {
         'format': FORMAT, 'rows': shard_rows(len(images)), 'backbone': backbone.identity, 'images': images.digest,
-        'pixels': world.share(lambda: pixels_digest(images)), 'n': len(images), 'transform': asdict(transform),
-        'precision': amp, 'versions': {name: versions()[name] for name in ('torch', 'torchvision', 'timm')}}
+        'pixels': world.broadcast_from_main(lambda: pixels_digest(images)), 'n': len(images),
+        'transform': asdict(transform), 'precision': amp,
+        'versions': {name: versions()[name] for name in ('torch', 'torchvision', 'timm')}}
     key = digest(json.dumps(about))
     folder = _cache(cache) / key
-    tables = {name: Table(folder, name, len(images), widths[name]) for name in names}
+    tables = {name: FeatureFile(folder, name, len(images), widths[name]) for name in names}
     spans = tables[names[0]].spans
     workers = min(16, cores()) if workers is None else workers
-    with writing(folder):
-        world.share(lambda: folder.mkdir(parents=True, exist_ok=True))
-    with alone(folder / 'lock', world, 'features'):
+    with explain_write_errors(folder):
+        world.broadcast_from_main(lambda: folder.mkdir(parents=True, exist_ok=True))
+    with hold_lock(folder / 'lock', world, 'features'):
         def prepare() -> tuple[list[tuple[int, list[str]]], list[str | None], dict[int, str]]:
             about_file = json.dumps({**about, 'model': backbone.name, 'data': images.name}, indent=2) + '\n'
-            with writing(folder):
+            with explain_write_errors(folder):
                 write_atomically(folder / 'about.json', lambda f: f.write(about_file.encode()))
             with ThreadPoolExecutor(max(1, workers)) as threads:
                 files = list(threads.map(lambda span: _files(images, *span), spans))
@@ -257,9 +180,9 @@ def extract(
             done = {i: why for shards in found.values() for bad in shards for i, why in (bad or {}).items()}
             return [(s, missing) for s, missing in todo if missing], files, done
 
-        todo, files, unreadable = world.share(prepare)
+        todo, files, unreadable = world.broadcast_from_main(prepare)
         mine = todo[world.rank::world.size]
-        bad = world.attempt(lambda: _fill(model, images, tables, mine, files, transform, batch, workers, world))
+        bad = world.all_or_none(lambda: _fill(model, images, tables, mine, files, transform, batch, workers, world))
         for found in world.gather(bad):  # also the barrier
             unreadable |= found
     made = sum(stop - start for start, stop in (spans[s] for s, _ in todo))
@@ -279,10 +202,10 @@ def _files(images: Images, start: int, stop: int) -> str | None:
 
 
 def _fill(
-    model: _Model, images: Images, tables: dict[str, Table], shards: list[tuple[int, list[str]]],
+    model: _Model, images: Images, tables: dict[str, FeatureFile], shards: list[tuple[int, list[str]]],
     files: list[str | None], transform: Transform, batch: int, workers: int, world: World,
 ) -> dict[int, str]:
-    """Make these shards; returns what could not be read in them. `files`: see Table.prepare."""
+    """Make these shards; returns what could not be read in them. `files`: see FeatureFile.prepare."""
     batch = min(batch, CPU_BATCH) if model.device.type == 'cpu' else batch
     plan = []  # shard, names, rows of one batch, whether it is the shard's last
     for shard, names in shards:
@@ -291,7 +214,7 @@ def _fill(
         plan += [(shard, names, np.arange(i, min(i + batch, stop)), i == cuts[-1]) for i in cuts]
     if not plan:
         return {}
-    pixels = _Pixels(images, [rows for _, _, rows, _ in plan], transform, workers, model.device)
+    pixels = EvalImages(images, [rows for _, _, rows, _ in plan], transform, workers, model.device)
     handles = {name: os.open(table.path, os.O_RDWR) for name, table in tables.items()}
     crc = dict.fromkeys(tables, 0)
     total = sum(len(rows) for _, _, rows, _ in plan)
@@ -312,7 +235,7 @@ def _fill(
         bar.update(len(rows))
         if last:
             start, stop = tables[names[0]].spans[shard]
-            bad = {i: why for i, why in sorted(pixels.bad.items()) if start <= i < stop}
+            bad = {i: why for i, why in sorted(pixels.unreadable.items()) if start <= i < stop}
             if len(bad) > 32 and 2 * len(bad) > stop - start:
                 raise DataError(
                     f'{next(iter(bad.values()))}; {len(bad)} of {stop - start} images in a row cannot be read: is the '
@@ -323,7 +246,7 @@ def _fill(
 
     try:
         before = None  # the device computes a batch while the one before is written
-        for job, x in zip(plan, pixels, strict=True):
+        for job, (_, x) in zip(plan, pixels, strict=True):
             outputs = model(x, job[1])
             if before is not None:
                 store(*before)
@@ -336,7 +259,7 @@ def _fill(
     if world.main and bar.disable:
         seconds = time.perf_counter() - began
         print(f'features: {total} images in {seconds:.1f} s ({total / seconds:.1f} images/s)', file=sys.stderr)
-    return pixels.bad
+    return pixels.unreadable
 
 
 def _cache(cache: Path | str | None) -> Path:

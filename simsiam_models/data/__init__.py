@@ -1,7 +1,8 @@
 """Files -> two augmented views on the device."""
 from .augment import Augmentation
-from .decode import DataError, UnreadableError
 from .demo import demo_images
-from .loader import EvalImages, TwoViews
+from .evaluation import EvalImages, Transform
+from .loader import TwoViews
 from .opening import open_data
-from .sources import FolderImages, Images, MemoryImages, Stream, pixels_digest
+from .readers.decode import DataError, UnreadableError
+from .readers.images import FolderImages, Images, MemoryImages, Stream, pixels_digest

@@ -16,7 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from . import kernel
-from .counted import uniforms
+from .philox import uniforms
 
 CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that do not fit
 CROP_DRAWS = 2 * CROP_TRIES + 2
@@ -133,11 +133,11 @@ def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], T
 
     Makes the host wait for nothing. `colours` may be a compiled `jitter_and_gray`.
     """
-    table = _send(params.table(), images)
+    table = send(params.table(), images)
     x = (colours or jitter_and_gray)(images, table)
     on = np.flatnonzero(params.sigma)
     if len(on):
-        rows = _send(on, images)
+        rows = send(on, images)
         x[rows] = blur(x[rows], params.sigma[on])
     x = torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x)
     return normalize(x)
@@ -146,11 +146,11 @@ def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], T
 def normalize(x: Tensor) -> Tensor:
     """[0, 1] colours -> ImageNet mean 0, standard deviation 1, per channel."""
     mean, std = (
-        _send(np.array(v, np.float32).reshape(3, 1, 1), x) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        send(np.array(v, np.float32).reshape(3, 1, 1), x) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return (x - mean) / std
 
 
-def _send(array: np.ndarray, to: Tensor) -> Tensor:
+def send(array: np.ndarray, to: Tensor) -> Tensor:
     """To the device of `to`; on CUDA without waiting for it."""
     x = torch.from_numpy(array)
     return x.pin_memory().to(to.device, non_blocking=True) if to.is_cuda else x.to(to.device)
@@ -216,7 +216,7 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
     taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2), whatever the others' sigma
     taps /= 2 * taps.sum(1, keepdims=True) - taps[:, :1]
     beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # what lies at distance o and farther
-    taps, beyond = _send(taps.astype(np.float32), x), _send(beyond.astype(np.float32), x)
+    taps, beyond = send(taps.astype(np.float32), x), send(beyond.astype(np.float32), x)
     i = torch.arange(size, device=x.device)
     last = len(o) - 1
     m = taps[:, (i[:, None] - i).abs().clamp_max(last)]  # (B, S, S)

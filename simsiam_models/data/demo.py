@@ -7,7 +7,7 @@ pixels nor colours, so nearest neighbours among pixels say little; crop, flip an
 """
 import numpy as np
 
-from .sources import MemoryImages
+from .readers.images import MemoryImages
 
 SIZE = 32  # pixels
 CLASSES = [

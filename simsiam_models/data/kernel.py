@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .cache import cache_folder
+from ..runtime.files import cache_folder
 
 SOURCE = Path(__file__).with_name('kernel.c')
 # No contraction of a * b + c: the same numbers from every processor. The other two only drop errno and signals.

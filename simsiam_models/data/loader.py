@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from . import kernel
-from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray, normalize, resize, short_side
-from .counted import permutation
-from .decode import DataError, UnreadableError, decode
-from .sources import Images, Stream
+from .augment import Augmentation, crop, crop_box, draw, finish, jitter_and_gray
+from .philox import permutation
+from .readers.decode import DataError, UnreadableError, decode
+from .readers.images import Images, Stream
 
 AHEAD = 3  # batches that are being filled while one is trained on
 SHARE = 16  # samples that a thread takes at a time
@@ -67,11 +67,13 @@ def _done(job: tuple[Any, list[Future]]) -> Any:
     return job[0]
 
 
-def _threads(workers: int) -> ThreadPoolExecutor | None:
+def make_threads(workers: int) -> ThreadPoolExecutor | None:
+    """None for 0 workers."""
     return ThreadPoolExecutor(workers, 'simsiam-data') if workers else None
 
 
-def _parts(n: int) -> list[slice]:
+def parts(n: int) -> list[slice]:
+    """n samples in runs for one thread each."""
     return [slice(i, min(i + SHARE, n)) for i in range(0, n, SHARE)]
 
 
@@ -191,7 +193,7 @@ class TwoViews:
             (2, batch // world, aug.size, aug.size, 3), np.float32 if self.whole else np.uint8,
             self.device.type == 'cuda')
         self._colours = _compiled(jitter_and_gray) if self.device.type == 'cuda' else jitter_and_gray
-        self._threads = _threads(workers)
+        self._threads = make_threads(workers)
         self.stream = hasattr(images, 'samples')
         # A stream is read in a thread of its own, which is one batch early.
         self._reader = ThreadPoolExecutor(1, 'simsiam-stream') if self.stream and workers else None
@@ -223,7 +225,7 @@ class TwoViews:
         for b in range(start, len(self)):
             first = b * self.batch + self.rank * share
             batch = _Batch(self, epoch, order[first:first + share])
-            yield batch, [functools.partial(batch.fill, part) for part in _parts(share)]
+            yield batch, [functools.partial(batch.fill, part) for part in parts(share)]
 
     def _stream_jobs(self, epoch: int, start: int) -> Iterator[tuple[_Batch, list[Callable[[], None]]]]:
         """A global batch is a run of the stream. Every process reads all of it, and decodes its slice."""
@@ -242,7 +244,7 @@ class TwoViews:
         def job(b: int, raw: list[bytes | np.ndarray]) -> tuple[_Batch, list[Callable[[], None]]]:
             first = b * self.batch + self.rank * share
             batch = _Batch(self, epoch, np.arange(first, first + share), raw)
-            return batch, [functools.partial(batch.fill, part) for part in _parts(share)]
+            return batch, [functools.partial(batch.fill, part) for part in parts(share)]
 
         if self._reader is None:
             for b in range(start, len(self)):
@@ -314,37 +316,3 @@ def _compiled(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, 
             return colours(images, table)
 
     return run
-
-
-class EvalImages:
-    """Images as features are measured: short side to `resize`, centre crop `size`, normalised; (B, 3, S, S) each."""
-
-    def __init__(
-        self, images: Images, indices: np.ndarray, size: int, resize: int, batch: int = 256, workers: int = 0,
-        device: torch.device | str = 'cpu',
-    ) -> None:
-        self.images, self.indices, self.size, self.resize, self.batch = images, indices, size, resize, batch
-        self.device, self._threads = torch.device(device), _threads(workers)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for x in in_order(self._threads, self._jobs()):
-            yield normalize(x.to(self.device).permute(0, 3, 1, 2).float() / 255)
-
-    def _jobs(self) -> Iterator[tuple[Tensor, list[Callable[[], None]]]]:
-        for i in range(0, len(self.indices), self.batch):
-            rows = self.indices[i:i + self.batch]
-            x = torch.empty(len(rows), self.size, self.size, 3, dtype=torch.uint8)
-            yield x, [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in _parts(len(rows))]
-
-    def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:
-        for place, row in zip(out, rows, strict=True):
-            try:
-                image = self.images.read(int(row))
-            except UnreadableError:  # counted and judged where it is trained on; here it is black
-                place[:] = 0
-            else:
-                self._cut(image, place)
-
-    def _cut(self, image: np.ndarray, out: np.ndarray) -> None:
-        width, height = short_side(image, self.resize)
-        resize(image, width, height, round((width - self.size) / 2), round((height - self.size) / 2), out)

@@ -4,12 +4,15 @@ import os
 import re
 from pathlib import Path
 
-from . import arrow
-from .cifar import open_cifar
-from .lists import CSV, TEXT, ListImages
-from .shards import expand, shard_files, split_files
-from .sources import EXTENSIONS, FolderImages, Images, Stream
-from .tars import COMPRESSED, TarImages
+from .demo import demo_images
+from .readers import arrow
+from .readers.cifar import open_cifar
+from .readers.images import EXTENSIONS, FolderImages, Images, Stream
+from .readers.lists import CSV, TEXT, ListImages
+from .readers.shards import expand, shard_files, split_files
+from .readers.streams import HubStream, WebStream
+from .readers.tars import COMPRESSED, TarImages
+from .readers.vision import open_torchvision
 
 FORMS = (
     "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or what save_to_disk wrote), a "
@@ -34,7 +37,6 @@ def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> t
     if images_per_epoch is not None and images_per_epoch < 1:
         raise ValueError(f'--images-per-epoch {images_per_epoch}: at least 1')
     if spec is None or text == 'demo' and not os.path.exists(text):
-        from .demo import demo_images
         return demo_images()
     prefix, _, rest = text.partition(':')
     if prefix in ('hf', 'hf-stream', 'torchvision'):
@@ -42,16 +44,13 @@ def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> t
             raise ValueError(f'{text}: what is to follow? The forms are {FORMS}')
         first, second = _last_part(rest)
         if prefix == 'hf-stream':
-            from .streams import HubStream
             return HubStream(first, second, images_per_epoch), None
         if prefix == 'torchvision':
-            from .vision import open_torchvision
             return _fitting(*open_torchvision(*(rest.split(':', 1) if ':' in rest else (rest, 'data'))))
         if Path(first).is_dir() and second is None:
             return _fitting(*_tables_in(Path(first), text))
         return _fitting(*arrow.pick(arrow.open_repo(first, second), text))
     if prefix in ('pipe', 'http', 'https'):
-        from .streams import WebStream
         return WebStream(text, images_per_epoch), None
     path = Path(text)
     if path.is_dir():

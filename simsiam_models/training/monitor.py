@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..data import EvalImages
-from ..data.counted import permutation
-from .distributed import World, gather_rows
+from ..data.philox import permutation
+from ..runtime.distributed import World, gather_rows
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
 FEW = 8  # samples

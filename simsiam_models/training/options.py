@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ..data.augment import Augmentation
-from .precision import AMP
+from ..runtime.precision import AMP
 from .recipes import RECIPES, Recipe
 
 ROLLBACKS = 3  # then the learning rate is an eighth, and was not the cause

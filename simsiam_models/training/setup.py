@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from ..data import open_data
+from ..runtime import checkpoint
+from ..runtime.distributed import World
+from ..runtime.log import RunLog
+from ..runtime.precision import AMP, choose_amp
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
-from . import checkpoint
 from .autoperf import MakeStep, Perf, choose_perf
-from .distributed import World
 from .monitor import KnnMonitor
-from .precision import AMP, choose_amp
 from .recipes import Recipe
-from .runlog import RunLog
 
 # What may differ between a run and its continuation: nothing here changes what is learned. The data may lie elsewhere:
 # `digest` and `images` tell whether they are the same.
@@ -92,7 +92,7 @@ def claim(
             log.say(f'{folder} has checkpoints of its own, so --resume {args.resume} is left aside')
         return old or record, state or given
 
-    return world.share(own)
+    return world.broadcast_from_main(own)
 
 
 def decide_perf(
@@ -113,7 +113,7 @@ def decide_perf(
         checkpoint.amend_record(folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
         return chosen
 
-    return world.share(choose)
+    return world.broadcast_from_main(choose)
 
 
 def compile_or_not(

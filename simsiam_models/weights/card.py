@@ -3,8 +3,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from ..resnet import WEIGHTS
-from .published import published, same_page
+from .published import WEIGHTS, published, same_page
 
 # Benchmark in published.json -> title, the Hub's task type, the Hub's id and the name of the data set.
 BENCHMARKS = {

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .export import export_checkpoint
 from .layouts import Checkpoint, load_checkpoint
+from .published import tag_of_file
+from .reading import COUNTER, import_onnx
 
 TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
 SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # their readers, ours included, go by the suffix
-COUNTER = 'num_batches_tracked'
 EPS = 1e-5  # of every batch norm in a ResNet-50
 
 
@@ -48,7 +49,6 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     checkpoint = load_checkpoint(source)
     _check_resnet50(checkpoint.backbone, source)
     if to == 'timm':
-        from ..resnet import tag_of_file  # which imports this package
 
         tag = tag_of_file(source) if source.is_file() else None
         export_checkpoint(checkpoint, out, pretrained_cfg={'tag': tag} if tag else None)
@@ -57,23 +57,6 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     return '\n'.join([
         f'{source}: {checkpoint.describe()}', *_left_out(checkpoint, to), f'Wrote {out} for {to}. Use it with',
         _usage(checkpoint, out, to)])
-
-
-def read_onnx(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of an ONNX file: its initializers and, from its metadata, the counters of the batch norms."""
-    onnx = _import_onnx()
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path} is not a file')
-    try:
-        model = onnx.load(path)
-        counters = json.loads({p.key: p.value for p in model.metadata_props}.get(COUNTER, '{}'))
-        state = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
-    except Exception as error:  # protobuf, onnx and numpy each raise their own kinds for a damaged file
-        raise ValueError(f'{path} is not a readable ONNX file ({type(error).__name__})') from error
-    if not state:
-        raise ValueError(f'{path} is not an ONNX file with weights in it')
-    return state | {name: torch.tensor(n) for name, n in counters.items()}
 
 
 def _check_resnet50(backbone: dict[str, Tensor], source: Path) -> None:
@@ -139,21 +122,13 @@ def _write_detectron2(checkpoint: Checkpoint, path: Path) -> None:
     path.write_bytes(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
 
 
-def _import_onnx() -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise RuntimeError("ONNX files need the onnx package: pip install 'simsiam-models[onnx]'") from error
-    return onnx
-
-
 def _write_onnx(checkpoint: Checkpoint, path: Path) -> None:
     """ResNet-50 in ONNX operators, one operator for one timm module.
 
     Written out by hand and not traced: the weights keep their names and batch norms stay separate, so that the way
     back loses nothing, and the file does not depend on the version of torch.
     """
-    onnx = _import_onnx()
+    onnx = import_onnx()
     helper, number = onnx.helper, onnx.TensorProto.FLOAT
     state = checkpoint.model_state()
     nodes = []

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .reading import read
+from .reading import read, read_onnx
 
 State = dict[str, Tensor]
 
@@ -149,7 +149,6 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         if (heads := path / 'heads.safetensors').exists():
             raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
     elif path.suffix == '.onnx':
-        from .convert import read_onnx
         raw = read_onnx(path)
     else:
         raw = read(path)

@@ -10,11 +10,11 @@ import timm
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import validate_repo_id
 
-from ..resnet import WEIGHTS, Weights
 from . import sources, tensorfile
 from .card import model_card
 from .export import export_checkpoint
 from .layouts import Checkpoint, load_checkpoint
+from .published import WEIGHTS, Weights
 from .reading import read
 from .verify import FINGERPRINT, fingerprint
 

@@ -7,6 +7,7 @@ inert `Opaque`, and no import happens. What a hostile file can still do is exhau
 process.
 """
 import functools
+import json
 import math
 import pickle
 import zipfile
@@ -26,6 +27,7 @@ STORAGES = {
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
     'UntypedStorage': torch.uint8,
 }
+COUNTER = 'num_batches_tracked'
 PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
 
 
@@ -308,3 +310,28 @@ def _plain(x: Any, seen: dict[int, Any]) -> Any:
     else:
         y.update((_plain(k, seen), _plain(v, seen)) for k, v in x.items())
     return y
+
+
+def import_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise RuntimeError("ONNX files need the onnx package: pip install 'simsiam-models[onnx]'") from error
+    return onnx
+
+
+def read_onnx(path: str | Path) -> dict[str, Tensor]:
+    """The state dict of an ONNX file: its initializers and, from its metadata, the counters of the batch norms."""
+    onnx = import_onnx()
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is not a file')
+    try:
+        model = onnx.load(path)
+        counters = json.loads({p.key: p.value for p in model.metadata_props}.get(COUNTER, '{}'))
+        state = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    except Exception as error:  # protobuf, onnx and numpy each raise their own kinds for a damaged file
+        raise ValueError(f'{path} is not a readable ONNX file ({type(error).__name__})') from error
+    if not state:
+        raise ValueError(f'{path} is not an ONNX file with weights in it')
+    return state | {name: torch.tensor(n) for name, n in counters.items()}

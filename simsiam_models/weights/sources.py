@@ -49,7 +49,7 @@ def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path 
 
     Args:
         name: 'simsiam_resnet50.TAG'.
-        weights: the row of `resnet.WEIGHTS`: its url and sha256_prefix are used.
+        weights: the row of `published.WEIGHTS`: its url and sha256_prefix are used.
         filename: MODEL (backbone, with its classifier where there is one) or HEADS (projector and predictor).
         cache_dir: takes the place of the Hub client's and torch.hub's caches.
 

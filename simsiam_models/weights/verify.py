@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .. import resnet
 from . import sources, tensorfile
 from .layouts import Checkpoint, load_checkpoint
+from .published import WEIGHTS
 
 FINGERPRINT = 'fingerprint.json'
 # Largest deviation of an output, in units of the outputs' standard deviation, that rounding explains.
@@ -82,8 +82,8 @@ def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
         lines.append(f'{"ok  " if ok else "FAIL"} {text}')
 
     expected = None
-    if tag in resnet.WEIGHTS and not Path(target).exists():
-        name, weights = f'simsiam_resnet50.{tag}', resnet.WEIGHTS[tag]
+    if tag in WEIGHTS and not Path(target).exists():
+        name, weights = f'simsiam_resnet50.{tag}', WEIGHTS[tag]
         path = sources.fetch(name, weights)  # checks the hash, and raises when it is wrong
         known = tensorfile.metadata(path)
         from_hub = path.name == sources.MODEL
@@ -98,7 +98,7 @@ def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
         path = Path(target)
         if not path.exists():
             raise FileNotFoundError(
-                f'{target} is neither a file nor a tag; the tags are {", ".join(resnet.WEIGHTS)}')
+                f'{target} is neither a file nor a tag; the tags are {", ".join(WEIGHTS)}')
         file = path / sources.MODEL if path.is_dir() else path
         if file.suffix == '.safetensors':
             says = tensorfile.CONTENT in tensorfile.metadata(file)

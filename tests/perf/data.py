@@ -25,7 +25,7 @@ from torchvision import datasets, transforms
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel  # noqa: E402
 from simsiam_models.data.augment import draw  # noqa: E402
-from simsiam_models.data.decode import decode  # noqa: E402
+from simsiam_models.data.readers.decode import decode  # noqa: E402
 
 BATCH, PAPER = 64, "paper's pipeline"
 

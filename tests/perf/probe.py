@@ -27,13 +27,12 @@ import numpy as np
 import torch
 from data import make_jpegs
 
-from simsiam_models.benchmarks import probe
 from simsiam_models.benchmarks.backbone import load_backbone
-from simsiam_models.benchmarks.linear import PROTOCOLS
-from simsiam_models.benchmarks.linear_training import LinearRun
-from simsiam_models.benchmarks.probe import AutoProbe, Table, moments, train
+from simsiam_models.benchmarks.linear.command import PROTOCOLS, probe
+from simsiam_models.benchmarks.linear.probe import AutoProbe, Table, moments, train
+from simsiam_models.benchmarks.linear.training import LinearRun
 from simsiam_models.data import FolderImages
-from simsiam_models.training.distributed import World
+from simsiam_models.runtime.distributed import World
 
 IMAGENET = 1_281_167
 BAR = 50

@@ -25,8 +25,8 @@ from torch import Tensor
 import train
 from simsiam_models import create_simsiam
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
+from simsiam_models.runtime.precision import choose_amp
 from simsiam_models.training.autoperf import Perf
-from simsiam_models.training.precision import choose_amp
 from simsiam_models.training.recipes import Recipe
 
 MB_PER_VIEW = (380, 480)  # activations of ResNet-50 at 224 px, forward and backward

@@ -1,0 +1,1 @@
+"""Linear classification on a frozen backbone."""

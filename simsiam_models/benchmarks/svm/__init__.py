@@ -1,0 +1,1 @@
+"""VOC07 classification with linear SVMs."""

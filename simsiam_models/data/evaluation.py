@@ -1,0 +1,94 @@
+"""Images as they are measured: resized, cropped at the centre, without augmentation."""
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import resize, short_side
+from .loader import AHEAD, in_order, make_threads
+from .readers.decode import UnreadableError
+from .readers.images import Images
+
+SHARE = 8  # images that a thread takes at a time
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Short side to `resize`, then the centre of crop x crop; or 'squash' (VOC07): the whole image to crop x crop.
+
+    Both match torchvision's operators on PIL images, bilinear (`augment.resize`).
+    """
+
+    resize: int = 256
+    crop: int = 224
+    kind: str = 'center'
+
+    def __post_init__(self) -> None:
+        if self.kind not in ('center', 'squash'):
+            raise ValueError(f"transform {self.kind!r}: it is 'center' or 'squash'")
+        if min(self.resize, self.crop) < 1 or (self.kind == 'center' and self.crop > self.resize):
+            raise ValueError(
+                f'--image-size {self.crop} and --resize {self.resize}: the crop must fit into the resized image')
+
+    def __call__(self, image: np.ndarray, out: np.ndarray) -> None:
+        """(H, W, 3) uint8 -> `out` (crop, crop, 3) uint8."""
+        width, height = short_side(image, self.resize)
+        if self.kind == 'center':
+            resize(image, width, height, round((width - self.crop) / 2), round((height - self.crop) / 2), out)
+            return
+        whole = np.empty((height, width, 3), np.uint8)
+        resize(image, width, height, 0, 0, whole)
+        resize(whole, self.crop, self.crop, 0, 0, out)
+
+
+class EvalImages:
+    """The loader of evaluation images: yields (rows, pixels), one pair for each array in `batches`.
+
+    rows are the indices of the images, pixels their crops, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
+
+    An unreadable image is never measured as a black one. It is counted and named in `unreadable` (index -> why) as soon
+    as its batch is yielded, its pixels are zeros, and the caller leaves it out of the number or refuses to go on.
+
+    Args:
+        workers: threads that read and resize; 0: the caller's own.
+    """
+
+    def __init__(
+        self, images: Images, batches: Sequence[np.ndarray], transform: Transform, workers: int = 0,
+        device: torch.device | str = 'cpu',
+    ) -> None:
+        self.images, self.batches, self.transform, self.device = images, batches, transform, torch.device(device)
+        self.unreadable: dict[int, str] = {}
+        self._threads = make_threads(workers)
+        largest = max((len(rows) for rows in batches), default=1)
+        self._ahead = max(AHEAD, -(-2 * workers * SHARE // max(1, largest)))  # so that no thread waits for the model
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, Tensor]]:
+        yield from in_order(self._threads, self._jobs(), self._ahead)
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        """Which of these images could be read: (len(rows),) bool."""
+        return np.array([int(row) not in self.unreadable for row in rows], bool)
+
+    def _jobs(self) -> Iterator[tuple[tuple[np.ndarray, Tensor], list[Callable[[], None]]]]:
+        size = self.transform.crop
+        for rows in self.batches:
+            x = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
+            parts = [slice(i, i + SHARE) for i in range(0, len(rows), SHARE)]
+            yield (rows, x), [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in parts]
+
+    def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:
+        for place, row in zip(out, rows, strict=True):
+            try:
+                image = self.images.read(int(row))
+            except UnreadableError as e:
+                self.unreadable[int(row)] = str(e)
+                place[:] = 0
+            else:
+                self.transform(image, place)

@@ -1,0 +1,1 @@
+"""Readers of image data sets, one file per format."""

@@ -1,0 +1,1 @@
+"""`simsiam preflight`: survey the data, try the training step, recommend a command."""

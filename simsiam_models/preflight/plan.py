@@ -1,0 +1,101 @@
+"""From what was counted and measured: the command of train.py, its reasons, and what it costs."""
+import math
+import shlex
+import shutil
+from typing import Any
+
+import torch
+
+from ..training.options import build_parser, resolve_recipe
+from ..training.recipes import RECIPES, Recipe
+from .survey import Survey
+from .trial import Trial
+
+MEASURED, PUBLISHED, THUMB = 'measured', 'published', 'rule of thumb'
+SMALL = 64  # pixels: at a smaller short side ImageNet's stem throws most of an image away
+LONGEST = 800  # epochs: the paper's longest runs
+STEPS, DEMO_STEPS = 77_600, 920  # of the paper's CIFAR-10 run (800 epochs of 97), of the demonstration
+LOG_LINE, LOG_EVERY = 300, 50  # bytes, steps
+
+Line = tuple[str, str]  # kind, text
+
+
+class Plan:
+    """train.py's arguments for these data, and why; `args` and `recipe` are what train.py itself makes of them."""
+
+    def __init__(
+        self, data: str, s: Survey, device: torch.device, name: str | None = None, batch: int | None = None,
+        rest: dict[str, Any] | None = None, batch_why: str = '',
+    ) -> None:
+        """`rest`: other flags that were given, by name."""
+        self.why: list[Line] = []
+        short = s.short_side[1]
+        flags = [data]
+        chosen = name or self._choose_recipe(short, device)
+        recipe = RECIPES[chosen]
+        flags += ['--recipe', chosen, '--batch-size', str(self._choose_batch(s, recipe, batch, batch_why))]
+        size = recipe.augmentation.size
+        fitting = min(max(size, SMALL), max(32, short // 32 * 32))
+        if name is None and fitting != size:
+            flags += ['--image-size', str(fitting)]
+            self.why.append((THUMB, f'views of {fitting} px, not {size}: the median short side is {short} px'))
+        epochs = self._choose_epochs(chosen, s.images // self.batch)
+        if epochs != recipe.epochs:
+            flags += ['--epochs', str(epochs)]
+        if self.batch >= 1024 and not recipe.warmup_epochs and epochs > 10:
+            flags += ['--warmup-epochs', '10']
+            self.why.append((PUBLISHED, 'warm-up of 10 epochs at batches of 1024 and more (paper)'))
+        flags += [str(x) for flag, value in (rest or {}).items() if value is not None for x in (flag, value)]
+        self.flags = flags
+        self.args = build_parser('').parse_args(flags)
+        self.name, self.recipe = resolve_recipe(self.args)
+        self.steps_per_epoch = s.images // self.recipe.batch_size
+        self.steps = self.steps_per_epoch * self.recipe.epochs
+
+    @property
+    def command(self) -> str:
+        return f'python train.py {shlex.join(self.flags)}'
+
+    def _choose_recipe(self, short: int, device: torch.device) -> str:
+        if device.type == 'cpu':
+            self.why.append((THUMB, 'recipe demo: a narrow network, the only one that a CPU trains in hours'))
+            return 'demo'
+        if short <= SMALL:
+            self.why.append((THUMB, f'recipe cifar10_ep800: images of up to {SMALL} px need its 3x3 stem'))
+            return 'cifar10_ep800'
+        self.why.append((THUMB, 'recipe in1k_bs512_ep100: the paper on ImageNet'))
+        return 'in1k_bs512_ep100'
+
+    def _choose_batch(self, s: Survey, recipe: Recipe, batch: int | None, why: str) -> int:
+        self.batch = batch or recipe.batch_size
+        while batch is None and self.batch > 64 and 4 * self.batch > s.images:
+            self.batch //= 2
+            why = 'at least 4 steps per epoch'
+        while batch is None and self.batch > s.images:
+            self.batch //= 2
+            why = 'no more than there are images'
+        if why:
+            self.why.append((THUMB, f'batch {self.batch}: {why}'))
+        if 64 <= self.batch <= 512 and recipe.augmentation.size > SMALL:
+            self.why.append((PUBLISHED, 'ImageNet top-1: 66.1 at batch 64, 67.3 at 128, 68.1 at 256 and 512 (paper)'))
+        return self.batch
+
+    def _choose_epochs(self, name: str, steps: int) -> int:
+        """More epochs where there are few images; the recipe's own is the least."""
+        own, target = RECIPES[name].epochs, DEMO_STEPS if name == 'demo' else STEPS
+        epochs = max(own, min(LONGEST, math.ceil(target / steps)))
+        if epochs != own:
+            whose = 'the demonstration' if name == 'demo' else "the paper's CIFAR-10 run"
+            cut = f", but at most the paper's {LONGEST} epochs" if epochs == LONGEST else ''
+            self.why.append((THUMB, f'{epochs} epochs, not {own}: the {target:,} steps of {whose}{cut}'))
+        return epochs
+
+
+def cost_of(plan: Plan, t: Trial) -> dict[str, Any]:
+    """Time and disk of the whole run, worked out from what was measured."""
+    disk = (plan.args.keep_last + 1) * t.state_bytes + t.backbone_bytes
+    log = (plan.steps // LOG_EVERY + plan.recipe.epochs) * LOG_LINE
+    return {
+        'steps': plan.steps, 'steps_per_epoch': plan.steps_per_epoch, 'seconds_per_step': t.run_seconds,
+        'hours': plan.steps * t.run_seconds / 3600, 'checkpoint_bytes': t.state_bytes, 'log_bytes': log,
+        'disk_bytes': disk + log, 'disk_free_bytes': shutil.disk_usage('.').free}

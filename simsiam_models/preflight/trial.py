@@ -1,0 +1,301 @@
+"""A trial of a run: the speed of data and steps, memory, and whether the outputs collapse, in about a minute."""
+import copy
+import gc
+import itertools
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import TwoViews
+from ..data.readers.images import Images
+from ..runtime.precision import AMP, choose_amp
+from ..simsiam import SimSiam, simsiam_loss
+from ..training.doctor import Doctor
+from ..training.monitor import Reading
+from ..training.recipes import Recipe
+from ..training.schedule import make_optimizer, set_lr
+from ..training.setup import make_model
+
+PROBE = 2  # samples of the first, careful steps
+
+
+@dataclass
+class Trial:
+    """What a short training told. None: not measured."""
+
+    parameters: int
+    batch: int  # that fits
+    state_bytes: int  # of a checkpoint: weights, statistics, momentum
+    backbone_bytes: int
+    amp: str = 'off'
+    data_rate: float | None = None  # images/s of the data alone
+    step_seconds: float = math.nan  # of the step alone
+    timed_batch: int = 0  # below `batch`: the step was timed with fewer samples, and scaled up
+    rate: float | None = None  # images/s of both together
+    waiting: float | None = None
+    memory: int | None = None  # bytes, peak
+    steps: int = 0
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    collapsed: bool | None = None
+    diagnosis: str | None = None
+    memory_of: str = 'of this process'
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def run_seconds(self) -> float:
+        """Per step of a run."""
+        if self.rate:
+            return self.batch / self.rate
+        return max(self.step_seconds, self.batch / self.data_rate if self.data_rate else 0.0)
+
+
+class Trainer:
+    """train.py's step on one process."""
+
+    def __init__(self, model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> None:
+        self.device, self.amp = device, amp
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.optimizer = make_optimizer(self.model, recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == 'float16')
+
+    def step(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """-> loss, p1, z1."""
+        x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in (x1, x2))
+        with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != 'off'):
+            p1, p2, z1, z2 = self.model(x1, x2)
+        loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), p1.detach(), z1
+
+    def seconds(self, x1: Tensor, x2: Tensor) -> float:
+        finish(self.device)
+        start = time.perf_counter()
+        self.step(x1, x2)
+        finish(self.device)
+        return time.perf_counter() - start
+
+
+def finish(device: torch.device) -> None:
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: what torch held on a CUDA card; elsewhere the largest size this process had."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+
+
+def free_memory() -> float:
+    """Bytes this process may still take of the host's memory; infinite where the system does not say."""
+    free = math.inf
+    try:
+        lines = Path('/proc/meminfo').read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+        group = Path('/sys/fs/cgroup')  # of a container
+        limit, used = ((group / name).read_text().strip() for name in ('memory.max', 'memory.current'))
+        if limit != 'max':
+            free = min(free, int(limit) - int(used))
+    except (OSError, StopIteration, ValueError):
+        pass
+    return free
+
+
+def saved_bytes(trainer: Trainer, x1: Tensor, x2: Tensor) -> int:
+    """What the forward passes keep for the backward pass, without the weights."""
+    own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        trainer.step(x1, x2)
+    return sum(n for at, n in kept.items() if at not in own)
+
+
+def run_trial(
+    images: Images, recipe: Recipe, device: torch.device, workers: int, seconds: float, seed: int = 0) -> Trial:
+    """Measure a run of `recipe` for about `seconds`; the batch is halved until it fits the memory.
+
+    Raises:
+        ValueError: not even 2 samples fit.
+    """
+    began = time.perf_counter()
+    end = began + seconds
+    model = make_model(recipe, seed)
+    backbone = model.backbone
+    t = Trial(
+        sum(p.numel() for p in model.parameters()), recipe.batch_size,
+        sum(x.nbytes for x in [*model.parameters(), *model.buffers(), *model.parameters()]),  # the last: momentum
+        sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()]))
+    trainer = _measure(t, copy.deepcopy(model), recipe, device, end)
+    t.data_rate = _data_rate(images, recipe, device, workers, t.batch, 0.2 * (end - time.perf_counter()))
+    left = end - time.perf_counter()
+    hopeless = 4 * (t.batch / t.data_rate + t.step_seconds) > left  # of training at all
+    _time_steps(t, trainer, recipe.augmentation.size, (0.9 if hopeless else 0.3) * left, 0.15 * left)
+    del trainer
+    gc.collect()
+    if device.type == 'cuda':
+        torch.cuda.empty_cache()
+    first = t.batch / t.data_rate + t.step_seconds
+    while t.timed_batch >= t.batch and 2 * first < end - time.perf_counter():
+        recipe = replace(recipe, batch_size=t.batch)  # the learning rate follows
+        try:
+            _train(t, Trainer(copy.deepcopy(model), recipe, device, t.amp), images, recipe, workers, end, seed)
+        except torch.cuda.OutOfMemoryError:  # the batch being fetched takes its share as well
+            _halve(t)
+            t.step_seconds /= 2
+        else:
+            break
+    t.memory_of = 'held by torch on the card' if device.type == 'cuda' else 'of this process'
+    t.memory, t.seconds = peak_memory(device), time.perf_counter() - began
+    return t
+
+
+def _measure(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: float) -> Trainer:
+    """First steps, of few samples: what fits, and which precision is to be taken."""
+    trainer, n, size = Trainer(model, recipe, device, 'off'), min(PROBE, t.batch), recipe.augmentation.size
+    per_sample = saved_bytes(trainer, *noise(n, size, device)) / n
+    spent, most = [trainer.seconds(*noise(n, size, device))], 0.05 * (end - time.perf_counter())
+    while len(spent) < 3 and sum(spent) < most:  # a busy moment of the machine must not decide what follows
+        spent.append(trainer.seconds(*noise(n, size, device)))
+    once = min(spent)
+    t.step_seconds, t.timed_batch = once * t.batch / n, n
+    if device.type != 'cpu':
+        t.amp = choose_amp('auto', device, model, (t.batch, 3, size, size))
+        return Trainer(model, recipe, device, t.amp)
+    _halve_to_fit(t, per_sample)
+    t.step_seconds = once * t.batch / n
+    # What choose_amp takes: two precisions, four times at least, of so many samples.
+    needed = max(5.0, 8 * once / n * min(t.batch, max(8, 2**18 // size**2)))
+    if needed < (end - time.perf_counter()) / 4:
+        t.amp = choose_amp('auto', device, model, (t.batch, 3, size, size))
+    else:
+        t.notes.append('no time to try bfloat16, so amp off')
+    return Trainer(model, recipe, device, t.amp)
+
+
+def noise(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two views of n samples of nothing, (n, 3, size, size)."""
+    x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    return x, x.flip(3)
+
+
+def _halve_to_fit(t: Trial, per_sample: float) -> None:
+    """A CPU that runs out of memory kills the process, so this is worked out beforehand."""
+    free = 0.9 * free_memory()
+    while t.batch * per_sample + t.state_bytes > free:
+        if t.batch <= 2:
+            raise ValueError(
+                f'one step of 2 samples needs {(2 * per_sample + t.state_bytes) / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
+                'is free: take another --recipe')
+        t.batch = t.batch // 2
+        t.notes.append(f'batch {2 * t.batch} does not fit into {free / 1e9:.1f} GB of free memory: halved')
+
+
+def _data_rate(
+    images: Images, recipe: Recipe, device: torch.device, workers: int, batch: int, seconds: float) -> float:
+    """Images/s of reading, cutting and finishing, with nothing else running."""
+    if device.type == 'cpu':
+        batch = min(batch, 64)
+    # The survey has judged the unreadable ones; here they must not end the measurement.
+    views = TwoViews(
+        images, recipe.augmentation, batch, device=device, workers=workers, max_unreadable=1.0)
+    done, began, cold = 0, time.perf_counter(), device.type == 'cuda'
+    for x1, _ in itertools.chain.from_iterable(views.epoch(e) for e in itertools.count()):
+        if cold:  # the first batch compiled the augmentation
+            finish(device)
+            began, cold = time.perf_counter(), False
+            continue
+        done += len(x1)
+        if time.perf_counter() > began + seconds:
+            break
+    finish(device)
+    return done / (time.perf_counter() - began)
+
+
+def _halve(t: Trial) -> None:
+    """After a card ran out of memory."""
+    if t.batch <= 2:
+        raise ValueError('a step of 2 samples does not fit the card: take another --recipe')
+    gc.collect()
+    torch.cuda.empty_cache()
+    t.notes.append(f'batch {t.batch} does not fit the card: halved')
+    t.batch //= 2
+    t.steps, t.first = 0, {}
+
+
+def _time_steps(t: Trial, trainer: Trainer, size: int, seconds: float, repeating: float) -> None:
+    """On a CPU ever more samples, up to the batch or as many as there is time for; a card gets the batch at once."""
+    device, began = trainer.device, time.perf_counter()
+    n = t.batch if device.type != 'cpu' else t.timed_batch
+    while device.type != 'cpu' or 2 * t.step_seconds * n / t.batch < seconds - (time.perf_counter() - began):
+        views = noise(n, size, device)
+        try:
+            spent = [trainer.seconds(*views) for _ in range(2)]
+        except torch.cuda.OutOfMemoryError:
+            trainer.optimizer.zero_grad(set_to_none=True)
+            _halve(t)
+            n = t.batch
+            continue
+        while n == t.batch and len(spent) < 30 and sum(spent) < repeating:
+            spent.append(trainer.seconds(*views))
+        t.step_seconds, t.timed_batch = statistics.median(spent[1:]) * t.batch / n, n
+        if n == t.batch:
+            return
+        n = min(2 * n, t.batch)
+
+
+def _train(
+    t: Trial, trainer: Trainer, images: Images, recipe: Recipe, workers: int, end: float, seed: int) -> None:
+    """The first steps of the run itself; the first one is left out of the timing."""
+    device = trainer.device
+    views = TwoViews(images, recipe.augmentation, t.batch, seed, device=device, workers=workers, max_unreadable=1.0)
+    waited = began = clock = 0.0
+    bar = tqdm(total=recipe.epochs * len(views), unit='step', leave=False, disable=not sys.stderr.isatty())
+    for epoch in range(recipe.epochs):
+        set_lr(trainer.optimizer, epoch, recipe)
+        for x1, x2 in views.epoch(epoch):
+            if t.steps:
+                waited += time.perf_counter() - clock
+            loss, p1, z1 = trainer.step(x1, x2)
+            t.steps += 1
+            if t.steps == 1:
+                t.first = Reading(loss, x1, p1, z1, trainer.model).read()  # waits for the device
+                began = time.perf_counter()
+            bar.update()
+            clock = time.perf_counter()
+            if clock > end:
+                break
+        if clock > end:
+            break
+    bar.close()
+    finish(device)
+    spent = time.perf_counter() - began
+    t.last = Reading(loss, x1, p1, z1, trainer.model).read()
+    diagnosis = Doctor(trainer.model, recipe.lr, t.batch).examine(t.last)
+    t.collapsed = diagnosis is not None and diagnosis.collapsed
+    t.diagnosis = None if diagnosis is None else str(diagnosis)
+    if t.steps > 1:
+        t.rate, t.waiting = (t.steps - 1) * t.batch / spent, waited / spent

@@ -1,0 +1,511 @@
+"""kernel.c against NumPy, PIL, torch, torchvision and SciPy; and what happens where it cannot be compiled."""
+import itertools
+import logging
+import math
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image, ImageEnhance
+from scipy import stats
+from test_augment import MEAN, OPERATORS, STD, colours, gaussian, parameters, photo, source
+from torchvision import transforms
+from torchvision.transforms.v2 import functional as F
+
+from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel
+from simsiam_models.data import philox as counted
+from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray, resize
+
+needs_kernel = pytest.mark.skipif(kernel.library() is None, reason='no C compiler')
+pytestmark = [pytest.mark.usefixtures('one_thread'), needs_kernel]
+
+
+
+def run(images: list[np.ndarray], size: int, params: Finish | None = None) -> np.ndarray:
+    """Each whole image, resized to size: bytes, or finished floats (n, S, S, 3)."""
+    n = len(images)
+    # Area 1 and a ratio between the image's own: width / height of the image itself.
+    out = np.empty((n, size, size, 3), np.uint8 if params is None else np.float32)
+    for i, image in enumerate(images):
+        height, width = image.shape[:2]
+        ratio = width / height
+        u = np.zeros((1, 22))
+        table = None if params is None else params.table()[i:i + 1]
+        kernel.views([image], u, np.array([1.0, 1.0, ratio, ratio]), table, out, np.array([i]))
+    return out
+
+
+def as_images(x: torch.Tensor) -> list[np.ndarray]:
+    return list(x.permute(0, 2, 3, 1).contiguous().numpy())
+
+
+def levels(out: np.ndarray) -> np.ndarray:
+    """Finished floats -> grey levels, 0 .. 255."""
+    return (out * np.array(STD) + np.array(MEAN)) * 255
+
+
+# Numbers and boxes
+
+
+def test_its_words_are_numpys():
+    indices = np.array([0, 1, 7, 2**31, 2**32 + 5, 2**40])
+    for seed, epoch, block in itertools.product((0, 3, 2**33 + 1, -1), (0, 799), (0, 256, 1 << 16)):
+        got = kernel.philox_words(seed, epoch, indices, block, 8)
+        c = np.zeros((len(indices), 8, 4), np.uint64)
+        c[..., 0] = np.arange(block, block + 8)
+        c[..., 1], c[..., 2], c[..., 3] = indices[:, None] & 0xFFFFFFFF, indices[:, None] >> 32, epoch
+        want = counted.philox(c, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)).reshape(len(indices), -1)
+        assert np.array_equal(got, want)
+
+
+SHAPES = [(500, 375), (375, 500), (32, 32), (1, 1), (1, 50), (3, 2), (20000, 20), (20, 20000), (640, 427)]
+
+
+@pytest.mark.parametrize('width, height', SHAPES)
+def test_its_boxes_are_those_of_the_readable_rule(width, height):
+    aug = Augmentation()
+    u, _ = draw(aug, 0, 0, np.arange(3000), 0)
+    left, top, w, h = kernel.crop_boxes(u, np.tile([width, height], (3000, 1)), aug.rule()).T
+    want = np.array([crop_box(aug, row, width, height) for row in u])
+    assert np.array_equal(np.stack([left, top, left + w, top + h], 1), want)
+
+
+def chi_square(a: np.ndarray, b: np.ndarray, bins: int = 40) -> float:
+    """p of the hypothesis that two samples have one distribution, over bins that hold as much of both together."""
+    edges = np.unique(np.quantile(np.concatenate([a, b]), np.linspace(0, 1, bins + 1)))
+    edges[-1] += 1e-9
+    counts = np.stack([np.histogram(x, edges)[0] for x in (a, b)])
+    return stats.chi2_contingency(counts[:, counts.sum(0) > 0]).pvalue
+
+
+def test_boxes_are_distributed_as_torchvisions_over_100_000_draws():
+    n, width, height, aug = 100_000, 500, 375, Augmentation()
+    u, _ = draw(aug, 0, 0, np.arange(n), 0)
+    left, top, w, h = kernel.crop_boxes(u, np.tile([width, height], (n, 1)), aug.rule()).T
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([
+        transforms.RandomResizedCrop.get_params(image, aug.crop_scale, aug.crop_ratio) for _ in range(n)])
+    t_top, t_left, t_h, t_w = theirs.T
+    for name, a, b in (
+            ('width', w, t_w), ('height', h, t_h), ('left', left, t_left), ('top', top, t_top),
+            ('area', w * h, t_w * t_h), ('ratio', w / h, t_w / t_h)):
+        assert chi_square(a, b) > 1e-3, name
+
+
+def test_factors_orders_and_probabilities_are_distributed_as_torchvisions_over_100_000_draws():
+    n, aug = 100_000, Augmentation()
+    p = draw(aug, 0, 0, np.arange(n), 1)[1]
+    torch.manual_seed(0)
+    jitter = transforms.ColorJitter(aug.brightness, aug.contrast, aug.saturation, aug.hue)
+    drawn = [
+        jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) for _ in range(n)]
+    for i in range(4):
+        assert chi_square(p.factors[:, i], np.array([d[1 + i] for d in drawn])) > 1e-3, OPERATORS[i][0]
+    places = np.stack([[d[0].tolist() for d in drawn], p.order.tolist()]) @ [64, 16, 4, 1]
+    both = np.unique(places)
+    assert len(both) == 24
+    assert stats.chi2_contingency([[np.sum(x == v) for v in both] for x in places]).pvalue > 1e-3
+    sigma = p.sigma[p.sigma > 0]
+    assert chi_square(sigma, np.random.default_rng(0).uniform(*aug.blur_sigma, len(sigma))) > 1e-3
+    for what, happened, share in (
+            ('jitter', p.jitter, 0.8), ('gray', p.gray, 0.2), ('blur', p.sigma > 0, 0.5), ('flip', p.flip, 0.5)):
+        assert stats.binomtest(int(happened.sum()), n, share).pvalue > 1e-3, what
+
+
+# The resized crop
+
+
+@pytest.mark.parametrize('width, height, size', [
+    (387, 290, 224), (290, 387, 224), (100, 80, 224), (500, 375, 32), (1, 1, 16), (1, 40, 8), (40, 1, 8), (3, 2, 5),
+    (2000, 1500, 224), (1500, 2000, 224), (20000, 20, 32), (224, 224, 224), (31, 33, 1)])
+def test_a_crop_is_pils_within_one_level(width, height, size):
+    rng = np.random.default_rng(width)
+    for image in (rng.integers(0, 256, (height, width, 3), dtype=np.uint8), np.asarray(photo(width, height))):
+        got = run([image], size)[0].astype(int)
+        want = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
+        off = np.abs(got - want)
+        assert (off > 1).mean() < 1e-3 and off.max() <= 2  # both round twice, in another order
+        assert abs((got - want).mean()) < 0.05 or size < 16
+    full = np.full((height, width, 3), 255, np.uint8)
+    assert (run([full], size)[0] == 255).all()
+
+
+def test_a_box_takes_no_pixel_from_outside():
+    image = np.full((60, 80, 3), 255, np.uint8)
+    aug = Augmentation(size=24, crop_scale=(0.2, 0.4))
+    u, _ = draw(aug, 0, 0, np.arange(50), 0)
+    for row, (left, top, w, h) in zip(
+            u, kernel.crop_boxes(u, np.tile([80, 60], (50, 1)), aug.rule()), strict=True):
+        framed = image.copy()
+        framed[top:top + h, left:left + w] = 7
+        out = np.empty((1, 24, 24, 3), np.uint8)
+        kernel.views([framed], row[None], aug.rule(), None, out, np.array([0]))
+        assert (out == 7).all()
+
+
+# Evaluation
+
+
+def of_one_axis_at_a_time(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    rows = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
+    return np.asarray(rows.resize((width, height), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_a_window_of_the_resized_image_is_pils_bit_for_bit(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    for case in range(40):
+        w, h = (int(x) for x in rng.integers(1, 2500 if case < 3 else 400, 2))
+        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8) if case % 4 else np.full((h, w, 3), 255, np.uint8)
+        width, height = int(rng.integers(1, 400)), int(rng.integers(1, 400))
+        width, height = {5: (w, h), 6: (w, height), 7: (width, h), 8: (1, 1)}.get(case, (width, height))
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        out = np.full((int(rng.integers(1, height - top + 1)), int(rng.integers(1, width - left + 1)), 3), 9, np.uint8)
+        resize(image, width, height, left, top, out)
+        window = np.s_[top:top + out.shape[0], left:left + out.shape[1]]
+        assert np.array_equal(out, of_one_axis_at_a_time(image, width, height)[window])
+        whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))[window]
+        assert np.abs(out.astype(int) - whole).max() <= 1  # PIL 13 may begin with the columns
+        with monkeypatch.context() as without:
+            without.setattr(kernel, 'library', lambda: None)
+            again = np.empty_like(out)
+            resize(image, width, height, left, top, again)
+        assert np.array_equal(out, again)
+
+
+def test_resizing_reads_and_writes_nothing_outside():
+    image = np.random.default_rng(0).integers(0, 256, (9, 30, 3), dtype=np.uint8)
+    for frame in (0, 255):
+        around = np.full((11, 30, 3), frame, np.uint8)
+        around[1:10] = image
+        target = np.full((26, 20, 3), 77, np.uint8)
+        kernel.resize(around[1:10], 20, 24, 0, 0, target[1:25])
+        assert np.array_equal(target[1:25], of_one_axis_at_a_time(image, 20, 24))
+        assert (target[0] == 77).all() and (target[25] == 77).all()
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(image=np.zeros((4, 4), np.uint8)), dict(image=np.zeros((4, 4, 3), np.float32)),
+    dict(image=np.zeros((0, 4, 3), np.uint8)), dict(left=-1), dict(left=5), dict(top=5), dict(width=3),
+    dict(out=np.zeros((4, 4, 4), np.uint8)), dict(out=np.zeros((4, 4, 3), np.int8)),
+    dict(out=np.zeros((4, 8, 3), np.uint8)[:, ::2])])
+def test_what_does_not_fit_is_not_resized(wrong):
+    black = np.zeros((4, 4, 3), np.uint8)
+    good = dict(image=black, width=8, height=8, left=0, top=0, out=black.copy())
+    kernel.resize(**good)
+    with pytest.raises(ValueError, match='no window'):
+        kernel.resize(**{**good, **wrong})
+
+
+@pytest.mark.parametrize('width', [1, 31, 32, 100, 2048])
+def test_products_of_rows_are_those_of_float64(width):
+    rng = np.random.default_rng(width)
+    table, query = rng.standard_normal((50, width), np.float32), rng.standard_normal(width)
+    rows = rng.integers(0, 50, 200)
+    got = kernel.dots(table, rows, query)
+    want = [math.fsum(float(x) * q for x, q in zip(table[row], query, strict=True)) for row in rows]
+    assert np.abs(got - want).max() < 1e-12
+    assert np.array_equal(got, kernel.dots(table[rows], np.arange(200), query))  # wherever a row lies
+    for wrong in (np.array([50]), np.array([-1]), np.zeros((1, 1), int)):
+        with pytest.raises(ValueError, match='no products'):
+            kernel.dots(table, wrong, query)
+    with pytest.raises(ValueError, match='no products'):
+        kernel.dots(table, rows, np.zeros(width + 1))
+
+
+# Behind the crop
+
+
+def test_everything_is_what_torch_makes_of_it():
+    n = 256
+    x = colours(n)
+    p = draw(Augmentation(size=32), 3, 1, np.arange(n), 0)[1]
+    got = torch.from_numpy(run(as_images(x), 32, p)).permute(0, 3, 1, 2)
+    assert (got - finish(x, p)).abs().max() < 2e-5  # of standard deviations: about 1e-3 of a grey level
+
+
+@pytest.mark.parametrize('name, op, reference, factors, error', OPERATORS, ids=[o[0] for o in OPERATORS])
+def test_each_colour_operator_is_torchvisions_on_floats(name, op, reference, factors, error):
+    n = len(factors)
+    x = colours(n)
+    f = np.tile([1.0, 1.0, 1.0, 0.0], (n, 1))
+    f[:, op] = factors
+    got = levels(run(as_images(x), 32, parameters(n, jitter=np.ones(n, bool), factors=f)))
+    for i in range(n):
+        want = reference(x[i] / 255, factors[i]).permute(1, 2, 0).numpy() * 255
+        assert np.abs(got[i] - want).max() < 3e-3  # grey levels
+
+
+def share_beyond_one_level(a: np.ndarray, b: np.ndarray) -> float:
+    return float((np.abs(np.rint(a).astype(int) - b.astype(int)) > 1).mean())
+
+
+@pytest.mark.parametrize('op, enhance', [
+    (0, ImageEnhance.Brightness), (1, ImageEnhance.Contrast), (2, ImageEnhance.Color)], ids=['b', 'c', 's'])
+@pytest.mark.parametrize('factor', [0.6, 0.8, 1.2, 1.4])
+def test_colours_are_pils_within_one_level(op, enhance, factor):
+    image = np.asarray(photo(64, 64))
+    f = np.array([[1.0, 1, 1, 0]])
+    f[0, op] = factor
+    got = levels(run([image], 64, parameters(1, jitter=np.array([True]), factors=f)))[0]
+    assert share_beyond_one_level(got, np.asarray(enhance(Image.fromarray(image)).enhance(factor))) < 1e-3
+
+
+def test_gray_is_pils_within_one_level():
+    image = np.asarray(photo(64, 64))
+    got = levels(run([image], 64, parameters(1, gray=np.array([True]))))[0]
+    assert share_beyond_one_level(got, np.asarray(Image.fromarray(image).convert('L').convert('RGB'))) < 1e-3
+
+
+@pytest.mark.parametrize('shift', [-0.1, 0.04, 0.1])
+def test_hue_is_as_far_from_pils_as_torchvisions_floats_are(shift):
+    """PIL holds hue, and its shift, in 256 steps: some pixels are 10 levels off. We follow the exact hue."""
+    image = np.asarray(photo(64, 64))
+    got = levels(run([image], 64, parameters(1, jitter=np.array([True]), factors=np.array([[1, 1, 1, shift]]))))[0]
+    pil = np.asarray(transforms.functional.adjust_hue(Image.fromarray(image), shift)).astype(int)
+    exact = F.adjust_hue(torch.tensor(image).permute(2, 0, 1) / 255, shift).permute(1, 2, 0).numpy() * 255
+    assert np.abs(np.abs(got - pil) - np.abs(exact - pil)).max() < 0.01
+    assert np.abs(got - pil).mean() < 2
+
+
+@pytest.mark.parametrize('sigma', [0.1, 0.3, 0.7, 1.0, 1.5, 2.0])
+def test_blur_is_the_gaussian_and_not_pils_cascade_of_boxes(sigma):
+    image = np.asarray(photo(64, 64))
+    got = levels(run([image], 64, parameters(1, sigma=np.array([sigma]))))[0]
+    want = gaussian(image.transpose(2, 0, 1), sigma).transpose(1, 2, 0)
+    assert np.abs(got - want).max() < 5e-3  # grey levels
+    if sigma >= 0.7:  # PIL's is near enough on a photograph
+        from PIL import ImageFilter
+        pil = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
+        assert np.abs(got - pil).mean() < 1.5
+
+
+def test_a_blur_wider_than_the_image_keeps_its_mean():
+    image = np.full((3, 3, 3), 100, np.uint8)
+    assert np.abs(levels(run([image], 3, parameters(1, sigma=np.array([2.0])))) - 100).max() < 1e-3
+
+
+def test_a_flip_mirrors():
+    image = np.asarray(photo(37, 37))
+    a, b = (run([image], 37, parameters(1, flip=np.array([f])))[0] for f in (False, True))
+    assert np.array_equal(a[:, ::-1], b)
+
+
+def test_torchs_colours_are_captured_without_a_graph_break():
+    """So that torch.compile can fuse them on a GPU."""
+    captured = torch.compile(jitter_and_gray, fullgraph=True, backend='eager', dynamic=False)
+    table = torch.from_numpy(draw(Augmentation(size=8), 0, 0, np.arange(4), 0)[1].table())
+    x = colours(4, 8)
+    assert torch.equal(captured(x, table), jitter_and_gray(x, table))
+
+
+# Batches
+
+
+@pytest.fixture(scope='module')
+def files(tmp_path_factory) -> FolderImages:
+    folder = tmp_path_factory.mktemp('photos')
+    for i in range(48):
+        photo(60 + i, 90 - i, i).save(folder / f'{i:02}.{"png" if i % 3 == 0 else "jpg"}')
+    return FolderImages(folder)
+
+
+@pytest.mark.parametrize('on_device', [False, True])
+def test_the_same_bits_with_0_1_2_and_5_workers_and_in_2_processes(files, on_device):
+    for images in (files, source(48)):
+        aug = Augmentation(size=24)
+        want = list(TwoViews(images, aug, 16, seed=2, on_device=on_device).epoch(1))
+        for workers in (1, 2, 5):
+            got = list(TwoViews(images, aug, 16, seed=2, workers=workers, on_device=on_device).epoch(1))
+            assert all(torch.equal(a, b) for x, y in zip(want, got, strict=True) for a, b in zip(x, y, strict=True))
+        ranks = [list(TwoViews(images, aug, 16, seed=2, rank=r, world=2, workers=2, on_device=on_device).epoch(1))
+                 for r in (0, 1)]
+        for x, a, b in zip(want, *ranks, strict=True):
+            assert all(torch.equal(whole, torch.cat(parts)) for whole, *parts in zip(x, a, b, strict=True))
+
+
+def test_what_a_gpu_would_finish_is_what_the_kernel_finishes(files):
+    aug = Augmentation(size=24)
+    for a, b in zip(TwoViews(files, aug, 16).epoch(0), TwoViews(files, aug, 16, on_device=True).epoch(0), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert x.is_contiguous(memory_format=torch.channels_last)
+            assert (x - y).abs().max() < 2e-5
+
+
+def test_a_batch_that_is_held_is_not_written_to(files):
+    views = TwoViews(files, Augmentation(size=24), 8, workers=2)
+    held = [(x1, x2.clone(), x1.clone()) for e in range(3) for x1, x2 in views.epoch(e)]
+    again = [x for e in range(3) for x in TwoViews(files, Augmentation(size=24), 8).epoch(e)]
+    for (x1, x2, copy), (y1, y2) in zip(held, again, strict=True):
+        assert torch.equal(x1, copy) and torch.equal(x1, y1) and torch.equal(x2, y2)
+
+
+def test_memory_of_batches_that_went_is_used_again(files):
+    views = TwoViews(files, Augmentation(size=24), 8, workers=2)
+    seen = {x1.data_ptr() for e in range(4) for x1, _ in views.epoch(e)}
+    assert len(seen) <= 7  # 24 batches went by: one in use, those ahead, and what threads hold
+    kept = [x1 for x1, _ in views.epoch(4)]
+    assert len({x.data_ptr() for x in kept}) == len(kept)
+
+
+def test_autograd_holds_a_batch_too():
+    views = TwoViews(source(32), Augmentation(size=16), 8)
+    w = torch.ones(3, requires_grad=True)
+    pending = []
+    for x1, _ in views.epoch(0):
+        pending.append(((x1 * w.view(1, 3, 1, 1)).square().sum(), x1.clone()))
+        del x1
+    for loss, x in pending:
+        w.grad = None
+        loss.backward()
+        assert torch.allclose(w.grad, 2 * x.square().sum((0, 2, 3)), rtol=1e-4)
+
+
+def test_an_epoch_that_is_left_early_leaves_no_work_behind(files):
+    views = TwoViews(files, Augmentation(size=24), 8, workers=2)
+    first = next(iter(views.epoch(0)))
+    again = next(iter(views.epoch(0)))
+    assert torch.equal(first[0], again[0])
+
+
+def test_an_error_in_a_thread_reaches_the_caller():
+    class Broken:
+        name, labels, classes = 'broken', None, []
+
+        def __len__(self) -> int:
+            return 16
+
+        def read(self, index: int) -> np.ndarray:
+            raise KeyError('of the source')
+
+    with pytest.raises(KeyError, match='of the source'):
+        list(TwoViews(Broken(), Augmentation(size=8), 8, workers=2).epoch(0))
+
+
+@pytest.mark.parametrize('wrong', [
+    dict(images=[np.zeros((4, 4), np.uint8)]), dict(images=[np.zeros((4, 4, 3), np.float32)]),
+    dict(images=[np.zeros((0, 4, 3), np.uint8)]),
+    dict(u=np.zeros((1, 21))), dict(u=np.zeros((1, 22), np.float32)), dict(rows=np.array([1])),
+    dict(rows=np.array([-1])), dict(rows=np.array([0, 0])), dict(out=np.zeros((1, 8, 9, 3), np.uint8)),
+    dict(out=np.zeros((1, 8, 8, 3), np.float32)), dict(out=np.zeros((2, 8, 8, 3), np.uint8)[::2][:, ::-1])])
+def test_wrong_shapes_do_not_reach_the_kernel(wrong):
+    good = dict(images=[np.zeros((4, 4, 3), np.uint8)], u=np.zeros((1, 22)), rule=Augmentation().rule(), table=None,
+                out=np.zeros((1, 8, 8, 3), np.uint8), rows=np.array([0]))
+    kernel.views(**good)
+    with pytest.raises(ValueError, match='the kernel needs'):
+        kernel.views(**{**good, **wrong})
+
+
+# Compiling
+
+
+CHILD = """
+import sys, logging, hashlib, numpy as np
+logging.basicConfig(format='%(message)s')
+from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews, kernel
+images = MemoryImages(np.random.default_rng(0).integers(0, 256, (16, 40, 36, 3), dtype=np.uint8), None, [], 'noise')
+x1, x2 = next(iter(TwoViews(images, Augmentation(size=32), 16).epoch(0)))
+seen = next(iter(EvalImages(images, np.arange(16), size=24, resize=30))).numpy().tobytes()
+if kernel.library() is not None:
+    table = np.linspace(-1, 1, 300, dtype=np.float32).reshape(3, 100)
+    seen += kernel.dots(table, np.arange(3), np.arange(100) / 7).tobytes()
+print(kernel.library() is not None, hashlib.sha256(x1.numpy().tobytes() + seen).hexdigest(), float(x1.mean()))
+"""
+
+
+def in_a_process(**env: str) -> tuple[list[str], str]:
+    done = subprocess.run(
+        [sys.executable, '-c', CHILD], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split(), done.stderr
+
+
+def test_without_a_compiler_one_line_says_so_and_the_numbers_are_near(tmp_path):
+    with_it, said = in_a_process(SIMSIAM_CACHE=str(tmp_path))
+    assert with_it[0] == 'True' and said == ''
+    without, said = in_a_process(CC='/no/such/compiler', SIMSIAM_CACHE=str(tmp_path / 'other'))
+    assert without[0] == 'False' and said.count('\n') == 1
+    assert '/no/such/compiler' in said and 'going on without' in said
+    assert float(without[2]) == pytest.approx(float(with_it[2]), abs=0.02)
+    off, said = in_a_process(SIMSIAM_KERNEL='0')
+    assert off == without and said == ''
+
+
+def test_it_is_compiled_once_and_a_damaged_copy_again(tmp_path):
+    first, _ = in_a_process(SIMSIAM_CACHE=str(tmp_path))
+    made, = tmp_path.glob('kernel-*.so')
+    stamp = made.stat().st_mtime_ns
+    assert in_a_process(SIMSIAM_CACHE=str(tmp_path))[0] == first and made.stat().st_mtime_ns == stamp
+    made.write_bytes(made.read_bytes()[:100])
+    assert in_a_process(SIMSIAM_CACHE=str(tmp_path)) == (first, '')
+    assert [p.name for p in tmp_path.iterdir()] == [made.name]
+
+
+def test_a_folder_that_cannot_be_written_or_that_others_can_write_is_not_used(tmp_path):
+    (tmp_path / 'file').write_text('')
+    want, _ = in_a_process(SIMSIAM_CACHE=str(tmp_path))
+    assert in_a_process(SIMSIAM_CACHE=str(tmp_path / 'file' / 'below')) == (want, '')
+    shared = tmp_path / 'shared'
+    shared.mkdir()
+    shared.chmod(0o777)
+    assert in_a_process(SIMSIAM_CACHE=str(shared)) == (want, '')
+    assert not list(shared.iterdir())
+
+
+def test_a_compiler_that_prints_no_text_is_named_in_one_line(tmp_path):
+    compiler = tmp_path / 'odd'
+    compiler.write_bytes(b"#!/bin/sh\nprintf '\\377\\376 broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    result, said = in_a_process(CC=str(compiler), SIMSIAM_CACHE=str(tmp_path / 'cache'))
+    assert result[0] == 'False' and said.count('\n') == 1 and 'broken' in said
+
+
+def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path):
+    results: list = []
+    threads = [
+        threading.Thread(target=lambda: results.append(in_a_process(SIMSIAM_CACHE=str(tmp_path)))) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert len(results) == 3 and all(r == results[0] for r in results)
+
+
+@pytest.mark.skipif(os.uname().machine != 'x86_64', reason='compares two instruction sets of x86-64')
+def test_the_numbers_do_not_depend_on_the_processor(tmp_path):
+    """Built for any x86-64 and for this one: crops and colours are equal, bit for bit."""
+    wrapper = tmp_path / 'old'
+    wrapper.write_text('#!/bin/sh\nfor a; do shift; case "$a" in -march=native) a=-march=x86-64;; esac; '
+                       'set -- "$@" "$a"; done\nexec cc "$@"\n')
+    wrapper.chmod(0o755)
+    native, _ = in_a_process(SIMSIAM_CACHE=str(tmp_path / 'a'))
+    old, _ = in_a_process(SIMSIAM_CACHE=str(tmp_path / 'b'), CC=str(wrapper))
+    assert native == old
+
+
+def test_its_crop_and_pils_are_one_rule(files):
+    """The kernel's box and resize beside `crop_box` and `crop`, on real files."""
+    aug = Augmentation(size=24)
+    u, _ = draw(aug, 0, 0, np.arange(len(files)), 0)
+    off = []
+    for i in range(len(files)):
+        image = files.read(i)
+        out = np.empty((1, 24, 24, 3), np.uint8)
+        kernel.views([image], u[i:i + 1], aug.rule(), None, out, np.array([0]))
+        want = crop(Image.fromarray(image), crop_box(aug, u[i], image.shape[1], image.shape[0]), 24)
+        off.append(np.abs(out[0].astype(int) - want).max())
+    assert max(off) <= 1
+
+
+def test_compilers_warnings_are_not_shown(caplog):
+    with caplog.at_level(logging.WARNING):
+        kernel._library.cache_clear()
+        assert kernel.library() is not None
+    assert not caplog.records

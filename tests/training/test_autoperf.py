@@ -1,0 +1,143 @@
+"""--auto-perf: what it chooses, what it leaves alone, and that a run keeps it."""
+import copy
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from test_distributed import _spawn
+from torch import nn
+
+import train
+from simsiam_models.runtime.distributed import World
+from simsiam_models.runtime.log import RunLog
+from simsiam_models.training import setup
+from simsiam_models.training.autoperf import Perf, choose_perf
+from simsiam_models.training.options import build_parser, resolve_recipe
+
+CPU = torch.device('cpu')
+EAGER_LAST, EAGER_PLAIN, COMPILED_LAST = Perf(), Perf(channels_last=False), Perf(compile=True)
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch, one_thread):
+    """One thread, and no compiler, which takes a minute."""
+    monkeypatch.setattr(nn.Module, 'compile', lambda self: None)
+
+
+def sleeping(seconds):
+    """make_step whose steps take what `seconds(amp, perf)` says."""
+    return lambda model, amp, perf: lambda x1, x2: time.sleep(seconds(amp, perf))
+
+
+def choose(make_step, amps=('bfloat16', 'off'), model=None, **more):
+    said = []
+    choice = choose_perf(model or nn.Conv2d(3, 4, 3), (4, 3, 8, 8), CPU, amps, make_step, said.append, **more)
+    return choice, said
+
+
+def test_the_fastest_is_taken_and_each_has_a_line():
+    fast = ('off', EAGER_PLAIN)
+    choice, said = choose(sleeping(lambda *key: 0.002 if key == fast else 0.01))
+    assert choice == fast
+    assert len(said) == 9 and all('samples/s (median of 20 timings)' in line for line in said[:8])
+    assert said[8] == 'auto-perf: taking contiguous, eager, amp off'
+
+
+def test_a_compiled_step_is_taken_where_it_is_the_fastest():
+    choice, _ = choose(sleeping(lambda amp, perf: 0.002 if perf == COMPILED_LAST else 0.01), amps=('off',))
+    assert choice == ('off', COMPILED_LAST)
+
+
+def test_a_combination_that_fails_is_named_with_its_reason_and_passed_over():
+    def make_step(model, amp, perf):
+        if amp == 'bfloat16' and perf == EAGER_LAST:
+            raise RuntimeError('no such operator\nin C++')
+        return lambda x1, x2: time.sleep(0.002 if amp == 'bfloat16' else 0.004)
+    (amp, perf), said = choose(make_step)
+    assert amp == 'bfloat16' and perf != EAGER_LAST
+    assert said[0] == (
+        'auto-perf: channels_last, eager, amp bfloat16: does not work here (RuntimeError: no such operator)')
+
+
+def test_without_any_that_works_it_is_one_error():
+    def make_step(model, amp, perf):
+        raise RuntimeError('broken')
+    with pytest.raises(ValueError, match='no combination works'):
+        choose(make_step)
+
+
+def test_compiling_is_not_tried_on_a_cpu_without_time():
+    choice, said = choose(sleeping(lambda *key: 0.001), amps=('off',), budget=0.0)
+    assert choice == ('off', EAGER_LAST)
+    assert [line for line in said if 'compiled' in line] == [
+        'auto-perf: channels_last, compiled, amp off: not tried, no time is left',
+        'auto-perf: contiguous, compiled, amp off: not tried, no time is left']
+
+
+def test_model_buffers_and_random_state_stay_the_same_bits():
+    args = build_parser('').parse_args([*TINY, '--batch-size', '8'])
+    _, recipe = resolve_recipe(args)
+    model = train.make_model(recipe, 0)
+    before, state, strides = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [
+        p.stride() for p in model.parameters()]
+
+    def make_step(*how):
+        return train.trial_run(args, recipe, CPU, *how).trial_step
+    choose_perf(model, (8, 3, 32, 32), CPU, ('off', 'bfloat16'), make_step, lambda text: None, budget=0.5)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert strides == [p.stride() for p in model.parameters()] and all(p.grad is None for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def chosen(model, shape, device, amps, make_step, say):
+        asked.append((shape, amps))
+        return 'bfloat16', EAGER_PLAIN
+    monkeypatch.setattr(setup, 'choose_perf', chosen)
+    args = [
+        str(few_digits), *TINY, '--amp', 'auto', '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output',
+        str(tmp_path)]
+    train.main([*args, '--auto-perf', '--max-steps', '2'])
+    record = json.loads((tmp_path / 'args.json').read_text())
+    assert record['amp'] == 'bfloat16' and record['perf'] == {'channels_last': False, 'compile': False}
+    for more in (['--auto-perf', '--max-steps', '3'], []):
+        train.main([*args, *more])
+        assert 'amp bfloat16, contiguous, eager' in capsys.readouterr().out
+    assert asked == [((16, 3, 32, 32), ('bfloat16', 'off'))]  # asked once
+
+
+def _decide(rank: int, folder: Path) -> list[str]:
+    args = build_parser('').parse_args(['--auto-perf', '--device', 'cpu'])
+    world, record = World(rank, 2, CPU), {'amp': 'off', 'perf': None}
+    if world.main:
+        (folder / 'args.json').write_text('{}')
+        setup.choose_perf = lambda *given: ('bfloat16', EAGER_PLAIN)  # the other process keeps the real one, unused
+    amp, perf = setup.decide_perf(
+        args, nn.Linear(1, 1), (2, 3, 8, 8), record, False, folder, print, world, RunLog(folder, False))
+    return [amp, str(perf)]
+
+
+def test_the_first_process_decides_for_all(tmp_path):
+    assert _spawn(_decide, tmp_path, tmp_path) == [['bfloat16', 'contiguous, eager']] * 2
+
+
+def test_a_named_precision_is_not_changed(few_digits, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(setup, 'choose_perf', lambda *a: asked.append(a[3]) or (a[3][0], Perf()))
+    train.main([
+        str(few_digits), *TINY, '--amp', 'off', '--auto-perf', '--epochs', '1', '--batch-size', '16', '--workers', '0',
+        '--max-steps', '1', '--output', str(tmp_path)])
+    assert asked == [('off',)]
+
+
+def test_without_the_flag_a_run_is_channels_last_and_eager(few_digits, tmp_path, capsys):
+    train.main([
+        str(few_digits), *TINY, '--epochs', '1', '--batch-size', '16', '--workers', '0', '--max-steps', '1', '--output',
+        str(tmp_path)])
+    assert 'amp off, channels_last, eager' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'args.json').read_text())['perf'] is None

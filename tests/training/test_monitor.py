@@ -1,0 +1,202 @@
+"""The monitors: spread of the outputs, and kNN against a loop."""
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simsiam_models import SimSiam, create_simsiam, simsiam_loss
+from simsiam_models.data import demo_images
+from simsiam_models.training.monitor import (
+    Moment,
+    Reading,
+    constant_channels,
+    effective_rank,
+    is_collapsed,
+    knn_accuracy,
+    output_std,
+    pixel_spread,
+)
+from simsiam_models.training.summary import gain
+
+
+def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
+    z = torch.randn(4096, 64, generator=torch.Generator().manual_seed(0))
+    assert output_std(z) == pytest.approx(1, abs=0.02)
+    assert output_std(torch.ones(64, 32)) == pytest.approx(0, abs=1e-6)
+
+
+def test_effective_rank_counts_directions():
+    g = torch.Generator().manual_seed(0)
+    q = torch.linalg.qr(torch.randn(256, 256, generator=g)).Q
+    assert effective_rank(torch.cat([q[:, :8], -q[:, :8]], 1).T.repeat(4, 1)) == pytest.approx(8, rel=1e-3)
+    assert effective_rank(torch.randn(100, 1, generator=g) * torch.ones(1, 50)) == pytest.approx(1, abs=0.01)
+
+
+def test_not_a_number_counts_as_collapsed():
+    assert is_collapsed(float('nan'), 5.0) and is_collapsed(1.0, float('nan'))
+
+
+def test_the_rank_of_a_few_samples_is_no_collapse_but_their_std_is():
+    assert is_collapsed(1.0, 1.0, 64) and not is_collapsed(1.0, 1.0, 2)
+    assert is_collapsed(0.1, 1.0, 2)
+
+
+@pytest.fixture
+def small_model() -> SimSiam:
+    return create_simsiam('resnet10t', dim=8, pred_dim=4, proj_layers=2)
+
+
+def test_a_reading_holds_the_values_of_the_step_it_was_started_at(small_model: SimSiam):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 8, 8, generator=g)
+    z, p = (torch.randn(16, 8, generator=g).to(torch.bfloat16) for _ in range(2))
+    loss = torch.tensor(-0.25)
+    cosine = F.cosine_similarity(p.double(), z.double()).mean()
+    with torch.no_grad():
+        small_model.projector[1].running_var[:3] = 1e-6
+    channels = sum(m.num_features for m in small_model.modules() if isinstance(m, _BatchNorm))
+    expected = {
+        'loss': -0.25, 'std': output_std(z), 'rank': effective_rank(z), 'p_std': output_std(p),
+        'p_rank': effective_rank(p), 'cosine': pytest.approx(float(cosine), abs=1e-6),
+        'pixels': float(pixel_spread(x)), 'constant_channels': pytest.approx(3 / channels), 'samples': 16,
+        'z_has_gradient': 0}
+    reading = Reading(loss, x, p, z, small_model)
+    for t in (x, z, p, loss, small_model.projector[1].running_var):
+        t.zero_()
+    assert reading.read() == expected
+
+
+def test_a_reading_says_whether_z_carries_a_gradient(small_model: SimSiam):
+    x = torch.randn(4, 3, 32, 32)
+    z = small_model.encode(x)
+    p = small_model.predictor(z)
+    loss = torch.tensor(0.0)
+    assert Reading(loss, x, p, z, small_model).read()['z_has_gradient'] == 1
+    assert Reading(loss, x, p, z.detach(), small_model).read()['z_has_gradient'] == 0
+
+
+def test_a_reading_of_outputs_that_are_no_numbers_is_no_number(small_model: SimSiam):
+    z = torch.full((4, 3), float('nan'))
+    figures = Reading(torch.tensor(float('nan')), torch.zeros(4, 3, 8, 8), z, z, small_model).read()
+    assert all(np.isnan(figures[k]) for k in ('loss', 'std', 'rank', 'p_std', 'p_rank', 'cosine'))
+
+
+class Questions(TorchDispatchMode):
+    """Collects the operations that would make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ('_local_scalar_dense', 'is_nonzero', 'nonzero', 'equal', '_linalg_eigh'):
+            self.asked.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_starting_a_reading_asks_the_device_for_no_value(small_model: SimSiam):
+    z = torch.randn(16, 8)
+    with Questions() as questions:
+        reading = Reading(z.mean(), torch.randn(16, 3, 8, 8), z, z, small_model)
+    assert questions.asked == []
+    with Questions() as questions:
+        reading.read()
+    assert questions.asked  # so they are seen where they are
+
+
+def test_a_model_without_batch_norm_has_no_constant_channels():
+    assert constant_channels(nn.Linear(2, 2)) == 0
+
+
+def test_pictures_of_one_colour_each_do_not_differ_in_pixels():
+    colours = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0))
+    assert float(pixel_spread(colours.expand(8, 3, 16, 16))) == pytest.approx(0, abs=1e-6)
+    for size in (32, 224):
+        noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+        assert float(pixel_spread(noise)) == pytest.approx(1, abs=0.02)
+
+
+def test_moments_are_seconds_apart():
+    first = Moment(torch.device('cpu'))
+    time.sleep(0.02)
+    second = Moment(torch.device('cpu'))
+    second.wait()
+    assert 0.02 <= second.since(first) < 1
+
+
+def test_knn_equals_a_float64_loop():
+    g = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(60, 7, generator=g), torch.randn(33, 7, generator=g)
+    y, labels = torch.randint(0, 5, (60,), generator=g), torch.randint(0, 5, (33,), generator=g)
+    right = 0
+    for q, label in zip(queries.double(), labels, strict=True):
+        s = [float(q @ b / q.norm() / b.norm()) for b in bank.double()]
+        votes = np.zeros(5)
+        for i in sorted(range(60), key=lambda i: -s[i])[:9]:
+            votes[int(y[i])] += np.exp(s[i] / 0.07)
+        right += int(votes.argmax() == int(label))
+    assert knn_accuracy(bank, y, queries, labels, 9, 0.07, chunk=8) == pytest.approx(100 * right / 33)
+
+
+def test_knn_takes_fewer_neighbours_than_asked_where_there_are_fewer():
+    x, y = torch.eye(3), torch.arange(3)
+    assert knn_accuracy(x, y, x, y, 200, 0.07) == 100
+
+
+def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, float]]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    images = torch.tensor(load_digits().images, dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 16
+    images = F.interpolate(images, size=32, mode='bilinear')
+    model = create_simsiam(
+        'resnet18', dim=128, pred_dim=32, proj_layers=2, layers=(1, 1, 1, 1), channels=(16, 32, 64, 64),
+        stem_type='deep', stem_width=8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9, weight_decay=5e-4)
+    seen = []
+    for _ in range(steps):
+        x = images[torch.randint(len(images), (64,))]
+        x1, x2 = (
+            torch.roll(x, tuple(torch.randint(-4, 5, (2,)).tolist()), (2, 3)) * (0.5 + torch.rand(64, 1, 1, 1))
+            + 0.1 * torch.randn_like(x) for _ in range(2))
+        z1, z2 = model.encode(x1), model.encode(x2)
+        p1, p2 = model.predictor(z1), model.predictor(z2)
+        if stop_gradient:
+            loss = simsiam_loss(p1, p2, z1, z2)
+        else:
+            loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append((output_std(z1), effective_rank(z1)))
+    return seen
+
+
+def test_a_run_without_stop_gradient_is_called_collapsed_within_100_steps():
+    assert any(is_collapsed(*f) for f in train_on_digits(stop_gradient=False))
+
+
+def test_a_healthy_run_is_never_called_collapsed():
+    assert not any(is_collapsed(*f) for f in train_on_digits(stop_gradient=True))
+
+
+def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ():
+    (train, val), (again, _) = demo_images(), demo_images()
+    assert (len(train), len(val), len(train.classes)) == (3000, 768, 12)
+    assert np.array_equal(train.images, again.images)
+    seen = {image.tobytes() for image in train.images}
+    assert not any(image.tobytes() in seen for image in val.images)
+
+
+@pytest.mark.parametrize('trained, before, queries, said', [
+    (98.4, 41.5, 768, '+56.9 points over the better of them, learned without labels.'),
+    (29.2, 25.0, 24, 'no difference to the better of them that 24 queries could show.'),
+    (29.2, 25.0, 24_000, '+4.2 points over the better of them, learned without labels.'),
+    (56.3, 94.7, 300, '38.4 points below the better of them; these features are of no use yet.')])
+def test_a_gain_is_one_only_beyond_what_chance_gives(trained: float, before: float, queries: int, said: str):
+    assert gain(trained, before, queries) == said

@@ -1,0 +1,490 @@
+"""A checkpoint becomes a Hub repository: what is in it, what loads it, what is refused, what is uploaded."""
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+
+from simsiam_models import create_simsiam
+from simsiam_models.weights import load_checkpoint
+from simsiam_models.weights.card import BENCHMARKS, model_card
+from simsiam_models.weights.export import export_backbone, export_checkpoint
+from simsiam_models.weights.publish import _record, publish
+from simsiam_models.weights.published import WEIGHTS, describe, published, same_page
+from simsiam_models.weights.tensorfile import file_sha256
+from simsiam_models.weights.verify import TOLERANCE, deviation
+
+TAG, LIN = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k'
+FAIR = {'backbone': 'module.encoder.', 'projector': 'module.encoder.fc.', 'predictor': 'module.predictor.'}
+MM1 = {'backbone': 'backbone.', 'projector': 'neck.', 'predictor': 'head.predictor.'}
+
+
+def run(code: str, *args: str | Path, **env: str) -> subprocess.CompletedProcess:
+    """A fresh Python process that does not start in the repository."""
+    return subprocess.run(
+        [sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=240,
+        cwd=Path(args[0]).parent, env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env})
+
+
+@pytest.fixture(scope='module')
+def state() -> dict[str, torch.Tensor]:
+    """A SimSiam model in which no tensor is as it was initialized."""
+    torch.manual_seed(0)
+    model = create_simsiam()
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            module.num_batches_tracked.fill_(7)
+            if module.affine:
+                torch.nn.init.uniform_(module.weight, 0.5, 1)
+                torch.nn.init.normal_(module.bias, 0, 0.1)
+    return {k: v.detach() for k, v in model.state_dict().items()}
+
+
+def fair(state: dict[str, torch.Tensor], path: Path, epoch: int = 100) -> Path:
+    renamed = {FAIR[k.split('.')[0]] + k.partition('.')[2]: v for k, v in state.items()}
+    renamed['module.encoder.fc.6.bias'] = torch.ones(2048)
+    torch.save({'epoch': epoch, 'arch': 'resnet50', 'state_dict': renamed, 'optimizer': {'state': {}}}, path)
+    return path
+
+
+def fair_linear(state: dict[str, torch.Tensor], path: Path) -> Path:
+    renamed = {'module.' + k.partition('.')[2]: v for k, v in state.items() if k.startswith('backbone.')}
+    renamed |= {'module.fc.weight': torch.randn(1000, 2048) / 50, 'module.fc.bias': torch.randn(1000) / 50}
+    torch.save({'epoch': 77, 'arch': 'resnet50', 'state_dict': renamed, 'best_acc1': 68.1, 'optimizer': {}}, path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def pretrained(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """FAIR's pretraining file, the repository made of it, and what publish said."""
+    folder = tmp_path_factory.mktemp('pretrained')
+    source = fair(state, folder / 'checkpoint_0099.pth.tar')
+    return source, folder / 'repo', publish(source, TAG, folder / 'repo')
+
+
+@pytest.fixture(scope='module')
+def linear(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    folder = tmp_path_factory.mktemp('linear')
+    source = fair_linear(state, folder / 'model_best.pth.tar')
+    return source, folder / 'repo', publish(source, LIN, folder / 'repo')
+
+
+# What is in the repository
+
+
+def test_a_dry_run_holds_backbone_heads_card_and_fingerprint(pretrained, state):
+    _, repo, text = pretrained
+    names = ['README.md', 'config.json', 'fingerprint.json', 'heads.safetensors', 'model.safetensors']
+    assert sorted(p.name for p in repo.iterdir()) == names
+    assert 'uploaded nothing' in text and 'simsiam-models/simsiam_resnet50.fb_bs512_ep100_in1k' in text
+    backbone = load_file(repo / 'model.safetensors')
+    assert len(backbone) == 318
+    assert all(torch.equal(v, state[f'backbone.{k}']) for k, v in backbone.items())
+    heads = load_file(repo / 'heads.safetensors')
+    assert {k for k in state if not k.startswith('backbone.')} == set(heads)
+    for k, v in heads.items():  # FAIR's frozen bias of ones sits in the running mean
+        assert torch.equal(v, state[k] - 1 if k == 'projector.7.running_mean' else state[k]), k
+    config = json.loads((repo / 'config.json').read_text())
+    assert config['architecture'] == 'resnet50' and config['num_classes'] == 0 and 'model_args' not in config
+    assert config['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
+    assert config['pretrained_cfg']['origin_url'] == WEIGHTS[TAG].url
+    assert config['pretrained_cfg']['paper_ids'] == 'arXiv:2011.10566'
+
+
+def test_the_classifier_is_in_the_model_of_a_linear_tag(linear):
+    _, repo, _ = linear
+    tensors = load_file(repo / 'model.safetensors')
+    assert len(tensors) == 320 and tensors['fc.weight'].shape == (1000, 2048)
+    assert not (repo / 'heads.safetensors').exists()
+    assert json.loads((repo / 'config.json').read_text())['num_classes'] == 1000
+
+
+# Who can load it
+
+
+def expected(repo: Path) -> torch.Tensor:
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    tensors = load_file(repo / 'model.safetensors')
+    model = timm.create_model('resnet50', num_classes=1000 if 'fc.weight' in tensors else 0)
+    model.load_state_dict(tensors)
+    with torch.inference_mode():
+        return model.eval()(x)
+
+
+def test_plain_timm_loads_it_bit_equal_without_this_package(pretrained, linear, tmp_path, one_thread):
+    repos = [linear[1]]
+    if tuple(int(n) for n in timm.__version__.split('.')[:3]) >= (1, 0, 31):
+        repos.append(pretrained[1])  # local-dir: of timm 1.0.21 fails where two .safetensors files are in the folder
+    done = run('''
+import sys, timm, torch
+x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+out = []
+for repo in sys.argv[2:]:
+    model = timm.create_model('local-dir:' + repo, pretrained=True).eval()
+    with torch.inference_mode():
+        out.append((model.state_dict(), model(x)))
+assert 'simsiam_models' not in sys.modules
+torch.save(out, sys.argv[1])
+''', tmp_path / 'out.pt', *repos)
+    assert done.returncode == 0, done.stderr
+    for repo, (state, y) in zip(repos, torch.load(tmp_path / 'out.pt'), strict=True):
+        saved = load_file(repo / 'model.safetensors')
+        assert set(state) == set(saved) and all(torch.equal(v, saved[k]) for k, v in state.items())
+        assert torch.equal(y, expected(repo))
+
+
+def test_transformers_loads_backbone_processor_and_classifier(pretrained, linear, tmp_path):
+    pytest.importorskip('transformers', exc_type=ImportError)  # or too new for the installed huggingface_hub
+    done = run('''
+import sys, torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+image = Image.radial_gradient('L').convert('RGB').resize((300, 260))
+processor = AutoImageProcessor.from_pretrained(sys.argv[1])
+with torch.inference_mode():
+    features = AutoModel.from_pretrained(sys.argv[1]).eval()(pixel_values=x).pooler_output
+    logits = AutoModelForImageClassification.from_pretrained(sys.argv[2]).eval()(pixel_values=x).logits
+pixels = processor(image, return_tensors='pt')['pixel_values']
+torch.save({'pixels': pixels, 'features': features, 'logits': logits}, sys.argv[3])
+''', pretrained[1], linear[1], tmp_path / 'out.pt')
+    assert done.returncode == 0, done.stderr
+    out = torch.load(tmp_path / 'out.pt')
+    assert out['pixels'].shape == (1, 3, 224, 224)
+    torch.testing.assert_close(out['features'], expected(pretrained[1]))
+    torch.testing.assert_close(out['logits'], expected(linear[1]))
+
+
+def test_a_repository_is_a_source_and_gives_the_same_files(pretrained, tmp_path):
+    _, repo, _ = pretrained
+    text = publish(repo, f'simsiam_resnet50.{TAG}', tmp_path / 'again')
+    assert 'already been converted' in text
+    for name in ('model.safetensors', 'heads.safetensors', 'config.json', 'fingerprint.json'):
+        assert (tmp_path / 'again' / name).read_bytes() == (repo / name).read_bytes(), name
+
+
+def test_an_export_without_heads_removes_older_heads(pretrained, tmp_path):
+    source, _, _ = pretrained
+    checkpoint = load_checkpoint(source)
+    export_checkpoint(checkpoint, tmp_path)
+    assert (tmp_path / 'heads.safetensors').exists()
+    checkpoint.predictor = None
+    export_checkpoint(checkpoint, tmp_path)
+    assert not (tmp_path / 'heads.safetensors').exists()
+
+
+def test_an_export_that_does_not_fill_the_architecture_is_refused(pretrained, tmp_path):
+    checkpoint = load_checkpoint(pretrained[0])
+    del checkpoint.backbone['layer4.2.bn3.weight']
+    with pytest.raises(ValueError, match=r'has 318 entries: 1 missing \(layer4.2.bn3.weight\)'):
+        export_checkpoint(checkpoint, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+# The card
+
+
+def test_the_card_of_fair_weights_forbids_commercial_use_and_carries_their_number(pretrained):
+    source, repo, _ = pretrained
+    card = ModelCard.load(repo / 'README.md')
+    assert card.data.license == 'cc-by-nc-4.0' and 'no commercial use' in card.text
+    assert card.data.pipeline_tag == 'image-feature-extraction' and card.data.library_name == 'timm'
+    assert card.data.datasets == ['imagenet-1k'] and 'base_model' not in card.data.to_dict()
+    assert [r.metric_value for r in card.data.eval_results] == [68.1]
+    assert file_sha256(source) in card.text and 'not verified' in card.text
+    assert '23.5M parameters' in card.text and 'arxiv.org/abs/2011.10566' in card.text
+    assert 'create_simsiam' in card.text and 'were not measured again' in ' '.join(card.text.split())
+
+
+def test_the_card_of_a_classifier_names_its_base_model(linear):
+    card = ModelCard.load(linear[1] / 'README.md')
+    assert card.data.pipeline_tag == 'image-classification'
+    assert card.data.base_model == 'simsiam-models/simsiam_resnet50.fb_bs512_ep100_in1k'
+    assert 'create_simsiam' not in card.text and 'AutoModelForImageClassification' in card.text
+
+
+@pytest.mark.parametrize('tag', WEIGHTS)
+def test_the_metadata_holds_exactly_the_numbers_of_this_file(tag):
+    config = {'architecture': 'resnet50', 'num_classes': WEIGHTS[tag].num_classes, 'num_features': 2048,
+              'pretrained_cfg': {'input_size': [3, 224, 224]}}
+    card = ModelCard(model_card(tag, f'somebody/simsiam_resnet50.{tag}', config, 1, 'x', False, WEIGHTS[tag].license))
+    numbers = {
+        (e['benchmark'], e['source'], v) for e in published(tag) for k, v in e['metrics'].items()
+        if k != 'mIoU_first_report'}
+    assert {(r.dataset_config, r.source_name, r.metric_value) for r in card.data.eval_results or []} == numbers
+    assert card.data.license == WEIGHTS[tag].license
+    others = card.text.partition('### Numbers of other')[2].splitlines()
+    for entry in same_page(tag):  # other files' numbers are shown under their own names
+        row = next(row for row in others if BENCHMARKS[entry['benchmark']][0] in row)
+        assert f'`{entry["tag"]}`' in row and str(next(iter(entry['metrics'].values()))) in row
+    assert ('flip(1)' in card.text) == ('bgr' in tag)
+
+
+def test_published_numbers_belong_to_the_file_that_was_measured():
+    def numbers(tag: str, of: str) -> dict[str, float]:
+        (entry,) = [e for e in published(tag) if e['benchmark'] == of]
+        return entry['metrics']
+    assert numbers('mm_ep200_in1k', 'imagenet_linear_avgpool') == {'top1': 69.84}
+    assert numbers('mm_ep100_in1k', 'imagenet_knn_T0.07') == {'k=10': 57.4, 'k=20': 57.6, 'k=100': 55.8, 'k=200': 54.2}
+    assert numbers('mm_ep200_bgr_in1k', 'voc07_svm_feature5') == {'mAP': 85.2}
+    assert numbers('mm_ep100_bgr_in1k', 'coco_mask_rcnn_r50_fpn_ms_1x')['box_AP'] == 38.6
+    assert numbers('mm_ep100_bgr_in1k', 'imagenet_linear_avgpool') == {'top1': 68.2}
+    assert numbers('mm1x_ep100_lin_in1k', 'imagenet_linear_avgpool') == {'top1': 68.3}
+    assert not published('fb_bs256_ep200_in1k')  # FAIR's README does not list this file
+    for tag, weights in WEIGHTS.items():  # the table in resnet.py says the same
+        top1 = [e['metrics']['top1'] for e in published(tag) if 'top1' in e['metrics']]
+        assert top1 == ([] if weights.top1 is None else [weights.top1]), tag
+    assert {e['tag'] for e in same_page('mm_ep200_in1k')} == {'mm_ep200_bgr_in1k'}
+    assert {e['tag'] for e in same_page('mm1x_ep200_in1k')} == {'mm_ep200_bgr_in1k', 'mm_ep200_in1k'}
+    assert not same_page('fb_bs512_ep100_in1k')
+
+
+def test_a_description_names_origin_license_and_every_number():
+    text = describe('simsiam_resnet50.mm_ep100_in1k')
+    assert WEIGHTS['mm_ep100_in1k'].url in text and 'apache-2.0' in text and 'begins with 68a88ad8' in text
+    own, others = text.split('measured with another file')
+    assert 'top1 68.28' in own and 'k=20 57.6' in own and 'mAP 84.64' not in own
+    assert 'mm_ep100_bgr_in1k  voc07_svm_feature5: mAP 84.64' in others
+    with pytest.raises(ValueError, match="'mine' is not a published tag: choose one of mm_ep200_in1k"):
+        describe('mine')
+
+
+# What is refused, each in a sentence
+
+
+def refused(source: Path, tag: str, folder: Path, match: str, license: str | None = None) -> None:
+    with pytest.raises(ValueError, match=match) as e:
+        publish(source, tag, folder, license)
+    assert '\n' not in str(e.value)
+    assert not folder.exists()
+
+
+def test_an_incomplete_backbone_is_refused(state, tmp_path):
+    del (broken := dict(state))['backbone.layer3.4.bn2.running_var']
+    refused(fair(broken, tmp_path / 'x.pth'), TAG, tmp_path / 'out', '317 entries, a ResNet-50 has 318')
+
+
+def test_an_incomplete_predictor_is_refused(state, tmp_path):
+    broken = {k: v for k, v in state.items() if k != 'predictor.3.bias'}
+    refused(fair(broken, tmp_path / 'x.pth'), TAG, tmp_path / 'out', '16 and 7 entries, those of .* have 16 and 8')
+
+
+def test_nan_is_refused(state, tmp_path):
+    weight = state['predictor.0.weight'].clone()
+    weight[0, 0] = torch.nan
+    source = fair({**state, 'predictor.0.weight': weight}, tmp_path / 'x.pth')
+    refused(source, TAG, tmp_path / 'out', r'NaN or infinity in 1 tensors \(predictor.0.weight\)')
+
+
+def test_a_missing_classifier_is_refused(pretrained, linear, tmp_path):
+    source = tmp_path / 'backbone.safetensors'
+    source.write_bytes((pretrained[1] / 'model.safetensors').read_bytes())
+    refused(source, LIN, tmp_path / 'out', 'no classifier, fb_bs512_ep100_lin_in1k has one of 1000 classes')
+    source.write_bytes((linear[1] / 'model.safetensors').read_bytes())
+    refused(source, TAG, tmp_path / 'out', 'a classifier of 1000 classes, fb_bs512_ep100_in1k has none')
+
+
+def test_the_file_of_another_tag_is_refused(pretrained, state, tmp_path):
+    refused(pretrained[0], LIN, tmp_path / 'out', f'layout fair, {LIN} is a file of the layout fair_linear')
+    refused(pretrained[0], 'fb_bs256_ep200_in1k', tmp_path / 'out', 'epoch 100, .* trained for 200 epochs')
+
+
+def test_the_hash_in_the_name_of_the_upstream_file_is_checked(state, tmp_path, monkeypatch):
+    names = {0: 'fc0', 1: 'bn0', 3: 'fc1', 4: 'bn1', 6: 'fc2', 7: 'bn2'}
+    renamed = {}
+    for k, v in state.items():
+        part, number, *rest = k.split('.')
+        name = [number, *rest] if part == 'backbone' else [names[int(number)], *rest]
+        renamed[MM1[part] + '.'.join(name)] = v
+    source, tag = tmp_path / 'x.pth', 'mm1x_ep200_in1k'
+    torch.save({'state_dict': renamed, 'meta': {}}, source)
+    refused(source, tag, tmp_path / 'out', 'that of mm1x_ep200_in1k begins with efe91299: it is another file')
+    sha256 = file_sha256(source)
+    monkeypatch.setitem(WEIGHTS, tag, WEIGHTS[tag]._replace(sha256_prefix=sha256[:8]))
+    assert f"authors' own file, whose SHA-256 {sha256} begins with" in publish(source, tag, tmp_path / 'out')
+    assert sha256 in (tmp_path / 'out' / 'README.md').read_text()
+
+
+def test_the_license_of_published_weights_is_not_the_uploaders_to_choose(pretrained, tmp_path):
+    refused(pretrained[0], TAG, tmp_path / 'out', 'published by its authors under cc-by-nc-4.0', license='mit')
+
+
+def test_a_missing_source_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='nowhere.pth does not exist'):
+        publish(tmp_path / 'nowhere.pth', TAG, tmp_path / 'out')
+
+
+# Weights of one's own
+
+
+@pytest.mark.parametrize('args, size', [({}, 160), ({}, 96), ({'img_size': 64}, 64)])
+def test_plain_timm_builds_an_exported_vit_for_the_images_that_it_was_built_for(args, size, tmp_path):
+    backbone = timm.create_model('test_vit', num_classes=0, **args).eval()
+    export_backbone(backbone, tmp_path, 'test_vit', args, size, size)
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model(x), backbone(x))
+
+
+def test_own_weights_of_any_architecture_need_a_license_and_get_a_card_without_numbers(tmp_path):
+    args = {'layers': [1, 1, 1, 1], 'channels': [8, 16, 16, 16]}
+    backbone = timm.create_model('resnet18', num_classes=0, **args)
+    export_backbone(backbone, tmp_path / 'backbone', 'resnet18', args, size=64, resize=64)
+    refused(tmp_path / 'backbone', 'mine', tmp_path / 'out', "'mine' is not a published tag .* --license")
+    text = publish(tmp_path / 'backbone', 'mine', tmp_path / 'out', license='mit')
+    assert 'simsiam-models/simsiam_resnet18.mine' in text
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    assert card.data.license == 'mit' and card.data.eval_results is None and card.data.datasets is None
+    assert 'No results are published' in card.text and '64 px' in card.text
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert all(torch.equal(v, backbone.state_dict()[k]) for k, v in model.state_dict().items())
+    (tmp_path / 'foreign').mkdir()
+    (tmp_path / 'foreign' / 'config.json').write_text('{"model_type": "bert"}')
+    refused(tmp_path / 'foreign', 'mine', tmp_path / 'out3', 'not that of a model exported for timm', license='mit')
+    tensors = {**load_file(tmp_path / 'backbone' / 'model.safetensors'), 'bn1.weight': torch.full((8,), torch.inf)}
+    save_file(tensors, tmp_path / 'backbone' / 'model.safetensors')
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        publish(tmp_path / 'backbone', 'mine', tmp_path / 'out2', license='mit')
+
+
+# The upload
+
+
+COMMIT = 'ab' * 20
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What an upload asks of the Hub; files are sent inside the commit."""
+
+    protocol_version = 'HTTP/1.1'
+
+    def do_GET(self) -> None:
+        self.answer(404, {})
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+        while self.headers.get('Transfer-Encoding') == 'chunked':
+            size = int(self.rfile.readline(), 16)
+            body += self.rfile.read(size)
+            self.rfile.readline()
+            if size == 0:
+                break
+        owner = self.server
+        if owner.status != 200:
+            return self.answer(owner.status, {'error': 'refused by loopback'})
+        owner.log.append(self.path)
+        path = self.path.split('?')[0]
+        if path == '/api/repos/create':
+            owner.created = json.loads(body)
+            return self.answer(200, {'url': f'{owner.url}/someone/{owner.created["name"]}'})
+        if path == '/api/validate-yaml':
+            return self.answer(200, {'warnings': [], 'errors': []})
+        if '/preupload/' in path:
+            paths = [f['path'] for f in json.loads(body)['files']]
+            return self.answer(200, {'files': [
+                {'path': p, 'uploadMode': 'regular', 'shouldIgnore': False} for p in paths]})
+        for line in map(json.loads, body.splitlines()):
+            if line['key'] == 'file':
+                owner.files[line['value']['path']] = base64.b64decode(line['value']['content'])
+        self.answer(200, {'commitUrl': f'{owner.url}/someone/x/commit/{COMMIT}', 'commitOid': COMMIT})
+
+    def answer(self, status: int, content: dict) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    server.url, server.status, server.files, server.log = f'http://127.0.0.1:{server.server_port}', 200, {}, []
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+UPLOAD = f'''
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from huggingface_hub import constants
+from simsiam_models.weights import sources
+from simsiam_models.weights.publish import publish
+source, sources.PINS, *attempts = sys.argv[1], Path(sys.argv[2]), *sys.argv[3:]
+for attempt in attempts:
+    constants.ENDPOINT, _, os.environ['HF_TOKEN'] = attempt.partition(' ')
+    try:
+        print(publish(source, {LIN!r}))
+    except RuntimeError as e:
+        print('RuntimeError:', e)
+'''
+
+
+def upload(source: Path, pins: Path, *attempts: str) -> list[str]:
+    """Publish to each 'endpoint token' in turn; returns the lines that were printed."""
+    done = run(
+        UPLOAD, source, pins, *attempts, HF_HOME=str(pins.parent / 'hf'), HF_HUB_OFFLINE='0',
+        SIMSIAM_HUB_NAMESPACE='someone')
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_upload_equals_the_dry_run_and_is_pinned(linear, hub, tmp_path):
+    source, repo, _ = linear
+    (pins := tmp_path / 'pins.json').write_text('{"other": {}}')
+    lines = upload(source, pins, f'{hub.url} hf_x')
+    assert COMMIT in lines[-2] and 'commit that file' in lines[-1]
+    assert hub.created['name'] == f'simsiam_resnet50.{LIN}' and hub.created['organization'] == 'someone'
+    assert set(hub.files) == {p.name for p in repo.iterdir()}
+    for name, content in hub.files.items():
+        dry = (repo / name).read_bytes()
+        if name == 'fingerprint.json':  # of another process: memory may lie otherwise, and the last bits with it
+            assert deviation(json.loads(dry), json.loads(content)) < TOLERANCE['float32']
+        else:
+            assert content == (dry.replace(b'simsiam-models/', b'someone/') if name == 'README.md' else dry), name
+    recorded = json.loads(pins.read_text())
+    assert set(recorded) == {'other', LIN}
+    assert recorded[LIN]['repo'] == f'someone/simsiam_resnet50.{LIN}' and recorded[LIN]['revision'] == COMMIT
+    assert recorded[LIN]['files']['model.safetensors'] == file_sha256(repo / 'model.safetensors')
+    assert recorded[LIN]['fingerprint'] == json.loads(hub.files['fingerprint.json'])
+
+
+def test_pins_that_cannot_be_written_are_returned(tmp_path, monkeypatch):
+    monkeypatch.setattr('simsiam_models.weights.sources.PINS', tmp_path / 'nowhere' / 'pins.json')
+    first, text = _record(TAG, {'revision': COMMIT})
+    assert 'cannot be written' in first and json.loads(text) == {TAG: {'revision': COMMIT}}
+
+
+def test_a_refused_token_a_dead_hub_and_no_token_are_told_in_a_sentence(linear, hub, tmp_path):
+    (pins := tmp_path / 'pins.json').write_text('{}')
+    hub.status = 403
+    refused, dead, tokenless = upload(linear[0], pins, f'{hub.url} hf_x', 'http://127.0.0.1:9 hf_x', hub.url)
+    start = f'RuntimeError: someone/simsiam_resnet50.{LIN} was not uploaded: '
+    assert refused.startswith(f'{start}the Hub refuses the token (403)')
+    assert dead.startswith(start) and 'Connect' in dead
+    assert tokenless.startswith('RuntimeError: no Hugging Face token: ')
+    assert pins.read_text() == '{}'
