@@ -29,7 +29,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..data.evaluation import EvalImages, Transform
-from ..data.loader import EvalImages
 from ..data.readers.decode import DataError
 from ..data.readers.images import Images, pixels_digest, stored_sizes
 from ..data.readers.index import digest
@@ -42,6 +41,7 @@ from .results.record import versions
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 FORMAT = 2
+CENTRE = Transform()
 SHARE = 8  # images that a thread takes at a time
 CPU_BATCH = 8  # ResNet-50 makes 16.2 images per second of a core with 8, 12.7 with 32, and needs gigabytes with 256
 
@@ -122,7 +122,7 @@ class _Model:
 
 
 def extract(
-    backbone: Backbone, images: Images, what: Sequence[str] = ('avgpool',), transform: Transform = Transform(),
+    backbone: Backbone, images: Images, what: Sequence[str] = ('avgpool',), transform: Transform = CENTRE,
     cache: Path | str | None = None, batch: int = 256, workers: int | None = None, amp: str = 'auto',
     world: World | None = None, partial: bool = False,
 ) -> Features:
