@@ -1,176 +1,173 @@
-"""The run's folder: whose it is, and checkpoints that are either whole or not there.
+"""Checkpoints that are whole or absent.
 
-checkpoint.pth is the newest, checkpoint_previous.pth the one before it (with --keep-last checkpoint_previous_2.pth, ...
-too), checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10, checkpoint_healthy.pth the last one before
-the outputs collapsed, if they did. Only rank 0 touches the folder.
+checkpoint.pth is the newest, checkpoint_previous.pth the one before it (then checkpoint_previous_2.pth, ... with
+--keep-last), and checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10. Only rank 0 touches them.
 """
+import errno
+import glob
 import json
 import os
 import shutil
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from .files import sync_folder, write_atomically, write_synced
+from .files import replacing, write_synced
 
-ARGS, LAST, PREVIOUS, LOG, BACKBONE = 'args.json', 'checkpoint.pth', 'checkpoint_previous.pth', 'log.jsonl', 'backbone'
-UNREADABLE, HEALTHY = 'unreadable.txt', 'checkpoint_healthy.pth'
-KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'run', 'processes', 'healthy'}
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], free: set[str]) -> str:
-    """'key: old there, new here; ...' for the keys outside `free` that differ; '' where none does."""
-    old, new = _flat(old), _flat(new)
-    keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]
-    return '; '.join(f'{k}: {old.get(k)} there, {new.get(k)} here' for k in keys)
+LAST = 'checkpoint.pth'
+# What zipfile raises on bytes that are not those that were written.
+DAMAGE = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, LookupError, OverflowError, NotImplementedError,
+    RuntimeError)
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, the augmentation's numbers beside the others."""
-    record = json.loads(json.dumps(record))
-    return {**record, **(record.pop('augmentation', None) or {})}
+class DamagedError(ValueError):
+    """The bytes of a checkpoint are not those that were written."""
 
 
-def claim_folder(
-    folder: Path, args: dict[str, Any], free: set[str], fresh: bool = False) -> dict[str, Any] | None:
-    """Make the folder this run's, or find that it was already: then its recorded arguments are returned.
+def checkpoint_names(newest: Path, n: int) -> list[Path]:
+    """The n newest checkpoints, newest first."""
+    older = [newest.with_stem(f'{newest.stem}_previous' + (f'_{i}' if i > 1 else '')) for i in range(1, n)]
+    return [newest, *older]
 
-    `free` names the arguments that may differ between a run and its continuation; `fresh` refuses to continue one.
+
+def save(newest: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch: int = 0) -> None:
+    """Writes `state` as the newest checkpoint and renames the older ones; `keep_as_epoch` also keeps it for good.
+
+    A kill at any moment loses at most this checkpoint.
 
     Raises:
-        ValueError: the folder holds another run, or files of an unknown one; nothing in it is touched.
+        OSError: it cannot be written; the others stay as they are.
     """
-    record = folder / ARGS
-    if fresh and record.exists():
-        raise ValueError(f'{folder} holds a run, and --resume never does not continue it; give another --output')
-    if record.exists():
+    with replacing(newest) as part:
+        write_synced(part, lambda f: torch.save(state, f))
+        if keep_as_epoch:
+            _link(part, newest.with_stem(f'{newest.stem}_epoch{keep_as_epoch:04}'))
+        names = checkpoint_names(newest, keep_last)
+        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+            if newer.exists():
+                os.replace(newer, older)
+
+
+def _link(path: Path, name: Path) -> None:
+    """Gives a file a second name, without copying it if the file system can."""
+    with replacing(name) as part:
+        part.unlink(missing_ok=True)
         try:
-            old = json.loads(record.read_text())
-        except ValueError:
-            raise ValueError(f'{record} is not readable; give another --output, or remove the folder') from None
-        said = differences(old, args, free)
-        if said:
-            raise ValueError(f'{folder} holds another run ({said}); give another --output')
-        return old
-    taken = [n for n in (LAST, PREVIOUS, LOG, BACKBONE) if (folder / n).exists()]
-    if taken:
-        raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; give another --output')
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_args(folder, args)
-    return None
+            os.link(path, part)
+        except OSError:
+            shutil.copyfile(path, part)
 
 
-def _write_args(folder: Path, args: dict[str, Any]) -> None:
-    write_atomically(folder / ARGS, lambda f: f.write((json.dumps(args, indent=2) + '\n').encode()))
+def read(path: Path, keys: set[str]) -> dict[str, Any]:
+    """Reads a checkpoint and verifies every byte of it.
 
-
-def amend_record(folder: Path, changes: dict[str, Any]) -> None:
-    """Write what was decided after the folder was claimed into its arguments."""
-    record = {**json.loads((folder / ARGS).read_text()), **changes}
-    _write_args(folder, record)
-
-
-def _names(n: int) -> list[str]:
-    """Of the n newest checkpoints, newest first."""
-    return [LAST, PREVIOUS, *(f'checkpoint_previous_{i}.pth' for i in range(2, n))][:n]
-
-
-def _also(path: Path, name: str) -> None:
-    """The same file under another name, which is whole or not there."""
-    part = path.with_name(name + '.part')
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path, part)  # no second copy
-    except OSError:
-        shutil.copyfile(path, part)
-    os.replace(part, path.with_name(name))
-    part.unlink(missing_ok=True)  # os.replace leaves it where both names are the same file already
-
-
-def save(
-    folder: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch: int = 0, pin: bool = False) -> None:
-    """Write the newest checkpoint; `keep_last` are kept, and this one also under its epoch's name if that is not 0.
-
-    The new one is whole on the disk before the older ones move. `pin` keeps the newest before it as the healthy one.
+    Args:
+        keys: the entries that it must have.
 
     Raises:
-        OSError: it could not be written; what was there is still there.
-    """
-    part = folder / (LAST + '.part')
-    write_synced(part, lambda f: torch.save(state, f))
-    names = [folder / n for n in _names(keep_last)]
-    if pin and (newest := next((n for n in names if n.exists()), None)):
-        _also(newest, HEALTHY)
-    if keep_as_epoch:
-        _also(part, f'checkpoint_epoch{keep_as_epoch:04}.pth')
-    for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
-        if newer.exists():
-            os.replace(newer, older)
-    os.replace(part, folder / LAST)
-    sync_folder(folder)
-
-
-def read(path: Path, keys: set[str] = KEYS) -> dict[str, Any]:
-    """One checkpoint, every byte of it checked; `keys` are those that it must have.
-
-    Raises:
-        ValueError: it is torn, damaged, or none of ours.
+        DamagedError: it is torn or damaged.
+        ValueError: it is a checkpoint of another program.
+        OSError, MemoryError: it cannot be read now, which says nothing about its bytes.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip() is not None:  # torch.load alone may take damaged numbers for good ones
-                raise ValueError('damaged')
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:  # a torn file raises whatever its bytes lead to
-        raise ValueError(f'{path} cannot be read ({type(e).__name__})') from None
+        with open(path, 'rb') as f:
+            if damage := _find_damage(f):
+                raise DamagedError(f'{path} cannot be read, it is damaged ({damage})')
+            f.seek(0)
+            state = _load(f)
+    except OSError as e:
+        raise type(e)(f'{path} cannot be read ({e.strerror or e}); nothing is changed, so try again later') from None
+    except MemoryError:
+        raise MemoryError(f'there is not enough memory to read {path}; nothing is changed') from None
     if not isinstance(state, dict) or not state.keys() >= keys:
         raise ValueError(f'{path} is no checkpoint of this program')
     return state
 
 
-def load(
-    folder: Path, say: Callable[[str], Any] = print, run: dict[str, Any] | None = None, free: set[str] = frozenset(),
-    healthy: bool = False, keys: set[str] = KEYS,
-) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole, or None; a torn one is named and set aside, so that it replaces none.
+def _find_damage(f: BinaryIO) -> str:
+    """What shows that the archive is damaged, or ''. torch.load alone may accept damaged numbers."""
+    try:
+        with zipfile.ZipFile(f) as archive:
+            return '' if archive.testzip() is None else 'a checksum differs'
+    except DAMAGE as e:
+        return type(e).__name__
+    except OSError as e:
+        if e.errno == errno.EINVAL:  # the bytes name a position that no file has
+            return type(e).__name__
+        raise
 
-    `run` is what the checkpoint must belong to, apart from the keys in `free`. `healthy`: only one that was written
-    before any sign of a collapse.
+
+def _load(f: BinaryIO) -> Any:
+    """The contents of an archive whose bytes are right; None if torch cannot make anything of them."""
+    try:
+        return torch.load(f, map_location='cpu', weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as e:  # torch.load raises RuntimeError, KeyError, ... on an archive of another program
+        if 'memory' in str(e):  # torch's allocator raises RuntimeError
+            raise MemoryError from None
+        return None
+
+
+def load(
+    newest: Path, keys: set[str], say: Callable[[str], Any] = print, start_over: str = 'give another --output',
+) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the newest checkpoint that is whole with its path, or None if there is none.
+
+    Damaged ones are reported and set aside (.torn), so that no later rename puts one in the place of a good one.
+
+    Args:
+        start_over: how the user begins again, for the error.
 
     Raises:
-        ValueError: the newest one belongs to another model, recipe or data set; the differing keys are named.
-            Or there are checkpoints and none is readable.
+        ValueError: there are checkpoints, and all of them are damaged; or one is of another program.
+        OSError, MemoryError: one cannot be read now; nothing is set aside.
     """
-    last = sorted(folder.glob('checkpoint_previous_*.pth'), key=lambda p: (len(p.name), p.name))
-    found = [p for p in (folder / LAST, folder / PREVIOUS, *last, folder / HEALTHY) if p.exists()]
-    found += sorted(folder.glob('checkpoint_epoch*.pth'), reverse=True)
-    torn = []
+    stem, suffix = glob.escape(newest.stem), newest.suffix
+    previous = newest.parent.glob(f'{stem}_previous_*{suffix}')
+    found = [*checkpoint_names(newest, 2), *sorted(previous, key=lambda p: (len(p.name), p.name))]
+    found += sorted(newest.parent.glob(f'{stem}_epoch*{suffix}'), reverse=True)
+    damaged: list[Path] = []
     for path in found:
+        if not path.exists():
+            continue
         try:
             state = read(path, keys)
-        except ValueError as e:
-            say(f'{e}; looking for the one before')
-            torn.append(path)
+        except DamagedError as e:
+            say(f'{e}; trying the one before')
+            damaged.append(path)
             continue
-        said = differences(state['run'], run, free) if run is not None else ''
-        if said:
-            raise ValueError(f'{path} belongs to another run ({said}); give another --output')
-        if torn:
+        if damaged:
             say(f'continuing from {path}')
-            for bad in torn:
-                _set_aside(bad)
-        if not healthy or state['healthy']:
-            return state
-    if torn and len(torn) == len(found):
-        raise ValueError(f'{folder}: no checkpoint can be read; remove the folder or give another --output')
+        for bad in damaged:
+            _set_aside(bad)
+        return path, state
+    if damaged:
+        raise ValueError(f'{damaged[0]} cannot be read, and there is no other checkpoint; {start_over}')
     return None
 
 
 def _set_aside(path: Path) -> None:
     try:
         os.replace(path, path.with_name(path.name + '.torn'))
-    except OSError:  # read-only: then nothing is written over the good ones either
+    except OSError:  # read-only: then nothing overwrites the good ones either
         pass
+
+
+def find_differences(old: dict[str, Any], new: dict[str, Any], free: set[str] = frozenset()) -> str:
+    """'key: old there, new here; ...' for the keys outside `free` that differ; '' if none does."""
+    old, new = _flatten(old), _flatten(new)
+    keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]
+    return '; '.join(f'{k}: {old.get(k)} there, {new.get(k)} here' for k in keys)
+
+
+def _flatten(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON returns it, with the augmentation's numbers beside the others."""
+    record = json.loads(json.dumps(record))
+    return {**record, **(record.pop('augmentation', None) or {})}

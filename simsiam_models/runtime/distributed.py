@@ -109,6 +109,14 @@ def cores() -> int:
     return max(1, found // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work; does nothing on the CPU."""
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    elif device.type == 'mps':
+        torch.mps.synchronize()
+
+
 def default_workers(device: torch.device) -> int:
     """Threads for data: one if the CPU also trains, else one per core, at most 8."""
     return 1 if device.type == 'cpu' else min(8, cores())

@@ -1,4 +1,5 @@
 """Files that are whole or absent, locks between processes, and the folder for caches."""
+import errno
 import json
 import math
 import os
@@ -135,8 +136,8 @@ def explain_write_errors(path: Path, flag: str = '--cache') -> Iterator[None]:
 
 
 @contextmanager
-def hold_lock(path: Path, world: World, what: str) -> Iterator[None]:
-    """Holds the lock file `path`; waits, and says so, while another run holds it."""
+def hold_lock(path: Path, world: World) -> Iterator[None]:
+    """Holds the lock file `path`; while another process holds it, says so and waits."""
     lock = None
 
     def take() -> None:
@@ -146,9 +147,13 @@ def hold_lock(path: Path, world: World, what: str) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f'{what}: waiting for the process that makes the same in {path.parent}', file=sys.stderr)
+            print(f'waiting for another process that holds {path}', file=sys.stderr)
             lock.acquire()
         except NotImplementedError:  # a file system without locks
+            lock = None
+        except OSError as e:
+            if e.errno != errno.ENOLCK:  # a network file system without a lock daemon
+                raise
             lock = None
 
     world.broadcast_from_main(take)

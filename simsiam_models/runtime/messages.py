@@ -41,3 +41,11 @@ def clock_time(seconds: float) -> str:
 
 def silent(*what: Any) -> None:
     """Takes the place of print in processes other than the main one."""
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Parses JSON for argparse, which shows the name of this function in its error."""
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value

@@ -1,4 +1,4 @@
-"""Signals that ask a run to leave: it finishes its step, saves, and exits with a code that schedulers understand."""
+"""Signals that ask a run to stop: it finishes its step, saves, and exits with a code that schedulers understand."""
 import signal
 import threading
 import time
@@ -6,11 +6,11 @@ from typing import Any
 
 # SIGTERM: schedulers and torchrun; SIGUSR1: SLURM's early warning; SIGINT: Ctrl-C.
 NAMES = ('SIGTERM', 'SIGINT', 'SIGUSR1')
-ECHO = 3.0  # seconds: one signal to a whole group of processes reaches torchrun's twice, by itself and passed on
+ECHO = 3.0  # seconds: torchrun passes on a signal that a whole group of processes has already received
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the run; `code` is 128 + its number, as shells and schedulers have it (143 for SIGTERM)."""
+    """A signal ended the run; `code` is 128 + its number, as in shells and schedulers (143 for SIGTERM)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f'stopped by {signal.Signals(number).name}')
@@ -18,30 +18,30 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """While it is entered, the first signal sets `number` where `deferred` is set; a later one raises Stopped.
+    """Inside the `with` block a signal raises Stopped, or only sets `number` while `deferred` is set.
 
-    `deferred` is set while there are steps that no checkpoint holds.
+    `deferred` is set while there are steps that no checkpoint holds. A second signal always raises Stopped.
     """
 
     def __init__(self) -> None:
-        self.number, self.deferred, self._before, self._at = 0, False, {}, -ECHO
+        self.number, self.deferred, self._before, self._received_at = 0, False, {}, -ECHO
 
     def __enter__(self) -> 'Signals':
-        if threading.current_thread() is threading.main_thread():  # only there Python allows handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
             for name in NAMES:
                 if hasattr(signal, name):
                     number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._take)
+                    self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         again, now = self.number != 0, time.monotonic()
-        if again and self.deferred and now - self._at < ECHO:
+        if again and self.deferred and now - self._received_at < ECHO:
             return
-        self.number, self._at = number, now
+        self.number, self._received_at = number, now
         if again or not self.deferred:
             raise Stopped(number)

@@ -1,6 +1,7 @@
-"""Watching a run: does the output collapse, and are images of one class near each other?"""
+"""Figures of a run: output std and effective rank, which show a collapse, and the kNN accuracy of the features."""
 import math
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,56 +9,56 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..data import EvalImages
+from ..data import DataError, EvalImages, Images, Transform
+from ..data.augment import normalize
 from ..data.philox import permutation
 from ..runtime.distributed import World, gather_rows
+from .recipes import Recipe
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
-FEW = 8  # samples
-RANKED = 256  # rows of p whose rank is taken: an eighth of the time of 512
-PICTURES, GRID = 64, 32  # what is looked at of a batch
+MIN_SAMPLES = 8  # fewer have no rank to speak of
+RANK_ROWS = 256  # rows of p whose rank is computed: an eighth of the time of 512
+PICTURES, GRID = 64, 32  # of a batch, for `measure_pixel_std`
 
 
 @torch.no_grad()
-def spread(z: Tensor) -> Tensor:
-    """std x sqrt(d) of z / ||z|| (paper, section 4.1), per channel over the batch, averaged: a scalar beside z."""
+def output_std(z: Tensor) -> Tensor:
+    """(B, d) -> std x sqrt(d) of z / ||z|| (paper, section 4.1), averaged over the channels: 1 healthy, 0 collapsed.
+
+    A scalar on the same device.
+    """
     z = F.normalize(z.float(), dim=1)  # (B, d)
     return z.std(0).mean() * z.shape[1] ** 0.5
 
 
-def output_std(z: Tensor) -> float:
-    """`spread` as a number: 1 healthy, 0 collapsed."""
-    return float(spread(z))
-
-
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
-    """How many directions the outputs use: exp of the entropy of their singular values (Roy & Vetterli, 2007).
+    """The number of directions that outputs use: exp of the entropy of their singular values (Roy & Vetterli, 2007).
 
-    Of the centred, normalised z (B, d); between 1 and min(B - 1, d).
+    The rows of z (B, d) are normalised and centred first. The result lies between 1 and min(B - 1, d).
     """
     z = F.normalize(z.float(), dim=1)
     z = (z - z.mean(0)).double().cpu()
-    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z  # several times quicker than the singular values of z itself
+    gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z  # several times faster than the singular values of z
     s = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = s / s.sum().clamp_min(1e-12)
     return float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum()))
 
 
 def is_collapsed(std: float, rank: float, samples: float = math.inf) -> bool:
-    """Outputs that shrink towards one point (std), or differ along a line only (rank); NaN counts too.
+    """Whether the outputs shrink towards one point (std), or differ only along a line (rank); true for NaN.
 
-    Of fewer than 8 samples the rank, which is below their number, says nothing. Seen by tests/perf/collapse.py: std
-    0.747 and rank 11.7 or more in 60 healthy runs; without stop-gradient 10 of 12 stay below std 0.6 before step 120.
+    The rank is below the number of samples, so it counts only from 8 samples on. tests/perf/collapse.py saw std 0.747
+    and rank 11.7 or more in 60 healthy runs; without stop-gradient 10 of 12 runs fall below std 0.6 before step 120.
     """
-    return not (std > COLLAPSED_STD and (rank > COLLAPSED_RANK or samples < FEW))
+    return not (std > COLLAPSED_STD and (rank > COLLAPSED_RANK or samples < MIN_SAMPLES))
 
 
 @torch.no_grad()
-def pixel_spread(x: Tensor) -> Tensor:
-    """How much pictures (B, 3, S, S) differ from each other beyond their mean colour: 0 for blank ones.
+def measure_pixel_std(x: Tensor) -> Tensor:
+    """How much pictures (B, 3, S, S) differ from each other beyond their mean colour; 0 for blank ones.
 
-    Of PICTURES of them, and about GRID x GRID pixels of each.
+    Looks at PICTURES of them, and at about GRID x GRID pixels of each.
     """
     step = max(1, x.shape[-1] // GRID)
     x = x[:PICTURES, :, ::step, ::step].float()
@@ -66,7 +67,7 @@ def pixel_spread(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def constant_channels(model: nn.Module) -> Tensor:
-    """Share of batch norm channels whose running variance is below 1e-5 (the usual eps): they pass nothing on."""
+    """The share of batch norm channels with a running variance below 1e-5 (the usual eps): they pass nothing on."""
     variances = [
         m.running_var for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     if not variances:
@@ -76,11 +77,11 @@ def constant_channels(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def knn_accuracy(
-    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, t: float, chunk: int = 1024,
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, t: float, *, chunk: int = 1024,
 ) -> float:
-    """Weighted kNN (MMSelfSup's protocol): percent of queries whose class collects most of sum exp(s / T), s = cosine.
+    """Weighted kNN (MMSelfSup's protocol): percent of queries whose class has the largest sum of exp(cosine / T).
 
-    bank (N, d) with labels (N,), queries (M, d) with labels (M,); k is cut down to N.
+    bank (N, d) with labels (N,), queries (M, d) with labels (M,); k is at most N.
     """
     bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
     classes = int(torch.max(bank_labels.max(), labels.max())) + 1
@@ -93,7 +94,7 @@ def knn_accuracy(
 
 
 class Moment:
-    """A point of the run: where the device's queue of work stands on CUDA, which the host fills ahead; else a time."""
+    """A point in a run: on CUDA a place in the device's queue, which the host fills in advance; elsewhere a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.clock, self.event = time.perf_counter(), None
@@ -102,37 +103,37 @@ class Moment:
             self.event.record(torch.cuda.current_stream(device))
 
     def wait(self) -> None:
-        """Until the device is there."""
+        """Blocks until the device reaches this point."""
         if self.event is not None:
             self.event.synchronize()
 
     def since(self, earlier: 'Moment') -> float:
-        """Seconds; wait() first."""
+        """Returns seconds; call wait() first."""
         if self.event is not None:
             return earlier.event.elapsed_time(self.event) / 1000
         return self.clock - earlier.clock
 
 
 class Reading:
-    """Figures of a step on their way to the host: how the outputs are spread, and what `doctor` asks for besides.
+    """Figures of a step on their way to the host: output std and rank, and the evidence that `doctor` needs.
 
-    The copies start behind the step and are read after the next one is launched, so the device has work meanwhile. Only
-    CUDA can say when a copy has arrived; elsewhere it is made at once.
+    The copies start behind the step and are read after the next one is launched, so the device stays busy. Only CUDA
+    can say when a copy has arrived; elsewhere it is made at once.
 
     Args:
-        x1: the normalised view (B, 3, S, S).
+        x1: the normalised view, (B, 3, S, S).
         p1, z1: (B, d), as the model returned them.
     """
 
     @torch.no_grad()
     def __init__(self, loss: Tensor, x1: Tensor, p1: Tensor, z1: Tensor, model: nn.Module) -> None:
-        self._known = {'samples': float(len(z1)), 'z_has_gradient': float(z1.requires_grad)}
+        self._samples = float(len(z1))
         scalars = {
-            'loss': loss, 'std': spread(z1), 'p_std': spread(p1), 'pixels': pixel_spread(x1),
+            'loss': loss, 'std': output_std(z1), 'p_std': output_std(p1), 'pixels': measure_pixel_std(x1),
             'cosine': F.cosine_similarity(p1.float(), z1.float()).mean(), 'constant_channels': constant_channels(model)}
         self._names = list(scalars)
         together = torch.stack([x.to(z1.device, torch.float32) for x in scalars.values()])
-        self._host = [self._copy(x) for x in (together, z1, p1[:RANKED])]
+        self._host = [self._copy(x) for x in (together, z1, p1[:RANK_ROWS])]
         self.moment = Moment(z1.device)
 
     @staticmethod
@@ -141,11 +142,11 @@ class Reading:
         return host.copy_(x, non_blocking=x.is_cuda)
 
     def read(self) -> dict[str, float]:
-        """loss, std, rank; the same of p: p_std, p_rank; the other names as above."""
+        """Returns loss, std, rank, p_std, p_rank, pixels, cosine, constant_channels and samples."""
         self.moment.wait()
         scalars, z, p = self._host
         figures = dict(zip(self._names, scalars.tolist(), strict=True))
-        return {**figures, 'rank': _rank_or_nan(z), 'p_rank': _rank_or_nan(p), **self._known}
+        return {**figures, 'rank': _rank_or_nan(z), 'p_rank': _rank_or_nan(p), 'samples': self._samples}
 
 
 def _rank_or_nan(z: Tensor) -> float:
@@ -155,45 +156,84 @@ def _rank_or_nan(z: Tensor) -> float:
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 
-    With validation images: bank = training images, queries = validation images. Without: every fifth image is a query.
-    At most `max_bank` and `max_queries` images, chosen by a fixed permutation: a monitor, not the benchmark.
+    With validation images the training images are the bank, and the validation images the queries. Without them every
+    fifth image is a query. At most `max_bank` and `max_queries` images, chosen by a fixed permutation: a monitor, not
+    the benchmark. Unreadable images are left out of both.
+
+    Args:
+        recipe: its image size, eval_resize, knn_k and knn_t are used.
+        max_unreadable: share of the bank, and of the queries, that may be unreadable.
     """
 
     def __init__(
-        self, train, val, size: int, resize: int, k: int, t: float, world: World, workers: int = 0,
-        max_bank: int = 50_000, max_queries: int = 10_000,
+        self, train: Images, val: Images | None, recipe: Recipe, world: World, *, workers: int = 0,
+        max_unreadable: float = 0.1, max_bank: int = 50_000, max_queries: int = 10_000,
     ) -> None:
         order = permutation(0, 0, len(train))
         held = len(order) // 5
         bank, queries = (order, permutation(0, 0, len(val))) if val is not None else (order[held:], order[:held])
-        self.k, self.t, self.world = k, t, world
+        self.k, self.t, self.world, self.max_unreadable = recipe.knn_k, recipe.knn_t, world, max_unreadable
         self.sets = [(train, bank[:max_bank]), (val if val is not None else train, queries[:max_queries])]
-        self.loaders = [
-            EvalImages(images, rows[world.rank::world.size], size, resize, workers=workers, device=world.device)
-            for images, rows in self.sets]
-        self.labels = [
-            torch.from_numpy(images.labels[rows].astype(np.int64)).to(world.device) for images, rows in self.sets]
+        self.unreadable: list[dict[int, str]] = [{}, {}]  # of bank and queries, at the last measurement
+        transform = Transform(recipe.eval_resize, recipe.augmentation.size)
+        self.loaders = []
+        for images, rows in self.sets:
+            mine = rows[world.rank::world.size]
+            batches = [mine[i:i + 256] for i in range(0, len(mine), 256)]
+            self.loaders.append(EvalImages(images, batches, transform, workers, world.device))
+
+    @property
+    def queries(self) -> int:
+        """The number of queries that were readable at the last measurement."""
+        return len(self.sets[1][1]) - len(self.unreadable[1])
 
     def describe(self) -> str:
-        (_, bank), (_, queries) = self.sets
-        return f'kNN (k={self.k}, T={self.t:g}; {len(bank)} bank images, {len(queries)} queries)'
+        bank = len(self.sets[0][1]) - len(self.unreadable[0])
+        text = f'kNN (k={self.k}, T={self.t:g}; {bank} bank images, {self.queries} queries)'
+        if n := sum(map(len, self.unreadable)):
+            first = next(iter((self.unreadable[1] or self.unreadable[0]).values()))
+            text += f', {n} unreadable images left out (the first: {first}),'
+        return text
 
-    def _accuracy(self, features) -> float:
-        tables = []
-        for loader, (_, rows) in zip(self.loaders, self.sets, strict=True):
-            tables.append(gather_rows(torch.cat([features(x) for x in loader]), len(rows), self.world))
-        return knn_accuracy(tables[0], self.labels[0], tables[1], self.labels[1], self.k, self.t)
+    def _measure(self, extract: Callable[[Tensor], Tensor]) -> float:
+        tables = [self._extract(i, extract) for i in range(2)]
+        (bank, bank_labels), (queries, labels) = tables
+        return knn_accuracy(bank, bank_labels, queries, labels, self.k, self.t)
+
+    def _extract(self, part: int, extract: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Features and labels of the readable images of the bank (0) or the queries (1).
+
+        Raises:
+            DataError: too many images are unreadable.
+        """
+        (images, rows), loader, device = self.sets[part], self.loaders[part], self.world.device
+        loader.unreadable.clear()
+        features = [
+            extract(normalize(x.to(device).permute(0, 3, 1, 2).float() / 255)) for _, x in loader]
+        table = gather_rows(torch.cat(features), len(rows), self.world)
+        bad: dict[int, str] = {}
+        for found in self.world.gather(loader.unreadable):
+            bad.update(found)
+        self.unreadable[part] = bad
+        if len(bad) > self.max_unreadable * len(rows) or len(bad) == len(rows):
+            raise DataError(
+                f'{images.name}: {len(bad)} of {len(rows)} images for the kNN monitor cannot be read (the first: '
+                f'{next(iter(bad.values()))}), more than --max-unreadable {self.max_unreadable:g} allows: repair or '
+                'remove them')
+        keep = torch.from_numpy(np.array([row not in bad for row in rows.tolist()])).to(device)
+        labels = torch.from_numpy(images.labels[rows].astype(np.int64)).to(device)
+        return table[keep], labels[keep]
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float:
-        """Percent; the backbone is in evaluation mode for it and in the mode it was afterwards."""
+        """Returns percent; the backbone is in evaluation mode meanwhile, and then in its former mode."""
         training = backbone.training
         backbone.eval()
         try:
-            return self._accuracy(lambda x: backbone(x.contiguous(memory_format=torch.channels_last)).float())
+            return self._measure(lambda x: backbone(x.contiguous(memory_format=torch.channels_last)).float())
         finally:
             backbone.train(training)
 
     def measure_pixels(self) -> float:
-        """Percent, of the normalised pixels themselves, less each image's mean (without that they do worse)."""
-        return self._accuracy(lambda x: x.flatten(1) - x.mean((1, 2, 3))[:, None])
+        """Returns percent for the normalised pixels themselves, less each image's mean (without that they do worse)."""
+        return self._measure(lambda x: x.flatten(1) - x.mean((1, 2, 3))[:, None])

@@ -1,4 +1,4 @@
-"""What a run has before its first step: its data, its model, its folder, and how it steps."""
+"""What a run needs before its first step: data, model, the claim of its folder, and how it steps."""
 import argparse
 import copy
 import dataclasses
@@ -8,109 +8,160 @@ from typing import Any
 
 import torch
 
-from ..data import open_data
+from ..data import Images, TwoViews, open_data
 from ..runtime import checkpoint
-from ..runtime.distributed import World
-from ..runtime.log import RunLog
-from ..runtime.precision import AMP, choose_amp
+from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
+from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
+from ..runtime.precision import autocast, choose_amp
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
-from .autoperf import MakeStep, Perf, choose_perf
+from .autoperf import choose_perf
 from .monitor import KnnMonitor
 from .recipes import Recipe
+from .step import Perf, Trainer, train_step
 
-# What may differ between a run and its continuation: nothing here changes what is learned. The data may lie elsewhere:
-# `digest` and `images` tell whether they are the same.
+# The entries of a checkpoint.
+KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'doctor', 'unreadable', 'log_bytes', 'run', 'processes'}
+# The arguments that may differ between a run and its continuation: none of them changes what is learned. The data may
+# have moved; `digest` and `images` tell whether they are the same.
 FREE = {
     'data', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
     'auto_perf', 'perf', 'processes', 'knn_data', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
     'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb'}
 
 
-def load_monitor(args: argparse.Namespace, recipe: Recipe, train: Any, val: Any, world: World, workers: int):
-    """The kNN monitor, or None where no images have labels."""
+def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[TwoViews, KnnMonitor | None, SimSiam]:
+    """Opens the data and builds the model; nothing is written.
+
+    Raises:
+        ValueError, FileNotFoundError, DataError: the data, the batch or the model cannot be used.
+    """
+    train, val = open_data(args.data, args.images_per_epoch)
+    workers = default_workers(world.device) if args.workers is None else args.workers
+    views = TwoViews(
+        train, recipe.augmentation, recipe.batch_size, seed=args.seed, rank=world.rank, world=world.size,
+        device=world.device, workers=workers, max_unreadable=args.max_unreadable)
     if args.knn_data is not None:
         train, val = open_data(args.knn_data)
         if train.labels is None:
             raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
+    return views, make_monitor(args, recipe, train, val, world, workers=workers), make_model(recipe, args.seed)
+
+
+def make_monitor(
+    args: argparse.Namespace, recipe: Recipe, train: Images, val: Images | None, world: World, *, workers: int,
+) -> KnnMonitor | None:
+    """The kNN monitor, or None if there are no labels, or too few images for one query per process."""
     queries = len(train) // 5 if val is None else len(val)
-    if train.labels is None or queries < world.size:  # every process is to have one
+    if train.labels is None or queries < world.size:
         return None
-    return KnnMonitor(
-        train, val, recipe.augmentation.size, recipe.eval_resize, recipe.knn_k, recipe.knn_t, world, workers)
+    return KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
 
 
 def make_model(recipe: Recipe, seed: int) -> SimSiam:
+    """Builds the recipe's model with weights from `seed`.
+
+    Raises:
+        ValueError: timm has no such model, or the model has no such argument.
+    """
     torch.manual_seed(seed)
     try:
         return create_simsiam(
             recipe.model, dim=recipe.dim, pred_dim=recipe.pred_dim, proj_layers=recipe.proj_layers, **recipe.model_args)
-    except (RuntimeError, TypeError) as e:  # timm: no such model, no such argument
+    except (RuntimeError, TypeError) as e:
         raise ValueError(
             f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
 
 
-def make_scaler(amp: str, world: World) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(world.device.type, enabled=amp == 'float16')
+def name_output(args: argparse.Namespace, recipe_name: str) -> Path:
+    """The run's folder: --output, or runs/RECIPE-DATA."""
+    if args.output:
+        return Path(args.output)
+    data = 'demo' if args.data is None else Path(args.data).resolve().name if Path(args.data).exists() else ''.join(
+        c if c.isalnum() else '-' for c in args.data)
+    return Path(f'runs/{recipe_name}-{data}')
 
 
 def claim(
-    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, shape: tuple[int, ...], images: Any,
-    folder: Path, world: World, log: RunLog,
+    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, images: Images, life: Lifecycle,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Make the folder this run's; its recorded arguments, and the checkpoint that it continues from, or None.
+    """Claims the run's folder; returns its recorded arguments, and the checkpoint that it continues from, or None.
 
-    A continued run keeps the recorded precision.
+    A continued run keeps its recorded precision.
 
     Raises:
-        ValueError: the folder, or the checkpoint, is another run's.
+        ValueError: the folder, or the checkpoint, belongs to another run.
     """
-    known = args.amp == 'auto' and (folder / checkpoint.ARGS).exists()  # then what is recorded holds
-    amp = 'off' if known else choose_amp(args.amp, world.device, model, shape)
+    world, continued = life.world, (life.folder / ARGS).exists()
+    size = recipe.augmentation.size
+    amp = 'off' if args.amp == 'auto' and continued else choose_amp(
+        args.amp, world.device, model, (recipe.batch_size // world.size, 3, size, size))
     numbers = dataclasses.asdict(recipe)
     del numbers['about']
-    here = args.data and str(Path(args.data).resolve() if Path(args.data).exists() else args.data)
     record = {
-        'recipe': name, 'data': here, 'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp,
-        **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size,
-        'perf': None}
+        'recipe': name, 'data': args.data and str(Path(args.data).resolve() if Path(args.data).exists() else args.data),
+        'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp, **numbers,
+        **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None}
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
+    given = world.broadcast_from_main(lambda: _read_given(args.resume, record, free))
+    if given is not None:
+        record['amp'] = given['run']['amp']
+    record = life.claim(record, free, fresh=args.resume == 'never')
+    if continued:
+        life.say(f'{life.folder} holds this run: continuing it')
+    state = life.resume(record, free)
+    if state is not None and given is not None:
+        life.say(f'{life.folder} has checkpoints of its own, so --resume {args.resume} is not used')
+    return record, state or given
 
-    def own() -> tuple[dict[str, Any], dict[str, Any] | None]:
-        given = None
-        if args.resume not in ('auto', 'never'):
-            given = checkpoint.read(Path(args.resume))
-            said = checkpoint.differences(given['run'], record, free)
-            if said:
-                raise ValueError(f'--resume {args.resume} belongs to another run ({said})')
-            record['amp'] = given['run']['amp']
-            given['log_bytes'] = 0
-        old = checkpoint.claim_folder(folder, record, free, args.resume == 'never')
-        if old is not None:
-            log.say(f'{folder} holds this run: continuing it')
-        state = checkpoint.load(folder, log.say, record, free)
-        if state is not None and given is not None:
-            log.say(f'{folder} has checkpoints of its own, so --resume {args.resume} is left aside')
-        return old or record, state or given
 
-    return world.broadcast_from_main(own)
+def _read_given(resume: str, record: dict[str, Any], free: set[str]) -> dict[str, Any] | None:
+    """The checkpoint that --resume FILE names."""
+    if resume in ('auto', 'never'):
+        return None
+    given = checkpoint.read(Path(resume), KEYS)
+    if said := checkpoint.find_differences(given['run'], record, free):
+        raise ValueError(f'--resume {resume} belongs to another run ({said})')
+    return {**given, 'log_bytes': 0}
+
+
+def make_trainer(
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle,
+    continued: bool,
+) -> Trainer:
+    """Moves the model to the device, as --amp, --compile and --auto-perf say, and wraps it for several processes."""
+    world, size = life.world, recipe.augmentation.size
+    shape = (recipe.batch_size // world.size, 3, size, size)
+    amp, perf = decide_perf(args, recipe, model, record, life, continued)
+    model.to(world.device, memory_format=perf.memory_format)
+    synchronize_batchnorm(model, world)
+    if perf.compile:
+        compile_or_not(model, shape, amp, perf, world.device, life.say)
+    blank = torch.zeros(2, *shape[1:], device=world.device)
+    net = parallel(model, lambda net: simsiam_loss(*net(blank, blank)), world)
+    return Trainer(model, recipe, world, amp, perf, net=net, seed=args.seed)
 
 
 def decide_perf(
-    args: argparse.Namespace, model: SimSiam, shape: tuple[int, ...], record: dict[str, Any], continued: bool,
-    folder: Path, make_step: MakeStep, world: World, log: RunLog,
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle,
+    continued: bool,
 ) -> tuple[str, Perf]:
     """Precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
-    amp = record['amp']
+    amp, world, size = record['amp'], life.world, recipe.augmentation.size
     if record.get('perf'):
         perf = Perf(**record['perf'])
         return amp, dataclasses.replace(perf, compile=perf.compile or args.compile and not args.auto_perf)
     if not args.auto_perf:
         return amp, Perf(compile=args.compile)
 
+    def make_step(trial: SimSiam, amp: str, perf: Perf) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+        trainer = Trainer(trial.train(), recipe, World(0, 1, world.device), amp, perf, seed=args.seed)
+        return lambda x1, x2: train_step(trainer, x1, x2)
+
     def choose() -> tuple[str, Perf]:
         amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
-        chosen = choose_perf(model, shape, world.device, amps, make_step, log.say)
-        checkpoint.amend_record(folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
+        shape = (recipe.batch_size // world.size, 3, size, size)
+        chosen = choose_perf(model, shape, world.device, amps, make_step, life.say)
+        amend_claim(life.folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
         return chosen
 
     return world.broadcast_from_main(choose)
@@ -119,18 +170,18 @@ def decide_perf(
 def compile_or_not(
     model: SimSiam, shape: tuple[int, ...], amp: str, perf: Perf, device: torch.device, say: Callable[[str], None],
 ) -> None:
-    """Compile in place where that works; a trial on a copy leaves the batch norm statistics alone.
+    """Compiles the model in place if that works; a trial on a copy leaves the batch norm statistics unchanged.
 
-    The trial has the run's own shape and precision, so that the run takes over what was compiled for it.
+    The trial has the run's own shape and precision, so the run reuses what was compiled for it.
     """
     try:
         trial = copy.deepcopy(model)
         trial.compile()
         x = torch.zeros(shape, device=device).contiguous(memory_format=perf.memory_format)
-        with torch.autocast(device.type, AMP[amp], enabled=amp != 'off'):
+        with autocast(device, amp):
             outputs = trial(x, x)
         simsiam_loss(*(y.float() for y in outputs)).backward()
-    except Exception as e:  # compilers fail in many ways, none of which should end the run
-        say(f'--compile does not work here ({type(e).__name__}); going on without it')
+    except Exception as e:  # torch.compile and the C++ compiler behind it raise errors of many kinds
+        say(f'--compile does not work here ({type(e).__name__}); the run goes on without it')
         return
     model.compile()

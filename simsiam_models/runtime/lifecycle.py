@@ -1,0 +1,221 @@
+"""The life of a long run: it claims its folder, resumes, saves when a checkpoint is due, and stops on a signal."""
+import json
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import checkpoint
+from .distributed import World
+from .files import hold_lock, write_json
+from .signals import Signals, Stopped
+
+ARGS = 'args.json'
+# What runs leave in their folders.
+OUTPUTS = (
+    'checkpoint.pth', 'checkpoint_previous.pth', 'log.jsonl', 'backbone', 'config.json', 'model.safetensors',
+    'record.json')
+PATIENCE = 3  # a run stops if its newest checkpoint is older than so many times `minutes`
+
+
+class RunError(RuntimeError):
+    """The run cannot go on as it is."""
+
+
+class Pause(NamedTuple):
+    """What all processes agree on after a step; all zero: go on."""
+
+    signal: int = 0  # number of the signal that stops the run
+    due: int = 0  # 1: write a checkpoint
+    failed: int = 0  # 1: a process reports that the run has failed
+
+
+class Lifecycle:
+    """One run, from the claim of its folder to its last checkpoint.
+
+        with Lifecycle(folder / 'checkpoint.pth', keys, world, signals, say) as life:
+            life.claim(arguments)
+            state = life.resume(arguments)
+            ...
+            pause = life.agree(step)                        # after each step
+            if pause.due or pause.signal:
+                life.save(make_state, epoch, step)
+                life.stop_if_signalled()
+
+    Processes take every decision together, and only rank 0 touches files. Between `claim` and the end of the block no
+    other process can claim the folder. While a checkpoint cannot be written (disk full, folder gone) the run goes on
+    and keeps the one before.
+
+    Args:
+        newest: path of the newest checkpoint.
+        keys: the entries that a checkpoint of this run has.
+        minutes, every_steps: when a checkpoint is due.
+        keep_last: checkpoints that are kept; from 2 on, a damaged one falls back to the one before.
+        keep_every: keep the checkpoint after every so many epochs for good; 0: none.
+        start_over: how the user begins again, for errors.
+    """
+
+    def __init__(
+        self, newest: Path, keys: set[str], world: World, signals: Signals, say: Callable[[str], Any], *,
+        minutes: float = 10.0, every_steps: int | None = None, keep_last: int = 2, keep_every: int = 0,
+        start_over: str = 'give another --output',
+    ) -> None:
+        self.newest, self.folder, self.keys = newest, newest.parent, keys
+        self.world, self.signals, self.say = world, signals, say
+        self.minutes, self.every_steps = minutes, every_steps
+        self.keep_last, self.keep_every, self.start_over = keep_last, keep_every, start_over
+        self.position = self.saved = None  # (epoch, step) of the last attempt to save, and of the newest checkpoint
+        self._saved_at = self._tried_at = time.monotonic()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> 'Lifecycle':
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.signals.deferred = False
+        self._stack.close()
+
+    def claim(self, args: dict[str, Any], free: set[str] = frozenset(), fresh: bool = False) -> dict[str, Any]:
+        """Makes the folder this run's, or finds that it already is, and returns the arguments recorded there.
+
+        Args:
+            free: arguments that may differ between a run and its continuation.
+            fresh: refuse to continue a run.
+
+        Raises:
+            ValueError: the folder holds another run, or files of an unknown one; nothing in it is touched.
+        """
+        def check() -> dict[str, Any] | None:
+            return _read_claim(self.folder, args, free, fresh)
+
+        def write() -> dict[str, Any]:
+            if (old := check()) is None:
+                write_json(self.folder / ARGS, args)
+            return old or args
+
+        self.world.broadcast_from_main(check)  # before anything is written, the lock included
+        self.lock()
+        return self.world.broadcast_from_main(write)
+
+    def lock(self, path: Path | None = None) -> None:
+        """Waits until no other process runs in the folder; `path` is the lock file if it is not FOLDER/lock."""
+        self._stack.enter_context(hold_lock(path or self.folder / 'lock', self.world))
+
+    def resume(self, run: dict[str, Any], free: set[str] = frozenset()) -> dict[str, Any] | None:
+        """Returns the newest checkpoint that is whole, on every process, or None.
+
+        Args:
+            run: what the checkpoint's entry 'run' must equal, apart from the keys in `free`.
+
+        Raises:
+            ValueError: it belongs to another run; the differing keys are named. Or all checkpoints are damaged.
+            OSError, MemoryError: it cannot be read now; nothing is set aside.
+        """
+        def load() -> dict[str, Any] | None:
+            found = checkpoint.load(self.newest, self.keys, self.say, self.start_over)
+            if found is None:
+                return None
+            path, state = found
+            if said := checkpoint.find_differences(state['run'], run, free):
+                raise ValueError(f'{path} belongs to another run ({said}); {self.start_over}')
+            return state
+
+        return self.world.broadcast_from_main(load)
+
+    def begin(self, epoch: int = 0, step: int = 0) -> None:
+        """From here on a signal waits until a checkpoint holds the steps that are done."""
+        self.position = self.saved = epoch, step
+        self._saved_at = self._tried_at = time.monotonic()
+        self.signals.deferred = True
+
+    def agree(self, steps: int, failed: bool = False) -> Pause:
+        """What is to be done after so many steps of the run, the same on all processes."""
+        due = False
+        if self.world.main:
+            due = time.monotonic() - self._tried_at > 60 * self.minutes
+            due |= bool(self.every_steps and steps % self.every_steps == 0)
+        return Pause(*self.world.all_reduce_max([self.signals.number, int(due), int(failed)]))
+
+    def save(self, make_state: Callable[[], dict[str, Any]], epoch: int, step: int = 0) -> bool:
+        """Writes a checkpoint, whose entries `make_state` returns on rank 0.
+
+        Args:
+            epoch, step: the position that it holds.
+
+        Returns:
+            Whether it is written; if not, the one before is kept.
+
+        Raises:
+            RunError: none could be written for PATIENCE times `minutes`.
+        """
+        self.position = epoch, step
+        keep = epoch if self.keep_every and step == 0 and epoch and epoch % self.keep_every == 0 else 0
+
+        def write() -> bool:
+            self._tried_at = time.monotonic()
+            try:
+                checkpoint.save(self.newest, make_state(), self.keep_last, keep)
+            except OSError as e:
+                self._tolerate(e)
+                return False
+            self._saved_at = self._tried_at
+            return True
+
+        written = self.world.broadcast_from_main(write)
+        if written:
+            self.saved = self.position
+        return written
+
+    def _tolerate(self, e: OSError) -> None:
+        minutes = PATIENCE * self.minutes
+        if self._tried_at - self._saved_at > 60 * minutes:
+            raise RunError(
+                f'no checkpoint could be written for {minutes:g} minutes ({e.strerror or e}); make room in '
+                f'{self.folder}, and the same command goes on from the newest one')
+        self.say(
+            f'no checkpoint written to {self.folder} ({e.strerror or e}); the one before is kept, the next try is in '
+            f'{self.minutes:g} minutes or after this epoch')
+
+    def stop_if_signalled(self) -> None:
+        """Raises Stopped on all processes if one of them got a signal; call it after `save`."""
+        number = self.world.all_reduce_max([self.signals.number])[0]
+        if not number:
+            return
+        if self.saved != self.position:
+            raise RunError('stopped by a signal without a new checkpoint; the one before is kept')
+        raise Stopped(number)
+
+    def finish(self) -> None:
+        """Raises RunError if the last checkpoint is not written."""
+        self.signals.deferred = False
+        if self.saved != self.position:
+            raise RunError(
+                'the last checkpoint could not be written; make room, and the same command goes on from the one before')
+
+
+def _read_claim(folder: Path, args: dict[str, Any], free: set[str], fresh: bool) -> dict[str, Any] | None:
+    """The arguments of the run in `folder`, which is this one, or None if nobody claimed it."""
+    record = folder / ARGS
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f'{folder} is a file; give another --output')
+    if not record.exists():
+        if taken := [name for name in OUTPUTS if (folder / name).exists()]:
+            raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; give another --output')
+        return None
+    if fresh:
+        raise ValueError(f'{folder} holds a run, and --resume never does not continue it; give another --output')
+    try:
+        old = json.loads(record.read_text())
+    except ValueError:
+        raise ValueError(f'{record} is not readable; give another --output, or remove the folder') from None
+    if not isinstance(old, dict) or old.get('benchmark') != args.get('benchmark'):
+        raise ValueError(f'{folder} holds a run of another kind; give another --output')
+    if said := checkpoint.find_differences(old, args, free):
+        raise ValueError(f'{folder} holds another run ({said}); give another --output')
+    return old
+
+
+def amend_claim(folder: Path, changes: dict[str, Any]) -> None:
+    """Records what was decided after the folder was claimed."""
+    write_json(folder / ARGS, {**json.loads((folder / ARGS).read_text()), **changes})

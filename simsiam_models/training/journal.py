@@ -1,0 +1,163 @@
+"""What a run reports: figures of its steps, unreadable images, kNN accuracy, and the first signs of a collapse."""
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import TwoViews
+from ..runtime.distributed import mean_over_processes
+from ..runtime.files import write_atomically
+from ..runtime.log import RunLog
+from ..runtime.messages import clock_time
+from .doctor import Diagnosis, Doctor
+from .monitor import KnnMonitor, Moment, Reading, is_collapsed
+from .step import Trainer
+
+UNREADABLE = 'unreadable.txt'
+
+
+class Journal:
+    """Collects the figures of an interval, and writes them once the step after it is launched.
+
+    Reading a figure waits for the device, so the device always gets its next step first.
+
+    Attributes:
+        figures: the newest ones, by name; 'knn' has the accuracies in percent.
+        diagnosis: what the doctor found at the last reading, or None.
+        failed: the run is to stop, because --on-collapse says so.
+    """
+
+    def __init__(
+        self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, log_every: int, on_collapse: str,
+    ) -> None:
+        self.log, self.trainer, self.steps, self.knn = log, trainer, steps, knn
+        self.log_every, self.on_collapse = log_every, on_collapse
+        self.doctor = Doctor(trainer.recipe.lr, trainer.recipe.batch_size)
+        self.figures: dict[str, Any] = {'knn': {}}
+        self.diagnosis: Diagnosis | None = None
+        self.failed = False
+        self._losses: list[Tensor] = []
+        self._waited, self._began, self._pending = 0.0, Moment(trainer.world.device), None
+        self._named = 0  # unreadable images in UNREADABLE
+
+    def state_dict(self) -> dict[str, Any]:
+        return {'knn': self.figures['knn'], 'doctor': self.doctor.state_dict(), 'log_bytes': self.log.size()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.figures['knn'] = state['knn']
+        self.doctor.load_state_dict(state['doctor'])
+
+    def measure_waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields the batches of an epoch, and adds up the time spent waiting for them."""
+        self._began, clock = Moment(self.trainer.world.device), time.perf_counter()
+        for batch in batches:
+            self._waited += time.perf_counter() - clock
+            yield batch
+            clock = time.perf_counter()
+
+    def add_step(self, loss: Tensor) -> None:
+        """Counts a step that is launched, then reads the figures of the interval before it."""
+        self._losses.append(loss)
+        self.log.step()
+        self.flush()
+
+    def end_interval(self, epoch: int, step: int, x1: Tensor, p1: Tensor, z1: Tensor) -> None:
+        """Starts to read the figures of the last step; `flush` writes them."""
+        trainer = self.trainer
+        mean = mean_over_processes(torch.stack(self._losses).mean(), trainer.world)
+        reading = Reading(mean, x1, p1, z1, trainer.model)
+        where = {'epoch': epoch, 'step': step, 'lr': trainer.optimizer.param_groups[0]['lr']}
+        self._pending = reading, self._began, len(self._losses), self._waited, where
+        self._losses, self._waited, self._began = [], 0.0, reading.moment
+
+    def flush(self) -> None:
+        """Writes the figures of the last interval, if they are not written yet.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
+        if self._pending is None:
+            return
+        reading, began, n, waited, where = self._pending
+        self._pending, f = None, self.figures
+        measured = reading.read()
+        seconds = reading.moment.since(began)
+        f.update(
+            where, **measured, images_per_second=n * self.trainer.recipe.batch_size / seconds,
+            waiting=min(1.0, waited / seconds))
+        if not math.isfinite(f['loss']):
+            raise FloatingPointError(
+                f'the loss is {f["loss"]} at epoch {f["epoch"]}, step {f["step"]}: lower --lr '
+                f'({self.trainer.recipe.lr:g}), or use --amp off (now {self.trainer.amp}); the last checkpoint is kept')
+        f['collapsed'] = is_collapsed(f['std'], f['rank'], f['samples'])
+        before, self.diagnosis = self.diagnosis, self.doctor.examine(f)
+        f['diagnosis'] = self.diagnosis and self.diagnosis.name
+        self._write(seconds / n)
+        now = self.diagnosis
+        if now and (before is None or (before.name, before.collapsed) != (now.name, now.collapsed)):
+            self.log.say(str(now))
+        self.failed = self.log.main and self.doctor.confirmed and self.on_collapse == 'stop'
+
+    def _write(self, seconds_per_step: float) -> None:
+        f, epochs = self.figures, self.trainer.recipe.epochs
+        done = f['epoch'] * self.steps + f['step']
+        text = (f'loss {f["loss"]:.4f}  std {f["std"]:.2f}  rank {f["rank"]:.0f}  lr {f["lr"]:.3g}  '
+                f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %  '
+                f'left {clock_time((epochs * self.steps - done) * seconds_per_step)}')
+        if f['collapsed']:
+            text += '  COLLAPSED'
+        figures = {k: v for k, v in f.items() if k != 'knn'}
+        self.log.figures(f'epoch {f["epoch"] + 1}/{epochs} step {f["step"]}/{self.steps}  ', figures, text, done)
+
+    def measure_before(self) -> None:
+        """Measures the kNN accuracy of the untrained backbone, and of the pixels if images are small."""
+        if self.knn is None:
+            return
+        before = {'random': self.knn.measure(self.trainer.model.backbone)}
+        if self.trainer.recipe.augmentation.size <= 64:
+            before['pixels'] = self.knn.measure_pixels()
+        text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
+        self.log.figures('', {'epoch': 0, 'knn': before}, f'before training, {self.knn.describe()}: {text}')
+        self.figures['knn'] = before
+
+    def measure_knn(self, epoch: int) -> None:
+        """Measures the kNN accuracy of the backbone after `epoch` epochs."""
+        accuracy = self.figures['knn']['trained'] = self.knn.measure(self.trainer.model.backbone)
+        self.log.figures(
+            '', {'epoch': epoch, 'knn': accuracy}, f'epoch {epoch}: {self.knn.describe()} {accuracy:.1f} %',
+            epoch * self.steps)
+
+    def report_unreadable(self, epoch: int, views: TwoViews) -> None:
+        """Logs how many images could not be read so far."""
+        if n := len(views.unreadable):
+            total = len(views.images)
+            self.log.figures(
+                '', {'epoch': epoch, 'unreadable': n, 'images': total},
+                f'epoch {epoch}: {n} of {total} images are unreadable so far and were replaced; '
+                f'{self.log.path.with_name(UNREADABLE)} names them', epoch * self.steps)
+
+    def gather_unreadable(self, views: TwoViews, epoch: int) -> None:
+        """Merges what any process could not read into `views.unreadable` of all; rank 0 writes the names down.
+
+        Raises:
+            UnreadableError: there are more than --max-unreadable allows.
+        """
+        found: dict[int, str] = {}
+        for part in self.trainer.world.gather(views.unreadable):
+            found.update(part)
+        views.unreadable = found
+        if len(found) == self._named:
+            return
+        self._named = len(found)
+        if self.log.main:
+            path = self.log.path.with_name(UNREADABLE)
+            text = ''.join(f'{found[i]}\n' for i in sorted(found))
+            try:
+                write_atomically(path, lambda f: f.write(os.fsencode(text)))
+            except OSError as e:
+                self.log.say(f'{path} cannot be written ({e.strerror})')
+        views.judge(found, epoch)
