@@ -5,12 +5,14 @@ Where the environment names a file MARKER, an accident happens only once: to who
 `python tests/killing.py serve` has the imports done and forks a process for each line of its input, since importing
 takes longer than a test's run: {"args", "env", "out", "err"} -> its number; {"wait": number} -> its exit code.
 """
+import errno
 import json
 import os
 import resource
 import runpy
 import signal
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,8 +112,14 @@ def no_mount() -> None:
     raise FileNotFoundError('no such mount')
 
 
+def fail(error: Exception) -> Callable[[], None]:
+    def do() -> None:
+        raise error
+    return do
+
+
 def no_number(count: int) -> None:
-    """The weights overflow at step `count`, at the first learning rate only."""
+    """The weights overflow at step `count`."""
     real, calls = torch.optim.SGD.step, [0]
 
     def step(self: torch.optim.SGD, *args: Any, **kwargs: Any) -> Any:
@@ -139,6 +147,9 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
     'before rename': lambda count: at_call(os, 'replace', count, die),
     'after rename': lambda count: at_call(os, 'replace', count, die, after=True),
     'in load': lambda count: at_call(checkpoint, 'read', count, die),
+    'I/O error in load': lambda count: at_call(
+        zipfile.ZipFile, 'testzip', count, fail(OSError(errno.EIO, os.strerror(errno.EIO)))),
+    'no memory in load': lambda count: at_call(torch, 'load', count, fail(MemoryError())),
     'SIGTERM': signals(signal.SIGTERM),
     'SIGINT': signals(signal.SIGINT),
     'SIGUSR1': signals(signal.SIGUSR1),

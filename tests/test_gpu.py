@@ -1,5 +1,4 @@
 """The CUDA paths: precisions, views that the card finishes, steps without waiting. Skipped where there is no card."""
-import argparse
 from pathlib import Path
 
 import pytest
@@ -8,8 +7,10 @@ from conftest import TINY
 
 import train
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
-from simsiam_models.training.autoperf import Perf
+from simsiam_models.runtime.distributed import World
 from simsiam_models.training.recipes import RECIPES
+from simsiam_models.training.setup import make_model
+from simsiam_models.training.step import Trainer, train_step
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')]
 
@@ -34,14 +35,14 @@ def test_the_card_finishes_the_views_that_the_kernel_finishes(few_digits: Path):
 @pytest.mark.parametrize('amp', ['bfloat16', 'float16', 'off'])
 def test_neither_data_nor_step_makes_the_host_wait(few_digits: Path, amp: str):
     recipe, device = RECIPES['demo'], torch.device('cuda')
-    model = train.make_model(recipe, 0).to(device, memory_format=torch.channels_last)
-    run = train.trial_run(argparse.Namespace(seed=0), recipe, device, model, amp, Perf())
+    model = make_model(recipe, 0).to(device, memory_format=torch.channels_last).train()
+    trainer = Trainer(model, recipe, World(0, 1, device), amp)
     views = TwoViews(FolderImages(few_digits), recipe.augmentation, 16, workers=2, device=device)
     for x1, x2 in views.epoch(0):  # compilers and cuDNN's first calls may wait
-        run.train_step(x1, x2, 0)
+        train_step(trainer, x1, x2)
     torch.cuda.set_sync_debug_mode('error')
     try:
         for x1, x2 in views.epoch(1):
-            run.train_step(x1, x2, 0)
+            train_step(trainer, x1, x2)
     finally:
         torch.cuda.set_sync_debug_mode('default')

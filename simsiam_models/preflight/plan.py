@@ -1,4 +1,4 @@
-"""From what was counted and measured: the command of train.py, its reasons, and what it costs."""
+"""Derives a train.py command from the survey and the trial, with its reasons and its cost."""
 import math
 import shlex
 import shutil
@@ -21,31 +21,39 @@ Line = tuple[str, str]  # kind, text
 
 
 class Plan:
-    """train.py's arguments for these data, and why; `args` and `recipe` are what train.py itself makes of them."""
+    """train.py's arguments for these data, and the reasons for them.
+
+    Args:
+        name, batch: the recipe and the batch size, if the user gives them.
+        flags: other flags that the user gives, by name.
+        batch_reason: why `batch` was chosen, if the user did not.
+
+    Attributes:
+        args, recipe: what train.py makes of the command.
+    """
 
     def __init__(
-        self, data: str, s: Survey, device: torch.device, name: str | None = None, batch: int | None = None,
-        rest: dict[str, Any] | None = None, batch_why: str = '',
+        self, data: str, s: Survey, device: torch.device, name: str | None = None, batch: int | None = None, *,
+        flags: dict[str, Any] | None = None, batch_reason: str = '',
     ) -> None:
-        """`rest`: other flags that were given, by name."""
-        self.why: list[Line] = []
+        given, self.reasons = flags or {}, []
         short = s.short_side[1]
         flags = [data]
         chosen = name or self._choose_recipe(short, device)
         recipe = RECIPES[chosen]
-        flags += ['--recipe', chosen, '--batch-size', str(self._choose_batch(s, recipe, batch, batch_why))]
+        flags += ['--recipe', chosen, '--batch-size', str(self._choose_batch(s, recipe, batch, batch_reason))]
         size = recipe.augmentation.size
         fitting = min(max(size, SMALL), max(32, short // 32 * 32))
         if name is None and fitting != size:
             flags += ['--image-size', str(fitting)]
-            self.why.append((THUMB, f'views of {fitting} px, not {size}: the median short side is {short} px'))
+            self.reasons.append((THUMB, f'views of {fitting} px, not {size}: the median short side is {short} px'))
         epochs = self._choose_epochs(chosen, s.images // self.batch)
         if epochs != recipe.epochs:
             flags += ['--epochs', str(epochs)]
         if self.batch >= 1024 and not recipe.warmup_epochs and epochs > 10:
             flags += ['--warmup-epochs', '10']
-            self.why.append((PUBLISHED, 'warm-up of 10 epochs at batches of 1024 and more (paper)'))
-        flags += [str(x) for flag, value in (rest or {}).items() if value is not None for x in (flag, value)]
+            self.reasons.append((PUBLISHED, 'warm-up of 10 epochs at batches of 1024 and more (paper)'))
+        flags += [str(x) for flag, value in given.items() if value is not None for x in (flag, value)]
         self.flags = flags
         self.args = build_parser('').parse_args(flags)
         self.name, self.recipe = resolve_recipe(self.args)
@@ -58,12 +66,12 @@ class Plan:
 
     def _choose_recipe(self, short: int, device: torch.device) -> str:
         if device.type == 'cpu':
-            self.why.append((THUMB, 'recipe demo: a narrow network, the only one that a CPU trains in hours'))
+            self.reasons.append((THUMB, 'recipe demo: its narrow network is the only one that a CPU trains in hours'))
             return 'demo'
         if short <= SMALL:
-            self.why.append((THUMB, f'recipe cifar10_ep800: images of up to {SMALL} px need its 3x3 stem'))
+            self.reasons.append((THUMB, f'recipe cifar10_ep800: images of up to {SMALL} px need its 3x3 stem'))
             return 'cifar10_ep800'
-        self.why.append((THUMB, 'recipe in1k_bs512_ep100: the paper on ImageNet'))
+        self.reasons.append((THUMB, 'recipe in1k_bs512_ep100: the paper on ImageNet'))
         return 'in1k_bs512_ep100'
 
     def _choose_batch(self, s: Survey, recipe: Recipe, batch: int | None, why: str) -> int:
@@ -75,24 +83,25 @@ class Plan:
             self.batch //= 2
             why = 'no more than there are images'
         if why:
-            self.why.append((THUMB, f'batch {self.batch}: {why}'))
+            self.reasons.append((THUMB, f'batch {self.batch}: {why}'))
         if 64 <= self.batch <= 512 and recipe.augmentation.size > SMALL:
-            self.why.append((PUBLISHED, 'ImageNet top-1: 66.1 at batch 64, 67.3 at 128, 68.1 at 256 and 512 (paper)'))
+            self.reasons.append(
+                (PUBLISHED, 'ImageNet top-1: 66.1 at batch 64, 67.3 at 128, 68.1 at 256 and 512 (paper)'))
         return self.batch
 
     def _choose_epochs(self, name: str, steps: int) -> int:
-        """More epochs where there are few images; the recipe's own is the least."""
+        """Few images get more epochs, and never fewer than the recipe has."""
         own, target = RECIPES[name].epochs, DEMO_STEPS if name == 'demo' else STEPS
         epochs = max(own, min(LONGEST, math.ceil(target / steps)))
         if epochs != own:
             whose = 'the demonstration' if name == 'demo' else "the paper's CIFAR-10 run"
             cut = f", but at most the paper's {LONGEST} epochs" if epochs == LONGEST else ''
-            self.why.append((THUMB, f'{epochs} epochs, not {own}: the {target:,} steps of {whose}{cut}'))
+            self.reasons.append((THUMB, f'{epochs} epochs, not {own}: the {target:,} steps of {whose}{cut}'))
         return epochs
 
 
-def cost_of(plan: Plan, t: Trial) -> dict[str, Any]:
-    """Time and disk of the whole run, worked out from what was measured."""
+def estimate_cost(plan: Plan, t: Trial) -> dict[str, Any]:
+    """Estimates time and disk of the whole run from the measurements."""
     disk = (plan.args.keep_last + 1) * t.state_bytes + t.backbone_bytes
     log = (plan.steps // LOG_EVERY + plan.recipe.epochs) * LOG_LINE
     return {

@@ -13,22 +13,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import TwoViews
-from ..data.readers.images import Images
-from ..runtime.precision import AMP, choose_amp
-from ..simsiam import SimSiam, simsiam_loss
+from ..data import Images, TwoViews
+from ..runtime.distributed import World, synchronize
+from ..runtime.precision import choose_amp
+from ..simsiam import SimSiam
 from ..training.doctor import Doctor
 from ..training.monitor import Reading
 from ..training.recipes import Recipe
-from ..training.schedule import make_optimizer, set_lr
+from ..training.schedule import set_lr
 from ..training.setup import make_model
+from ..training.step import Trainer, train_step
 
 PROBE = 2  # samples of the first, careful steps
 
 
 @dataclass
 class Trial:
-    """What a short training told. None: not measured."""
+    """What a short training showed; None: not measured."""
 
     parameters: int
     batch: int  # that fits
@@ -52,61 +53,41 @@ class Trial:
 
     @property
     def run_seconds(self) -> float:
-        """Per step of a run."""
+        """Seconds per step of a run."""
         if self.rate:
             return self.batch / self.rate
         return max(self.step_seconds, self.batch / self.data_rate if self.data_rate else 0.0)
 
 
-class Trainer:
-    """train.py's step on one process."""
-
-    def __init__(self, model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> None:
-        self.device, self.amp = device, amp
-        self.model = model.to(device, memory_format=torch.channels_last).train()
-        self.optimizer = make_optimizer(self.model, recipe)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == 'float16')
-
-    def step(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """-> loss, p1, z1."""
-        x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in (x1, x2))
-        with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != 'off'):
-            p1, p2, z1, z2 = self.model(x1, x2)
-        loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach(), p1.detach(), z1
-
-    def seconds(self, x1: Tensor, x2: Tensor) -> float:
-        finish(self.device)
-        start = time.perf_counter()
-        self.step(x1, x2)
-        finish(self.device)
-        return time.perf_counter() - start
+def make_trainer(model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> Trainer:
+    """A trainer as train.py has it, in a single process."""
+    model = model.to(device, memory_format=torch.channels_last).train()
+    return Trainer(model, recipe, World(0, 1, device), amp)
 
 
-def finish(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    elif device.type == 'mps':
-        torch.mps.synchronize()
+def time_step(trainer: Trainer, views: tuple[Tensor, Tensor]) -> float:
+    """Returns the seconds of one training step."""
+    device = trainer.world.device
+    synchronize(device)
+    start = time.perf_counter()
+    train_step(trainer, *views)
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: what torch held on a CUDA card; elsewhere the largest size this process had."""
+    """Bytes: what torch held on a CUDA card; elsewhere the largest size of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # not a Unix
+    except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
 def free_memory() -> float:
-    """Bytes this process may still take of the host's memory; infinite where the system does not say."""
+    """Bytes of host memory that this process may still allocate; infinite if the system does not say."""
     free = math.inf
     try:
         lines = Path('/proc/meminfo').read_text().splitlines()
@@ -120,8 +101,8 @@ def free_memory() -> float:
     return free
 
 
-def saved_bytes(trainer: Trainer, x1: Tensor, x2: Tensor) -> int:
-    """What the forward passes keep for the backward pass, without the weights."""
+def saved_bytes(trainer: Trainer, views: tuple[Tensor, Tensor]) -> int:
+    """Returns the bytes that the forward passes keep for the backward pass, without the weights."""
     own = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -130,30 +111,29 @@ def saved_bytes(trainer: Trainer, x1: Tensor, x2: Tensor) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        trainer.step(x1, x2)
+        train_step(trainer, *views)
     return sum(n for at, n in kept.items() if at not in own)
 
 
-def run_trial(
-    images: Images, recipe: Recipe, device: torch.device, workers: int, seconds: float, seed: int = 0) -> Trial:
-    """Measure a run of `recipe` for about `seconds`; the batch is halved until it fits the memory.
+def run_trial(images: Images, recipe: Recipe, device: torch.device, workers: int, seconds: float) -> Trial:
+    """Measures a run of `recipe` for about `seconds`; the batch is halved until it fits into memory.
 
     Raises:
         ValueError: not even 2 samples fit.
     """
     began = time.perf_counter()
     end = began + seconds
-    model = make_model(recipe, seed)
+    model = make_model(recipe, 0)
     backbone = model.backbone
     t = Trial(
         sum(p.numel() for p in model.parameters()), recipe.batch_size,
         sum(x.nbytes for x in [*model.parameters(), *model.buffers(), *model.parameters()]),  # the last: momentum
         sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()]))
-    trainer = _measure(t, copy.deepcopy(model), recipe, device, end)
-    t.data_rate = _data_rate(images, recipe, device, workers, t.batch, 0.2 * (end - time.perf_counter()))
+    trainer = _probe(t, copy.deepcopy(model), recipe, device, end)
+    t.data_rate = _measure_data(images, trainer, workers, t.batch, 0.2 * (end - time.perf_counter()))
     left = end - time.perf_counter()
     hopeless = 4 * (t.batch / t.data_rate + t.step_seconds) > left  # of training at all
-    _time_steps(t, trainer, recipe.augmentation.size, (0.9 if hopeless else 0.3) * left, 0.15 * left)
+    _time_steps(t, trainer, (0.9 if hopeless else 0.3) * left, 0.15 * left)
     del trainer
     gc.collect()
     if device.type == 'cuda':
@@ -162,8 +142,8 @@ def run_trial(
     while t.timed_batch >= t.batch and 2 * first < end - time.perf_counter():
         recipe = replace(recipe, batch_size=t.batch)  # the learning rate follows
         try:
-            _train(t, Trainer(copy.deepcopy(model), recipe, device, t.amp), images, recipe, workers, end, seed)
-        except torch.cuda.OutOfMemoryError:  # the batch being fetched takes its share as well
+            _train(t, make_trainer(copy.deepcopy(model), recipe, device, t.amp), images, workers, end)
+        except torch.cuda.OutOfMemoryError:  # the batch that is being fetched needs memory, too
             _halve(t)
             t.step_seconds /= 2
         else:
@@ -173,72 +153,71 @@ def run_trial(
     return t
 
 
-def _measure(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: float) -> Trainer:
-    """First steps, of few samples: what fits, and which precision is to be taken."""
-    trainer, n, size = Trainer(model, recipe, device, 'off'), min(PROBE, t.batch), recipe.augmentation.size
-    per_sample = saved_bytes(trainer, *noise(n, size, device)) / n
-    spent, most = [trainer.seconds(*noise(n, size, device))], 0.05 * (end - time.perf_counter())
+def _probe(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: float) -> Trainer:
+    """Takes the first steps with a few samples: finds what fits, and which precision to use."""
+    trainer, n, size = make_trainer(model, recipe, device, 'off'), min(PROBE, t.batch), recipe.augmentation.size
+    views = make_noise(n, size, device)
+    per_sample = saved_bytes(trainer, views) / n
+    spent, most = [time_step(trainer, views)], 0.05 * (end - time.perf_counter())
     while len(spent) < 3 and sum(spent) < most:  # a busy moment of the machine must not decide what follows
-        spent.append(trainer.seconds(*noise(n, size, device)))
+        spent.append(time_step(trainer, views))
     once = min(spent)
     t.step_seconds, t.timed_batch = once * t.batch / n, n
-    if device.type != 'cpu':
-        t.amp = choose_amp('auto', device, model, (t.batch, 3, size, size))
-        return Trainer(model, recipe, device, t.amp)
-    _halve_to_fit(t, per_sample)
-    t.step_seconds = once * t.batch / n
-    # What choose_amp takes: two precisions, four times at least, of so many samples.
+    if device.type == 'cpu':
+        _halve_to_fit(t, per_sample)
+        t.step_seconds = once * t.batch / n
+    # What choose_amp takes on a CPU: two precisions, at least four times, with this many samples.
     needed = max(5.0, 8 * once / n * min(t.batch, max(8, 2**18 // size**2)))
-    if needed < (end - time.perf_counter()) / 4:
+    if device.type != 'cpu' or needed < (end - time.perf_counter()) / 4:
         t.amp = choose_amp('auto', device, model, (t.batch, 3, size, size))
     else:
         t.notes.append('no time to try bfloat16, so amp off')
-    return Trainer(model, recipe, device, t.amp)
+    return make_trainer(model, recipe, device, t.amp)
 
 
-def noise(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two views of n samples of nothing, (n, 3, size, size)."""
+def make_noise(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two views of n random samples, (n, 3, size, size) each."""
     x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     return x, x.flip(3)
 
 
 def _halve_to_fit(t: Trial, per_sample: float) -> None:
-    """A CPU that runs out of memory kills the process, so this is worked out beforehand."""
+    """Halves the batch until it fits: a CPU process that runs out of memory is killed, so nothing can be tried."""
     free = 0.9 * free_memory()
     while t.batch * per_sample + t.state_bytes > free:
         if t.batch <= 2:
             raise ValueError(
                 f'one step of 2 samples needs {(2 * per_sample + t.state_bytes) / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
-                'is free: take another --recipe')
+                'is free: choose another --recipe')
         t.batch = t.batch // 2
         t.notes.append(f'batch {2 * t.batch} does not fit into {free / 1e9:.1f} GB of free memory: halved')
 
 
-def _data_rate(
-    images: Images, recipe: Recipe, device: torch.device, workers: int, batch: int, seconds: float) -> float:
-    """Images/s of reading, cutting and finishing, with nothing else running."""
+def _measure_data(images: Images, trainer: Trainer, workers: int, batch: int, seconds: float) -> float:
+    """Images/s of reading, cropping and finishing, with nothing else running."""
+    device = trainer.world.device
     if device.type == 'cpu':
         batch = min(batch, 64)
     # The survey has judged the unreadable ones; here they must not end the measurement.
     views = TwoViews(
-        images, recipe.augmentation, batch, device=device, workers=workers, max_unreadable=1.0)
+        images, trainer.recipe.augmentation, batch, device=device, workers=workers, max_unreadable=1.0)
     done, began, cold = 0, time.perf_counter(), device.type == 'cuda'
     for x1, _ in itertools.chain.from_iterable(views.epoch(e) for e in itertools.count()):
-        if cold:  # the first batch compiled the augmentation
-            finish(device)
+        if cold:  # the first batch compiles the augmentation
+            synchronize(device)
             began, cold = time.perf_counter(), False
             continue
         done += len(x1)
         if time.perf_counter() > began + seconds:
             break
-    finish(device)
+    synchronize(device)
     return done / (time.perf_counter() - began)
 
 
 def _halve(t: Trial) -> None:
-    """After a card ran out of memory."""
+    """Halves the batch after a card ran out of memory."""
     if t.batch <= 2:
-        raise ValueError('a step of 2 samples does not fit the card: take another --recipe')
+        raise ValueError('a step of 2 samples does not fit the card: choose another --recipe')
     gc.collect()
     torch.cuda.empty_cache()
     t.notes.append(f'batch {t.batch} does not fit the card: halved')
@@ -246,55 +225,53 @@ def _halve(t: Trial) -> None:
     t.steps, t.first = 0, {}
 
 
-def _time_steps(t: Trial, trainer: Trainer, size: int, seconds: float, repeating: float) -> None:
-    """On a CPU ever more samples, up to the batch or as many as there is time for; a card gets the batch at once."""
-    device, began = trainer.device, time.perf_counter()
+def _time_steps(t: Trial, trainer: Trainer, seconds: float, repeating: float) -> None:
+    """Times the step: on a CPU with more and more samples, as time allows; on a card with the whole batch at once."""
+    device, size, began = trainer.world.device, trainer.recipe.augmentation.size, time.perf_counter()
     n = t.batch if device.type != 'cpu' else t.timed_batch
     while device.type != 'cpu' or 2 * t.step_seconds * n / t.batch < seconds - (time.perf_counter() - began):
-        views = noise(n, size, device)
+        views = make_noise(n, size, device)
         try:
-            spent = [trainer.seconds(*views) for _ in range(2)]
+            spent = [time_step(trainer, views) for _ in range(2)]
         except torch.cuda.OutOfMemoryError:
             trainer.optimizer.zero_grad(set_to_none=True)
             _halve(t)
             n = t.batch
             continue
         while n == t.batch and len(spent) < 30 and sum(spent) < repeating:
-            spent.append(trainer.seconds(*views))
+            spent.append(time_step(trainer, views))
         t.step_seconds, t.timed_batch = statistics.median(spent[1:]) * t.batch / n, n
         if n == t.batch:
             return
         n = min(2 * n, t.batch)
 
 
-def _train(
-    t: Trial, trainer: Trainer, images: Images, recipe: Recipe, workers: int, end: float, seed: int) -> None:
-    """The first steps of the run itself; the first one is left out of the timing."""
-    device = trainer.device
-    views = TwoViews(images, recipe.augmentation, t.batch, seed, device=device, workers=workers, max_unreadable=1.0)
+def _train(t: Trial, trainer: Trainer, images: Images, workers: int, end: float) -> None:
+    """Trains the first steps of the run itself until `end`; the first one is not timed."""
+    recipe, device = trainer.recipe, trainer.world.device
+    views = TwoViews(images, recipe.augmentation, t.batch, device=device, workers=workers, max_unreadable=1.0)
     waited = began = clock = 0.0
-    bar = tqdm(total=recipe.epochs * len(views), unit='step', leave=False, disable=not sys.stderr.isatty())
-    for epoch in range(recipe.epochs):
-        set_lr(trainer.optimizer, epoch, recipe)
-        for x1, x2 in views.epoch(epoch):
-            if t.steps:
-                waited += time.perf_counter() - clock
-            loss, p1, z1 = trainer.step(x1, x2)
-            t.steps += 1
-            if t.steps == 1:
-                t.first = Reading(loss, x1, p1, z1, trainer.model).read()  # waits for the device
-                began = time.perf_counter()
-            bar.update()
-            clock = time.perf_counter()
+    with tqdm(total=recipe.epochs * len(views), unit='step', leave=False, disable=not sys.stderr.isatty()) as bar:
+        for epoch in range(recipe.epochs):
+            set_lr(trainer.optimizer, epoch, recipe)
+            for x1, x2 in views.epoch(epoch):
+                if t.steps:
+                    waited += time.perf_counter() - clock
+                loss, p1, z1 = train_step(trainer, x1, x2)
+                t.steps += 1
+                if t.steps == 1:
+                    t.first = Reading(loss, x1, p1, z1, trainer.model).read()  # waits for the device
+                    began = time.perf_counter()
+                bar.update()
+                clock = time.perf_counter()
+                if clock > end:
+                    break
             if clock > end:
                 break
-        if clock > end:
-            break
-    bar.close()
-    finish(device)
+    synchronize(device)
     spent = time.perf_counter() - began
     t.last = Reading(loss, x1, p1, z1, trainer.model).read()
-    diagnosis = Doctor(trainer.model, recipe.lr, t.batch).examine(t.last)
+    diagnosis = Doctor(recipe.lr, t.batch).examine(t.last)
     t.collapsed = diagnosis is not None and diagnosis.collapsed
     t.diagnosis = None if diagnosis is None else str(diagnosis)
     if t.steps > 1:

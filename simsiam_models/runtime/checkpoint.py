@@ -90,17 +90,38 @@ def read(path: Path, keys: set[str]) -> dict[str, Any]:
     return state
 
 
+class _Reader:
+    """A file that remembers why reading it failed: zipfile takes some errors of the disk for damage."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.error = file, None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, *n: int) -> bytes:
+        try:
+            return self.file.read(*n)
+        except OSError as e:
+            self.error = e
+            raise
+
+
 def _find_damage(f: BinaryIO) -> str:
     """What shows that the archive is damaged, or ''. torch.load alone may accept damaged numbers."""
+    reader = _Reader(f)
     try:
-        with zipfile.ZipFile(f) as archive:
-            return '' if archive.testzip() is None else 'a checksum differs'
+        with zipfile.ZipFile(reader) as archive:
+            damage = '' if archive.testzip() is None else 'a checksum differs'
     except DAMAGE as e:
-        return type(e).__name__
+        damage = type(e).__name__
     except OSError as e:
-        if e.errno == errno.EINVAL:  # the bytes name a position that no file has
-            return type(e).__name__
-        raise
+        if e.errno != errno.EINVAL:  # the bytes name a position that no file has
+            raise
+        damage = type(e).__name__
+    if reader.error is not None:
+        raise reader.error
+    return damage
 
 
 def _load(f: BinaryIO) -> Any:
@@ -143,6 +164,8 @@ def load(
             say(f'{e}; trying the one before')
             damaged.append(path)
             continue
+        except ValueError as e:
+            raise ValueError(f'{e}; {start_over}') from None
         if damaged:
             say(f'continuing from {path}')
         for bad in damaged:
@@ -170,4 +193,5 @@ def find_differences(old: dict[str, Any], new: dict[str, Any], free: set[str] = 
 def _flatten(record: dict[str, Any]) -> dict[str, Any]:
     """The record as JSON returns it, with the augmentation's numbers beside the others."""
     record = json.loads(json.dumps(record))
-    return {**record, **(record.pop('augmentation', None) or {})}
+    augmentation = record.pop('augmentation', None) or {}
+    return {**record, **augmentation}

@@ -5,7 +5,7 @@
 
 plain      two forward passes in fp32 and contiguous memory, torch's default SGD, loss.item() after each step, as in
            FAIR's main_simsiam.py
-ours       Run.train_step of train.py, without --compile
+ours       train.py's train_step, without --compile
 """
 import argparse
 import copy
@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-import train
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
-from simsiam_models.training.autoperf import Perf
+from simsiam_models.runtime.distributed import World, synchronize
 from simsiam_models.training.recipes import Recipe
+from simsiam_models.training.step import Trainer, train_step
 
 
 def plain_step(model: SimSiam, recipe: Recipe, x1: Tensor, x2: Tensor) -> Callable[[], object]:
@@ -40,22 +40,19 @@ def plain_step(model: SimSiam, recipe: Recipe, x1: Tensor, x2: Tensor) -> Callab
 
 
 def our_step(model: SimSiam, recipe: Recipe, amp: str, x1: Tensor, x2: Tensor) -> Callable[[], object]:
-    perf = Perf()
-    model.to(memory_format=perf.memory_format)
-    x1, x2 = (x.contiguous(memory_format=perf.memory_format) for x in (x1, x2))  # as the data arrive in a run
-    run = train.trial_run(argparse.Namespace(seed=0), recipe, x1.device, model, amp, perf)
-    return lambda: run.train_step(x1, x2, 0)
+    model.to(memory_format=torch.channels_last).train()
+    x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in (x1, x2))  # as the data arrive in a run
+    trainer = Trainer(model, recipe, World(0, 1, x1.device), amp)
+    return lambda: train_step(trainer, x1, x2)
 
 
 def milliseconds(step: Callable[[], object], device: torch.device, steps: int) -> float:
     """Per step, of several that follow each other."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return 1000 * (time.perf_counter() - start) / steps
 
 

@@ -1,11 +1,12 @@
-"""Training step alone, data alone, and both together, from one interleaved run; on a GPU against its memory's floor.
+"""Times the training step alone, the data alone, and both together; on a GPU also the bound set by its memory.
 
   python tests/perf/together.py                                      CPU: ResNet-50, 224 px, batch 16, generated JPEGs
   python tests/perf/together.py --device cuda --batch 512 --workers 16 --steps 20 --compile
 
-Prints samples (pairs of views) per second, the time spent waiting for data, and what data costs on top of the step. On
-CUDA also the share of the augmentation in the step, the card's copy rate, and the floor that follows from it: ResNet-50
-moves 380 to 480 MB per 224-pixel view, forward and backward, so a pair takes at least twice that over the copy rate.
+All three are measured in one interleaved run. Prints samples (pairs of views) per second, the time spent waiting for
+data, and the cost of data on top of the step. On CUDA, also prints the share of the augmentation in the step, the copy
+rate of the card, and the shortest possible step: ResNet-50 moves 380 to 480 MB per 224-pixel view, forward and
+backward, so a pair takes at least twice that divided by the copy rate.
 """
 import argparse
 import os
@@ -22,12 +23,12 @@ import torch
 from data import make_jpegs
 from torch import Tensor
 
-import train
 from simsiam_models import create_simsiam
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
+from simsiam_models.runtime.distributed import World, synchronize
 from simsiam_models.runtime.precision import choose_amp
-from simsiam_models.training.autoperf import Perf
 from simsiam_models.training.recipes import Recipe
+from simsiam_models.training.step import Perf, Trainer, train_step
 
 MB_PER_VIEW = (380, 480)  # activations of ResNet-50 at 224 px, forward and backward
 
@@ -40,7 +41,7 @@ def forever(views: TwoViews) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Bench:
-    """What is timed; each method does `steps` steps and returns seconds (and seconds of waiting)."""
+    """The timed tasks: each does `steps` steps and returns its seconds and those it waited for data."""
 
     def __init__(self, args: argparse.Namespace, images: FolderImages) -> None:
         self.device, self.steps = torch.device(args.device), args.steps
@@ -52,27 +53,23 @@ class Bench:
         self.amp = choose_amp(args.amp, self.device, model, shape)
         if args.compile:
             model.compile()
-        self.run = train.trial_run(argparse.Namespace(seed=0), recipe, self.device, model, self.amp, perf)
+        self.trainer = Trainer(model.train(), recipe, World(0, 1, self.device), self.amp, perf)
         self.views = TwoViews(images, aug, args.batch, device=self.device, workers=args.workers)
         self.fixed = tuple(x.clone() for x in next(self.views.epoch(0)))
         self.stream = forever(self.views)
 
-    def finish(self) -> None:
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize(self.device)
-
     def step_alone(self) -> tuple[float, float]:
         start = time.perf_counter()
         for i in range(self.steps):
-            self.run.train_step(*self.fixed, i)
-        self.finish()
+            train_step(self.trainer, *self.fixed, i)
+        synchronize(self.device)
         return time.perf_counter() - start, 0.0
 
     def data_alone(self) -> tuple[float, float]:
-        start, stream = time.perf_counter(), forever(self.views)  # of its own: nothing is filled ahead
+        start, stream = time.perf_counter(), forever(self.views)  # a new stream: nothing is filled ahead
         for _ in range(self.steps):
             next(stream)
-        self.finish()
+        synchronize(self.device)
         seconds = time.perf_counter() - start
         stream.close()
         return seconds, 0.0
@@ -83,24 +80,24 @@ class Bench:
             clock = time.perf_counter()
             x1, x2 = next(self.stream)
             waited += time.perf_counter() - clock
-            self.run.train_step(x1, x2, i)
-        self.finish()
+            train_step(self.trainer, x1, x2, i)
+        synchronize(self.device)
         return time.perf_counter() - start, waited
 
     def augmentation(self) -> float:
-        """Seconds per batch for what the device does behind the crop."""
+        """Seconds per batch for the part of the augmentation that runs on the device."""
         batch = next(self.views.batches(0))
-        self.views.finished(batch)
-        self.finish()
+        self.views.finish(batch)
+        synchronize(self.device)
         start = time.perf_counter()
         for _ in range(10):
-            self.views.finished(batch)
-        self.finish()
+            self.views.finish(batch)
+        synchronize(self.device)
         return (time.perf_counter() - start) / 10
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy of 2 GiB."""
+    """Bytes that a copy of 2 GiB reads and writes per second."""
     x = torch.empty(1 << 31, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
     seconds = []
@@ -131,7 +128,7 @@ def main() -> None:
         bench = Bench(args, images)
         tasks = {'step alone': bench.step_alone, 'data alone': bench.data_alone, 'together': bench.together}
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
-        for _ in range(args.rounds + 1):  # the first does not count
+        for _ in range(args.rounds + 1):  # the first round is warm-up
             for name, task in tasks.items():
                 spent[name].append(task())
         n = args.batch * args.steps
@@ -142,7 +139,7 @@ def main() -> None:
         median = {name: statistics.median(s for s, _ in times[1:]) for name, times in spent.items()}
         for name, seconds in median.items():
             print(f'{name:12}{n / seconds:10.1f} samples/s')
-        # Round by round, so that a busy moment of the machine meets both.
+        # Compares within a round, so that a busy moment of the machine affects both.
         pairs = zip(spent['step alone'][1:], spent['together'][1:], strict=True)
         cost = statistics.median(both / alone for (alone, _), (both, _) in pairs)
         waiting = statistics.median(w / s for s, w in spent['together'][1:])

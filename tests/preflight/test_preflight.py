@@ -21,7 +21,7 @@ from simsiam_models.data.philox import permutation
 from simsiam_models.preflight import report as module
 from simsiam_models.preflight import trial as trial_module
 from simsiam_models.preflight.survey import survey
-from simsiam_models.preflight.trial import Trainer, noise, run_trial, saved_bytes
+from simsiam_models.preflight.trial import make_noise, make_trainer, run_trial, saved_bytes
 from simsiam_models.training.options import build_parser, resolve_recipe
 from simsiam_models.training.recipes import RECIPES, Recipe
 
@@ -127,7 +127,7 @@ def test_each_line_says_where_it_comes_from(told):
 
 
 def test_a_checkpoint_takes_the_bytes_that_were_counted(told, tmp_path):
-    trainer = Trainer(trial_module.make_model(RECIPES['demo'], 0), RECIPES['demo'], CPU, 'off')
+    trainer = make_trainer(trial_module.make_model(RECIPES['demo'], 0), RECIPES['demo'], CPU, 'off')
     torch.save([trainer.model.state_dict(), trainer.optimizer.state_dict()], tmp_path / 'checkpoint.pth')
     measured = (tmp_path / 'checkpoint.pth').stat().st_size
     assert told['trial']['state_bytes'] == pytest.approx(measured, rel=0.05)
@@ -156,11 +156,12 @@ def test_the_trial_trains(few_digits):
 
 
 def test_a_step_that_takes_too_long_leaves_collapse_open(few_digits, monkeypatch, capsys):
-    slow = Trainer.step
-    monkeypatch.setattr(Trainer, 'step', lambda self, x1, x2: (time.sleep(0.05 * len(x1)), slow(self, x1, x2))[1])
+    slow = trial_module.train_step
+    monkeypatch.setattr(
+        trial_module, 'train_step', lambda trainer, x1, x2: (time.sleep(0.05 * len(x1)), slow(trainer, x1, x2))[1])
     assert run(few_digits, seconds=3) == 0
     out = capsys.readouterr().out
-    assert 'nothing can be said on collapse' in out and 'worked out from' in out
+    assert 'nothing is known about collapse' in out and 'estimated from' in out
 
 
 def test_a_sample_is_the_same_in_every_run(few_digits):
@@ -245,8 +246,8 @@ def test_more_unreadable_images_than_train_py_allows_are_named_with_the_flag_tha
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_plan_follows(few_digits, monkeypatch, capsys):
     recipe = RECIPES['demo']
-    trainer = Trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
-    room = 20 * saved_bytes(trainer, *noise(4, 32, CPU)) / 4
+    trainer = make_trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
+    room = 20 * saved_bytes(trainer, make_noise(4, 32, CPU)) / 4
     monkeypatch.setattr(trial_module, 'free_memory', lambda: room / 0.9 + 441_048 * 9)
     assert run(few_digits, seconds=2) == 0
     out = capsys.readouterr().out
@@ -255,15 +256,15 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_plan_follows(few
 
 
 def test_a_card_that_is_too_small_gets_half_the_batch(few_digits, monkeypatch, capsys):
-    step, asked = Trainer.step, []
+    step, asked = trial_module.train_step, []
 
-    def small(self, x1, x2):
+    def small(trainer, x1, x2):
         asked.append(len(x1))
         if len(x1) > 32:
             raise torch.cuda.OutOfMemoryError
-        return step(self, x1, x2)
+        return step(trainer, x1, x2)
 
-    monkeypatch.setattr(Trainer, 'step', small)
+    monkeypatch.setattr(trial_module, 'train_step', small)
     assert run(few_digits, seconds=2) == 0
     out = capsys.readouterr().out
     assert 'batch 64 does not fit the card: halved' in out and '--batch-size 32 ' in out.splitlines()[-1]
@@ -272,8 +273,8 @@ def test_a_card_that_is_too_small_gets_half_the_batch(few_digits, monkeypatch, c
 
 def test_twice_the_samples_keep_twice_as_much_for_the_backward_pass():
     recipe = RECIPES['demo']
-    trainer = Trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
-    one, two = (saved_bytes(trainer, *noise(n, 32, CPU)) for n in (4, 8))
+    trainer = make_trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
+    one, two = (saved_bytes(trainer, make_noise(n, 32, CPU)) for n in (4, 8))
     assert two / one == pytest.approx(2, rel=0.1)
     stem = 2 * 4 * 4 * (3 * 32 * 32 + 2 * 8 * 16 * 16)  # two views, four samples, four bytes
     assert one > stem
@@ -305,7 +306,8 @@ def test_large_images_on_a_card_get_the_papers_recipe_and_small_ones_the_one_for
     (['nowhere'], 'no such'), (['DATA', '--recipe', 'x'], 'one of in1k'), (['DATA', '--batch-size', '65'], '64 or l'),
     (['DATA', '--batch-size', '1'], 'at least 2'), (['DATA', '--seconds', '0'], 'above 0'),
     (['DATA', '--workers', '-1'], 'at least 0'), (['DATA', '--sample', '0'], 'at least 1'),
-    (['DATA', '--device', 'nothing'], 'none here'), (['DATA', '--json', 'nowhere/r.json'], 'folder that exists')])
+    (['DATA', '--device', 'nothing'], 'not available here'),
+    (['DATA', '--json', 'nowhere/r.json'], 'folder that exists')])
 def test_a_mistake_is_one_sentence_and_exit_code_1(args, said, few_digits, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(['preflight', *(str(few_digits) if a == 'DATA' else a for a in args)]) == 1

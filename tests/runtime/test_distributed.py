@@ -1,14 +1,12 @@
 """N processes compute what one process with the whole batch computes."""
-import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import TINY, run_train
+from processes import WORLD, spawn
 from timm.layers import BatchNormAct2d
 from torch import nn
 
@@ -16,21 +14,6 @@ from simsiam_models import create_simsiam, simsiam_loss
 from simsiam_models.runtime.distributed import GlobalBatchNorm, World, _meet, gather_rows, synchronize_batchnorm
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.schedule import make_optimizer, set_lr
-
-WORLD = 2
-
-
-def _spawn(work, tmp_path: Path, *args) -> list:
-    mp.spawn(_enter, (work, str(tmp_path / 'store'), str(tmp_path), args), nprocs=WORLD)
-    return [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
-
-
-def _enter(rank: int, work, store: str, folder: str, args: tuple) -> None:
-    os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=WORLD)
-    torch.save(work(rank, *args), f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
 
 
 def _layers() -> nn.Module:
@@ -59,7 +42,7 @@ def _fresh(model: nn.Module) -> nn.Module:
 
 def test_global_batchnorm_equals_the_whole_batch_in_float64(tmp_path):
     x = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1)).double()
-    parts = _spawn(_half, tmp_path, x)
+    parts = spawn(_half, tmp_path, x)
     model = _layers()
     model(x)
     _fresh(model)
@@ -97,7 +80,7 @@ def _gather(rank: int) -> torch.Tensor:
 
 
 def test_gathered_rows_are_in_order(tmp_path):
-    assert all(torch.equal(t, torch.arange(7.0)[:, None]) for t in _spawn(_gather, tmp_path))
+    assert all(torch.equal(t, torch.arange(7.0)[:, None]) for t in spawn(_gather, tmp_path))
 
 
 def _five_steps(rank: int, world: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -122,7 +105,7 @@ def _five_steps(rank: int, world: int, dtype: torch.dtype) -> dict[str, torch.Te
 def test_two_processes_end_five_steps_with_the_weights_of_one(tmp_path, dtype, bound):
     torch.set_num_threads(1)
     one = _five_steps(0, 1, dtype)
-    for two in _spawn(_five_steps, tmp_path, WORLD, dtype):
+    for two in spawn(_five_steps, tmp_path, WORLD, dtype):
         assert one.keys() == two.keys()
         # Relative to the tensor, and to the step size for those that start at zero.
         for k, v in one.items():

@@ -7,15 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
-from test_distributed import _spawn
+from processes import spawn
 from torch import nn
 
 import train
 from simsiam_models.runtime.distributed import World
-from simsiam_models.runtime.log import RunLog
+from simsiam_models.runtime.lifecycle import Lifecycle
+from simsiam_models.runtime.signals import Signals
 from simsiam_models.training import setup
-from simsiam_models.training.autoperf import Perf, choose_perf
+from simsiam_models.training.autoperf import choose_perf
 from simsiam_models.training.options import build_parser, resolve_recipe
+from simsiam_models.training.recipes import RECIPES
+from simsiam_models.training.setup import make_model
+from simsiam_models.training.step import Perf, Trainer, train_step
 
 CPU = torch.device('cpu')
 EAGER_LAST, EAGER_PLAIN, COMPILED_LAST = Perf(), Perf(channels_last=False), Perf(compile=True)
@@ -80,12 +84,13 @@ def test_compiling_is_not_tried_on_a_cpu_without_time():
 def test_model_buffers_and_random_state_stay_the_same_bits():
     args = build_parser('').parse_args([*TINY, '--batch-size', '8'])
     _, recipe = resolve_recipe(args)
-    model = train.make_model(recipe, 0)
+    model = make_model(recipe, 0)
     before, state, strides = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [
         p.stride() for p in model.parameters()]
 
-    def make_step(*how):
-        return train.trial_run(args, recipe, CPU, *how).trial_step
+    def make_step(trial, amp, perf):
+        trainer = Trainer(trial.train(), recipe, World(0, 1, CPU), amp, perf)
+        return lambda x1, x2: train_step(trainer, x1, x2)
     choose_perf(model, (8, 3, 32, 32), CPU, ('off', 'bfloat16'), make_step, lambda text: None, budget=0.5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert strides == [p.stride() for p in model.parameters()] and all(p.grad is None for p in model.parameters())
@@ -117,13 +122,13 @@ def _decide(rank: int, folder: Path) -> list[str]:
     if world.main:
         (folder / 'args.json').write_text('{}')
         setup.choose_perf = lambda *given: ('bfloat16', EAGER_PLAIN)  # the other process keeps the real one, unused
-    amp, perf = setup.decide_perf(
-        args, nn.Linear(1, 1), (2, 3, 8, 8), record, False, folder, print, world, RunLog(folder, False))
+    life = Lifecycle(folder / 'checkpoint.pth', setup.KEYS, world, Signals(), print)
+    amp, perf = setup.decide_perf(args, RECIPES['demo'], nn.Linear(1, 1), record, life, False)
     return [amp, str(perf)]
 
 
 def test_the_first_process_decides_for_all(tmp_path):
-    assert _spawn(_decide, tmp_path, tmp_path) == [['bfloat16', 'contiguous, eager']] * 2
+    assert spawn(_decide, tmp_path, tmp_path) == [['bfloat16', 'contiguous, eager']] * 2
 
 
 def test_a_named_precision_is_not_changed(few_digits, tmp_path, monkeypatch):

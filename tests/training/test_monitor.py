@@ -1,5 +1,8 @@
-"""The monitors: spread of the outputs, and kNN against a loop."""
+"""The monitors: output std and rank, and kNN against a loop and without unreadable images."""
+import dataclasses
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +14,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
-from simsiam_models.data import demo_images
+from simsiam_models.data import DataError, FolderImages, demo_images
+from simsiam_models.runtime.distributed import World
 from simsiam_models.training.monitor import (
+    KnnMonitor,
     Moment,
     Reading,
     constant_channels,
     effective_rank,
     is_collapsed,
     knn_accuracy,
+    measure_pixel_std,
     output_std,
-    pixel_spread,
 )
-from simsiam_models.training.summary import gain
+from simsiam_models.training.recipes import RECIPES
+from simsiam_models.training.summary import describe_gain
 
 
 def test_std_is_one_for_isotropic_and_zero_for_constant_outputs():
@@ -62,23 +68,13 @@ def test_a_reading_holds_the_values_of_the_step_it_was_started_at(small_model: S
         small_model.projector[1].running_var[:3] = 1e-6
     channels = sum(m.num_features for m in small_model.modules() if isinstance(m, _BatchNorm))
     expected = {
-        'loss': -0.25, 'std': output_std(z), 'rank': effective_rank(z), 'p_std': output_std(p),
+        'loss': -0.25, 'std': float(output_std(z)), 'rank': effective_rank(z), 'p_std': float(output_std(p)),
         'p_rank': effective_rank(p), 'cosine': pytest.approx(float(cosine), abs=1e-6),
-        'pixels': float(pixel_spread(x)), 'constant_channels': pytest.approx(3 / channels), 'samples': 16,
-        'z_has_gradient': 0}
+        'pixels': float(measure_pixel_std(x)), 'constant_channels': pytest.approx(3 / channels), 'samples': 16}
     reading = Reading(loss, x, p, z, small_model)
     for t in (x, z, p, loss, small_model.projector[1].running_var):
         t.zero_()
     assert reading.read() == expected
-
-
-def test_a_reading_says_whether_z_carries_a_gradient(small_model: SimSiam):
-    x = torch.randn(4, 3, 32, 32)
-    z = small_model.encode(x)
-    p = small_model.predictor(z)
-    loss = torch.tensor(0.0)
-    assert Reading(loss, x, p, z, small_model).read()['z_has_gradient'] == 1
-    assert Reading(loss, x, p, z.detach(), small_model).read()['z_has_gradient'] == 0
 
 
 def test_a_reading_of_outputs_that_are_no_numbers_is_no_number(small_model: SimSiam):
@@ -116,10 +112,10 @@ def test_a_model_without_batch_norm_has_no_constant_channels():
 
 def test_pictures_of_one_colour_each_do_not_differ_in_pixels():
     colours = torch.rand(8, 3, 1, 1, generator=torch.Generator().manual_seed(0))
-    assert float(pixel_spread(colours.expand(8, 3, 16, 16))) == pytest.approx(0, abs=1e-6)
+    assert float(measure_pixel_std(colours.expand(8, 3, 16, 16))) == pytest.approx(0, abs=1e-6)
     for size in (32, 224):
         noise = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
-        assert float(pixel_spread(noise)) == pytest.approx(1, abs=0.02)
+        assert float(measure_pixel_std(noise)) == pytest.approx(1, abs=0.02)
 
 
 def test_moments_are_seconds_apart():
@@ -149,6 +145,55 @@ def test_knn_takes_fewer_neighbours_than_asked_where_there_are_fewer():
     assert knn_accuracy(x, y, x, y, 200, 0.07) == 100
 
 
+def pixel_monitor(train: Path, val: Path | None, **more) -> KnnMonitor:
+    recipe = dataclasses.replace(RECIPES['demo'], knn_k=5)
+    val = None if val is None else FolderImages(val)
+    return KnnMonitor(FolderImages(train), val, recipe, World(0, 1, torch.device('cpu')), **more)
+
+
+@pytest.fixture
+def parts(few_digits, tmp_path) -> tuple[Path, Path]:
+    """Training and validation folders of the same ten classes: 40 and 24 digits."""
+    for i, path in enumerate(sorted(few_digits.rglob('*.*'), key=lambda p: p.name)):
+        target = tmp_path / ('train' if i < 40 else 'val') / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return tmp_path / 'train', tmp_path / 'val'
+
+
+@pytest.mark.parametrize('spoiled', ['val', 'train'])
+def test_unreadable_images_are_left_out_of_the_monitor_and_named(parts, tmp_path, spoiled):
+    """The accuracy is that of the same folders without these files."""
+    train, val = parts
+    bad = sorted((train if spoiled == 'train' else val).rglob('*.png'))[:2]
+    for path in bad:
+        path.write_bytes(b'no image')
+    monitor = pixel_monitor(train, val)
+    accuracy = monitor.measure_pixels()
+    words = f'(k=5, T=0.1; {40 - 2 * (spoiled == "train")} bank images, {24 - 2 * (spoiled == "val")} queries)'
+    assert words in monitor.describe() and '2 unreadable images left out' in monitor.describe()
+    assert any(str(path) in monitor.describe() for path in bad)
+    for path in bad:
+        path.unlink()
+    assert pixel_monitor(train, val).measure_pixels() == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_a_monitor_of_mostly_unreadable_images_is_refused(parts):
+    train, val = parts
+    files = sorted(val.rglob('*.*'))
+    for path in files[:10]:
+        path.write_bytes(b'no image')
+    with pytest.raises(DataError, match=r'10 of 24 images for the kNN monitor cannot be read .*--max-unreadable 0.1'):
+        pixel_monitor(train, val).measure_pixels()
+    monitor = pixel_monitor(train, val, max_unreadable=0.5)
+    monitor.measure_pixels()
+    assert '14 queries' in monitor.describe()
+    for path in files:
+        path.write_bytes(b'no image')
+    with pytest.raises(DataError, match='24 of 24 images'):
+        pixel_monitor(train, val, max_unreadable=1.0).measure_pixels()
+
+
 def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, float]]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -173,7 +218,7 @@ def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append((output_std(z1), effective_rank(z1)))
+        seen.append((float(output_std(z1)), effective_rank(z1)))
     return seen
 
 
@@ -199,4 +244,4 @@ def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ()
     (29.2, 25.0, 24_000, '+4.2 points over the better of them, learned without labels.'),
     (56.3, 94.7, 300, '38.4 points below the better of them; these features are of no use yet.')])
 def test_a_gain_is_one_only_beyond_what_chance_gives(trained: float, before: float, queries: int, said: str):
-    assert gain(trained, before, queries) == said
+    assert describe_gain(trained, before, queries) == said
