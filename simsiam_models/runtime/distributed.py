@@ -1,4 +1,4 @@
-"""One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and on the CPU."""
+"""One process or many, one result: torchrun's environment, and batch norm over all processes on CUDA and CPU."""
 import copy
 import inspect
 import os
@@ -22,10 +22,12 @@ PATIENCE = 600  # seconds
 
 @dataclass(frozen=True)
 class World:
+    """The processes of a run, as this one sees them."""
+
     rank: int
     size: int
     device: torch.device
-    control: Any = None  # a gloo group, in which processes decide together without waiting for a GPU
+    control: Any = None  # a gloo group for decisions, which need not wait for a GPU
 
     @property
     def main(self) -> bool:
@@ -149,12 +151,12 @@ def join_world(device: str | None = None) -> Iterator[World]:
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> str:
-    """A name that the processes of this start have in common, and no earlier start had.
+    """Agrees on a name for this start of the processes, which no earlier start had.
 
-    torchrun may keep one store over restarts, and new processes would take the addresses of dead ones from it.
+    torchrun may keep its store over restarts, and new processes would read the addresses of dead ones from it.
 
     Raises:
-        RuntimeError: some process does not come within ten minutes.
+        RuntimeError: a process does not arrive within ten minutes.
     """
     own = uuid.uuid4().hex
     if rank:
@@ -168,21 +170,21 @@ def _meet(store: dist.Store, rank: int, size: int) -> str:
         for other in list(missing):
             if store.check([f'simsiam/hello/{other}']):
                 token = store.get(f'simsiam/hello/{other}').decode()
-                if answered.get(other) != token:  # the first one may be of an earlier start
+                if answered.get(other) != token:  # the first token may belong to an earlier start
                     store.set(f'simsiam/welcome/{token}', own)
                     answered[other] = token
             if store.check([f'simsiam/here/{own}/{other}']):
                 missing.remove(other)
         if time.monotonic() > end:
-            raise RuntimeError(f'Connection: process {missing[0]} of {size} did not come within {PATIENCE} seconds')
+            raise RuntimeError(f'Connection: process {missing[0]} of {size} did not arrive within {PATIENCE} seconds')
         time.sleep(0.02)
     return own
 
 
 def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:
-    """Every batch norm takes its statistics over all processes; parameters, buffers and their names stay the same.
+    """Makes every batch norm use the statistics of all processes; parameters, buffers and names stay the same.
 
-    torch's SyncBatchNorm runs on accelerators only; CPU processes get `GlobalBatchNorm`.
+    torch's SyncBatchNorm runs only on accelerators; CPU processes get `GlobalBatchNorm`.
     """
     if world.size == 1:
         return model
@@ -196,7 +198,11 @@ def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:
 
 
 def parallel(model: nn.Module, loss: Callable[[nn.Module], Tensor], world: World) -> nn.Module:
-    """The model, whose gradients are averaged over the processes. `loss`: what may be a step's, on made-up input."""
+    """Wraps the model so that gradients are averaged over the processes.
+
+    Args:
+        loss: computes any loss of the wrapped model, on made-up input.
+    """
     if world.size == 1:
         return model
     # Buffers need no broadcast: synchronised batch norm keeps them equal. torch 2.14 renames the argument.
@@ -211,9 +217,9 @@ def parallel(model: nn.Module, loss: Callable[[nn.Module], Tensor], world: World
 
 
 def _settle_buckets(net: nn.Module, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    """DDP sorts its buckets anew after its first step: here is one that leaves no trace.
+    """Takes a step that leaves no trace, after which DDP sorts its buckets once and for all.
 
-    Otherwise the first step after a restart would sum the gradients of many processes in another order.
+    Otherwise the first step after a restart would sum the gradients of the processes in another order.
     """
     before = copy.deepcopy(model.state_dict())
     training = model.training
@@ -224,7 +230,7 @@ def _settle_buckets(net: nn.Module, model: nn.Module, loss: Callable[[nn.Module]
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum of a tensor over the processes; its gradient is the sum of theirs."""
+    """Sums a tensor over the processes, and its gradient too."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -240,7 +246,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch norm over the samples of all processes together; plain torch, for CPU processes."""
+    """Batch norm over the samples of all processes; plain torch, for CPU processes."""
 
     def __init__(self, bn: _BatchNorm) -> None:
         super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
@@ -248,7 +254,7 @@ class GlobalBatchNorm(_BatchNorm):
         for name, buffer in bn.named_buffers(recurse=False):
             self.register_buffer(name, buffer)
         self.train(bn.training)
-        # timm's BatchNormAct2d carries its activation along.
+        # timm's BatchNormAct2d includes its activation.
         self.drop, self.act = getattr(bn, 'drop', nn.Identity()), getattr(bn, 'act', nn.Identity())
 
     def _check_input_dim(self, x: Tensor) -> None:
@@ -261,7 +267,7 @@ class GlobalBatchNorm(_BatchNorm):
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         dtype, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        n = x.numel() // x.shape[1] * dist.get_world_size()  # every process holds as many samples
+        n = x.numel() // x.shape[1] * dist.get_world_size()  # every process holds the same number of samples
         mean = _SumOverProcesses.apply(x.sum(dims)) / n  # (C,)
         centred = x - mean.view(shape)
         var = _SumOverProcesses.apply(centred.square().sum(dims)) / n  # (C,)
@@ -278,7 +284,7 @@ class GlobalBatchNorm(_BatchNorm):
 
 
 def gather_rows(x: Tensor, n: int, world: World) -> Tensor:
-    """Rows rank, rank + world, ... of a table of n rows, held by each process -> the whole table on every process."""
+    """Gathers a table of n rows, of which each process holds rows rank, rank + world, ..., on every process."""
     if world.size == 1:
         return x
     share = -(-n // world.size)
@@ -290,6 +296,7 @@ def gather_rows(x: Tensor, n: int, world: World) -> Tensor:
 
 
 def mean_over_processes(x: Tensor, world: World) -> Tensor:
+    """Averages a tensor over the processes, in place."""
     if world.size > 1:
         dist.all_reduce(x)
     return x / world.size

@@ -1,4 +1,4 @@
-"""Which precision the forward pass runs in."""
+"""Chooses the precision of the forward pass, and runs it in that precision."""
 import copy
 import statistics
 import time
@@ -22,12 +22,12 @@ def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
 
 
 def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequence[int]) -> str:
-    """Resolve `auto`: bfloat16 where the card has it, else float16 on CUDA; on a CPU what a short timing says.
+    """Resolves `auto`: bfloat16 if the GPU supports it, else float16 on CUDA; on a CPU a short timing decides.
 
-    `model` and the `shape` (B, 3, H, W) of its views are the run's: whether bfloat16 pays depends on both.
+    `model` and the `shape` (B, 3, H, W) of its views are the run's: whether bfloat16 is faster depends on both.
 
     Raises:
-        ValueError: float16 on a CPU, whose operators lack it.
+        ValueError: float16 on a CPU, which lacks operators for it.
     """
     if name == 'float16' and device.type == 'cpu':
         raise ValueError('--amp float16 does not run on a CPU; use --amp auto, bfloat16 or off')
@@ -39,10 +39,10 @@ def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequenc
 
 
 def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15, seconds: float = 5.0) -> bool:
-    """By the median time of forward and backward of a copy of the model, both precisions in turn.
+    """Compares the median times of forward and backward of a copy of the model, with both precisions in turn.
 
-    Of large images some samples are enough, of no fewer than 8: the heads' weights cost the same for any batch. At
-    least 3 rounds, then until the seconds are over.
+    A part of a batch of large images is enough, but at least 8: the heads' weights cost the same for any batch. There
+    are at least 3 rounds, then as many as the seconds allow.
     """
     trial = copy.deepcopy(model).to('cpu', memory_format=torch.channels_last)
     batch, *image = shape
@@ -53,7 +53,7 @@ def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15
         try:
             for bf16 in spent:
                 _forward_backward(trial, x, bf16)
-        except RuntimeError:  # an operator of this model has no bfloat16
+        except RuntimeError:  # an operator of this model does not support bfloat16
             return False
         end = time.perf_counter() + seconds
         while len(spent[True]) < 3 or len(spent[True]) < rounds and time.perf_counter() < end:
@@ -63,7 +63,7 @@ def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15
 
 
 def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:
-    """Seconds."""
+    """Returns seconds."""
     start = time.perf_counter()
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         outputs = model(x, x)
@@ -74,7 +74,7 @@ def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions of float32 in float32: CUDA would take TF32 by itself."""
+    """Computes float32 convolutions in float32, where CUDA would use TF32."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

@@ -19,7 +19,7 @@ class Recipe:
     batch_size: int = 512
     lr: float = 0.05  # per 256 samples
     momentum: float = 0.9
-    weight_decay: float = 1e-4  # on all parameters, batch norm and biases too
+    weight_decay: float = 1e-4  # on all parameters, batch norm and biases included
     warmup_epochs: int = 0  # paper: 10 for batches of 1024 and more
     fix_pred_lr: bool = True  # the predictor's learning rate does not decay
     augmentation: Augmentation = Augmentation()
@@ -36,14 +36,14 @@ RECIPES = {
         'MMSelfSup (and FAIR): 68.28 linear top-1 (published)', batch_size=256),
     'in1k_bs256_ep200': Recipe(
         'MMSelfSup: 69.84 linear top-1 (published)', batch_size=256, epochs=200),
-    # Paper, appendix D. It does not state the predictor's rule, the crop scale, k and T: the first two are as for
-    # ImageNet, k and T those of the usual CIFAR monitors.
+    # Paper, appendix D. It does not state the predictor's learning rate rule, the crop scale, k and T: the first two are
+    # those for ImageNet, k and T those of the usual CIFAR monitors.
     'cifar10_ep800': Recipe(
         'paper, appendix D: 91.8 linear top-1 (published)', model='simsiam_resnet18_cifar', proj_layers=2, epochs=800,
         batch_size=512, lr=0.03, weight_decay=5e-4, augmentation=Augmentation(size=32, blur_p=0.0),
         eval_resize=32, knn_k=200, knn_t=0.1),
-    # Ours, found by short runs on the demonstration data: many cheap steps of a narrow network, and a colour jitter so
-    # strong that colour and light are no short cut.
+    # Ours, from short runs on the demonstration data: many cheap steps of a narrow network, and a colour jitter strong
+    # enough that colour and light are no shortcut.
     'demo': Recipe(
         'ours: minutes on two CPU cores, for the built-in demonstration data and small images', model='resnet18',
         model_args=dict(

@@ -1,4 +1,4 @@
-"""The optimizer's groups and the learning rate of each epoch."""
+"""The optimizer, its parameter groups, and the learning rate of each epoch."""
 import math
 from typing import Any
 
@@ -14,12 +14,12 @@ def scaled_lr(recipe: Recipe) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD over all parameters; the predictor is a group of its own, whose `fix_lr` says that it does not decay."""
+    """SGD over all parameters. The predictor is a group of its own; `fix_lr` says that its rate does not decay."""
     named = list(model.named_parameters())
     groups = [
         dict(params=[p for n, p in named if not n.startswith('predictor.')], fix_lr=False),
         dict(params=[p for n, p in named if n.startswith('predictor.')], fix_lr=recipe.fix_pred_lr)]
-    # One kernel for all parameters. With a GradScaler it also skips overflowed steps without asking the host.
+    # One kernel for all parameters. With a GradScaler it also skips overflowed steps without waiting for the host.
     fused = True if all(p.device.type in ('cuda', 'cpu') for _, p in named) else None
     optimizer = torch.optim.SGD(
         groups, scaled_lr(recipe), recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
@@ -28,7 +28,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
-    """Load a checkpoint's state, perhaps of an older version or another device; the implementation stays this run's."""
+    """Loads the state of a checkpoint, perhaps from another device; the implementation stays this run's."""
     own = [{k: group[k] for k in ('fused', 'foreach')} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, ours in zip(optimizer.param_groups, own, strict=True):
@@ -37,10 +37,10 @@ def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
 
 
 def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
-    """Each momentum buffer in its parameter's memory format, zero where there is none yet.
+    """Gives each momentum buffer the memory format of its parameter, and creates missing ones as zeros.
 
-    The fused kernel needs the first: on a CPU it walks through both as they lie in memory. Without the second it leaves
-    the buffers uninitialised when the very first step overflows in float16.
+    The fused kernel needs the format: on a CPU it walks through both in memory order. Without the zeros it leaves the
+    buffers uninitialised if the very first step overflows in float16.
     """
     for group in optimizer.param_groups:
         for p in group['params'] if group['momentum'] else []:
@@ -50,16 +50,14 @@ def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def lr_at(epoch: int, recipe: Recipe) -> float:
-    """Linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), epoch from 0."""
+    """Linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), epochs from 0."""
     warm = recipe.warmup_epochs
     if epoch < warm:
         return scaled_lr(recipe) * (epoch + 1) / warm
     return scaled_lr(recipe) * 0.5 * (1 + math.cos(math.pi * (epoch - warm) / (recipe.epochs - warm)))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, epoch: int, recipe: Recipe, scale: float = 1.0) -> float:
-    """Sets the rate of every group for this epoch, times `scale`; returns that of the backbone."""
-    lr = lr_at(epoch, recipe) * scale
+def set_lr(optimizer: torch.optim.Optimizer, epoch: int, recipe: Recipe) -> None:
+    """Sets the learning rate of every group for this epoch."""
     for group in optimizer.param_groups:
-        group['lr'] = scaled_lr(recipe) * scale if group['fix_lr'] else lr
-    return lr
+        group['lr'] = scaled_lr(recipe) if group['fix_lr'] else lr_at(epoch, recipe)
