@@ -4,7 +4,7 @@ dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors'
 
 
 def simsiam_r50(pretrained=True, **kwargs):
-    """SimSiam ResNet-50 backbone, (B, 3, 224, 224) -> (B, 2048); default weights: 69.84 % linear top-1 as published."""
+    """SimSiam ResNet-50 backbone, (B, 3, 224, 224) -> (B, 2048); default: 69.84 % linear top-1, as published."""
     import timm
 
     import simsiam_models
@@ -13,7 +13,7 @@ def simsiam_r50(pretrained=True, **kwargs):
 
 
 def simsiam_r50_lin(pretrained=True, **kwargs):
-    """SimSiam ResNet-50 with the published linear ImageNet classifier (1000 classes, 69.8 % top-1 as published)."""
+    """SimSiam ResNet-50 with the published linear ImageNet classifier (1000 classes, 69.8 % top-1, as published)."""
     import timm
 
     import simsiam_models

@@ -1,10 +1,11 @@
-"""The `simsiam` command: a thin table of subcommands. Heavy imports wait until a command runs."""
+"""The `simsiam` command: a table of subcommands."""
 import argparse
 import logging
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from .benchmarks import embed
 from .benchmarks.finetune import command as finetune
@@ -12,121 +13,139 @@ from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
 from .benchmarks.results import report
 from .benchmarks.svm import command as svm
+from .preflight.report import preflight
 from .runtime.signals import Signals
-
-BENCHMARKS = {  # command: its module, what it does
-    'knn': (knn, 'weighted nearest neighbours on frozen features'),
-    'linear': (linear, 'a linear classifier on frozen features: published protocols, or a grid on cached features'),
-    'svm': (svm, 'VOC07: linear SVMs on five taps, from all images or from a few'),
-    'finetune': (finetune, 'a classifier from a backbone and a labelled folder, and the semi-supervised protocols'),
-    'embed': (embed, 'features of any images into a file; t-SNE'),
-    'report': (report, 'records of benchmarks as one table, measured beside published')}
+from .weights import sources
+from .weights.convert import TARGETS, convert
+from .weights.publish import publish
+from .weights.published import NAME, WEIGHTS, describe
+from .weights.tensorfile import MODEL
+from .weights.verify import TOLERANCE, verify
 
 
-def weights_list(args: argparse.Namespace) -> int:
-    from .weights import sources
-    from .weights.published import WEIGHTS
-
+def list_weights(args: argparse.Namespace) -> int:
     print(f'{"tag":26}{"epochs":>7}{"batch":>7}{"top-1":>7}  {"licence":14}cached')
     for tag, w in WEIGHTS.items():
-        path = sources.cached(f'simsiam_resnet50.{tag}', w)
-        where = '' if path is None else 'Hub' if path.name == sources.MODEL else 'converted'
-        print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1 or "-":>7}  {w.license:14}{where or "no"}')
+        path = sources.find_cached(f'{NAME}.{tag}', w)
+        source = 'no' if path is None else 'Hub' if path.name == MODEL else 'converted'
+        print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1 or "-":>7}  {w.license:14}{source}')
     print('\ntop-1: ImageNet linear evaluation in percent, as published by the authors; not measured again here.')
     return 0
 
 
-def weights_info(args: argparse.Namespace) -> int:
-    from .weights.published import describe
-
+def describe_weights(args: argparse.Namespace) -> int:
     print(describe(args.tag))
     return 0
 
 
-def weights_verify(args: argparse.Namespace) -> int:
-    from .weights.verify import verify
-
+def verify_weights(args: argparse.Namespace) -> int:
     passed, lines = verify(args.target, args.dtype)
     print('\n'.join([*lines, 'passed' if passed else 'FAILED']))
     return 0 if passed else 1
 
 
-def convert(args: argparse.Namespace) -> int:
-    from .weights.convert import convert
-
+def run_convert(args: argparse.Namespace) -> int:
     print(convert(args.source, args.out, args.to))
     return 0
 
 
-def publish(args: argparse.Namespace) -> int:
-    from .weights.publish import publish
-
+def run_publish(args: argparse.Namespace) -> int:
     print(publish(args.checkpoint, args.tag, dry_run=args.dry_run, license=args.license))
     return 0
 
 
-def preflight(args: argparse.Namespace) -> int:
-    from .preflight.report import preflight
-
+def run_preflight(args: argparse.Namespace) -> int:
     sample = sys.maxsize if args.all else args.sample
     preflight(
-        args.data, args.recipe, args.batch_size, args.device, args.seconds, args.workers, sample, args.json,
-        args.images_per_epoch)
+        args.data, recipe=args.recipe, batch=args.batch_size, device=args.device, seconds=args.seconds,
+        workers=args.workers, sample=sample, file=args.json, images_per_epoch=args.images_per_epoch)
     return 0
+
+
+def add_tag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('tag', metavar='TAG')
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('target', metavar='TAG|PATH')
+    parser.add_argument('--dtype', choices=list(TOLERANCE), default='float32', help='type of the computed outputs')
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', type=Path, metavar='IN')
+    parser.add_argument('out', type=Path, metavar='OUT')
+    parser.add_argument(
+        '--to', required=True, choices=TARGETS,
+        help='timm is a folder that timm and transformers load; the others are one file')
+
+
+def add_publish(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
+    parser.add_argument('--tag', required=True, help=f'the repository is NAMESPACE/{NAME}.TAG')
+    parser.add_argument('--license', help='licence of your own weights; published tags have theirs')
+    parser.add_argument(
+        '--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
+
+
+def add_preflight(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('data', metavar='DATA', help="as for train.py; 'demo' is the built-in demonstration data")
+    parser.add_argument(
+        '--recipe', metavar='NAME', help="one of train.py's (default: the one that suits data and device)")
+    parser.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less if necessary")
+    parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
+    parser.add_argument(
+        '--seconds', type=float, default=120.0, metavar='S',
+        help='time limit; at most half of it is for reading (default: 120)')
+    parser.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: train.py's)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        '--sample', type=int, metavar='N', help='images to read (default: as many as half of the seconds allow)')
+    which.add_argument('--all', action='store_true', help='read every image, however long it takes')
+    parser.add_argument(
+        '--images-per-epoch', type=int, metavar='N', help='length of an epoch, for a stream that does not state it')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the report there, as a record')
+
+
+class Command(NamedTuple):
+    add_arguments: Callable[[argparse.ArgumentParser], Any]
+    run: Callable[[argparse.Namespace], int]
+    help: str
+
+
+COMMANDS = {
+    'weights list': Command(
+        lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds'),
+    'weights info': Command(add_tag, describe_weights, 'show the origin of a file and its published numbers'),
+    'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
+    'convert': Command(add_convert, run_convert, 'convert a checkpoint of any known layout to another layout'),
+    'publish': Command(add_publish, run_publish, 'write a Hub repository from a checkpoint, and upload it'),
+    'preflight': Command(
+        add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a command for train.py'),
+    'knn': Command(knn.add_arguments, knn.run, 'weighted nearest neighbours on frozen features'),
+    'linear': Command(
+        linear.add_arguments, linear.run,
+        'a linear classifier on frozen features: published protocols, or a grid on cached features'),
+    'svm': Command(
+        svm.add_arguments, svm.run, 'VOC07: linear SVMs on five feature maps, from all images or from a few'),
+    'finetune': Command(
+        finetune.add_arguments, finetune.run,
+        'a classifier from a backbone and a labelled folder, and the semi-supervised protocols'),
+    'embed': Command(embed.add_arguments, embed.run, 'features of any images in a file; t-SNE'),
+    'report': Command(
+        report.add_arguments, report.run, 'records of benchmarks in one table, next to the published numbers'),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('simsiam', description='SimSiam weights and benchmarks.')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-
-    def add(to: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], int], text: str):
-        command = to.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
-        return command
-
-    weights = commands.add_parser('weights', help='published weights: list, info, verify').add_subparsers(
+    top = parser.add_subparsers(required=True, metavar='COMMAND')
+    weights = top.add_parser('weights', help='published weights: list, info, verify').add_subparsers(
         required=True, metavar='COMMAND')
-    add(weights, 'list', weights_list, 'the published weights, and which of them a cache holds')
-    command = add(weights, 'info', weights_info, 'where one file comes from, and every number published for it')
-    command.add_argument('tag', metavar='TAG')
-    command = add(weights, 'verify', weights_verify, 'check hash, keys, values and outputs of a tag or a checkpoint')
-    command.add_argument('target', metavar='TAG|PATH')
-    command.add_argument(
-        '--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32', help='of the computed outputs')
-
-    command = add(commands, 'convert', convert, 'a checkpoint of any known layout -> another layout')
-    command.add_argument('source', type=Path, metavar='IN')
-    command.add_argument('out', type=Path, metavar='OUT')
-    command.add_argument(
-        '--to', required=True, choices=['timm', 'torchvision', 'detectron2', 'mmdet', 'onnx'],
-        help='timm is a folder that timm and transformers load; the others are one file')
-
-    command = add(commands, 'publish', publish, 'write a Hub repository from a checkpoint, and upload it')
-    command.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
-    command.add_argument('--tag', required=True, help='the repository is NAMESPACE/simsiam_resnet50.TAG')
-    command.add_argument('--license', help='licence of your own weights; published tags have theirs')
-    command.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
-
-    command = add(
-        commands, 'preflight', preflight,
-        'what is in a data set, how fast it trains here, and the command of train.py that follows from it')
-    command.add_argument('data', metavar='DATA', help="as for train.py; 'demo' is the built-in demonstration data")
-    command.add_argument('--recipe', metavar='NAME', help="one of train.py's (default: what fits data and device)")
-    command.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less where it must be")
-    command.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
-    command.add_argument(
-        '--seconds', type=float, default=120.0, metavar='S', help='in all; at most half are for reading (default: 120)')
-    command.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: train.py's)")
-    which = command.add_mutually_exclusive_group()
-    which.add_argument(
-        '--sample', type=int, metavar='N', help='images to read (default: as many as half of the seconds allow)')
-    which.add_argument('--all', action='store_true', help='read every image, however long it takes')
-    command.add_argument(
-        '--images-per-epoch', type=int, metavar='N', help='length of an epoch of a stream that does not tell its own')
-    command.add_argument('--json', type=Path, metavar='FILE', help='write the same there, as a record')
-
-    for name, (module, text) in BENCHMARKS.items():
-        module.add_arguments(add(commands, name, module.run, text))
+    for name, command in COMMANDS.items():
+        parent = weights if name.startswith('weights ') else top
+        subparser = parent.add_parser(name.split()[-1], help=command.help, description=command.help)
+        subparser.set_defaults(run=command.run)
+        command.add_arguments(subparser)
     return parser
 
 
@@ -135,24 +154,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with Signals():
             args = build_parser().parse_args(argv)
-            for stream in (sys.stdout, sys.stderr):  # names of files may be no text
+            for stream in (sys.stdout, sys.stderr):  # file names may not be valid text
                 if hasattr(stream, 'reconfigure'):
                     stream.reconfigure(errors='backslashreplace')
             logging.basicConfig(format='%(message)s')
             status = args.run(args)
             sys.stdout.flush()
             return status
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+    except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, RuntimeError, OSError, FloatingPointError) as e:
-        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in str(e))  # no terminal's commands
+        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in str(e))  # no terminal commands
         print(f'simsiam: {text}', file=sys.stderr)
         return 1
     except MemoryError as e:
         print(f'simsiam: not enough memory ({e})', file=sys.stderr)
         return 1
-    except KeyboardInterrupt as e:  # training.stopping.Stopped, but for the first moment
+    except KeyboardInterrupt as e:  # Stopped, or Python's own before Signals takes over
         if os.environ.get('RANK', '0') == '0':
             text = '; '.join(filter(None, (str(e) or 'stopped by SIGINT', getattr(args, 'kept', None))))
             print(f'simsiam: {text}', file=sys.stderr)

@@ -1,7 +1,7 @@
-"""Image -> features: the backbones, registered with timm, and the table of published weights.
+"""Image -> features: the backbones, registered with timm.
 
-`simsiam_resnet50` is timm's own ResNet-50 (the layout of torchvision's): everything timm offers a ResNet works on it.
-The file is called `resnet.py` because timm files its models under the name of their module.
+`simsiam_resnet50` is timm's own ResNet-50, with torchvision's layout: everything that timm offers for a ResNet works.
+The file is called `resnet.py` because timm lists models under the name of their module.
 """
 import functools
 import logging
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from .weights import sources
 from .weights.layouts import load_checkpoint, recognize
-from .weights.published import WEIGHTS, Weights
+from .weights.published import NAME, WEIGHTS, Weights
 
 _logger = logging.getLogger('simsiam_models')
 
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    # Evaluation as published: resize the short side to 256 (bilinear), centre crop 224 = crop_pct 0.875.
+    # Evaluation as published: resize the short side to 256 (bilinear), centre crop 224, so crop_pct is 0.875.
     return {
         'num_classes': 0, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
         'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
@@ -30,7 +31,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs({
     **{
-        f'simsiam_resnet50.{tag}': _cfg(
+        f'{NAME}.{tag}': _cfg(
             url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
         for tag, w in WEIGHTS.items()
     },
@@ -41,7 +42,7 @@ default_cfgs = generate_default_cfgs({
 class CifarResNet(ResNet):
     """ResNet for 32 px images (paper, appendix D): a 3x3 stem of stride 1 and no max-pool.
 
-    timm's own ResNets have no such stem, so an exported backbone of this kind loads after `import simsiam_models`.
+    timm's own ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
     """
 
     def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
@@ -51,17 +52,17 @@ class CifarResNet(ResNet):
             in_chans, old.out_channels, 3, padding=1, bias=False, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
-        for i, info in enumerate(self.feature_info):  # strides were counted for the stem of stride 4
+        for i, info in enumerate(self.feature_info):  # timm assumes a stem of stride 4
             info['reduction'] = 1 if i == 0 else info['reduction'] // 4
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """A checkpoint of any known layout -> the entries that `model` loads.
+    """Returns the entries that `model` loads from a checkpoint of any known layout.
 
     Raises:
         ValueError: the keys fit no known layout.
-        RuntimeError: the backbone would not be filled completely. timm itself lets that pass when `num_classes` differs
-            from the file's, and goes on with random weights.
+        RuntimeError: entries of the backbone are missing. timm itself accepts that if `num_classes` differs from the
+            file's, and leaves random weights.
     """
     checkpoint = recognize(state_dict)
     state = checkpoint.model_state() if model.num_classes else checkpoint.backbone
@@ -75,8 +76,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return state
 
 
-def published(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
-    """'simsiam_resnet50.TAG' and its row in WEIGHTS, unless the caller names another source of weights."""
+def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
+    """Returns 'simsiam_resnet50.TAG' and its row in WEIGHTS; None if the caller names another source of weights."""
     given = {k: kwargs.get(k) for k in ('pretrained_cfg', 'pretrained_cfg_overlay')}
     cfg = timm.models.resolve_pretrained_cfg(variant, **given)
     weights = WEIGHTS.get(cfg.tag)
@@ -86,37 +87,38 @@ def published(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | Non
 
 
 def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
-    """timm's builder, with published weights as local files and files of the caller read in any layout."""
+    """Calls timm's builder. Published weights become local files, and the caller's files may have any known layout."""
     overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
     if pretrained:
-        if found := published(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
+        if found := find_weights(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
             overlay['file'] = str(sources.fetch(*found, cache_dir=kwargs.get('cache_dir')))
-            _name_licence(*found)
+            warn_of_licence(*found)
         elif overlay.get('file') and not overlay.get('state_dict'):
-            # timm reads only what weights_only=True admits; OpenMMLab's files need the restricted reader.
+            # timm loads with weights_only=True, which refuses OpenMMLab's files.
             overlay['state_dict'] = load_checkpoint(overlay['file']).model_state()
     model = build_model_with_cfg(
         cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs)
-    model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory, and in each copy of the configuration
+    model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory and in every copy of the configuration
     return model
 
 
 @functools.cache
-def _name_licence(name: str, weights: Weights) -> None:
+def warn_of_licence(name: str, weights: Weights) -> None:
+    """Warns once per name of weights that forbid commercial use."""
     if '-nc-' in weights.license:
         _logger.warning(f'{name}: these weights are licensed {weights.license.upper()}, for non-commercial use only')
 
 
 @register_model
 def simsiam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-50 as SimSiam trains it; without a classifier it maps (B, 3, H, W) to (B, 2048)."""
+    """ResNet-50 as in SimSiam: (B, 3, H, W) -> (B, 2048), or logits if `num_classes` is set."""
     model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create_resnet(ResNet, 'simsiam_resnet50', pretrained, **dict(model_args, **kwargs))
+    return _create_resnet(ResNet, NAME, pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def simsiam_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-18 with the CIFAR stem (paper, appendix D); without a classifier it maps (B, 3, 32, 32) to (B, 512)."""
+    """ResNet-18 with the CIFAR stem (paper, appendix D): (B, 3, 32, 32) -> (B, 512), or logits."""
     model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
     return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **dict(model_args, **kwargs))

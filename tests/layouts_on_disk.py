@@ -1,6 +1,6 @@
-"""One SimSiam in every published layout, written from the documented key names (none of it by the code under test).
+"""One SimSiam model in every published layout, written from the documented key names without the code under test.
 
-`LAYOUTS` maps a name to a function of the model that returns `OnDisk`: what the file holds, and what is to be read.
+`LAYOUTS` maps a name to a function of the model that returns `OnDisk`: the contents of the file and the expected parts.
 """
 import pickle
 import sys
@@ -27,19 +27,19 @@ State = dict[str, Tensor]
 class OnDisk:
     contents: Any
     layout: str
-    parts: dict[str, State]  # what is to be read, under our names
-    dropped: dict[str, int] = field(default_factory=dict)  # at least these groups
+    parts: dict[str, State]  # expected, under our names
+    dropped: dict[str, int] = field(default_factory=dict)  # expected at least
 
 
 def tiny_resnet(num_classes: int = 0) -> ResNet:
-    """All names of a bottleneck ResNet, few channels: 64 features."""
+    """A ResNet with all names of a bottleneck ResNet and few channels: 64 features."""
     return ResNet(Bottleneck, (1, 2, 1, 1), num_classes=num_classes, channels=(4, 4, 8, 16))
 
 
 def tiny_simsiam(seed: int = 0) -> SimSiam:
     """Every batch norm has statistics, scale, shift and a counter of its own.
 
-    Statistics and biases are multiples of 1/1024, so that adding a bias to a mean and taking it away again is exact.
+    Statistics and biases are multiples of 1/1024, so that adding a bias to a mean and subtracting it again is exact.
     """
     torch.manual_seed(seed)
     model = SimSiam(tiny_resnet(), dim=24, pred_dim=8).eval()
@@ -70,13 +70,13 @@ def linear(classes: int = 10) -> State:
 
 
 def with_bias(head: State, layer: int) -> State:
-    """The head as code writes it that leaves a bias before the batch norm: the running mean contains it."""
+    """Adds a bias before the batch norm, as some code does: the running mean contains it."""
     bias = torch.randint(-300, 300, head[f'{layer}.weight'].shape[:1]) / 1024
     return {**head, f'{layer}.bias': bias, f'{layer + 1}.running_mean': head[f'{layer + 1}.running_mean'] + bias}
 
 
 def sgd_state(model: nn.Module) -> dict[str, Any]:
-    """The optimizer's dictionary with momentum buffers."""
+    """An optimizer's state dict with momentum buffers."""
     buffers = {i: {'momentum_buffer': torch.randn_like(p)} for i, p in enumerate(model.parameters())}
     return {'state': buffers, 'param_groups': [{'lr': 0.05, 'params': list(buffers)}]}
 
@@ -149,7 +149,7 @@ def numbered(backbone: State) -> State:
 
 
 def lightly(model: SimSiam, scale: float | None = None) -> OnDisk:
-    """`scale`: the last batch norm has a weight of this and a bias of scale - 1."""
+    """With `scale`, the last batch norm has this weight and the bias scale - 1."""
     p = parts(model)
     head = dict(p['projector'])
     if scale is not None:
@@ -167,7 +167,7 @@ def lightly(model: SimSiam, scale: float | None = None) -> OnDisk:
 
 
 def lightly_old(model: SimSiam) -> OnDisk:
-    """The first versions: one Sequential per layer, and a bias in each of them."""
+    """lightly's first versions: one Sequential per layer, each with a bias."""
     p = parts(model)
     projector, predictor = p['projector'], with_bias(p['predictor'], 0)
     for layer in (0, 3, 6):
@@ -182,7 +182,7 @@ def lightly_old(model: SimSiam) -> OnDisk:
 
 
 def lightly_class(model: SimSiam) -> OnDisk:
-    """lightly's later model class: the heads of today under the attributes of before."""
+    """lightly's later model class: the current heads under the earlier attributes."""
     p = parts(model)
     state = {
         **prefixed('backbone.', numbered(p['backbone'])), **prefixed('projection_mlp.layers.', p['projector']),
@@ -293,7 +293,7 @@ def write(contents: Any, path: Path, container: str = 'zip') -> Path:
 
 @contextmanager
 def foreign() -> Iterator[ModuleType]:
-    """A module of somebody's training code, which is gone when the file is read."""
+    """A module of foreign training code, which no longer exists when the file is read."""
     module = ModuleType('vendored_trainer')
 
     class ConfigDict(dict):

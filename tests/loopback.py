@@ -12,7 +12,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = 'c0ffee' + '0' * 34
-Fault = Callable[['Handler', bytes], object]  # answers the request for a body; what it returns is ignored
+Fault = Callable[['Handler', bytes], object]  # answers a request for a body; its return value is ignored
 
 
 def sha256(data: bytes) -> str:
@@ -20,7 +20,7 @@ def sha256(data: bytes) -> str:
 
 
 def flip(data: bytes) -> bytes:
-    """One bit in the middle is another."""
+    """Flips one bit in the middle."""
     at = len(data) // 2
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
 
@@ -42,7 +42,7 @@ class Handler(BaseHTTPRequestHandler):
         body = self.owner.files.get(self.path)
         fault = self.owner.fault
         try:
-            if self.path.startswith('/api/'):  # the client asks for things beside the files; no test needs them
+            if self.path.startswith('/api/'):  # the client also asks for other things; no test needs them
                 (silent if fault is silent else status(404))(self, b'')
             elif fault:
                 fault(self, body or b'')
@@ -55,11 +55,11 @@ class Handler(BaseHTTPRequestHandler):
 
     @property
     def offset(self) -> int:
-        """The byte where Range says to start."""
+        """The first byte that Range asks for."""
         return int((self.headers.get('Range') or 'bytes=0-').removeprefix('bytes=').split('-')[0])
 
     def send(self, body: bytes, etag: str | None = None, upto: int | None = None) -> None:
-        """A file, cut before byte `upto`; its ETag is its sha256 unless given ('': none). If-Range is not looked at."""
+        """Sends a file up to byte `upto`. The ETag is its sha256 unless given ('': none). Ignores If-Range."""
         headers = {'Content-Length': str(len(body) - self.offset), 'ETag': sha256(body) if etag is None else etag}
         if self.owner.hub:
             headers['X-Repo-Commit'] = COMMIT
@@ -99,7 +99,7 @@ class Server:
         self.stop()
 
     def start(self) -> None:
-        """Listen; after a stop on the same port."""
+        """Listens; after a stop, on the same port."""
         handler = type('Bound', (Handler,), {'owner': self})
         self.closing.clear()
         self.server = ThreadingHTTPServer(('127.0.0.1', self.port), handler)
@@ -108,7 +108,7 @@ class Server:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def stop(self) -> None:
-        """Refuse connections."""
+        """Refuses connections."""
         if not self.closing.is_set():
             self.closing.set()
             self.server.shutdown()
@@ -119,18 +119,18 @@ class Server:
         return f'http://127.0.0.1:{self.port}'
 
     def put(self, repo: str, name: str, body: bytes, revision: str = 'main') -> None:
-        """A file in a Hub repository, at a branch and at its commit."""
+        """Serves a file of a Hub repository, at a branch and at its commit."""
         for at in (revision, COMMIT):
             self.files[f'/{repo}/resolve/{at}/{name}'] = body
 
-    def asked(self, method: str, end: str = '') -> list[str]:
-        """The requests for files, of this method, whose path ends so."""
+    def list_requests(self, method: str, end: str = '') -> list[str]:
+        """Returns the requests for files with this method whose path ends with `end`."""
         files = [line for line in self.log if ' /api/' not in line]
         return [line for line in files if line.startswith(method + ' ') and line.split(' ')[1].endswith(end)]
 
 
 def status(code: int, error: str = '', message: str = '', retry_after: int | None = None) -> Fault:
-    """An error; the Hub says which one in X-Error-Code."""
+    """Answers with an error, which the Hub names in X-Error-Code."""
     body = f'{code} from loopback\n'.encode()
     headers = {
         'X-Error-Code': error, 'X-Error-Message': message, 'Content-Length': str(len(body)),
@@ -144,7 +144,7 @@ def status(code: int, error: str = '', message: str = '', retry_after: int | Non
 
 
 def redirect(to: Server) -> Fault:
-    """LFS: the Hub names hash and size, another server has the bytes."""
+    """Redirects as for LFS: the Hub names hash and size, another server has the bytes."""
     def answer(handler: Handler, body: bytes) -> None:
         path = f'/lfs/{sha256(body)}'
         to.files[path] = body
@@ -169,7 +169,7 @@ def dripping(handler: Handler, _: bytes) -> None:
 
 
 def html(handler: Handler, _: bytes) -> None:
-    """A captive portal: status 200 and a page, whatever is asked for."""
+    """Answers like a captive portal: status 200 and a page for every request."""
     page = b'<!DOCTYPE html><html><title>Please log in</title></html>\n'
     handler.head(200, {'Content-Type': 'text/html', 'Content-Length': str(len(page))})
     if handler.command == 'GET':
@@ -181,23 +181,23 @@ def no_etag(handler: Handler, body: bytes) -> None:
 
 
 def cut(handler: Handler, body: bytes) -> None:
-    """The connection ends at the same byte each time."""
+    """Ends the connection at the same byte each time."""
     handler.send(body, upto=len(body) // 2)
 
 
 def stutter(handler: Handler, body: bytes) -> None:
-    """The connection ends after a third of the file, from wherever Range starts."""
+    """Ends the connection a third of the file after the start of Range."""
     handler.send(body, upto=handler.offset + len(body) // 3 + 1)
 
 
 def cut_unsized(handler: Handler, body: bytes) -> None:
-    """Half of the file, from a server that does not say how long it is."""
+    """Sends half of the file without its length."""
     handler.head(200, {})
     handler.wfile.write(body[:len(body) // 2])
 
 
 def stuck(handler: Handler, body: bytes) -> None:
-    """GET stops in the middle and keeps the connection (30 s at most)."""
+    """Stops GET in the middle and keeps the connection (30 s at most)."""
     handler.send(body, upto=len(body) // 2)
     if handler.command == 'GET':
         handler.wfile.flush()
@@ -205,17 +205,17 @@ def stuck(handler: Handler, body: bytes) -> None:
 
 
 def short(handler: Handler, body: bytes) -> None:
-    """GET is a complete answer without the file's last 1000 bytes; HEAD tells the true size."""
+    """Answers GET completely but without the file's last 1000 bytes; HEAD gives the true size."""
     handler.send(body if handler.command == 'HEAD' else body[:-1000], etag=sha256(body))
 
 
 def flipped(handler: Handler, body: bytes) -> None:
-    """One bit is wrong; the headers are those of the true file."""
+    """Sends one wrong bit under the headers of the true file."""
     handler.send(flip(body), etag=sha256(body))
 
 
 def times(n: int, fault: Fault) -> Fault:
-    """The fault for n requests, then none."""
+    """Applies the fault to n requests."""
     left = [n]
 
     def answer(handler: Handler, body: bytes) -> None:
@@ -225,10 +225,10 @@ def times(n: int, fault: Fault) -> Fault:
 
 
 def on(method: str, fault: Fault) -> Fault:
-    """The fault for GET or for HEAD only."""
+    """Applies the fault to GET or to HEAD only."""
     return lambda handler, body: fault(handler, body) if handler.command == method else handler.send(body)
 
 
-def slowly(seconds: float) -> Fault:
-    """The true file; GET after a pause."""
+def pause(seconds: float) -> Fault:
+    """Sends the true file, for GET after a pause."""
     return lambda handler, body: (handler.command == 'GET' and time.sleep(seconds), handler.send(body))

@@ -1,4 +1,4 @@
-"""The `simsiam` command, and `weights verify`, which it is the way to."""
+"""The `simsiam` command, and what `weights verify` finds."""
 import copy
 import json
 import os
@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from simsiam_models import cli, create_simsiam
-from simsiam_models.benchmarks import features
 from simsiam_models.cli import main
+from simsiam_models.runtime.distributed import default_device
 from simsiam_models.weights import layouts, tensorfile
 from simsiam_models.weights.export import export_checkpoint
 from simsiam_models.weights.published import WEIGHTS
-from simsiam_models.weights.verify import TOLERANCE, deviation, fingerprint
+from simsiam_models.weights.verify import TOLERANCE, compare_fingerprints, compute_fingerprint
 
 
 @pytest.fixture(scope='module')
@@ -90,21 +90,21 @@ def test_verify_fails_what_is_damaged(exported, tmp_path, capsys, damage, text):
 
 
 def test_a_fingerprint_is_the_same_for_every_way_to_compute_it_and_another_for_other_weights(model):
-    before, threads = fingerprint(model), torch.get_num_threads()
+    before, threads = compute_fingerprint(model), torch.get_num_threads()
     torch.set_num_threads(1)
-    assert deviation(before, fingerprint(model)) < TOLERANCE['float32']
+    assert compare_fingerprints(before, compute_fingerprint(model)) < TOLERANCE['float32']
     torch.set_num_threads(threads)
-    assert deviation(before, fingerprint(copy.deepcopy(model).double())) < TOLERANCE['float32']
-    assert deviation(before, fingerprint(copy.deepcopy(model).bfloat16())) < TOLERANCE['bfloat16']
+    assert compare_fingerprints(before, compute_fingerprint(copy.deepcopy(model).double())) < TOLERANCE['float32']
+    assert compare_fingerprints(before, compute_fingerprint(copy.deepcopy(model).bfloat16())) < TOLERANCE['bfloat16']
     bgr = copy.deepcopy(model)
     bgr.conv1.weight.data = bgr.conv1.weight.data.flip(1)
-    assert deviation(before, fingerprint(bgr)) > TOLERANCE['bfloat16']
+    assert compare_fingerprints(before, compute_fingerprint(bgr)) > TOLERANCE['bfloat16']
 
 
 def test_verify_compares_with_the_fingerprint_beside_the_file(exported, tmp_path, capsys, model):
     folder = tmp_path / 'repo'
     shutil.copytree(exported, folder)
-    found = fingerprint(model)
+    found = compute_fingerprint(model)
     (folder / 'fingerprint.json').write_text(json.dumps(found))
     assert main(['weights', 'verify', str(folder)]) == 0
     found['outputs'][3] += 0.01 * found['std']
@@ -125,7 +125,7 @@ def test_heads_of_other_widths_are_refused(tmp_path):
 
 
 def test_a_classifier_has_no_heads_to_load():
-    with pytest.raises(ValueError, match='take its pretraining weights, simsiam_resnet50.mm1x_ep200_in1k'):
+    with pytest.raises(ValueError, match='use its pretraining weights, simsiam_resnet50.mm1x_ep200_in1k'):
         create_simsiam('simsiam_resnet50.mm1x_ep200_lin_in1k', pretrained=True)
 
 
@@ -150,7 +150,7 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
         assert main(args) == 1
         said = capsys.readouterr().err
         assert said.startswith(f'simsiam: --device {name}: not available here (') and said.count('\n') == 1
-        assert said.endswith('); name another, or leave it out\n') and 'http' not in said
+        assert said.endswith(f'); use {default_device()}, or leave it out\n') and 'http' not in said
 
 
 @pytest.mark.parametrize('command', ['knn', 'embed'])
@@ -158,7 +158,8 @@ def test_a_device_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixtur
 def test_a_signal_is_one_line_that_says_what_is_kept(command, name, code, few_digits, tmp_path, monkeypatch, capsys):
     for part in ('train', 'val'):
         shutil.copytree(few_digits, tmp_path / part)
-    monkeypatch.setattr(features, 'extract', lambda *args: os.kill(os.getpid(), getattr(signal, name)))
+    module = {'knn': cli.knn, 'embed': cli.embed}[command]
+    monkeypatch.setattr(module, 'extract', lambda *args: os.kill(os.getpid(), getattr(signal, name)))
     args = [command, str(tmp_path), '--model', 'resnet10t:random', '--device', 'cpu', '--out', str(tmp_path / 'out')]
     before = signal.getsignal(signal.SIGTERM)
     assert main(args) == code

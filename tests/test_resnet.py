@@ -1,6 +1,6 @@
-"""What timm offers for its own ResNets must work on ours: these are rules of timm and torchvision, checked one by one.
+"""Everything that timm offers for its own ResNets must work on ours: each test checks one rule of timm or torchvision.
 
-Inputs are 64 px wherever the size does not matter: the tests are about wiring, not about accuracy.
+Inputs are 64 px if the size does not matter: the tests are about wiring, not accuracy.
 """
 import socket
 import warnings
@@ -11,6 +11,7 @@ import timm
 import timm.optim
 import torch
 import torchvision
+from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.models import ResNet
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -34,14 +35,14 @@ def one_thread():
 
 @pytest.fixture(scope='module')
 def r50() -> ResNet:
-    """Shared by the tests that only read it."""
+    """A model that the tests only read."""
     torch.manual_seed(0)
     return timm.create_model(R50).eval()
 
 
 @pytest.fixture
 def no_socket(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Any attempt to reach the network is written down and fails."""
+    """Records every attempt to reach the network, and lets it fail."""
     attempts: list[str] = []
 
     def refuse(*args, **kwargs):
@@ -59,7 +60,7 @@ def pixels(batch: int = 2, size: int = 64, chans: int = 3, seed: int = 1) -> Ten
 
 
 def randomize(model: nn.Module) -> nn.Module:
-    """Random norms and running statistics: with the initial ones (zero gammas) half of a network could be missing."""
+    """Randomizes norms and running statistics: the initial zero gammas would hide half of a network."""
     g = torch.Generator().manual_seed(2)
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
@@ -316,7 +317,6 @@ def test_a_file_that_the_caller_brings_is_loaded(tmp_path: Path, r50, no_socket,
     if suffix == '.pth':
         torch.save(state, path)
     else:
-        from safetensors.torch import save_file
         save_file(state, path)
     model = timm.create_model(R50, pretrained=True, pretrained_cfg_overlay=dict(file=str(path)))
     for k, v in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""SimSiam against a re-derivation from the paper's formulas, in float64."""
+"""SimSiam compared with a second derivation from the paper's formulas, in float64."""
 import copy
 import math
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
-from simsiam_models.simsiam import predictor, projector
+from simsiam_models.simsiam import build_predictor, build_projector
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.schedule import lr_at, make_optimizer, set_lr
 
@@ -20,14 +20,14 @@ def test_parameter_counts_are_those_of_the_paper():
 
 
 def test_heads_have_the_released_layout():
-    p, h = projector(2048), predictor()
+    p, h = build_projector(2048), build_predictor()
     assert [type(m) for m in p] == [
         nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d]
     assert not p[7].affine and all(p[i].bias is None for i in (0, 3, 6))
     assert [type(m) for m in h] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
     assert h[0].bias is None and h[3].bias is not None
     assert (h[0].out_features, h[3].out_features) == (512, 2048)
-    assert [m.out_features for m in projector(512, 2048, 2) if isinstance(m, nn.Linear)] == [2048, 2048]
+    assert [m.out_features for m in build_projector(512, 2048, 2) if isinstance(m, nn.Linear)] == [2048, 2048]
 
 
 def test_residual_blocks_start_at_zero():
@@ -72,7 +72,7 @@ def test_loss_of_known_vectors():
     assert simsiam_loss(e1, -e1, e1, e1) == 0
 
 
-# ---- one training step, derived again: every layer as a formula on a dict of tensors
+# ---- one training step, derived independently: every layer as a formula on a dict of tensors
 
 def batchnorm(x: Tensor, t: dict, name: str, momentum: float = 0.1, eps: float = 1e-5) -> Tensor:
     """(x - mean) / sqrt(var + eps) * gamma + beta over all axes but the channels; running statistics in place."""

@@ -47,7 +47,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
         yield part
         os.replace(part, path)
     except OSError as e:
-        if e.filename is None:
+        if e.filename is None and e.errno is not None:
             e.filename = str(path)
         raise
     finally:

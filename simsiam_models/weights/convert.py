@@ -1,28 +1,29 @@
 """A checkpoint of any layout -> the file that timm, torchvision, detectron2, mmdet or an ONNX runtime loads."""
 import json
-import os
 import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import timm
 import torch
 from torch import Tensor
 
-from .export import export_checkpoint
+from ..runtime.files import write_atomically
+from ..runtime.messages import require
+from .export import describe_mismatch, export_checkpoint
 from .layouts import Checkpoint, load_checkpoint
-from .published import tag_of_file
-from .reading import COUNTER, import_onnx
+from .published import find_tag
+from .reading import COUNTER
 
 TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
-SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # their readers, ours included, go by the suffix
+SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # readers recognize these files by their suffix
 EPS = 1e-5  # of every batch norm in a ResNet-50
 
 
 def convert(source: str | Path, out: str | Path, to: str) -> str:
-    """Write the backbone of `source`, and its linear classifier where the target has a place for one.
+    """Writes the backbone of `source` and, if the target has a place for it, the linear classifier.
 
     Args:
         source: a checkpoint in any layout that `load_checkpoint` knows.
@@ -30,11 +31,11 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
         to: one of TARGETS.
 
     Returns:
-        What was read, written and left out, and the code that uses the result.
+        A report of what was read, written and left out, and the code that uses the result.
 
     Raises:
-        ValueError: unknown target or layout, `out` exists, or the backbone is not a ResNet-50.
-        FileNotFoundError: there is no `source`.
+        ValueError: the target or the layout is unknown, `out` exists, or the backbone is not a ResNet-50.
+        FileNotFoundError: `source` does not exist.
         RuntimeError: the target needs a package that is not installed.
     """
     source, out = Path(source), Path(out)
@@ -45,96 +46,99 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     if out.exists() and not (to == 'timm' and out.is_dir() and not any(out.iterdir())):
         raise ValueError(f'{out} exists already: name a new {"folder" if to == "timm" else "file"}, or remove it first')
     if to in SUFFIX and out.suffix != SUFFIX[to]:
-        raise ValueError(f'{out} does not end in {SUFFIX[to]}, by which a {to} file is recognized: rename it')
+        raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
     checkpoint = load_checkpoint(source)
     _check_resnet50(checkpoint.backbone, source)
     if to == 'timm':
-
-        tag = tag_of_file(source) if source.is_file() else None
+        tag = find_tag(source) if source.is_file() else None
         export_checkpoint(checkpoint, out, pretrained_cfg={'tag': tag} if tag else None)
     else:
-        _write(out, WRITERS[to], checkpoint)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out, lambda file: WRITERS[to](checkpoint, file))
     return '\n'.join([
-        f'{source}: {checkpoint.describe()}', *_left_out(checkpoint, to), f'Wrote {out} for {to}. Use it with',
-        _usage(checkpoint, out, to)])
+        f'{source}: {checkpoint.describe()}', *_list_omissions(checkpoint, to), f'Wrote {out} for {to}. Use it with',
+        _explain_use(checkpoint, out, to)])
 
 
 def _check_resnet50(backbone: dict[str, Tensor], source: Path) -> None:
-    with torch.device('meta'):  # names and shapes, no memory
-        expected = {k: v.shape for k, v in timm.create_model('resnet50', num_classes=0).state_dict().items()}
-    for problem, names in {
-        'missing': [k for k in expected if k not in backbone],
-        'unknown': [k for k in backbone if k not in expected],
-        'of another shape': [k for k in expected if k in backbone and backbone[k].shape != expected[k]],
-    }.items():
-        if names:
-            raise ValueError(
-                f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network that convert '
-                f'writes: {len(names)} {problem}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}')
+    expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
+    if mismatch := describe_mismatch(backbone, expected):
+        raise ValueError(
+            f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network that convert '
+            f'writes: {mismatch}')
 
 
-def _left_out(checkpoint: Checkpoint, to: str) -> list[str]:
+def _list_omissions(checkpoint: Checkpoint, to: str) -> list[str]:
     left = [name for name in ('projector', 'predictor') if getattr(checkpoint, name)]
     if to == 'timm' and len(left) == 2:
-        left = []  # in a file of their own, which takes both or none
+        left = []  # heads.safetensors takes both or none
     if checkpoint.classifier and (to in ('detectron2', 'mmdet') or 'fc.weight' not in checkpoint.model_state()):
         left = [*left, 'classifier']
     return [f'Left out: {", ".join(left)}.'] if left else []
 
 
-def _write(out: Path, writer: Callable[[Checkpoint, Path], None], checkpoint: Checkpoint) -> None:
-    """Write to a temporary name first: `out` is whole or absent."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + '.part')
-    try:
-        writer(checkpoint, part)
-        os.replace(part, out)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _own(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies: of a tensor that is a view, torch.save would write the whole storage."""
+def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies the tensors: torch.save writes the whole storage of a view."""
     return {k: v.clone() for k, v in state.items()}
 
 
-def _write_torchvision(checkpoint: Checkpoint, path: Path) -> None:
-    torch.save(_own(checkpoint.model_state()), path)
+def _write_torchvision(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    torch.save(_clone(checkpoint.model_state()), file)
 
 
-def _write_mmdet(checkpoint: Checkpoint, path: Path) -> None:
-    torch.save({'meta': {}, 'state_dict': _own(checkpoint.backbone)}, path)
+def _write_mmdet(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    torch.save({'meta': {}, 'state_dict': _clone(checkpoint.backbone)}, file)
 
 
-def _detectron2_name(name: str) -> str:
+def _rename_for_detectron2(name: str) -> str:
     if 'layer' not in name:
         name = f'stem.{name}'
-    name = re.sub(r'layer(\d)', lambda m: f'res{int(m[1]) + 1}', name)  # their stem counts as stage 1
+    name = re.sub(r'layer(\d)', lambda m: f'res{int(m[1]) + 1}', name)  # detectron2 counts the stem as stage 1
     name = re.sub(r'bn(\d)', r'conv\1.norm', name)
     return name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
 
 
-def _write_detectron2(checkpoint: Checkpoint, path: Path) -> None:
-    model = {_detectron2_name(k): v.numpy() for k, v in checkpoint.backbone.items()}
-    # Protocol 3 writes bytes as they are and module names as lines of text.
+def _write_detectron2(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    model = {_rename_for_detectron2(k): v.numpy() for k, v in checkpoint.backbone.items()}
+    # Protocol 3 stores bytes unchanged and module names as lines of text.
     data = pickle.dumps({'model': model, '__author__': 'SimSiam', 'matching_heuristics': True}, protocol=3)
-    # numpy 2 writes the new name of this module, which numpy before 1.26 lacks; every numpy reads the old name.
-    path.write_bytes(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
+    # numpy 2 writes the new name of this module, which numpy before 1.26 lacks. Every numpy reads the old name.
+    file.write(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
 
 
-def _write_onnx(checkpoint: Checkpoint, path: Path) -> None:
-    """ResNet-50 in ONNX operators, one operator for one timm module.
+def _write_onnx(checkpoint: Checkpoint, file: BinaryIO) -> None:
+    """Writes a ResNet-50 in ONNX operators, one operator per timm module.
 
-    Written out by hand and not traced: the weights keep their names and batch norms stay separate, so that the way
+    The graph is built rather than traced: weights keep their names and batch norms stay separate, so that converting
     back loses nothing, and the file does not depend on the version of torch.
     """
-    onnx = import_onnx()
+    require('an ONNX file', onnx='onnx')
+    import onnx
+
     helper, number = onnx.helper, onnx.TensorProto.FLOAT
     state = checkpoint.model_state()
+    nodes, output = _build_onnx_nodes(state, helper.make_node)
+    width = len(state.get('fc.weight', state['layer4.2.bn3.weight']))
+    graph = helper.make_graph(
+        nodes, 'simsiam_resnet50',
+        [helper.make_tensor_value_info('images', number, ['batch', 3, 'height', 'width'])],
+        [helper.make_tensor_value_info(output, number, ['batch', width])],
+        [onnx.numpy_helper.from_array(v.contiguous().numpy(), k) for k, v in state.items()
+         if not k.endswith(COUNTER)])
+    # Opset 17 and file version 8 date from 2022: current and much older runtimes read them.
+    model = helper.make_model(
+        graph, producer_name='simsiam_models', opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    counters = {k: int(v) for k, v in state.items() if k.endswith(COUNTER)}  # inference has no operator for them
+    helper.set_model_props(model, {COUNTER: json.dumps(counters)})
+    file.write(model.SerializeToString())
+
+
+def _build_onnx_nodes(state: dict[str, Tensor], make_node: Callable[..., Any]) -> tuple[list[Any], str]:
+    """Returns the operators, and the name of the output: 'features' (B, 2048) or 'logits' (B, classes)."""
     nodes = []
 
     def add(op: str, *inputs: str, to: str, **attributes: Any) -> str:
-        nodes.append(helper.make_node(op, inputs, [to], name=to, **attributes))
+        nodes.append(make_node(op, inputs, [to], name=to, **attributes))
         return to
 
     def conv_bn(x: str, conv: str, bn: str, stride: int = 1) -> str:
@@ -148,7 +152,7 @@ def _write_onnx(checkpoint: Checkpoint, path: Path) -> None:
     for stage, depth in enumerate((3, 4, 6, 3), 1):
         for i in range(depth):
             block, shortcut = f'layer{stage}.{i}', x
-            stride = 2 if i == 0 and stage > 1 else 1  # in the 3x3 convolution
+            stride = 2 if i == 0 and stage > 1 else 1  # of the 3x3 convolution
             x = add('Relu', conv_bn(x, f'{block}.conv1', f'{block}.bn1'), to=f'{block}.act1')
             x = add('Relu', conv_bn(x, f'{block}.conv2', f'{block}.bn2', stride), to=f'{block}.act2')
             x = conv_bn(x, f'{block}.conv3', f'{block}.bn3')
@@ -159,19 +163,7 @@ def _write_onnx(checkpoint: Checkpoint, path: Path) -> None:
     x = add('Flatten', x, to='features', axis=1)  # (B, 2048)
     if 'fc.weight' in state:
         x = add('Gemm', x, 'fc.weight', 'fc.bias', to='logits', transB=1)
-    width = len(state.get('fc.weight', state['layer4.2.bn3.weight']))
-    graph = helper.make_graph(
-        nodes, 'simsiam_resnet50',
-        [helper.make_tensor_value_info('images', number, ['batch', 3, 'height', 'width'])],
-        [helper.make_tensor_value_info(x, number, ['batch', width])],
-        [onnx.numpy_helper.from_array(v.contiguous().numpy(), k) for k, v in state.items()
-         if not k.endswith(COUNTER)])
-    # Opset 17 with file version 8 is of 2022: current and much older runtimes read it.
-    model = helper.make_model(
-        graph, producer_name='simsiam_models', opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
-    counters = {k: int(v) for k, v in state.items() if k.endswith(COUNTER)}  # inference has no operator for them
-    helper.set_model_props(model, {COUNTER: json.dumps(counters)})
-    onnx.save(model, path)
+    return nodes, x
 
 
 WRITERS = {
@@ -179,7 +171,7 @@ WRITERS = {
 }
 
 
-def _usage(checkpoint: Checkpoint, out: Path, to: str) -> str:
+def _explain_use(checkpoint: Checkpoint, out: Path, to: str) -> str:
     file, fc = repr(str(out)), checkpoint.classifier and checkpoint.classifier.get('bias')
     if to == 'timm':
         return f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)'
@@ -189,7 +181,7 @@ def _usage(checkpoint: Checkpoint, out: Path, to: str) -> str:
         return (
             f'  model = {build}\n  model.load_state_dict(torch.load({file}, weights_only=True))\n'
             f'In eval mode it gives the same {"features" if fc is None else "logits"} as the timm model.')
-    # The detectors' defaults are other pixels: wrong ones raise no error, only the accuracy drops.
+    # Both detectors default to other pixel values, which raise no error but cost accuracy.
     if to == 'detectron2':
         return (
             f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]\n'

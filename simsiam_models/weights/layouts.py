@@ -1,7 +1,7 @@
-"""Key layouts of published SimSiam checkpoints -> backbone, projector, predictor, classifier under our names.
+"""Key layouts of published SimSiam checkpoints -> backbone, projector, predictor and classifier under our names.
 
-A layout is a row of `LAYOUTS`: which keys betray it, and which prefix belongs to which part. Our names are timm's and
-torchvision's for the backbone, and the entries of `simsiam.projector` and `simsiam.predictor` for the heads.
+A layout is a row of `LAYOUTS`: the keys that identify it, and the part that each prefix belongs to. Our names are those
+of timm and torchvision for the backbone, and the entries of `SimSiam.projector` and `SimSiam.predictor` for the heads.
 """
 import re
 from collections import Counter
@@ -13,33 +13,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..runtime.messages import one_line
 from .reading import read, read_onnx
+from .tensorfile import HEADS, MODEL
 
 State = dict[str, Tensor]
 
 
 @dataclass
 class Checkpoint:
-    """The parts of a checkpoint under our names; a part that the file does not hold is None."""
+    """The parts of a checkpoint under our names; None for a part that the file does not hold."""
 
-    backbone: State  # timm's and torchvision's names, without classifier
+    backbone: State  # names as in timm and torchvision, without the classifier
     projector: State | None  # '0.weight', '1.weight', ...: `SimSiam(...).projector.load_state_dict`
     predictor: State | None
-    classifier: State | None  # 'weight', 'bias'; five-tap files: 'fcs.0.weight', 'norms.0.running_mean', ...
+    classifier: State | None  # 'weight', 'bias'; multi-head files: 'fcs.0.weight', 'norms.0.running_mean', ...
     layout: str
-    info: dict[str, Any] = field(default_factory=dict)  # 'dropped' {group: entries}, 'notes', and what the file says
+    info: dict[str, Any] = field(default_factory=dict)  # 'dropped' {group: entries}, 'notes', 'epoch', ...
 
     def model_state(self) -> State:
-        """Backbone and linear classifier, as timm's and torchvision's ResNets name them."""
+        """Returns backbone and linear classifier under the names of timm's and torchvision's ResNets."""
         fc = self.classifier if self.classifier and 'weight' in self.classifier else {}
         return {**self.backbone, **{f'fc.{k}': v for k, v in fc.items()}}
 
     def heads_state(self) -> State:
-        """Projector and predictor, as `SimSiam` names them."""
+        """Returns projector and predictor under the names of `SimSiam`."""
         return {
             f'{name}.{k}': v for name in ('projector', 'predictor') for k, v in (getattr(self, name) or {}).items()}
 
     def describe(self) -> str:
+        """Returns one line with the layout, the size of each part, and what was dropped or changed."""
         parts = [
             f'{name} {len(part)} entries' if part else f'no {name}' for name in
             ('backbone', 'projector', 'predictor', 'classifier') for part in [getattr(self, name)]]
@@ -49,30 +52,30 @@ class Checkpoint:
             *self.info.get('notes', [])])
 
 
-def _mm_head(key: str) -> str:
-    """MMSelfSup: fc0 bn0 fc1 bn1 fc2 bn2 -> 0 1 3 4 6 7."""
+def _rename_mm_head(key: str) -> str:
+    """Renames MMSelfSup's fc0 bn0 fc1 bn1 fc2 bn2 to 0 1 3 4 6 7."""
     return re.sub(r'^(fc|bn)(\d+)', lambda m: str(3 * int(m[2]) + (m[1] == 'bn')), key)
 
 
-def _lightly_backbone(key: str) -> str:
-    """lightly: the children of torchvision's ResNet, numbered."""
+def _rename_lightly_backbone(key: str) -> str:
+    """Renames the numbered children of torchvision's ResNet."""
     number, _, rest = key.partition('.')
     names = {'0': 'conv1', '1': 'bn1', '4': 'layer1', '5': 'layer2', '6': 'layer3', '7': 'layer4'}
     return f'{names.get(number, number)}.{rest}'
 
 
-def _lightly_old_head(key: str) -> str:
-    """lightly before 1.2: one Sequential per layer, 0.0 0.1 1.0 -> 0 1 3; a bare last layer 1.weight -> 3.weight."""
+def _rename_old_lightly_head(key: str) -> str:
+    """Renames heads of lightly before 1.2, one Sequential per layer: 0.0 0.1 1.0 -> 0 1 3; a bare layer 1 -> 3."""
     if m := re.match(r'(\d+)\.(\d+)\.(.+)', key):
         return f'{3 * int(m[1]) + int(m[2])}.{m[3]}'
-    if key.startswith('layers.'):  # the heads of the time between
+    if key.startswith('layers.'):  # an intermediate version
         return key.removeprefix('layers.')
     number, _, rest = key.partition('.')
     return f'{3 * int(number)}.{rest}'
 
 
-def _detectron2(key: str) -> str:
-    """detectron2: stem, res2..res5, norms inside their convolutions, shortcut."""
+def _rename_detectron2(key: str) -> str:
+    """Renames detectron2's stem, res2 to res5, norms inside convolutions, and shortcuts."""
     key = key.removeprefix('stem.')
     key = re.sub(r'^res(\d)', lambda m: f'layer{int(m[1]) - 1}', key)
     key = key.replace('shortcut.norm.', 'downsample.1.').replace('shortcut.', 'downsample.0.')
@@ -81,18 +84,19 @@ def _detectron2(key: str) -> str:
 
 class Layout(NamedTuple):
     name: str
-    betrayed_by: tuple[str, ...]  # regular expressions; each must match some key from its start
-    parts: dict[str, tuple[str, Callable[[str], str] | None]]  # prefix -> part and how the rest is renamed; first wins
+    patterns: tuple[str, ...]  # regular expressions; each must match the start of some key
+    parts: dict[str, tuple[str, Callable[[str], str] | None]]  # prefix -> part, function that renames the rest
 
 
 MM_PRETRAIN = {
-    'backbone.': ('backbone', None), 'neck.': ('projector', _mm_head), 'head.predictor.': ('predictor', _mm_head)}
+    'backbone.': ('backbone', None), 'neck.': ('projector', _rename_mm_head),
+    'head.predictor.': ('predictor', _rename_mm_head)}
 MM_MULTIHEAD = {'backbone.': ('backbone', None), 'head.fcs.': ('classifier', 'fcs.{}'.format),
                 'head.norms.': ('classifier', 'norms.{}'.format)}
 OURS = {'backbone.': ('backbone', None), 'projector.': ('projector', None), 'predictor.': ('predictor', None)}
-D2 = _detectron2
+D2 = _rename_detectron2
 
-# The first row that fits is taken. Sources: the published code of each project (key names are facts).
+# The first row that fits wins, and in it the first prefix. Source: the published code of each project.
 LAYOUTS = [
     Layout('vissl', (r'trunk\._feature_blocks\.conv1',), {'trunk._feature_blocks.': ('backbone', None)}),
     Layout('fair', (r'encoder\.conv1\.weight', r'encoder\.fc\.0\.'), {
@@ -106,11 +110,11 @@ LAYOUTS = [
     Layout('mmselfsup_1x_linear', (r'backbone\.conv1', r'head\.fc\.'), {
         'backbone.': ('backbone', None), 'head.fc.': ('classifier', None)}),
     Layout('lightly', (r'backbone\.0\.weight', r'projection_head\.layers\.0\.'), {
-        'backbone.': ('backbone', _lightly_backbone), 'projection_head.layers.': ('projector', None),
+        'backbone.': ('backbone', _rename_lightly_backbone), 'projection_head.layers.': ('projector', None),
         'prediction_head.layers.': ('predictor', None)}),
     Layout('lightly_old', (r'backbone\.0\.weight', r'projection_mlp\.'), {
-        'backbone.': ('backbone', _lightly_backbone), 'projection_mlp.': ('projector', _lightly_old_head),
-        'prediction_mlp.': ('predictor', _lightly_old_head)}),
+        'backbone.': ('backbone', _rename_lightly_backbone), 'projection_mlp.': ('projector', _rename_old_lightly_head),
+        'prediction_mlp.': ('predictor', _rename_old_lightly_head)}),
     Layout('detectron2', (r'(backbone\.(bottom_up\.)?)?stem\.conv1\.weight', r'(backbone\.(bottom_up\.)?)?res2\.'), {
         'backbone.bottom_up.stem.': ('backbone', D2), 'backbone.bottom_up.res': ('backbone', lambda k: D2(f'res{k}')),
         'backbone.stem.': ('backbone', D2), 'backbone.res': ('backbone', lambda k: D2(f'res{k}')),
@@ -129,24 +133,25 @@ LAYOUTS = [
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a SimSiam checkpoint of any known layout; nothing in the file is executed.
+    """Reads a SimSiam checkpoint of any known layout without running code from the file.
 
-    Known are FAIR (pretraining, linear), MMSelfSup 0.x and 1.x and MMPretrain (pretraining, linear, multi-head),
-    lightly, solo-learn, VISSL, torchvision and timm, mmdet and mmseg, detectron2, ONNX files that `simsiam convert`
-    wrote, this package's checkpoints, and the folders that it exports for timm.
+    Known layouts: FAIR (pretraining, linear), MMSelfSup 0.x and 1.x and MMPretrain (pretraining, linear, multi-head),
+    lightly, solo-learn, VISSL, torchvision and timm, mmdet and mmseg, detectron2, ONNX files from `simsiam convert`,
+    checkpoints of this package, and the folders that it exports for timm.
 
     Returns:
-        Parts under our names, in float32. `info['dropped']` counts what was left out, `info['notes']` says what was
-        changed: FAIR's frozen random bias before the projector's last batch norm goes into that norm's running mean.
+        The parts under our names, in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists
+        the changes: FAIR's frozen random bias before the projector's last batch norm moves into its running mean.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is damaged, or its keys fit no known layout (the first of them are shown).
+        FileNotFoundError: the file does not exist.
+        OSError: the disk failed or refused to read the file.
+        ValueError: the file is damaged, or its keys fit no known layout; the message shows the first keys.
     """
     path = Path(path)
     if path.is_dir():
-        raw = read(path / 'model.safetensors')
-        if (heads := path / 'heads.safetensors').exists():
+        raw = read(path / MODEL)
+        if (heads := path / HEADS).exists():
             raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
     elif path.suffix == '.onnx':
         raw = read_onnx(path)
@@ -159,22 +164,22 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def recognize(raw: Any) -> Checkpoint:
-    """The contents of a checkpoint file -> its parts under our names.
+    """Splits the contents of a checkpoint file into its parts under our names.
 
     Raises:
-        ValueError: no known layout; the first keys are shown.
+        ValueError: the layout is unknown; the message shows the first keys.
     """
     if not isinstance(raw, Mapping):
         raise ValueError(f'holds a {type(raw).__name__}, not a dictionary of tensors')
     try:
         return _recognize(raw)
-    except (AttributeError, RuntimeError, TypeError) as e:  # nested or shaped as no writer of these layouts does it
-        raise ValueError(f'looks like a known layout but is none ({" ".join(str(e).split())[:200]})') from None
+    except (AttributeError, RuntimeError, TypeError) as e:  # not nested or shaped like the layout
+        raise ValueError(f'looks like a known layout but is not ({one_line(e)})') from None
 
 
 def _recognize(raw: Mapping) -> Checkpoint:
     state, outer = _unwrap(raw)
-    layout = next((x for x in LAYOUTS if all(any(re.match(r, k) for k in state) for r in x.betrayed_by)), None)
+    layout = next((x for x in LAYOUTS if all(any(re.match(r, k) for k in state) for r in x.patterns)), None)
     if layout is None:
         keys = [repr(str(k))[1:-1][:80] for k in (state or raw)]
         raise ValueError(
@@ -210,7 +215,7 @@ def _recognize(raw: Mapping) -> Checkpoint:
 
 
 def _unwrap(raw: Mapping) -> tuple[State, dict[str, Any]]:
-    """The tensors by name, without the prefixes of wrappers; and what lay beside them."""
+    """Returns the tensors by name, without the prefixes of wrappers, and everything else in the file."""
     state, outer = raw, {}
     if isinstance(raw.get('classy_state_dict'), Mapping):  # VISSL
         model = raw['classy_state_dict'].get('base_model', {}).get('model', {})
@@ -252,7 +257,7 @@ def _fill_counts(parts: dict[str, State], notes: list[str]) -> None:
 
 
 def _fold_biases(head: State, name: str, notes: list[str]) -> None:
-    """A bias right before a batch norm is a constant that the norm takes away: it moves into the running mean."""
+    """Moves a bias directly before a batch norm, which subtracts any constant, into the norm's running mean."""
     for key in [k for k in head if re.fullmatch(r'\d+\.bias', k)]:
         n = int(key.split('.')[0])
         mean = f'{n + 1}.running_mean'
@@ -262,13 +267,13 @@ def _fold_biases(head: State, name: str, notes: list[str]) -> None:
 
 
 def _drop_identity(projector: State, notes: list[str]) -> None:
-    """SimSiam's last batch norm has no scale and shift (paper, section 4.4); some code gives it both."""
+    """Drops scale 1 and shift 0 of the last batch norm: in SimSiam it has neither (paper, section 4.4)."""
     norms = [int(k.split('.')[0]) for k in projector if k.endswith('running_mean')]
     weight, bias = f'{max(norms, default=0)}.weight', f'{max(norms, default=0)}.bias'
     if not norms or weight not in projector or bias not in projector:
         return
     if bool((projector[weight] == 1).all()) and not projector[bias].any():
         del projector[weight], projector[bias]
-        notes.append(f'projector.{weight} and {bias} were 1 and 0 and are left out')
+        notes.append(f'projector.{weight} and {bias} were 1 and 0 and were left out')
     else:
         notes.append(f'projector.{weight} and {bias} are not 1 and 0: SimSiam has no place for them')

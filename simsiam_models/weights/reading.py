@@ -1,12 +1,14 @@
-"""A checkpoint file -> plain containers of tensors, without running anything that the file says.
+"""A checkpoint file -> plain containers of tensors, without running any code from the file.
 
-torch.load(weights_only=True) reads torch's present format, unless a file carries objects of its training code beside
-the tensors (`meta` of OpenMMLab, numpy scalars). For those, for torch's older format and for bare pickles there is an
-own reader. Its unpickler knows tensors, numpy arrays and plain containers; every other name in the file becomes an
-inert `Opaque`, and no import happens. What a hostile file can still do is exhaust memory or stack, which ends the
-process.
+torch.load(weights_only=True) reads torch's current format unless the file holds objects of its training code next to
+the tensors (OpenMMLab's `meta`, numpy scalars). Such files, torch's older format and bare pickles go through the
+restricted reader of this module. Its unpickler knows tensors, numpy arrays and plain containers, and imports nothing:
+every other name in the file becomes an inert `Opaque`. A hostile file can still exhaust memory or the stack, which ends
+the process.
 """
+import errno
 import functools
+import io
 import json
 import math
 import pickle
@@ -20,7 +22,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch's format from before 1.6
+from ..runtime.messages import one_line, require
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch's format before 1.6
 STORAGES = {
     'FloatStorage': torch.float32, 'DoubleStorage': torch.float64, 'HalfStorage': torch.float16,
     'BFloat16Storage': torch.bfloat16, 'LongStorage': torch.int64, 'IntStorage': torch.int32,
@@ -32,43 +36,78 @@ PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.
 
 
 def read(path: str | Path) -> Any:
-    """The contents of a .safetensors, torch or pickle file: dict, list, tuple, numbers, strings and CPU tensors.
+    """Reads a .safetensors, torch or pickle file: dict, list, tuple, numbers, strings and CPU tensors.
 
-    numpy arrays come back as tensors; objects of unknown classes as `Opaque`.
+    numpy arrays become tensors, and objects of unknown classes become `Opaque`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not a checkpoint, or is damaged; one sentence says which.
+        FileNotFoundError: the file does not exist.
+        OSError: the disk failed or refused to read the file.
+        ValueError: the file is not a checkpoint or is damaged, or memory ran out; the message says which.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist')
     if path.is_dir():
         raise ValueError(f'{path} is a folder, not a checkpoint file')
-    with open(path, 'rb') as f:
-        head = f.read(64)
+    disk = DiskFile(path)
+    with io.BufferedReader(disk) as file:
+        try:
+            return _read_contents(file, path)
+        except MemoryError:
+            raise ValueError(
+                f'{path} cannot be read as a checkpoint: it needs more memory than is free; free some memory, or name '
+                'a smaller file') from None
+        except Exception as e:  # pickle, zipfile, torch and safetensors raise whatever damaged bytes lead to
+            failure = disk.error or e
+            if isinstance(failure, OSError) and failure.errno != errno.EINVAL:  # EINVAL: a wrong offset in the file
+                raise failure from None
+            reason = one_line(f'{type(e).__name__}: {e}')
+            raise ValueError(f'{path} cannot be read as a checkpoint ({reason}); is it complete?') from None
+
+
+class DiskFile(io.FileIO):
+    """Remembers a failed read: zipfile and torch raise errors of their own instead, as if the contents were damaged."""
+
+    error: OSError | None = None
+
+    def readinto(self, buffer: Any) -> int | None:
+        return self.watch(super().readinto, buffer)
+
+    def readall(self) -> bytes:
+        return self.watch(super().readall)
+
+    def watch(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except OSError as e:
+            self.error = e
+            raise
+
+
+def _read_contents(file: BinaryIO, path: Path) -> Any:
+    size = path.stat().st_size
+    head = file.read(64)
+    file.seek(0)
     if not head:
-        raise ValueError(f'{path} is empty')
-    try:
-        if head[8:9] == b'{' and 8 + int.from_bytes(head[:8], 'little') <= path.stat().st_size:
-            return load_file(path)
-        if head.lstrip()[:1] == b'<':
-            raise ValueError(f'a web page: it begins with {head.lstrip()[:30]!r}')
-        if not zipfile.is_zipfile(path):
-            return _read_pickle(path)
-        with zipfile.ZipFile(path) as archive:
-            prefix = _check_zip(archive, path.stat().st_size)
-            try:
-                return _plain(torch.load(path, map_location='cpu', weights_only=True), {})
-            except Exception:  # refused: the restricted reader leaves out what torch refuses
-                return _read_zip(archive, prefix)
-    except Exception as e:  # a damaged file raises whatever its bytes lead to
-        reason = f'{type(e).__name__}: {e}'.split('\n')[0][:200]
-        raise ValueError(f'{path} cannot be read as a checkpoint ({reason}); is it complete?') from None
+        raise ValueError('the file is empty')
+    if head[8:9] == b'{' and 8 + int.from_bytes(head[:8], 'little') <= size:
+        return load_file(path)
+    if head.lstrip()[:1] == b'<':
+        raise ValueError(f'a web page: it begins with {head.lstrip()[:30]!r}')
+    if not head.startswith(b'PK\x03\x04'):
+        return _read_pickle(file, size)
+    with zipfile.ZipFile(file) as archive:
+        prefix = _check_zip(archive, size)
+        file.seek(0)
+        try:
+            return _to_plain(torch.load(file, map_location='cpu', weights_only=True), {})
+        except Exception:  # torch raises many types for what it refuses; the restricted reader decides
+            return _read_zip(archive, prefix)
 
 
 class Opaque:
-    """What is left of an object of an unknown class: nothing."""
+    """Stands for an object of an unknown class, and keeps nothing of it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -91,8 +130,8 @@ class Opaque:
     extend = add = append
 
 
-class _Admitted:
-    """A function that a file may call, and do nothing else with."""
+class AllowedCall:
+    """A function that a file may call but not change."""
 
     __slots__ = ('_call',)
 
@@ -103,17 +142,19 @@ class _Admitted:
         return self._call(*args)
 
     def __setstate__(self, state: Any) -> None:
-        raise ValueError('a function that is given a state')
+        raise ValueError('the file sets the state of a function')
 
 
-class _Dict(dict):
-    """An OrderedDict or defaultdict while it is unpickled; torch gives those of modules a state, `_metadata`."""
+class PickledDict(dict):
+    """An OrderedDict or defaultdict during unpickling. torch gives the state dicts of modules a state, `_metadata`."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _Dtype:
+class PickledDtype:
+    """A numpy dtype during unpickling: its code and its byte order."""
+
     def __init__(self, code: str) -> None:
         self.code, self.order = code, '<'
 
@@ -121,15 +162,15 @@ class _Dtype:
         self.order = state[1] if state[1] in ('<', '>') else '<'
 
 
-class _Array:
-    """A numpy array while it is unpickled; numpy itself takes no part."""
+class PickledArray:
+    """A numpy array during unpickling, which runs no code of numpy."""
 
     def __setstate__(self, state: tuple) -> None:
         _, self.shape, self.dtype, self.fortran, self.raw = state
 
     @functools.cached_property
     def tensor(self) -> Tensor | Opaque:
-        if not isinstance(self.dtype, _Dtype) or self.dtype.code not in {
+        if not isinstance(self.dtype, PickledDtype) or self.dtype.code not in {
                 'f2', 'f4', 'f8', 'i1', 'i2', 'i4', 'i8', 'u1', 'b1'}:
             return Opaque()  # objects, strings, records
         raw = self.raw.encode('latin1') if isinstance(self.raw, str) else self.raw
@@ -140,15 +181,15 @@ class _Array:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), order='C'))
 
 
-class _Storage:
-    """`numel` elements in a buffer that may be filled after the tensors on it were made."""
+class Storage:
+    """Elements in a buffer. The buffer may be filled after tensors were built on it."""
 
     def __init__(self, buffer: bytearray, dtype: torch.dtype) -> None:
         self.flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Admits what is listed in `find_class`. All of it is ours or a builtin container; nothing is looked up by name."""
+class RestrictedUnpickler(pickle.Unpickler):
+    """Allows the names listed in `find_class`: functions of this module and builtin containers. It imports nothing."""
 
     def __init__(self, file: BinaryIO, storage: Any = None) -> None:
         super().__init__(file, encoding='latin1')
@@ -157,141 +198,131 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
             return name
-        numpy = module.removeprefix('numpy._core.').removeprefix('numpy.core.')
-        admitted = {
-            ('torch._utils', '_rebuild_tensor'): self.tensor,
-            ('torch._utils', '_rebuild_tensor_v2'): self.tensor,
-            ('torch._utils', '_rebuild_parameter'): self.parameter,
-            ('torch._utils', '_rebuild_parameter_with_state'): self.parameter,
-            ('torch._tensor', '_rebuild_from_type_v2'): self.subclass,
+        short = module.removeprefix('numpy._core.').removeprefix('numpy.core.').replace('__builtin__', 'builtins')
+        allowed = {
+            ('torch._utils', '_rebuild_tensor'): self.rebuild_tensor,
+            ('torch._utils', '_rebuild_tensor_v2'): self.rebuild_tensor,
+            ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
+            ('torch._utils', '_rebuild_parameter_with_state'): lambda data, *_: data,
+            ('torch._tensor', '_rebuild_from_type_v2'): lambda build, kind, args, state: build(*args),
             ('torch', 'Size'): tuple,
-            ('collections', 'OrderedDict'): lambda *_: _Dict(),
-            ('collections', 'defaultdict'): lambda *_: _Dict(),
-            ('builtins', 'set'): set, ('__builtin__', 'set'): set,
-            ('builtins', 'bytes'): self.no_bytes, ('__builtin__', 'bytes'): self.no_bytes,
+            ('collections', 'OrderedDict'): lambda *_: PickledDict(),
+            ('collections', 'defaultdict'): lambda *_: PickledDict(),
+            ('builtins', 'set'): set,
+            ('builtins', 'bytes'): lambda *args: Opaque() if args else b'',
             ('_codecs', 'encode'): lambda text, *_: text.encode('latin1'),
-            ('numpy', 'dtype'): lambda code, *_: _Dtype(code),
-            ('multiarray', '_reconstruct'): lambda *_: _Array(),
-            ('numeric', '_frombuffer'): self.frombuffer,
+            ('numpy', 'dtype'): lambda code, *_: PickledDtype(code),
+            ('multiarray', '_reconstruct'): lambda *_: PickledArray(),
+            ('numeric', '_frombuffer'): self.make_array,
         }
-        found = admitted.get((module, name)) or admitted.get((numpy, name))
-        return _Admitted(found) if found else type('Opaque', (Opaque,), {})
+        found = allowed.get((short, name))
+        return AllowedCall(found) if found else type('Opaque', (Opaque,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         if self.storage is None or not isinstance(pid, tuple) or pid[0] != 'storage':
             return Opaque()
         _, kind, key, _, numel, *view = pid
         if not isinstance(kind, str) or not isinstance(numel, int) or numel < 0:
-            raise ValueError('a storage without type or size')
+            raise ValueError('a storage has no type or size')
         return self.storage(STORAGES[kind], str(key), numel, view[0] if view else None)
 
-    def tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
-        if not isinstance(storage, _Storage):
-            raise ValueError('a tensor without storage')
+    def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+        if not isinstance(storage, Storage):
+            raise ValueError('a tensor has no storage')
         if offset < 0 or min(size, default=0) < 0 or min(stride, default=0) < 0:
-            raise ValueError('a tensor of negative extent')
+            raise ValueError('a tensor has a negative extent')
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        # An expanded tensor (stride 0) may have more elements than its storage; few files have a reason for it.
+        # An expanded tensor (stride 0) may have more elements than its storage; few files have a reason for that.
         if math.prod(size) and (last >= len(storage.flat) or math.prod(size) > max(len(storage.flat), 2**24)):
-            raise ValueError('a tensor larger than its storage')
+            raise ValueError('a tensor is larger than its storage')
         return storage.flat.as_strided(size, stride, offset) if math.prod(size) else storage.flat.new_empty(size)
 
-    def parameter(self, data: Any, *_: Any) -> Any:
-        return data
-
-    def subclass(self, build: Any, kind: Any, args: tuple, state: Any) -> Any:
-        return build(*args)
-
-    def no_bytes(self, *args: Any) -> Any:
-        return Opaque() if args else b''
-
-    def frombuffer(self, raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> _Array:
-        array = _Array()
+    def make_array(self, raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> PickledArray:
+        array = PickledArray()
         array.__setstate__((1, shape, dtype, order == 'F', raw))
         return array
 
 
-def _read_pickle(path: Path) -> Any:
-    with open(path, 'rb') as f:
-        first = _Unpickler(f).load()
-        if first == LEGACY_MAGIC:
-            return _read_legacy(f, path.stat().st_size)
-        if isinstance(first, Opaque) or f.read(1):
-            raise ValueError('not a checkpoint of a known format')
-        return _plain(first, {})
+def _read_pickle(file: BinaryIO, size: int) -> Any:
+    first = RestrictedUnpickler(file).load()
+    if first == LEGACY_MAGIC:
+        return _read_legacy(file, size)
+    if isinstance(first, Opaque) or file.read(1):
+        raise ValueError('not a checkpoint of a known format')
+    return _to_plain(first, {})
 
 
 def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
-    """Is this what torch.save writes, and undamaged? torch itself checks no checksum. Returns the folder inside."""
+    """Checks that torch.save wrote the archive, and its checksums, which torch ignores. Returns the folder inside."""
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.count('/') == 1 and name.endswith('/data.pkl')]
     if len(pickles) != 1:
-        raise ValueError('a zip archive, but not of torch.save')
+        raise ValueError('a zip archive that torch.save did not write')
     prefix = pickles[0].removesuffix('data.pkl')
     if f'{prefix}constants.pkl' in infos:
         raise ValueError('a TorchScript program, not a checkpoint')
     if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
-        raise ValueError('compressed or larger inside than outside, which torch.save never writes')
+        raise ValueError('the archive is compressed or larger inside than outside, which torch.save never writes')
     if damaged := archive.testzip():
-        raise ValueError(f'damaged: {damaged} has another checksum than it should')
+        raise ValueError(f'damaged: the checksum of {damaged} is wrong')
     return prefix
 
 
 def _read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
-    """torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
+    """Reads torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
     buffers: dict[str, bytearray] = {}
     if f'{prefix}byteorder' in archive.namelist() and archive.read(f'{prefix}byteorder') != b'little':
-        raise ValueError('written on a big-endian machine')
+        raise ValueError('the file comes from a big-endian machine')
 
-    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
         if key not in buffers:
             buffers[key] = bytearray(archive.read(f'{prefix}data/{key}'))
-        return _Storage(buffers[key], dtype)
+        return Storage(buffers[key], dtype)
 
     with archive.open(f'{prefix}data.pkl') as f:
-        return _plain(_Unpickler(f, storage).load(), {})
+        return _to_plain(RestrictedUnpickler(f, storage).load(), {})
 
 
 def _read_legacy(f: BinaryIO, size: int) -> Any:
-    """torch's older format: pickles of protocol, system, contents, storage keys; then each storage as count + bytes."""
+    """Reads torch's older format: pickles of protocol, system, contents, storage keys; then each storage."""
     buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
     left = size
 
-    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> _Storage:
+    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
         nonlocal left
         if numel * dtype.itemsize > size:
-            raise ValueError('a storage larger than the file')
+            raise ValueError('a storage is larger than the file')
         if view is not None:
-            raise ValueError('views of storages, which torch wrote before 0.4')
+            raise ValueError('it holds views of storages, which torch wrote before 0.4')
         if key not in buffers:
             left -= numel * dtype.itemsize
             if left < 0:
-                raise ValueError('storages larger than the file')
+                raise ValueError('the storages are larger than the file')
             buffers[key] = bytearray(numel * dtype.itemsize), dtype
-        return _Storage(buffers[key][0], dtype)
+        return Storage(buffers[key][0], dtype)
 
-    _Unpickler(f).load()  # protocol
-    system = _Unpickler(f).load()
+    RestrictedUnpickler(f).load()  # protocol
+    system = RestrictedUnpickler(f).load()
     if not isinstance(system, dict) or not system.get('little_endian', True):
-        raise ValueError('written on a big-endian machine')
-    contents = _Unpickler(f, storage).load()
-    for key in _Unpickler(f).load():
+        raise ValueError('the file comes from a big-endian machine')
+    contents = RestrictedUnpickler(f, storage).load()
+    for key in RestrictedUnpickler(f).load():  # each storage: number of elements (8 bytes), then the elements
         if str(key) not in buffers:
-            raise ValueError('a storage that no tensor uses')
+            raise ValueError('no tensor uses one of its storages')
         buffer, dtype = buffers.pop(str(key))
         if int.from_bytes(f.read(8), 'little') * dtype.itemsize != len(buffer) or f.readinto(buffer) != len(buffer):
             raise ValueError('the file ends early')
     if buffers:
         raise ValueError('the file ends early')
-    return _plain(contents, {})
+    return _to_plain(contents, {})
 
 
-def _plain(x: Any, seen: dict[int, Any]) -> Any:
-    """Plain data as it is, arrays as tensors, containers as dict, list, tuple and set of such; all else as `Opaque`.
+def _to_plain(x: Any, seen: dict[int, Any]) -> Any:
+    """Converts arrays to tensors, containers to dict, list, tuple and set, and everything but plain data to `Opaque`.
 
-    torch's own reader needs it too: it admits what any library has registered as safe, SystemExit among others.
+    The result of torch's own reader needs this too: it allows what any library has registered, even SystemExit.
     """
-    if isinstance(x, _Array):
+    if isinstance(x, PickledArray):
         return x.tensor
     if x is None or isinstance(x, PLAIN):
         return x
@@ -300,29 +331,29 @@ def _plain(x: Any, seen: dict[int, Any]) -> Any:
     if id(x) in seen:
         return seen[id(x)][1]
     if isinstance(x, tuple | set):
-        y = (tuple if isinstance(x, tuple) else set)(_plain(v, seen) for v in x)
+        y = (tuple if isinstance(x, tuple) else set)(_to_plain(v, seen) for v in x)
         seen[id(x)] = x, y  # x stays alive, so that its id stays its own
         return y
     y = [] if isinstance(x, list) else {}
     seen[id(x)] = x, y
     if isinstance(x, list):
-        y += [_plain(v, seen) for v in x]
+        y += [_to_plain(v, seen) for v in x]
     else:
-        y.update((_plain(k, seen), _plain(v, seen)) for k, v in x.items())
+        y.update((_to_plain(k, seen), _to_plain(v, seen)) for k, v in x.items())
     return y
 
 
-def import_onnx() -> Any:
-    try:
-        import onnx
-    except ImportError as error:
-        raise RuntimeError("ONNX files need the onnx package: pip install 'simsiam-models[onnx]'") from error
-    return onnx
-
-
 def read_onnx(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of an ONNX file: its initializers and, from its metadata, the counters of the batch norms."""
-    onnx = import_onnx()
+    """Returns the state dict of an ONNX file: its initializers, and the batch norms' counters from its metadata.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or is not an ONNX file with weights.
+        RuntimeError: the onnx package is not installed.
+    """
+    require('an ONNX file', onnx='onnx')
+    import onnx
+
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'{path} is not a file')
@@ -330,7 +361,9 @@ def read_onnx(path: str | Path) -> dict[str, Tensor]:
         model = onnx.load(path)
         counters = json.loads({p.key: p.value for p in model.metadata_props}.get(COUNTER, '{}'))
         state = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
-    except Exception as error:  # protobuf, onnx and numpy each raise their own kinds for a damaged file
+    except (OSError, MemoryError):  # not the contents
+        raise
+    except Exception as error:  # protobuf, onnx and numpy each raise their own types for a damaged file
         raise ValueError(f'{path} is not a readable ONNX file ({type(error).__name__})') from error
     if not state:
         raise ValueError(f'{path} is not an ONNX file with weights in it')

@@ -1,10 +1,11 @@
-"""Where published weights come from: the caches, the Hugging Face Hub, their authors' servers, in this order.
+"""Finds published weights in the caches, on the Hugging Face Hub, or on their authors' servers, in this order.
 
-Whatever the source, the caller gets a local safetensors file in our layout whose hash was checked. A file from an
-author's server is converted once and kept beside torch.hub's other checkpoints, under a name that holds a hash of its
-address (both of FAIR's files are called checkpoint_0099.pth.tar).
+From any source, the caller gets a local safetensors file in our layout whose hash was checked. A file from an author's
+server is converted once and kept next to torch.hub's other checkpoints, under a name that contains a hash of its
+address (FAIR calls two files checkpoint_0099.pth.tar).
 """
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -22,152 +23,157 @@ from huggingface_hub import constants, hf_hub_download, hf_hub_url, try_to_load_
 from huggingface_hub.utils import build_hf_headers, get_session
 from tqdm import tqdm
 
+from ..runtime.messages import one_line
 from . import tensorfile
 from .layouts import load_checkpoint
+from .tensorfile import HEADS, MODEL
 
-MODEL, HEADS = 'model.safetensors', 'heads.safetensors'
-# tag -> {repo, revision, files: {name: sha256}, fingerprint}, written by `simsiam publish`.
+# tag -> {repo, revision, files: {name: sha256}, fingerprint}; `simsiam publish` writes it.
 PINS = Path(__file__).with_name('pins.json')
-PROBE_SECONDS = 1.8  # a dead Hub costs no more than this
-PATIENCE = 10  # seconds: the longest Retry-After that is waited for
+PROBE_SECONDS = 1.8  # the longest wait for a dead Hub
+PATIENCE = 10  # seconds: the longest Retry-After to wait for
 URL_TIMEOUT = 10  # seconds without a byte from an author's server
 
 _logger = logging.getLogger('simsiam_models')
 
 
 class Unavailable(Exception):
-    """One source cannot give the file; the text says why."""
+    """A source cannot provide the file; the text says why."""
 
 
 def hub_id(name: str) -> str:
-    """The Hub repository of 'simsiam_resnet50.TAG'."""
+    """Returns the Hub repository of 'simsiam_resnet50.TAG'."""
     return f'{os.environ.get("SIMSIAM_HUB_NAMESPACE", "simsiam-models")}/{name}'
 
 
 def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path | None = None) -> Path:
-    """The local path of a published file, downloaded and converted where necessary.
+    """Returns the local path of a published file; downloads and converts it if necessary.
 
     Args:
         name: 'simsiam_resnet50.TAG'.
-        weights: the row of `published.WEIGHTS`: its url and sha256_prefix are used.
-        filename: MODEL (backbone, with its classifier where there is one) or HEADS (projector and predictor).
-        cache_dir: takes the place of the Hub client's and torch.hub's caches.
+        weights: the row of `published.WEIGHTS`; url and sha256_prefix are used.
+        filename: MODEL (backbone and, if present, classifier) or HEADS (projector and predictor).
+        cache_dir: replaces the caches of the Hub client and of torch.hub.
 
     Raises:
-        RuntimeError: no source has the file; the message names each with its reason.
+        RuntimeError: no source has the file, and the message names each with its reason; or a cached file cannot be
+            read.
     """
-    converted = _converted(weights.url, filename, cache_dir)
+    converted = _name_converted(weights.url, filename, cache_dir)
     reasons: list[str] = []
-    if path := _from_caches(name, filename, converted, cache_dir, reasons):
+    if path := _find_in_caches(name, filename, converted, cache_dir, reasons):
         return path
     if constants.HF_HUB_OFFLINE:
         reasons.append(f'HF_HUB_OFFLINE is set and no cache has it, neither {hub_id(name)} nor {converted}')
     else:
-        with _one_process(converted):
-            if path := _from_caches(name, filename, converted, cache_dir, []):  # another process was quicker
+        with _lock_download(converted):
+            if path := _find_in_caches(name, filename, converted, cache_dir, []):  # another process was faster
                 return path
-            for where, get in (
-                (f'Hugging Face Hub ({hub_id(name)})', lambda: _from_hub(name, filename, cache_dir)),
-                (weights.url, lambda: _from_url(weights, filename, cache_dir)),
+            for source, get in (
+                (f'Hugging Face Hub ({hub_id(name)})', lambda: _fetch_from_hub(name, filename, cache_dir)),
+                (weights.url, lambda: _fetch_from_url(weights, filename, cache_dir)),
             ):
                 try:
                     return get()
-                except Exception as e:  # the Hub client's network errors have no common class over its versions
-                    reasons.append(f'{where}: {_sentence(e)}')
+                except MemoryError:
+                    raise
+                except Exception as e:  # the network errors of the Hub client's versions have no common base class
+                    reasons.append(f'{source}: {_explain(e)}')
                     _logger.info(reasons[-1])
     raise RuntimeError(
-        f'{name}: {filename} could not be loaded. {"; ".join(reasons)}. A checkpoint that you have loads with '
-        'pretrained_cfg_overlay=dict(file=PATH), and pretrained=False starts from random weights.')
+        f'{name}: {filename} could not be loaded. {"; ".join(reasons)}. To use a checkpoint that you have, pass '
+        'pretrained_cfg_overlay=dict(file=PATH); pretrained=False starts from random weights.')
 
 
-def cached(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path | None = None) -> Path | None:
-    """The local path if a cache has the file, else None; makes no request."""
-    return _from_caches(name, filename, _converted(weights.url, filename, cache_dir), cache_dir, [])
+def find_cached(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path | None = None) -> Path | None:
+    """Returns the local path if a cache has the file, else None. Makes no request."""
+    return _find_in_caches(name, filename, _name_converted(weights.url, filename, cache_dir), cache_dir, [])
 
 
-def pin(name: str) -> dict[str, Any]:
-    """The recorded revision and hashes of a repository, or an empty dictionary."""
+def read_pin(name: str) -> dict[str, Any]:
+    """Returns the recorded revision and hashes of a repository; an empty dictionary if there are none."""
     recorded = json.loads(PINS.read_text()).get(name.partition('.')[2], {})
     return recorded if recorded.get('repo') == hub_id(name) else {}
 
 
-def _sentence(e: Exception) -> str:
+def _explain(e: Exception) -> str:
     if isinstance(e, Unavailable):
         return str(e)
-    e = e.__cause__ or e  # the Hub client wraps what it met into advice
+    e = e.__cause__ or e  # the Hub client wraps the actual error into advice
     if isinstance(e, OSError) and e.strerror and not isinstance(e, urllib.error.URLError):
         return f'{e.strerror}{f" ({e.filename})" if e.filename else ""}'
-    return ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
+    return one_line(f'{type(e).__name__}: {e}', 300)
 
 
-def _folder(cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
-
-
-def _converted(url: str, filename: str, cache_dir: str | Path | None) -> Path:
+def _name_converted(url: str, filename: str, cache_dir: str | Path | None) -> Path:
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     stem = url.rsplit('/', 1)[1].removesuffix('.tar').removesuffix('.pth')
     stem = f'simsiam-{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}'
-    return _folder(cache_dir) / (f'{stem}.safetensors' if filename == MODEL else f'{stem}.heads.safetensors')
+    return folder / (f'{stem}.safetensors' if filename == MODEL else f'{stem}.heads.safetensors')
 
 
-def _from_caches(
+def _find_in_caches(
     name: str, filename: str, converted: Path, cache_dir: str | Path | None, reasons: list[str],
 ) -> Path | None:
-    revision = pin(name).get('revision')
+    revision = read_pin(name).get('revision')
     found = try_to_load_from_cache(hub_id(name), filename, cache_dir=cache_dir, revision=revision)
     for path in (found, converted):
         if not isinstance(path, str | Path) or not os.path.exists(path):
             continue
-        if _is_intact(Path(path), name, filename):
-            return Path(path)
+        try:
+            if _is_intact(Path(path), name, filename):
+                return Path(path)
+        except OSError as e:  # says nothing about the contents, so the file stays
+            raise RuntimeError(
+                f'{name}: {path} is in the cache but cannot be read ({e.strerror or e}); check the disk and the '
+                'permissions of the file, or name another folder with cache_dir') from e
         reasons.append(f'the copy in the cache is damaged ({path})')
-        _logger.warning(f'{path} is damaged and is fetched again')
+        _logger.warning(f'{path} is damaged; downloading it again')
     return None
 
 
 def _is_intact(path: Path, name: str, filename: str) -> bool:
-    """Hub files: the pinned hash, else the one by which the Hub calls the blob; converted files hold their own."""
-    expected = pin(name).get('files', {}).get(filename) if path.name == filename else None
+    """Checks a Hub file by its pinned hash or by the hash that names its blob, a converted file by its own hash."""
+    expected = read_pin(name).get('files', {}).get(filename) if path.name == filename else None
     blob = path.resolve().name
     if not expected and len(blob) == 64 and not set(blob) - set('0123456789abcdef'):
         expected = blob
     if expected:
-        return tensorfile.file_sha256(path) == expected
+        return tensorfile.hash_file(path) == expected
     return tensorfile.is_whole(path)
 
 
-def _one_process(converted: Path) -> AbstractContextManager:
-    """Of the processes of one machine, one downloads; the others wait and then find the file in the cache."""
+def _lock_download(converted: Path) -> AbstractContextManager:
+    """Lets one process of the machine download; the others wait, and then find the file in the cache."""
     stem = converted.name.split('.')[0]
     try:
         converted.parent.mkdir(parents=True, exist_ok=True)
         held = FileLock(converted.with_name(f'{stem}.lock')).acquire()
-        for left in converted.parent.glob(f'{stem}.*.download'):  # of a process that was killed
+        for left in converted.parent.glob(f'{stem}.*.download'):  # left by killed processes
             left.unlink(missing_ok=True)
         return held
-    # A folder that cannot be written (the attempts to write into it will say so), or cannot be locked.
-    except (OSError, NotImplementedError):
+    except (OSError, NotImplementedError):  # no write access, which the download will report, or no locks
         return nullcontext()
 
 
-def _from_hub(name: str, filename: str, cache_dir: str | Path | None) -> Path:
-    repo, revision = hub_id(name), pin(name).get('revision')
+def _fetch_from_hub(name: str, filename: str, cache_dir: str | Path | None) -> Path:
+    repo, revision = hub_id(name), read_pin(name).get('revision')
     _probe(hf_hub_url(repo, filename, revision=revision))
-    # A damaged copy must not be taken for the file: what is intact was returned before this.
+    # force_download: an intact copy was returned before this, so a cached copy is damaged.
     path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, force_download=True))
     if _is_intact(path, name, filename):
         return path
     blob = path.resolve()
     path.unlink(missing_ok=True)
     blob.unlink(missing_ok=True)
-    raise Unavailable('the file that arrived has another hash than was promised, and was deleted')
+    raise Unavailable('the downloaded file has another hash than promised, and was deleted')
 
 
 def _probe(url: str) -> None:
-    """One HEAD through the Hub client's own session (its proxies, certificates and token): is the file there?
+    """Checks by one HEAD request in the Hub client's session (its proxies, certificates, token) that the file exists.
 
-    The client would retry a dead Hub for 20 seconds and a silent one for minutes. A Retry-After is honoured up to
-    PATIENCE; a longer one leaves the Hub alone.
+    The client itself would retry a dead Hub for 20 seconds and a silent one for minutes. A Retry-After is honoured up
+    to PATIENCE.
     """
     for last in (False, True):
         status, headers = _head(url)
@@ -195,10 +201,10 @@ def _head(url: str) -> tuple[int, Any]:
             session = get_session()  # httpx in huggingface-hub 1 and 2, requests in 0.x
             follow = 'follow_redirects' if hasattr(session, 'follow_redirects') else 'allow_redirects'
             answer.append(session.head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS, **{follow: False}))
-        except Exception as e:
+        except Exception as e:  # the sessions' errors have no common base class
             answer.append(e)
 
-    # A thread, because no time-out of a client covers a name server that does not answer.
+    # No client's timeout covers a name server that does not answer, hence the thread.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
@@ -209,9 +215,9 @@ def _head(url: str) -> tuple[int, Any]:
     return answer[0].status_code, answer[0].headers
 
 
-def _from_url(weights: Any, filename: str, cache_dir: str | Path | None) -> Path:
-    """Download the author's file, check it, write its parts as safetensors, delete it."""
-    target = _converted(weights.url, filename, cache_dir)
+def _fetch_from_url(weights: Any, filename: str, cache_dir: str | Path | None) -> Path:
+    """Downloads the author's file, checks it, writes its parts as safetensors, and deletes it."""
+    target = _name_converted(weights.url, filename, cache_dir)
     target.parent.mkdir(parents=True, exist_ok=True)
     raw = target.with_name(f'{target.stem}.{os.getpid()}.download')
     try:
@@ -219,27 +225,28 @@ def _from_url(weights: Any, filename: str, cache_dir: str | Path | None) -> Path
         try:
             checkpoint = load_checkpoint(raw)
         except ValueError as e:
-            raise Unavailable(f'what arrived is not the checkpoint: {str(e).replace(str(raw), "it")}') from None
+            raise Unavailable(f'the download cannot be used: {str(e).replace(str(raw), "it")}') from None
     finally:
         raw.unlink(missing_ok=True)
     known = {'url': weights.url, 'upstream_sha256': sha256, 'layout': checkpoint.layout}
     parts = {MODEL: checkpoint.model_state(), HEADS: checkpoint.heads_state()}
     for part, tensors in parts.items():
         if tensors:
-            tensorfile.write(_converted(weights.url, part, cache_dir), tensors, **known)
+            tensorfile.write(_name_converted(weights.url, part, cache_dir), tensors, **known)
     if not parts[filename]:
         raise Unavailable('the file holds no projector and predictor')
     return target
 
 
 def download(url: str, target: Path, sha256_prefix: str | None) -> str:
-    """Fetch a file and return its SHA-256; a cut connection is taken up again where it broke, three times.
+    """Downloads a file and returns its SHA-256. A broken connection is resumed up to three times.
 
     Raises:
-        Unavailable: refused, silent, incomplete, a web page, or another hash than the name promises.
+        Unavailable: the server refuses, is silent, or sends an incomplete file, a web page, or another hash than the
+            name promises.
         OSError: the file cannot be written.
     """
-    name = None  # the server's name for the contents (ETag): without one, a second try starts over
+    name = None  # the server's name for the contents (ETag); without one, a second try starts over
     with open(target, 'wb') as f, tqdm(
             desc=url.rsplit('/', 1)[1], unit='B', unit_scale=True, disable=None, leave=False) as bar:
         for wait in (1, 1, 1, 0):
@@ -258,25 +265,21 @@ def download(url: str, target: Path, sha256_prefix: str | None) -> str:
                 if e.code not in (416, 429) and e.code < 500 or after.isdigit() and int(after) > PATIENCE:
                     break
                 time.sleep(int(after) if wait and after.isdigit() else wait)
-            except OSError as e:
-                if isinstance(e, urllib.error.URLError):
-                    problem = f'cannot be reached ({e.reason})'
-                    break
-                raise
+            except urllib.error.URLError as e:
+                problem = f'cannot be reached ({e.reason})'
+                break
             if not problem:
                 break
-        f.flush()
-        os.fsync(f.fileno())
     if problem:
         raise Unavailable(problem)
-    sha256 = tensorfile.file_sha256(target)
+    sha256 = tensorfile.hash_file(target)
     if sha256_prefix and not sha256.startswith(sha256_prefix):
-        raise Unavailable(f'the file that arrived has sha256 {sha256[:8]}..., its name promises {sha256_prefix}')
+        raise Unavailable(f'the downloaded file has sha256 {sha256[:8]}..., its name promises {sha256_prefix}')
     return sha256
 
 
 def _receive(response: Any, name: str | None, f: Any, bar: tqdm) -> tuple[str | None, str]:
-    """Append an answer to what is there, or begin again; returns the contents' name and what went wrong, or ''."""
+    """Appends an answer to the file, or starts over; returns the contents' name, and the problem or ''."""
     headers = response.headers
     if 'html' in headers.get('Content-Type', ''):
         return None, 'the server answers with a web page'
@@ -285,7 +288,7 @@ def _receive(response: Any, name: str | None, f: Any, bar: tqdm) -> tuple[str | 
         f.seek(0)
         f.truncate()
     elif now != name or not headers.get('Content-Range', '').startswith(f'bytes {f.tell()}-'):
-        return None, 'the file changed while it was read'  # halves of two files are never joined
+        return None, 'the file changed during the download'  # never join parts of two files
     length = headers.get('Content-Length')
     total = f.tell() + int(length) if length else None
     bar.total = total
@@ -297,11 +300,11 @@ def _receive(response: Any, name: str | None, f: Any, bar: tqdm) -> tuple[str | 
 
 
 def _copy(response: Any, f: Any, bar: tqdm) -> str:
-    """Until the end of the answer; returns what went wrong on the network. Errors of the disk are raised."""
+    """Copies an answer to its end; returns the problem of the network, or ''. Disk errors are raised."""
     while True:
         try:
             chunk = response.read(1 << 20)
-        except Exception as e:  # http.client and ssl have errors of their own
+        except (OSError, http.client.HTTPException) as e:
             return f'the connection broke ({type(e).__name__})'
         if not chunk:
             return ''

@@ -1,4 +1,4 @@
-"""Are these weights whole, complete and sane, and do they compute what they computed when they were published?"""
+"""Are weights whole, complete and finite, and do they compute what they computed when they were published?"""
 import json
 from pathlib import Path
 from typing import Any
@@ -7,123 +7,139 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..runtime.messages import one_line
 from . import sources, tensorfile
 from .layouts import Checkpoint, load_checkpoint
-from .published import WEIGHTS
+from .published import NAME, WEIGHTS
+from .tensorfile import MODEL
 
 FINGERPRINT = 'fingerprint.json'
-# Largest deviation of an output, in units of the outputs' standard deviation, that rounding explains.
+# The largest deviation of an output, in units of the outputs' standard deviation, that rounding explains.
 # Measured on a random ResNet-50: 3e-6 between thread counts and memory formats, 6e-3 in float16, 4e-2 in bfloat16, and
 # 0.26 for a stem with red and blue exchanged.
 TOLERANCE = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1}
+MARKS = {True: 'ok  ', False: 'FAIL', None: '    '}
+Finding = tuple[bool | None, str]  # passed, failed or merely noted; what was found
 
 
-def generated_image(size: int = 224) -> Tensor:
-    """One generated image (1, 3, size, size) with values in [-2, 2]: waves of three directions, the same everywhere."""
+def make_test_image(size: int = 224) -> Tensor:
+    """Returns an image (1, 3, size, size) in [-2, 2]: waves of three directions, the same on any machine."""
     t = torch.arange(size, dtype=torch.float64) / size
     y, x = torch.meshgrid(t, t, indexing='ij')
     waves = [torch.sin(23 * x + 7 * y) + torch.sin(5 * x * (c + 1) - 41 * y * y + c) for c in range(3)]
     return torch.stack(waves)[None].float()
 
 
-def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What `model` gives in evaluation mode for the generated image: mean, std, 16 of its outputs."""
+def compute_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Returns mean, std and 16 of the outputs of `model`, in evaluation mode, for the test image."""
     training = model.training
     weight = next(model.parameters())
     with torch.inference_mode():
-        y = model.eval()(generated_image().to(weight)).flatten().double().cpu()
+        y = model.eval()(make_test_image().to(weight)).flatten().double().cpu()
     model.train(training)
     picked = y[torch.linspace(0, len(y) - 1, 16).long()]
     return {'mean': y.mean().item(), 'std': y.std().item(), 'outputs': picked.tolist()}
 
 
-def deviation(a: dict[str, Any], b: dict[str, Any]) -> float:
-    """The largest difference between two fingerprints, in units of the first one's std; inf if they do not compare."""
+def compare_fingerprints(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Returns the largest difference in units of the first one's std; inf if the two cannot be compared."""
     x, y = (torch.tensor([f['mean'], f['std'], *f['outputs']], dtype=torch.float64) for f in (a, b))
     if x.shape != y.shape or not bool((x.isfinite() & y.isfinite()).all()) or a['std'] <= 0:
         return float('inf')
     return ((x - y).abs().max() / a['std']).item()
 
 
-def build(checkpoint: Checkpoint) -> nn.Module:
-    """The ResNet-50 of a checkpoint, with its linear classifier where it has one; loads strictly.
+def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors that hold NaN or infinity."""
+    return [k for k, v in tensors.items() if not v.isfinite().all()]
+
+
+def build_resnet50(checkpoint: Checkpoint) -> nn.Module:
+    """Builds the ResNet-50 of a checkpoint, with its linear classifier if it has one, and loads it strictly.
 
     Raises:
-        RuntimeError: it is of another network; entries are missing, left over, or of another shape.
+        RuntimeError: the checkpoint holds another network, or entries are missing, left over or of another shape.
     """
     state = checkpoint.model_state()
     if 'layer1.0.conv3.weight' not in state:
-        raise RuntimeError('these are of another network than ResNet-50, the only one that is verified')
+        raise RuntimeError('the entries belong to another network than ResNet-50, the only one that is verified')
     classes = len(state['fc.weight']) if 'fc.weight' in state else 0
-    model = timm.create_model('simsiam_resnet50', num_classes=classes)
+    model = timm.create_model(NAME, num_classes=classes)
     model.load_state_dict(state, strict=True)
     return model
 
 
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
-    """Check a tag (fetched where no cache has it) or the path of a checkpoint.
+    """Checks a tag, which is downloaded if no cache has it, or the path of a checkpoint.
 
     Args:
-        dtype: float32, float16 or bfloat16, in which the outputs are computed.
+        dtype: float32, float16 or bfloat16, the type in which the outputs are computed.
 
     Returns:
         Whether all checks passed, and a line for each: hash, keys, values, fingerprint.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: there is nothing to check; one sentence says why.
+        FileNotFoundError, ValueError, RuntimeError: there is nothing to check; the message is one sentence.
     """
-    tag = target.removeprefix('simsiam_resnet50.')
-    lines: list[str] = []
-    passed = True
-
-    def check(ok: bool, text: str) -> None:
-        nonlocal passed
-        passed &= ok
-        lines.append(f'{"ok  " if ok else "FAIL"} {text}')
-
-    expected = None
+    tag = target.removeprefix(f'{NAME}.')
     if tag in WEIGHTS and not Path(target).exists():
-        name, weights = f'simsiam_resnet50.{tag}', WEIGHTS[tag]
-        path = sources.fetch(name, weights)  # checks the hash, and raises when it is wrong
-        known = tensorfile.metadata(path)
-        from_hub = path.name == sources.MODEL
-        check(True, f'hash: {"from the Hub" if from_hub else "converted from " + known.get("url", "?")}, {path}')
-        if not from_hub:
-            lines.append(
-                f'     sha256 of the upstream file {known.get("upstream_sha256")}' +
-                (f', its name promises {weights.sha256_prefix}' if weights.sha256_prefix else
-                 ' (its authors publish none to compare with)'))
-        expected = sources.pin(name).get('fingerprint')
+        path, findings = _check_published(tag)
+        expected = sources.read_pin(f'{NAME}.{tag}').get('fingerprint')
     else:
-        path = Path(target)
-        if not path.exists():
-            raise FileNotFoundError(
-                f'{target} is neither a file nor a tag; the tags are {", ".join(WEIGHTS)}')
-        file = path / sources.MODEL if path.is_dir() else path
-        if file.suffix == '.safetensors':
-            says = tensorfile.CONTENT in tensorfile.metadata(file)
-            check(tensorfile.is_whole(file), 'hash: ' + (
-                'the contents have the hash that the header holds' if says else 'the file holds none to compare with'))
-        else:
-            lines.append(f'     sha256 {tensorfile.file_sha256(file)} (nothing to compare it with)')
+        path, findings, expected = Path(target), _check_file(Path(target)), None
     checkpoint = load_checkpoint(path)
-    lines.append(f'     {checkpoint.describe()}')
-    beside = (path if path.is_dir() else path.parent) / FINGERPRINT
-    if expected is None and path.name in (sources.MODEL, beside.parent.name) and beside.exists():
-        expected = json.loads(beside.read_text())
+    findings.append((None, checkpoint.describe()))
     try:
-        model = build(checkpoint)
+        model = build_resnet50(checkpoint)
     except RuntimeError as e:
-        check(False, 'keys: ' + ' '.join(str(e).split())[:200])
-        return passed, lines
-    check(True, f'keys: all {len(model.state_dict())} entries are there and fit')
-    bad = [k for k, v in {**checkpoint.model_state(), **checkpoint.heads_state()}.items() if not v.isfinite().all()]
-    check(not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite')
-    measured = fingerprint(model.to(getattr(torch, dtype)))
-    check(measured['std'] > 0, f'outputs: mean {measured["mean"]:.4g}, std {measured["std"]:.4g} for a generated image')
-    if expected:
-        d = deviation(expected, measured)
-        check(d <= TOLERANCE[dtype], f'fingerprint: {d:.1e} from the published one (tolerance {TOLERANCE[dtype]:g})')
+        findings.append((False, f'keys: {one_line(e)}'))
     else:
-        lines.append('     fingerprint: none was published to compare with')
-    return passed, lines
+        findings.append((True, f'keys: all {len(model.state_dict())} entries are there and fit'))
+        bad = find_nonfinite({**checkpoint.model_state(), **checkpoint.heads_state()})
+        findings.append((not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite'))
+        findings += _check_outputs(
+            model.to(getattr(torch, dtype)), expected or _read_fingerprint(path), TOLERANCE[dtype])
+    return all(ok is not False for ok, _ in findings), [f'{MARKS[ok]} {text}' for ok, text in findings]
+
+
+def _check_published(tag: str) -> tuple[Path, list[Finding]]:
+    name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
+    path = sources.fetch(name, weights)  # checks the hash, and raises if it is wrong
+    if path.name == MODEL:
+        return path, [(True, f'hash: from the Hub, {path}')]
+    known = tensorfile.read_metadata(path)
+    promise = (
+        f', its name promises {weights.sha256_prefix}' if weights.sha256_prefix else
+        ' (its authors publish none to compare with)')
+    return path, [
+        (True, f'hash: converted from {known.get("url", "?")}, {path}'),
+        (None, f'sha256 of the upstream file {known.get("upstream_sha256")}{promise}')]
+
+
+def _check_file(path: Path) -> list[Finding]:
+    if not path.exists():
+        raise FileNotFoundError(f'{path} is neither a file nor a tag; the tags are {", ".join(WEIGHTS)}')
+    file = path / MODEL if path.is_dir() else path
+    if file.suffix != '.safetensors':
+        return [(None, f'sha256 {tensorfile.hash_file(file)} (nothing to compare it with)')]
+    if not tensorfile.is_whole(file):
+        return [(False, 'hash: the contents do not match the header')]
+    has_hash = tensorfile.CONTENT in tensorfile.read_metadata(file)
+    return [(True, f'hash: the {"contents match the hash in the header" if has_hash else "header holds none"}')]
+
+
+def _read_fingerprint(path: Path) -> dict[str, Any] | None:
+    """Returns the fingerprint next to model.safetensors, if there is one."""
+    file = (path if path.is_dir() else path.parent) / FINGERPRINT
+    return json.loads(file.read_text()) if (path.is_dir() or path.name == MODEL) and file.exists() else None
+
+
+def _check_outputs(model: nn.Module, expected: dict[str, Any] | None, tolerance: float) -> list[Finding]:
+    found = compute_fingerprint(model)
+    text = f'outputs: mean {found["mean"]:.4g}, std {found["std"]:.4g} for a generated image'
+    if expected is None:
+        return [(found['std'] > 0, text), (None, 'fingerprint: none was published to compare with')]
+    d = compare_fingerprints(expected, found)
+    return [
+        (found['std'] > 0, text),
+        (d <= tolerance, f'fingerprint: {d:.1e} from the published one (tolerance {tolerance:g})')]

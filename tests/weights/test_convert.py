@@ -1,4 +1,5 @@
 """A checkpoint of any layout -> the files of timm, torchvision, detectron2, mmdet and ONNX runtimes, and back."""
+import errno
 import pickle
 import pickletools
 import shutil
@@ -14,10 +15,11 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from simsiam_models.simsiam import predictor, projector
+from simsiam_models.simsiam import build_predictor, build_projector
 from simsiam_models.weights import convert as module
-from simsiam_models.weights.convert import TARGETS, convert, read_onnx
+from simsiam_models.weights.convert import TARGETS, convert
 from simsiam_models.weights.layouts import load_checkpoint
+from simsiam_models.weights.reading import read_onnx
 
 NAMES = {
     'timm': 'folder', 'torchvision': 'tv.pth', 'detectron2': 'd2.pkl', 'mmdet': 'mmdet.pth', 'onnx': 'model.onnx'}
@@ -65,9 +67,9 @@ def model() -> nn.Module:
 def fair(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A pretraining checkpoint as FAIR's code writes it, with narrow heads."""
     state = {f'encoder.{k}': v for k, v in model.state_dict().items()}
-    state |= {f'encoder.fc.{k}': v for k, v in projector(2048, 32).state_dict().items()}
+    state |= {f'encoder.fc.{k}': v for k, v in build_projector(2048, 32).state_dict().items()}
     state |= {'encoder.fc.6.bias': torch.randn(32)}
-    state |= {f'predictor.{k}': v for k, v in predictor(32, 8).state_dict().items()}
+    state |= {f'predictor.{k}': v for k, v in build_predictor(32, 8).state_dict().items()}
     folder = tmp_path_factory.mktemp('fair')
     yield save(
         {'epoch': 100, 'arch': 'resnet50', 'state_dict': {f'module.{k}': v for k, v in state.items()}, 'optimizer': {}},
@@ -77,7 +79,7 @@ def fair(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 @pytest.fixture(scope='module')
 def converted(fair: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, str]]]:
-    """Each target's result, and what convert said about it."""
+    """The result of each target, and the text of convert."""
     pytest.importorskip('onnx')
     folder = tmp_path_factory.mktemp('converted')
     yield {to: (folder / NAMES[to], convert(fair, folder / NAMES[to], to)) for to in TARGETS}
@@ -191,10 +193,10 @@ def test_the_onnx_model_is_valid_and_one_file(converted):
     assert [p.name for p in path.parent.iterdir() if 'onnx' in p.name] == [path.name]
 
 
-def test_without_the_onnx_package_the_error_names_the_extra_and_nothing_is_left(tmp_path, monkeypatch):
+def test_without_the_onnx_package_the_error_names_it_and_nothing_is_left(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnx', None)
     source = save(flat_resnet50(), tmp_path / 'a.pth')
-    with pytest.raises(RuntimeError, match=r"pip install 'simsiam-models\[onnx\]'"):
+    with pytest.raises(RuntimeError, match='an ONNX file needs onnx: pip install onnx'):
         convert(source, tmp_path / 'a.onnx', 'onnx')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
 
@@ -210,6 +212,19 @@ def test_a_file_that_is_not_onnx_is_refused_in_one_sentence(tmp_path):
         read_onnx(tmp_path / 'none.onnx')
 
 
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), MemoryError()])
+def test_an_onnx_file_that_the_machine_cannot_read_is_not_called_damaged(tmp_path, monkeypatch, error):
+    onnx = pytest.importorskip('onnx')
+    (tmp_path / 'x.onnx').write_bytes(b'')
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(onnx, 'load', fail)
+    with pytest.raises(type(error)):
+        read_onnx(tmp_path / 'x.onnx')
+
+
 def test_half_precision_is_widened_and_said(tmp_path):
     text = convert(save(flat_resnet50(torch.float16), tmp_path / 'half.pth'), tmp_path / 'out.pth', 'torchvision')
     assert 'float16' in text and 'float32' in text
@@ -218,17 +233,18 @@ def test_half_precision_is_widened_and_said(tmp_path):
     (tmp_path / 'out.pth').unlink()
 
 
-@pytest.mark.parametrize('change, said', [
-    (lambda s: [s.pop(k) for k in list(s) if k.startswith('layer4.2.')], '18 missing: layer4.2.conv1.weight, '),
-    (lambda s: s.update({'layer3.6.conv1.weight': torch.ones(1)}), '1 unknown: layer3.6.conv1.weight'),
-    (lambda s: s.update({'conv1.weight': torch.ones(64, 3, 3, 3)}), '1 of another shape: conv1.weight'),
+@pytest.mark.parametrize('change, words', [
+    (lambda s: [s.pop(k) for k in list(s) if k.startswith('layer4.2.')], '18 missing (layer4.2.conv1.weight, '),
+    (lambda s: s.update({'layer3.6.conv1.weight': torch.ones(1)}), '1 unknown (layer3.6.conv1.weight)'),
+    (lambda s: s.update({'conv1.weight': torch.ones(64, 3, 3, 3)}),
+     '1 of another shape (conv1.weight (64, 3, 3, 3) instead of (64, 3, 7, 7))'),
 ])
-def test_a_backbone_that_is_not_a_whole_resnet50_is_refused_by_name(change, said, tmp_path):
+def test_a_backbone_that_is_not_a_whole_resnet50_is_refused_by_name(change, words, tmp_path):
     state = flat_resnet50()
     change(state)
     with pytest.raises(ValueError, match='is not a ResNet-50') as error:
         convert(save(state, tmp_path / 'a.pth'), tmp_path / 'b.pth', 'torchvision')
-    assert said in str(error.value) and not (tmp_path / 'b.pth').exists()
+    assert words in str(error.value) and not (tmp_path / 'b.pth').exists()
 
 
 def test_an_existing_result_is_never_overwritten(tmp_path):
@@ -243,9 +259,9 @@ def test_an_existing_result_is_never_overwritten(tmp_path):
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    def fail(checkpoint, path):
-        path.write_bytes(b'half of it')
-        raise OSError('disk full')
+    def fail(checkpoint, file):
+        file.write(b'half of it')
+        raise OSError(errno.ENOSPC, 'disk full')
 
     monkeypatch.setitem(module.WRITERS, 'mmdet', fail)
     with pytest.raises(OSError, match='disk full'):

@@ -1,10 +1,11 @@
 """Published weights over the network: a loopback Hub and file server, and the real huggingface_hub client.
 
-Whatever the network does, the answer is the right weights bit for bit, or one RuntimeError that names each source and
-its reason; what a failure leaves behind never spoils the next start. The Hub and the URL serve different weights here,
-so that a test sees which of the two it got. The models are ResNet-50s cut down to 1 MB.
+Whatever the network does, the result is the right weights bit for bit, or one RuntimeError that names each source and
+its reason. Remains of a failure never break the next start. The Hub and the URL serve different weights, so that a test
+sees which of the two it got. The models are ResNet-50s reduced to 1 MB.
 """
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -31,7 +32,7 @@ from huggingface_hub import constants
 
 import simsiam_models
 from simsiam_models import SimSiam, resnet
-from simsiam_models.weights import sources
+from simsiam_models.weights import sources, tensorfile
 from simsiam_models.weights.export import export_backbone
 from simsiam_models.weights.published import WEIGHTS, Weights
 
@@ -68,7 +69,7 @@ def saved(contents: dict) -> bytes:
 
 @functools.cache
 def openmmlab(seed: int) -> bytes:
-    """MMSelfSup 0.x: backbone and neck are there twice."""
+    """MMSelfSup 0.x, which stores backbone and neck twice."""
     names = {'0': 'fc0', '1': 'bn0', '3': 'fc1', '4': 'bn1', '6': 'fc2', '7': 'bn2'}
     parts = [('backbone.', 'encoder.0.', simsiam(seed).backbone), ('neck.', 'encoder.1.', simsiam(seed).projector),
              ('head.predictor.', None, simsiam(seed).predictor)]
@@ -82,7 +83,7 @@ def openmmlab(seed: int) -> bytes:
 
 @functools.cache
 def fair(seed: int) -> bytes:
-    """FAIR's pretraining file; its frozen bias is 0 here, so that folding it away keeps every bit."""
+    """FAIR's pretraining file, with a frozen bias of 0, so that folding it keeps every bit."""
     names = {'backbone.': 'module.encoder.', 'projector.': 'module.encoder.fc.', 'predictor.': 'module.predictor.'}
     state = {re.sub(r'^\w+\.', lambda m: names[m[0]], k): v for k, v in simsiam(seed).state_dict().items()}
     state['module.encoder.fc.6.bias'] = torch.zeros(64)
@@ -124,7 +125,7 @@ class Net:
         return sources.fetch(NAME, self.weights, filename, cache_dir=self.cache)
 
     def source(self) -> str:
-        """Where the weights came from; they are right to the bit."""
+        """Fetches the weights, checks every bit, and returns their source."""
         return source_of(self.fetch())
 
     def requests(self) -> list[str]:
@@ -135,7 +136,7 @@ class Net:
         self.files.log.clear()
 
     def only(self, source: str) -> None:
-        """The Hub is well, or it has no such file."""
+        """Leaves one source: the Hub works, or it lacks the file."""
         self.hub.fault = None if source == 'hub' else fake.status(404, 'EntryNotFound')
 
     def break_hub(self, fault: fake.Fault | str) -> None:
@@ -198,7 +199,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusal(net: Net, *reasons: str) -> Iterator[None]:
-    """One RuntimeError of readable length that names both sources and says so."""
+    """Expects one RuntimeError of readable length that names both sources and these reasons."""
     with pytest.raises(RuntimeError) as e:
         yield
     text = str(e.value)
@@ -212,13 +213,13 @@ def refusal(net: Net, *reasons: str) -> Iterator[None]:
 
 def test_the_hub_comes_first(net):
     assert net.source() == 'hub'
-    assert not net.files.log and len(net.hub.asked('GET')) == 1
+    assert not net.files.log and len(net.hub.list_requests('GET')) == 1
 
 
 def test_lfs_redirects_to_another_server_are_followed(net):
     net.hub.fault = fake.redirect(net.files)
     assert net.source() == 'hub'
-    assert len(net.files.asked('GET')) == 1
+    assert len(net.files.list_requests('GET')) == 1
 
 
 def test_a_short_retry_after_is_waited_for(net):
@@ -256,7 +257,7 @@ def test_a_broken_hub_costs_little_and_the_url_serves(net, case):
     net.break_hub(fault)
     with at_most(seconds):
         assert net.source() == 'url'
-    assert len(net.hub.asked('HEAD') + net.hub.asked('GET')) <= requests
+    assert len(net.hub.list_requests('HEAD') + net.hub.list_requests('GET')) <= requests
     net.mend()
     net.forget()
     assert net.source() == 'url' and not net.requests()  # and what is in the cache stays
@@ -292,7 +293,7 @@ URL_FAULTS = {
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses between tries, which are not made; and a short timeout."""
+    """Records the pauses between tries instead of making them, and sets a short timeout."""
     made = []
     monkeypatch.setattr(sources, 'time', types.SimpleNamespace(sleep=made.append))
     monkeypatch.setattr(sources, 'URL_TIMEOUT', 0.5)
@@ -363,12 +364,12 @@ def test_a_server_without_range_is_asked_again_from_the_start(net, pauses):
 
 
 def test_halves_of_two_files_are_never_joined(net, pauses):
-    """The file is replaced by another of its size while it is downloaded, and no hash of it is known."""
+    """During the download another file of the same size replaces it, and its hash is unknown."""
     net.weights = net.upstream('fb_bs512_ep100_in1k', '/a/checkpoint_0099.pth.tar', fair(1), prefix=False)
     net.only('url')
     net.files.fault = lambda handler, body: (
         fake.cut(handler, body) if len(net.files.log) == 1 else handler.send(fair(0)))
-    with contextlib.suppress(RuntimeError):  # a refusal is well, and so is the new file
+    with contextlib.suppress(RuntimeError):  # a refusal is fine, and so is the new file
         assert net.source() == 'hub'  # its seed, 0
     net.files.fault = lambda handler, body: handler.send(fair(0))
     assert net.source() == 'hub'
@@ -453,9 +454,30 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(net, source, damage):
     assert net.source() == source and not net.requests()
 
 
+@pytest.mark.parametrize('source', ['hub', 'url'])
+@pytest.mark.parametrize('error', [OSError(errno.EIO, 'Input/output error'), MemoryError()])
+def test_a_cache_that_the_machine_cannot_read_is_kept(net, monkeypatch, caplog, source, error):
+    def fail(*args):
+        raise error
+
+    net.only(source)
+    path = net.fetch()
+    good = path.read_bytes()
+    net.forget()
+    with monkeypatch.context() as patch:
+        for name in ('hash_file', 'safe_open'):
+            patch.setattr(tensorfile, name, fail)
+        with pytest.raises(MemoryError if isinstance(error, MemoryError) else RuntimeError) as e:
+            net.fetch()
+    assert 'damaged' not in f'{e.value} {caplog.text}' and not net.requests()
+    if isinstance(error, OSError):
+        assert f'{path} is in the cache but cannot be read (Input/output error)' in str(e.value)
+    assert path.read_bytes() == good and net.source() == source and not net.requests()
+
+
 @contextlib.contextmanager
 def as_nobody() -> Iterator[None]:
-    """chmod does not bind root."""
+    """Drops root's rights, which chmod does not limit."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -468,7 +490,7 @@ def as_nobody() -> Iterator[None]:
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """tmp_path is closed to other users."""
+    """A folder that other users may enter, unlike tmp_path."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -488,6 +510,19 @@ def test_a_warm_cache_may_be_read_only(net, open_folder, source):
     assert not net.requests()
     for path in net.cache.rglob('*'):
         path.chmod(0o755)
+
+
+@pytest.mark.parametrize('source', ['hub', 'url'])
+def test_a_cached_file_without_permission_is_named_and_kept(net, open_folder, source):
+    net.only(source)
+    net.cache = open_folder / 'cache'
+    path = net.fetch()
+    net.forget()
+    path.chmod(0)
+    with as_nobody(), pytest.raises(RuntimeError, match='in the cache but cannot be read .Permission denied.'):
+        net.fetch()
+    path.chmod(0o644)
+    assert net.source() == source and not net.requests()
 
 
 def test_a_cache_that_cannot_be_written_is_named(net, open_folder):
@@ -539,7 +574,7 @@ def test_a_pinned_file_is_asked_for_at_its_revision(pinned):
 
 
 def test_another_file_than_the_pinned_one_is_refused(pinned):
-    """The repository was overwritten: its own hash agrees with its bytes, ours does not."""
+    """The repository was overwritten: its own hash matches its bytes, the pinned one does not."""
     pinned.hub.put(REPO, 'model.safetensors', safetensors_bytes(backbone(2)))
     pinned.files.fault = fake.status(404)
     for _ in range(2):
@@ -580,7 +615,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def workers(net: Net, tmp_path: Path) -> Iterator[list[subprocess.Popen]]:
-    """Two processes that fetch on demand, set up by the environment as a user would."""
+    """Two processes that fetch on demand, configured through the environment."""
     env = {
         **os.environ, 'HF_ENDPOINT': net.hub.url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]), 'OMP_NUM_THREADS': '1',
@@ -615,12 +650,12 @@ def test_of_two_processes_one_downloads(net, workers):
         assert answer(workers[0]) == 'url'
     for source in ('hub', 'url'):
         net.forget()
-        net.hub.fault = fake.slowly(0.5) if source == 'hub' else fake.status(404, 'EntryNotFound')
-        net.files.fault = fake.slowly(0.5)
+        net.hub.fault = fake.pause(0.5) if source == 'hub' else fake.status(404, 'EntryNotFound')
+        net.files.fault = fake.pause(0.5)
         for worker in workers:
             ask(worker, net, net.cache / source)
         assert [answer(worker) for worker in workers] == [source] * 2
-        assert len(net.hub.asked('GET') + net.files.asked('GET')) == 1
+        assert len(net.hub.list_requests('GET') + net.files.list_requests('GET')) == 1
 
 
 @pytest.mark.timeout(120)
@@ -631,7 +666,7 @@ def test_a_killed_download_spoils_nothing(net, workers):
         net.files.fault = fake.stuck
         ask(worker, net, cache / source)
         end = time.monotonic() + 20
-        while not server.asked('GET') and time.monotonic() < end:
+        while not server.list_requests('GET') and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(0.2)
         worker.kill()
@@ -650,7 +685,7 @@ def create(net: Net, name: str = NAME, **kwargs) -> torch.nn.Module:
 
 @pytest.fixture
 def listed(net: Net, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], dict[str, str]]:
-    """Puts an upstream file in the place of a tag's real one; returns the overlay by which timm agrees."""
+    """Replaces the upstream file of a tag; returns the overlay that timm needs for it."""
     def put(tag: str, body: bytes) -> dict[str, str]:
         net.only('url')
         weights = net.upstream(tag, f'/{tag}/model_best.pth.tar', body, prefix=False)
@@ -725,7 +760,7 @@ def test_an_exported_backbone_loads_by_address(net, tmp_path, prefix):
 
 
 def test_a_non_commercial_licence_is_named_once(net, listed, caplog):
-    resnet._name_licence.cache_clear()
+    resnet.warn_of_licence.cache_clear()
     create(net)
     name, overlay = 'simsiam_resnet50.fb_bs512_ep100_in1k', listed('fb_bs512_ep100_in1k', fair(1))
     for num_classes in (0, 10):
@@ -747,7 +782,7 @@ def test_create_simsiam_loads_backbone_and_heads(net, listed, source):
     model = simsiam_models.create_simsiam(
         name, pretrained=True, dim=64, pred_dim=16, cache_dir=net.cache, pretrained_cfg_overlay=overlay, **TINY)
     assert same(model.state_dict(), simsiam(0 if source == 'hub' else 1).state_dict())
-    assert len(net.files.asked('GET')) == (source != 'hub')
+    assert len(net.files.list_requests('GET')) == (source != 'hub')
 
 
 def test_heads_of_another_width_are_refused(net):

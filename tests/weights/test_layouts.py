@@ -1,4 +1,4 @@
-"""Every published layout gives back the model that was written, bit for bit, or an error that says why not."""
+"""Every published layout restores the model that was written, bit for bit, or raises an error that says why not."""
 import argparse
 import functools
 from collections import OrderedDict
@@ -25,7 +25,7 @@ def model() -> SimSiam:
 
 
 def assert_parts(checkpoint: Checkpoint, expected: dict[str, dict[str, Tensor]]) -> None:
-    """Same names, types and bits; a part that is not there is None."""
+    """Compares names, types and bits; a missing part is None."""
     for name in PARTS:
         got, want = getattr(checkpoint, name), expected.get(name)
         if want is None:
@@ -110,7 +110,7 @@ def test_safetensors_hold_the_same_as_torch_files(model: SimSiam, tmp_path: Path
 
 
 def test_fair_s_frozen_bias_moves_into_the_running_mean(model: SimSiam) -> None:
-    """Against the network that FAIR's file describes, and against float64 by hand."""
+    """Compares with the network that FAIR's file describes, and with a sum in float64."""
     p = disk.parts(model)
     bias = torch.randn(24)
     original = nn.Sequential(*[
@@ -119,8 +119,8 @@ def test_fair_s_frozen_bias_moves_into_the_running_mean(model: SimSiam) -> None:
     contents = disk.fair(model).contents
     contents['state_dict'] |= disk.prefixed('module.encoder.fc.', original.state_dict())
     checkpoint = recognize(contents)
-    by_hand = p['projector']['7.running_mean'].double() - bias.double()
-    torch.testing.assert_close(checkpoint.projector['7.running_mean'].double(), by_hand, rtol=0, atol=2e-7)
+    expected = p['projector']['7.running_mean'].double() - bias.double()
+    torch.testing.assert_close(checkpoint.projector['7.running_mean'].double(), expected, rtol=0, atol=2e-7)
     assert any('6.bias' in note and 'running_mean' in note for note in checkpoint.info['notes'])
     fresh = disk.tiny_simsiam(seed=1).eval()
     fresh.backbone.load_state_dict(checkpoint.backbone)

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Hub repository: what is in it, what loads it, what is refused, what is uploaded."""
+"""A checkpoint becomes a Hub repository: its contents, who can load it, what is refused, and the upload."""
 import base64
 import json
 import os
@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from simsiam_models import create_simsiam
 from simsiam_models.weights import load_checkpoint
-from simsiam_models.weights.card import BENCHMARKS, model_card
+from simsiam_models.weights.card import BENCHMARKS, CardFacts, format_card
 from simsiam_models.weights.export import export_backbone, export_checkpoint
-from simsiam_models.weights.publish import _record, publish
-from simsiam_models.weights.published import WEIGHTS, describe, published, same_page
-from simsiam_models.weights.tensorfile import file_sha256
-from simsiam_models.weights.verify import TOLERANCE, deviation
+from simsiam_models.weights.publish import pin_upload, publish
+from simsiam_models.weights.published import WEIGHTS, describe, find_page_results, find_results
+from simsiam_models.weights.tensorfile import hash_file
+from simsiam_models.weights.verify import TOLERANCE, compare_fingerprints
 
 TAG, LIN = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k'
 FAIR = {'backbone': 'module.encoder.', 'projector': 'module.encoder.fc.', 'predictor': 'module.predictor.'}
@@ -39,7 +39,7 @@ def run(code: str, *args: str | Path, **env: str) -> subprocess.CompletedProcess
 
 @pytest.fixture(scope='module')
 def state() -> dict[str, torch.Tensor]:
-    """A SimSiam model in which no tensor is as it was initialized."""
+    """A SimSiam model in which every tensor differs from its initialization."""
     torch.manual_seed(0)
     model = create_simsiam()
     for module in model.modules():
@@ -69,7 +69,7 @@ def fair_linear(state: dict[str, torch.Tensor], path: Path) -> Path:
 
 @pytest.fixture(scope='module')
 def pretrained(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """FAIR's pretraining file, the repository made of it, and what publish said."""
+    """FAIR's pretraining file, the repository made from it, and the text of publish."""
     folder = tmp_path_factory.mktemp('pretrained')
     source = fair(state, folder / 'checkpoint_0099.pth.tar')
     return source, folder / 'repo', publish(source, TAG, folder / 'repo')
@@ -204,7 +204,7 @@ def test_the_card_of_fair_weights_forbids_commercial_use_and_carries_their_numbe
     assert card.data.pipeline_tag == 'image-feature-extraction' and card.data.library_name == 'timm'
     assert card.data.datasets == ['imagenet-1k'] and 'base_model' not in card.data.to_dict()
     assert [r.metric_value for r in card.data.eval_results] == [68.1]
-    assert file_sha256(source) in card.text and 'not verified' in card.text
+    assert hash_file(source) in card.text and 'not verified' in card.text
     assert '23.5M parameters' in card.text and 'arxiv.org/abs/2011.10566' in card.text
     assert 'create_simsiam' in card.text and 'were not measured again' in ' '.join(card.text.split())
 
@@ -220,14 +220,15 @@ def test_the_card_of_a_classifier_names_its_base_model(linear):
 def test_the_metadata_holds_exactly_the_numbers_of_this_file(tag):
     config = {'architecture': 'resnet50', 'num_classes': WEIGHTS[tag].num_classes, 'num_features': 2048,
               'pretrained_cfg': {'input_size': [3, 224, 224]}}
-    card = ModelCard(model_card(tag, f'somebody/simsiam_resnet50.{tag}', config, 1, 'x', False, WEIGHTS[tag].license))
+    facts = CardFacts(tag, f'somebody/simsiam_resnet50.{tag}', config, 1, 'x', False, WEIGHTS[tag].license)
+    card = ModelCard(format_card(facts))
     numbers = {
-        (e['benchmark'], e['source'], v) for e in published(tag) for k, v in e['metrics'].items()
+        (e['benchmark'], e['source'], v) for e in find_results(tag) for k, v in e['metrics'].items()
         if k != 'mIoU_first_report'}
     assert {(r.dataset_config, r.source_name, r.metric_value) for r in card.data.eval_results or []} == numbers
     assert card.data.license == WEIGHTS[tag].license
     others = card.text.partition('### Numbers of other')[2].splitlines()
-    for entry in same_page(tag):  # other files' numbers are shown under their own names
+    for entry in find_page_results(tag):  # other files' numbers are shown under their own names
         row = next(row for row in others if BENCHMARKS[entry['benchmark']][0] in row)
         assert f'`{entry["tag"]}`' in row and str(next(iter(entry['metrics'].values()))) in row
     assert ('flip(1)' in card.text) == ('bgr' in tag)
@@ -235,7 +236,7 @@ def test_the_metadata_holds_exactly_the_numbers_of_this_file(tag):
 
 def test_published_numbers_belong_to_the_file_that_was_measured():
     def numbers(tag: str, of: str) -> dict[str, float]:
-        (entry,) = [e for e in published(tag) if e['benchmark'] == of]
+        (entry,) = [e for e in find_results(tag) if e['benchmark'] == of]
         return entry['metrics']
     assert numbers('mm_ep200_in1k', 'imagenet_linear_avgpool') == {'top1': 69.84}
     assert numbers('mm_ep100_in1k', 'imagenet_knn_T0.07') == {'k=10': 57.4, 'k=20': 57.6, 'k=100': 55.8, 'k=200': 54.2}
@@ -243,13 +244,13 @@ def test_published_numbers_belong_to_the_file_that_was_measured():
     assert numbers('mm_ep100_bgr_in1k', 'coco_mask_rcnn_r50_fpn_ms_1x')['box_AP'] == 38.6
     assert numbers('mm_ep100_bgr_in1k', 'imagenet_linear_avgpool') == {'top1': 68.2}
     assert numbers('mm1x_ep100_lin_in1k', 'imagenet_linear_avgpool') == {'top1': 68.3}
-    assert not published('fb_bs256_ep200_in1k')  # FAIR's README does not list this file
-    for tag, weights in WEIGHTS.items():  # the table in resnet.py says the same
-        top1 = [e['metrics']['top1'] for e in published(tag) if 'top1' in e['metrics']]
+    assert not find_results('fb_bs256_ep200_in1k')  # FAIR's README does not list this file
+    for tag, weights in WEIGHTS.items():  # the table of weights agrees
+        top1 = [e['metrics']['top1'] for e in find_results(tag) if 'top1' in e['metrics']]
         assert top1 == ([] if weights.top1 is None else [weights.top1]), tag
-    assert {e['tag'] for e in same_page('mm_ep200_in1k')} == {'mm_ep200_bgr_in1k'}
-    assert {e['tag'] for e in same_page('mm1x_ep200_in1k')} == {'mm_ep200_bgr_in1k', 'mm_ep200_in1k'}
-    assert not same_page('fb_bs512_ep100_in1k')
+    assert {e['tag'] for e in find_page_results('mm_ep200_in1k')} == {'mm_ep200_bgr_in1k'}
+    assert {e['tag'] for e in find_page_results('mm1x_ep200_in1k')} == {'mm_ep200_bgr_in1k', 'mm_ep200_in1k'}
+    assert not find_page_results('fb_bs512_ep100_in1k')
 
 
 def test_a_description_names_origin_license_and_every_number():
@@ -312,7 +313,7 @@ def test_the_hash_in_the_name_of_the_upstream_file_is_checked(state, tmp_path, m
     source, tag = tmp_path / 'x.pth', 'mm1x_ep200_in1k'
     torch.save({'state_dict': renamed, 'meta': {}}, source)
     refused(source, tag, tmp_path / 'out', 'that of mm1x_ep200_in1k begins with efe91299: it is another file')
-    sha256 = file_sha256(source)
+    sha256 = hash_file(source)
     monkeypatch.setitem(WEIGHTS, tag, WEIGHTS[tag]._replace(sha256_prefix=sha256[:8]))
     assert f"authors' own file, whose SHA-256 {sha256} begins with" in publish(source, tag, tmp_path / 'out')
     assert sha256 in (tmp_path / 'out' / 'README.md').read_text()
@@ -327,7 +328,7 @@ def test_a_missing_source_is_named(tmp_path):
         publish(tmp_path / 'nowhere.pth', TAG, tmp_path / 'out')
 
 
-# Weights of one's own
+# Weights of the user
 
 
 @pytest.mark.parametrize('args, size', [({}, 160), ({}, 96), ({'img_size': 64}, 64)])
@@ -368,7 +369,7 @@ COMMIT = 'ab' * 20
 
 
 class Hub(BaseHTTPRequestHandler):
-    """What an upload asks of the Hub; files are sent inside the commit."""
+    """The part of the Hub that an upload needs; files arrive inside the commit."""
 
     protocol_version = 'HTTP/1.1'
 
@@ -462,20 +463,20 @@ def test_an_upload_equals_the_dry_run_and_is_pinned(linear, hub, tmp_path):
     assert set(hub.files) == {p.name for p in repo.iterdir()}
     for name, content in hub.files.items():
         dry = (repo / name).read_bytes()
-        if name == 'fingerprint.json':  # of another process: memory may lie otherwise, and the last bits with it
-            assert deviation(json.loads(dry), json.loads(content)) < TOLERANCE['float32']
+        if name == 'fingerprint.json':  # from another process, where the last bits may differ
+            assert compare_fingerprints(json.loads(dry), json.loads(content)) < TOLERANCE['float32']
         else:
             assert content == (dry.replace(b'simsiam-models/', b'someone/') if name == 'README.md' else dry), name
     recorded = json.loads(pins.read_text())
     assert set(recorded) == {'other', LIN}
     assert recorded[LIN]['repo'] == f'someone/simsiam_resnet50.{LIN}' and recorded[LIN]['revision'] == COMMIT
-    assert recorded[LIN]['files']['model.safetensors'] == file_sha256(repo / 'model.safetensors')
+    assert recorded[LIN]['files']['model.safetensors'] == hash_file(repo / 'model.safetensors')
     assert recorded[LIN]['fingerprint'] == json.loads(hub.files['fingerprint.json'])
 
 
 def test_pins_that_cannot_be_written_are_returned(tmp_path, monkeypatch):
     monkeypatch.setattr('simsiam_models.weights.sources.PINS', tmp_path / 'nowhere' / 'pins.json')
-    first, text = _record(TAG, {'revision': COMMIT})
+    first, text = pin_upload(TAG, {'revision': COMMIT})
     assert 'cannot be written' in first and json.loads(text) == {TAG: {'revision': COMMIT}}
 
 

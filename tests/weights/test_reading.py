@@ -1,7 +1,8 @@
-"""Nothing that a checkpoint file says is ever run; whatever its bytes are, reading ends in data or in one ValueError.
+"""No code from a checkpoint file ever runs; whatever its bytes are, reading ends in data or in one ValueError.
 
-The hostile files are read in a process of its own, with a limit on memory; a file that kills it is named.
+A separate process with a memory limit reads the hostile files; a file that kills it is named.
 """
+import errno
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from simsiam_models.weights import reading
 from simsiam_models.weights.reading import LEGACY_MAGIC, read
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -37,7 +39,7 @@ def name(module: str, attribute: str) -> bytes:
 
 
 def put(x: Any) -> bytes:
-    """The opcodes that put a plain value on the stack; bytes are opcodes already."""
+    """Returns the opcodes that put a plain value on the stack; bytes are opcodes already."""
     if isinstance(x, bytes):
         return x
     return pickle.dumps(x, 2)[2:-1]
@@ -52,7 +54,7 @@ def call(module: str, attribute: str, *xs: Any) -> bytes:
 
 
 def global4(module: str, attribute: str) -> bytes:
-    """STACK_GLOBAL of protocol 4, in which a dotted name is a chain of attributes."""
+    """Returns STACK_GLOBAL of protocol 4, in which a dotted name is a chain of attributes."""
     return put(module) + put(attribute) + b'\x93'
 
 
@@ -280,7 +282,7 @@ ODD_BUT_SOUND = {
 
 
 def hostile() -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of every file."""
+    """Yields name and bytes of every file."""
     for house, wrap in (('pickle', in_pickle), ('zip', in_zip), ('legacy', in_legacy)):
         for what, code in {**CODE, **STRUCTURE}.items():
             yield f'{house}: {what}', wrap(code)
@@ -319,7 +321,7 @@ sys.path.insert(0, os.getcwd())  # where canary_module lies
 from simsiam_models.weights import reading
 plain = (dict, list, tuple, set, str, bytes, bytearray, int, float, bool, type(None), torch.Tensor)
 before = {k: repr(sorted(vars(v))) for k, v in vars(reading).items() if isinstance(v, type)}
-before |= {k: repr(sorted(vars(v))) for k, v in vars(reading._Unpickler).items() if callable(v)}
+before |= {k: repr(sorted(vars(v))) for k, v in vars(reading.RestrictedUnpickler).items() if callable(v)}
 
 def late(*_):
     raise BaseException('took more than 20 s')
@@ -364,7 +366,7 @@ for path in sys.argv[1:]:
         result = {'raised': repr(e)[:200]}
     signal.alarm(0)
     after = {k: repr(sorted(vars(v))) for k, v in vars(reading).items() if isinstance(v, type)}
-    after |= {k: repr(sorted(vars(v))) for k, v in vars(reading._Unpickler).items() if callable(v)}
+    after |= {k: repr(sorted(vars(v))) for k, v in vars(reading.RestrictedUnpickler).items() if callable(v)}
     result['seconds'] = round(time.time() - start, 2)
     result['left'] = [k for k in after if after[k] != before.get(k)]
     before = after
@@ -376,7 +378,7 @@ for path in sys.argv[1:]:
 
 
 def read_elsewhere(paths: list[Path], cwd: Path) -> dict[str, dict[str, Any]]:
-    """{path: what came of it}; a process that dies is started again behind the file that killed it."""
+    """Returns {path: outcome}. A process that dies is started again after the file that killed it."""
     results: dict[str, dict[str, Any]] = {}
     left = [str(p) for p in paths]
     while left:
@@ -450,7 +452,7 @@ def small(**more: Any) -> dict[str, Any]:
 
 
 def test_any_damage_ends_in_data_or_a_valueerror(tmp_path: Path) -> None:
-    """300 damaged files of each kind: cut, or with up to eight bytes changed."""
+    """Reads 300 damaged files of each kind: cut, or with up to eight bytes changed."""
     rng, paths = random.Random(0), []
     with disk.foreign() as code:
         for meta in ({}, {'x': code.HistoryBuffer()}):
@@ -559,7 +561,7 @@ def test_numpy_arrays_become_tensors_of_the_same_bits(tmp_path: Path, protocol: 
 
 
 def test_an_object_met_twice_is_read_the_same_twice(tmp_path: Path) -> None:
-    """Also its arrays: and one array stays one tensor, however often the file points at it."""
+    """One array stays one tensor, however often the file refers to it."""
     array = np.ones(3)
     twice = ({'a': array}, [array], array)
     (tmp_path / 'x.pkl').write_bytes(pickle.dumps([twice, twice, array, array]))
@@ -603,6 +605,58 @@ def test_reading_leaves_no_warnings_and_no_open_file(tmp_path: Path, recwarn: py
     with pytest.raises(ValueError):
         read(tmp_path / 'page')
     assert not [str(w.message) for w in recwarn]
+
+
+@pytest.mark.parametrize('kind', ['zip', 'legacy', 'pickle', 'zip beside an unknown object'])
+@pytest.mark.parametrize('lasting', [True, False])
+def test_a_disk_that_fails_is_not_a_damaged_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, lasting: bool) -> None:
+    """Whichever read fails, for good or once: the error is the disk's, or a second try has read the file."""
+    x = {'x': torch.arange(30_000.0)}
+    with disk.foreign() as code:
+        contents = {'meta': code.Slots(), **x} if 'unknown' in kind else x
+        if kind == 'pickle':
+            contents = {'x': x['x'].numpy()}
+        path = disk.write(contents, tmp_path / 'x', kind.split()[0])
+    reads = [0]
+
+    class Failing(reading.DiskFile):
+        def watch(self, call: Any, *args: Any) -> Any:
+            reads[0] += 1
+            return super().watch(fail if (reads[0] >= bad if lasting else reads[0] == bad) else call, *args)
+
+    def fail(*args: Any) -> None:
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(reading, 'DiskFile', Failing)
+    errors = 0
+    for bad in range(1, 100):
+        reads[0] = 0
+        try:
+            assert equal(read(path)['x'], x['x'])
+        except OSError as e:
+            assert e.errno == errno.EIO
+            errors += 1
+        if reads[0] < bad:
+            break
+    assert reads[0] < bad and errors >= (bad - 1 if lasting else 1)
+
+
+@pytest.mark.parametrize(('error', 'raised', 'words'), [
+    (OSError(errno.EIO, 'Input/output error'), OSError, 'Input/output error'),
+    (MemoryError(), ValueError, 'needs more memory than is free')])
+@pytest.mark.parametrize('kind', ['zip', 'safetensors'])
+def test_a_machine_that_fails_is_not_a_damaged_file(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception, raised: type, words: str) -> None:
+    path = disk.write({'x': torch.ones(2)}, tmp_path / 'x', kind)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(*((reading, 'load_file') if kind == 'safetensors' else (zipfile, 'ZipFile')), fail)
+    with pytest.raises(raised, match=words) as e:
+        read(path)
+    assert 'complete' not in str(e.value) and 'damaged' not in str(e.value)
 
 
 def test_reading_a_large_file_costs_no_more_than_twice_its_size(tmp_path: Path) -> None:
