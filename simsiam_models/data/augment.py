@@ -1,8 +1,8 @@
-"""SimSiam's augmentation: which numbers it draws, and what they do to an image.
+"""SimSiam's augmentation: draws its random parameters and applies them to images.
 
 The published list (paper, appendix A; FAIR and MMSelfSup release the same numbers): random resized crop, colour jitter,
 grayscale, Gaussian blur, flip, normalise. On a CPU kernel.c does all of it, one view at a time. For a GPU the CPU cuts
-the crop (uint8), and `finish` does the rest on whole batches, with parameters of its own for each sample.
+the crops (uint8) and `finish` does the rest on whole batches, with separate parameters for each sample.
 """
 import itertools
 import math
@@ -27,7 +27,7 @@ GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The published numbers, in the order an image meets them; probabilities and factors are torchvision's."""
+    """The published numbers, in order of application; probabilities and factors are defined as in torchvision."""
 
     size: int = 224  # pixels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area
@@ -43,40 +43,40 @@ class Augmentation:
     flip_p: float = 0.5
 
     def rule(self) -> np.ndarray:
-        """(4,) float64, what kernel.c asks of the crop."""
+        """(4,) float64, the limits of the crop for kernel.c: shares of the area, then width / height."""
         return np.array([*self.crop_scale, *self.crop_ratio])
 
 
 @dataclass(frozen=True)
 class Finish:
-    """What happens to each sample of a batch behind the crop; arrays of length B."""
+    """The parameters of each sample of a batch for all steps after the crop; arrays of length B."""
 
     jitter: np.ndarray  # bool
-    order: np.ndarray  # (B, 4) which of brightness, contrast, saturation, hue comes 1st..4th
+    order: np.ndarray  # (B, 4) brightness (0), contrast, saturation, hue (3): which comes 1st .. 4th
     factors: np.ndarray  # (B, 4) three factors and the hue shift
     gray: np.ndarray  # bool
-    sigma: np.ndarray  # 0 where there is no blur
+    sigma: np.ndarray  # 0: no blur
     flip: np.ndarray  # bool
 
     def table(self) -> np.ndarray:
-        """(B, 12) float32: jitter, order, factors, gray, sigma, flip; the rows that kernel.c reads."""
+        """(B, 12) float32: jitter, order, factors, gray, sigma, flip, as kernel.c reads them."""
         columns = [self.jitter, *self.order.T, *self.factors.T, self.gray, self.sigma, self.flip]
         return np.stack([c.astype(np.float32) for c in columns], 1)
 
 
 def draw(aug: Augmentation, seed: int, epoch: int, indices: np.ndarray, view: int) -> tuple[np.ndarray, Finish]:
-    """-> the crops' uniform numbers (B, 22), for `crop_box`, and the parameters of the rest."""
+    """Returns the uniform numbers of the crops, (B, 22), for `crop_box`, and the parameters of the other steps."""
     u = uniforms(seed, epoch, indices, view, DRAWS)
     rest = u[:, CROP_DRAWS:]
-    spread = np.array([aug.brightness, aug.contrast, aug.saturation, aug.hue])
+    width = np.array([aug.brightness, aug.contrast, aug.saturation, aug.hue])
     centre = np.array([1.0, 1.0, 1.0, 0.0])
     low, high = aug.blur_sigma
     return u[:, :CROP_DRAWS], Finish(
         jitter=rest[:, 0] < aug.jitter_p,
         order=ORDERS[(rest[:, 1] * len(ORDERS)).astype(int)],
-        # Factors below zero are zero, as in torchvision's ColorJitter.
-        factors=np.maximum(centre - spread, [0, 0, 0, -0.5]) * (1 - rest[:, 2:6])
-        + np.minimum(centre + spread, [9, 9, 9, 0.5]) * rest[:, 2:6],
+        # Factors are at least zero, as in torchvision's ColorJitter.
+        factors=np.maximum(centre - width, [0, 0, 0, -0.5]) * (1 - rest[:, 2:6])
+        + np.minimum(centre + width, [9, 9, 9, 0.5]) * rest[:, 2:6],
         gray=rest[:, 6] < aug.gray_p,
         sigma=np.where(rest[:, 7] < aug.blur_p, low + (high - low) * rest[:, 8], 0.0),
         flip=rest[:, 9] < aug.flip_p,
@@ -84,7 +84,7 @@ def draw(aug: Augmentation, seed: int, epoch: int, indices: np.ndarray, view: in
 
 
 def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-    """22 uniform numbers and an image's size -> (left, top, right, bottom), by torchvision's RandomResizedCrop rule."""
+    """22 uniform numbers and the size of an image -> (left, top, right, bottom), as torchvision's RandomResizedCrop."""
     log_low, log_high = math.log(aug.crop_ratio[0]), math.log(aug.crop_ratio[1])
     for t in range(CROP_TRIES):
         area = width * height * (aug.crop_scale[0] + (aug.crop_scale[1] - aug.crop_scale[0]) * u[2 * t])
@@ -93,7 +93,7 @@ def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple
         if 0 < w <= width and 0 < h <= height:
             left, top = int(u[-2] * (width - w + 1)), int(u[-1] * (height - h + 1))
             return left, top, left + w, top + h
-    # The widest or tallest box that the ratio admits, in the middle.
+    # The widest or tallest box that the ratio admits, in the centre.
     w = min(width, max(1, round(height * aug.crop_ratio[1])))
     h = min(height, max(1, round(width / aug.crop_ratio[0])))
     left, top = (width - w) // 2, (height - h) // 2
@@ -101,26 +101,47 @@ def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple
 
 
 def crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
-    """Cut and resize (bilinear, antialiased) an RGB image -> (size, size, 3) uint8."""
+    """Cuts and resizes (bilinear, antialiased) an RGB image -> (size, size, 3) uint8."""
     return np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def short_side(image: np.ndarray, resize: int) -> tuple[int, int]:
-    """Width and height of an (H, W, 3) image whose short side is to be `resize`.
+def cut_crops(
+    images: list[np.ndarray], u: np.ndarray, aug: Augmentation, out: np.ndarray, rows: np.ndarray,
+    table: np.ndarray | None = None,
+) -> None:
+    """Cuts image i by the numbers u[i] and writes the crop to out[rows[i]]; by kernel.c if it is there, else by PIL.
 
-    As torchvision's Resize has it: the short side is exact, the long one is cut down to a whole number.
+    Args:
+        images: n of (H, W, 3) uint8.
+        u: (n, 22) float64, from `draw`.
+        out: (N, S, S, 3), C order; uint8, or float32 with a table.
+        rows: (n,) indices into `out`.
+        table: (n, 12), rows of `Finish.table`: apply all other steps, too. Only kernel.c can.
+    """
+    if kernel.load_library() is not None:
+        kernel.cut_views(images, u, aug.rule(), table, out, rows)
+        return
+    for image, numbers, row in zip(images, u, rows, strict=True):
+        height, width, _ = image.shape
+        out[row] = crop(Image.fromarray(image), crop_box(aug, numbers, width, height), aug.size)
+
+
+def short_side(image: np.ndarray, resize: int) -> tuple[int, int]:
+    """Width and height of an (H, W, 3) image after torchvision's Resize(resize).
+
+    The short side is exactly `resize`; the long one is rounded down.
     """
     h, w = image.shape[:2]
     return (resize, int(resize * h / w)) if w <= h else (int(resize * w / h), resize)
 
 
 def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
-    """Resize to width x height (bilinear, antialiased), of which `out` (h, w, 3) is the window at (left, top).
+    """Resizes to width x height (bilinear, antialiased) and writes the window at (left, top) to `out` (h, w, 3).
 
-    To the bit what PIL makes of it along the rows first, then along the columns, as its releases to 12 do. PIL 13 takes
-    some images the other way round, which moves pixels by one level.
+    Bit for bit PIL's result along the rows first, then along the columns, as in its releases up to 12. PIL 13 resizes
+    some images in the other order, which changes pixels by one level.
     """
-    if kernel.library() is not None:
+    if kernel.load_library() is not None:
         kernel.resize(image, width, height, left, top, out)
         return
     rows = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
@@ -131,7 +152,7 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
 def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
     """(B, 3, S, S) uint8 on any device -> (B, 3, S, S) float32, jittered, grayed, blurred, flipped, normalised.
 
-    Makes the host wait for nothing. `colours` may be a compiled `jitter_and_gray`.
+    The host does not wait for the device. `colours` may be a compiled `jitter_and_gray`.
     """
     table = send(params.table(), images)
     x = (colours or jitter_and_gray)(images, table)
@@ -151,7 +172,7 @@ def normalize(x: Tensor) -> Tensor:
 
 
 def send(array: np.ndarray, to: Tensor) -> Tensor:
-    """To the device of `to`; on CUDA without waiting for it."""
+    """Copies an array to the device of `to`, on CUDA asynchronously."""
     x = torch.from_numpy(array)
     return x.pin_memory().to(to.device, non_blocking=True) if to.is_cuda else x.to(to.device)
 
@@ -162,10 +183,10 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 and (B, 12), `Finish.table` -> colours in [0, 1], computed as torchvision does on float.
+    """(B, 3, S, S) uint8 and (B, 12), `Finish.table` -> colours in [0, 1], computed as torchvision does on floats.
 
-    Each sample has its own order of the four operators, and no branch depends on it: the three that blend (brightness,
-    contrast, saturation) get three places before hue and three behind it, and do nothing where they are not called for.
+    Each sample has its own order of the four operators, yet no branch depends on it: the three operators that blend
+    (brightness, contrast, saturation) have three places before hue and three after it, of which unused ones do nothing.
     """
     x = images.float() / 255
     jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9] > 0
@@ -180,7 +201,7 @@ def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, op: Tensor, factors: Tensor, on: Tensor) -> Tensor:
-    """Operator op (B,) where on (B,): blend with black (0), with the mean gray (1), or with the gray image (2)."""
+    """Blends x with black (op 0), its mean gray (1) or its gray image (2); op (B,) applies if on (B,) is true."""
     factor = factors.gather(1, op.long()[:, None]).squeeze(1)
     factor = torch.where(on, factor, torch.ones_like(factor)).view(-1, 1, 1, 1)
     op, other = op.view(-1, 1, 1, 1), _gray(x)
@@ -190,7 +211,7 @@ def _blend(x: Tensor, op: Tensor, factors: Tensor, on: Tensor) -> Tensor:
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of (B, 3, S, S) colours in [0, 1] by `shift` (B, 1, 1, 1) of the circle, in HSV, exactly."""
+    """Shifts the hue of (B, 3, S, S) colours in [0, 1] by `shift` (B, 1, 1, 1) of the circle, exactly in HSV."""
     r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
@@ -206,21 +227,21 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
-    """Gaussian blur of (B, 3, S, S) with a standard deviation in pixels per sample; edge pixels repeat, as in PIL.
+    """Blurs (B, 3, S, S) with a Gaussian of `sigma` (B,) pixels per sample; edge pixels repeat, as in PIL.
 
-    The kernel is the true Gaussian, cut at 4 sigma; PIL's is a cascade of box filters that approximates it.
+    The kernel is the true Gaussian, cut off at 4 sigma; PIL approximates it by a cascade of box filters.
     """
     size = x.shape[-1]
     reach = np.ceil(4 * sigma)
     o = np.arange(int(reach.max()) + 2)
-    taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2), whatever the others' sigma
+    taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2)
     taps /= 2 * taps.sum(1, keepdims=True) - taps[:, :1]
-    beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # what lies at distance o and farther
+    beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # the weight at distance o and beyond
     taps, beyond = send(taps.astype(np.float32), x), send(beyond.astype(np.float32), x)
     i = torch.arange(size, device=x.device)
     last = len(o) - 1
     m = taps[:, (i[:, None] - i).abs().clamp_max(last)]  # (B, S, S)
-    m[:, :, 0] = beyond[:, i.clamp_max(last)]  # the edge stands for all that lies behind it
+    m[:, :, 0] = beyond[:, i.clamp_max(last)]  # the edge pixel stands for all beyond it
     m[:, :, -1] = beyond[:, (size - 1 - i).clamp_max(last)]
     if size == 1:
         m = torch.ones_like(m)

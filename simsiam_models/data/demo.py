@@ -1,9 +1,10 @@
-"""The built-in demonstration data: patterned materials, photographed many times over, drawn in memory.
+"""The built-in demonstration data: pictures of patterned materials, generated in memory.
 
-A class is one material, known by the directions and the arrangement of its strokes (hatching, weave, brick, chevrons).
-Every picture is a new sample of it: own place, scale and small turn, own two colours, either of which may be darker,
-own depth of engraving, and own light with a slope, soft shadows and sensor noise. Pictures of one class share neither
-pixels nor colours, so nearest neighbours among pixels say little; crop, flip and colour jitter keep the class.
+A class is one material, defined by the directions and the arrangement of its strokes (hatching, weave, brick,
+chevrons). Every picture is a new sample of it, with its own position, scale and small rotation, its own two colours,
+either of which may be darker, its own depth of engraving, and its own light with a slope, soft shadows and sensor
+noise. Pictures of one class share neither pixels nor colours, so nearest neighbours among pixels say little; crop, flip
+and colour jitter keep the class.
 """
 import numpy as np
 
@@ -16,24 +17,24 @@ CLASSES = [
 STROKES = {'ruled': 0, 'pinstripe': 90, 'hatched': 45, 'shallow twill': 22, 'steep twill': 68}  # degrees
 CROSSED = {'lattice': 45, 'flat diamond': 22, 'tall diamond': 68}
 PER_CLASS = {'train': 250, 'val': 64}
-_STREAM = {'train': 1, 'val': 2}  # each split draws from its own stream: no picture is in both
+_SEEDS = {'train': 1, 'val': 2}  # so that no picture is in both splits
 
 
 def demo_images() -> tuple[MemoryImages, MemoryImages]:
-    """3000 training and 768 validation images of 12 classes, 32 px; the same in every run."""
-    return _split('train'), _split('val')
+    """Generates 3000 training and 768 validation images of 12 classes, 32 px; the same in every run."""
+    return _generate_split('train'), _generate_split('val')
 
 
-def _split(split: str) -> MemoryImages:
+def _generate_split(split: str) -> MemoryImages:
     n = PER_CLASS[split]
-    images = [_pictures(kind, n, np.random.Generator(np.random.PCG64([_STREAM[split], i])))
+    images = [_generate(kind, n, np.random.Generator(np.random.PCG64([_SEEDS[split], i])))
               for i, kind in enumerate(CLASSES)]
     labels = np.repeat(np.arange(len(CLASSES)), n)
     return MemoryImages(np.concatenate(images), labels, CLASSES, f'demonstration data ({split})')
 
 
-def _pictures(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
-    """n pictures of one material, (n, SIZE, SIZE, 3) uint8."""
+def _generate(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Generates n pictures of one material, (n, SIZE, SIZE, 3) uint8."""
 
     def draw(low: float, high: float, channels: int | None = None) -> np.ndarray:
         shape = (n, 1, 1) if channels is None else (n, 1, 1, channels)

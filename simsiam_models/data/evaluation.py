@@ -1,6 +1,6 @@
-"""Images as they are measured: resized, cropped at the centre, without augmentation."""
+"""Evaluation images: resized and cropped at the centre, without augmentation."""
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from .augment import resize, short_side
-from .loader import AHEAD, in_order, make_threads
 from .readers.decode import UnreadableError
 from .readers.images import Images
+from .threads import AHEAD, Job, make_threads, run_in_order, split_range
 
 SHARE = 8  # images that a thread takes at a time
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Short side to `resize`, then the centre of crop x crop; or 'squash' (VOC07): the whole image to crop x crop.
+    """'center': short side to `resize`, then the centre crop x crop. 'squash' (VOC07): the whole image to crop x crop.
 
-    Both match torchvision's operators on PIL images, bilinear (`augment.resize`).
+    Both match torchvision's operators on PIL images, bilinear (see `augment.resize`). 'squash' resizes the short side
+    to `resize` first, too.
     """
 
     resize: int = 256
@@ -28,13 +29,13 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.kind not in ('center', 'squash'):
-            raise ValueError(f"transform {self.kind!r}: it is 'center' or 'squash'")
+            raise ValueError(f"transform {self.kind!r}: must be 'center' or 'squash'")
         if min(self.resize, self.crop) < 1 or (self.kind == 'center' and self.crop > self.resize):
             raise ValueError(
                 f'--image-size {self.crop} and --resize {self.resize}: the crop must fit into the resized image')
 
     def __call__(self, image: np.ndarray, out: np.ndarray) -> None:
-        """(H, W, 3) uint8 -> `out` (crop, crop, 3) uint8."""
+        """Transforms (H, W, 3) uint8 into `out` (crop, crop, 3) uint8."""
         width, height = short_side(image, self.resize)
         if self.kind == 'center':
             resize(image, width, height, round((width - self.crop) / 2), round((height - self.crop) / 2), out)
@@ -47,13 +48,13 @@ class Transform:
 class EvalImages:
     """The loader of evaluation images: yields (rows, pixels), one pair for each array in `batches`.
 
-    rows are the indices of the images, pixels their crops, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
+    rows are the indices of the images; pixels are their crops, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
 
-    An unreadable image is never measured as a black one. It is counted and named in `unreadable` (index -> why) as soon
-    as its batch is yielded, its pixels are zeros, and the caller leaves it out of the number or refuses to go on.
+    The pixels of an unreadable image are zeros. `unreadable` (index -> reason) names it before its batch is yielded, so
+    that the caller leaves it out of the result or stops: it is never measured as a black image.
 
     Args:
-        workers: threads that read and resize; 0: the caller's own.
+        workers: threads that read and resize; with 0, the caller's own thread does.
     """
 
     def __init__(
@@ -70,17 +71,14 @@ class EvalImages:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, Tensor]]:
-        yield from in_order(self._threads, self._jobs(), self._ahead)
+        self.unreadable = {}  # what failed in an earlier pass may be readable now
+        return run_in_order(self._threads, self._jobs(), self._ahead)
 
-    def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Which of these images could be read: (len(rows),) bool."""
-        return np.array([int(row) not in self.unreadable for row in rows], bool)
-
-    def _jobs(self) -> Iterator[tuple[tuple[np.ndarray, Tensor], list[Callable[[], None]]]]:
+    def _jobs(self) -> Iterator[Job]:
         size = self.transform.crop
         for rows in self.batches:
             x = torch.empty(len(rows), size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
-            parts = [slice(i, i + SHARE) for i in range(0, len(rows), SHARE)]
+            parts = split_range(len(rows), SHARE)
             yield (rows, x), [functools.partial(self._fill, x.numpy()[part], rows[part]) for part in parts]
 
     def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:

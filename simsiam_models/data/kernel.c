@@ -1,9 +1,9 @@
-/* The augmentation of one view in one call, for CPUs: counted numbers, crop box, crop, colours, blur, flip, normalise;
- * and two loops of evaluation: Pillow's resize, and products in double.
+/* The augmentation of one view in one call, for CPUs: random numbers, crop box, crop, colours, blur, flip, normalise;
+ * and Pillow's resize for evaluation.
  *
- * Python says the same in NumPy, PIL and torch; the tests hold the two against each other. Compiled
- * at first use by kernel.py, called through ctypes, which releases the interpreter lock. Plain C: loops over whole rows
- * and planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not
+ * Python computes the same with NumPy, PIL and torch; the tests compare the two. kernel.py compiles this file at first
+ * use and calls it through ctypes, which releases the interpreter lock. It is plain C: loops over whole rows and
+ * planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not
  * depend on the processor.
  */
 #include <math.h>
@@ -30,8 +30,8 @@ void philox_words(int64_t n, const int64_t *indices, uint32_t epoch, uint64_t se
         }
 }
 
-/* torchvision's RandomResizedCrop: ten tries, then the widest or tallest box in the middle. u: 22 numbers in [0, 1);
- * rule: least and largest share of the area, least and largest width / height. box: left, top, width, height. */
+/* torchvision's RandomResizedCrop: ten tries, then the widest or tallest box in the centre. u: 22 numbers in [0, 1);
+ * rule: smallest and largest share of the area, smallest and largest width / height. box: left, top, width, height. */
 #define TRIES 10
 static void crop_box(const double *u, int64_t width, int64_t height, const double *rule, int64_t *box) {
     double low = log(rule[2]), high = log(rule[3]);
@@ -52,15 +52,15 @@ static void crop_box(const double *u, int64_t width, int64_t height, const doubl
     box[0] = (width - w) / 2, box[1] = (height - h) / 2, box[2] = w, box[3] = h;
 }
 
-/* n images of sizes (width, height). */
+/* The boxes of n images of `sizes` (width, height). */
 void crop_boxes(int64_t n, const double *u, const int64_t *sizes, const double *rule, int64_t *boxes) {
     for (int64_t i = 0; i < n; i++)
         crop_box(u + i * (2 * TRIES + 2), sizes[2 * i], sizes[2 * i + 1], rule, boxes + 4 * i);
 }
 
-/* Antialiased bilinear resize, within one level of PIL's: a triangle as wide as the scale; along the columns first, a
- * row of bytes at a time, then along that row. Integers throughout: the same bytes from every processor and compiler.
- * The weights of a pixel sum to exactly 1 << bits: what rounding one loses, the next one gets.
+/* Antialiased bilinear resize, within one level of PIL's: a triangle filter as wide as the scale, along the columns
+ * first, a row of bytes at a time, then along that row. All in integers, so that every processor and compiler gives the
+ * same bytes. The weights of a pixel sum to exactly 1 << bits: each passes its rounding error on to the next.
  * triangle() returns the largest number of taps. */
 typedef struct { int first, taps; } Span;
 
@@ -92,10 +92,10 @@ static int triangle(int in, int out, int bits, int stride, Span *spans, int32_t 
     return most;
 }
 
-#define X_BITS 14 /* so that weights are 16-bit numbers, and a pixel times a weight of the other axis ... */
+#define X_BITS 14 /* so that weights fit 16 bits, and a pixel times a weight of the other axis ... */
 #define Y_BITS 16 /* ... is the upper half of a product of two 16-bit numbers */
 
-/* A weighted sum of `taps` rows of n bytes. Products are cut to whole 1/256 of a level; half a unit each makes up. */
+/* A weighted sum of `taps` rows of n bytes. Products are truncated to 1/256 of a level; half a unit each makes up. */
 static void shrink_scalar(const uint8_t *rows, int64_t pitch, int taps, const int32_t *k, int n, uint8_t *out) {
     for (int x = 0; x < n; x++) {
         uint32_t sum = 128 + (uint32_t)taps / 2;
@@ -105,12 +105,12 @@ static void shrink_scalar(const uint8_t *rows, int64_t pitch, int taps, const in
     }
 }
 
-/* Four taps a step: pixels as pairs of 16-bit numbers (r0 r1 g0 g1 b0 b1 . .) times weights in the same order. */
+/* Four taps per step: pixels as pairs of 16-bit numbers (r0 r1 g0 g1 b0 b1 . .) times weights in the same order. */
 #ifdef __AVX2__
 #include <immintrin.h>
 static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *k, int n, uint8_t *out) {
     const __m256i start = _mm256_set1_epi16((short)(128 + taps / 2));
-    if (n < 32 || taps > 254) { /* more would not fit 16 bits */
+    if (n < 32 || taps > 254) { /* more taps would not fit 16 bits */
         shrink_scalar(rows, pitch, taps, k, n, out);
         return;
     }
@@ -170,7 +170,7 @@ static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *
 }
 #endif
 
-/* (w, h) pixels of an RGB image, `pitch` bytes a row -> (size, size, 3). */
+/* (w, h) pixels of an RGB image, `pitch` bytes per row -> (size, size, 3). */
 static int resize(const uint8_t *image, int64_t pitch, int w, int h, uint8_t *out, int size) {
     int sx = 2 * (int)ceil(w > size ? (double)w / size : 1) + 1;
     int sy = 2 * (int)ceil(h > size ? (double)h / size : 1) + 1;
@@ -212,7 +212,7 @@ static void brightness(float *restrict x, int64_t n, float f) {
 static void contrast(float *restrict x, int64_t n, float f) {
     const float *r = x, *g = x + n, *b = x + 2 * n;
     double sum = 0;
-    for (int64_t from = 0; from < n; from += 4096) { /* lanes and chunks: vector instructions and small sums */
+    for (int64_t from = 0; from < n; from += 4096) { /* lanes for vector instructions, chunks for small sums */
         float lane[16] = {0};
         int64_t i = from, end = n < from + 4096 ? n : from + 4096;
         for (; i + 16 <= end; i += 16)
@@ -232,7 +232,7 @@ static void saturation(float *restrict x, int64_t n, float f) {
     }
 }
 
-/* Hue is turned in HSV, exactly: channel n is V - C max(0, min(k, 4 - k, 1)), k = (n + H) mod 6, in sixths. */
+/* The hue shift, exactly in HSV: channel n is V - C max(0, min(k, 4 - k, 1)), k = (n + H) mod 6, in sixths. */
 static inline float turned(float hue, float n, float value, float chroma) {
     float k = hue + n;
     k -= 6 * floorf(k * (1 / 6.0f));
@@ -280,8 +280,8 @@ static void weigh(const float *const *before, const float *const *behind, const 
     }
 }
 
-/* The true Gaussian, cut at 4 sigma; edge pixels repeat. Each plane (size, size), columns first; tmp: one plane,
- * line: size + 2 radius floats, rows: 2 radius + 2 pointers. */
+/* The true Gaussian, cut off at 4 sigma; edge pixels repeat. Each plane is (size, size), blurred along columns first;
+ * tmp: one plane, line: size + 2 radius floats, rows: 2 radius + 2 pointers. */
 static void blur(float *x, int planes, int size, const float *taps, int radius, float *tmp, float *line,
                  const float **rows) {
     const float **before = rows, **behind = rows + radius + 1;
@@ -303,13 +303,13 @@ static void blur(float *x, int planes, int size, const float *taps, int radius, 
     }
 }
 
-/* What happens to a crop (size, size, 3) of bytes behind the crop -> floats (size, size, 3). p is a row of
- * augment.Finish.table: jitter, four operators in order (0 brightness, 1 contrast, 2 saturation, 3 hue), their factors,
- * gray, sigma, flip. */
+/* All steps after the crop: bytes (size, size, 3) -> floats (size, size, 3). p is a row of augment.Finish.table:
+ * jitter, four operators in order (0 brightness, 1 contrast, 2 saturation, 3 hue), their factors, gray, sigma, flip. */
 #define PARAMETERS 12
 static int radius_of(const float *p) { return (int)ceilf(4 * p[10]); }
 
-/* Pointers to rows, planes with one for blur, taps, a line, and the crop. Kept by the caller: fresh memory is slow. */
+/* Room for pointers to rows, planes and one for blur, taps, a line, and the crop. The caller keeps it: new memory is
+ * slow. */
 int64_t scratch_bytes(int64_t n, const float *parameters, int size) {
     int64_t radius = 0, pixels = (int64_t)size * size;
     for (int64_t i = 0; parameters && i < n; i++)
@@ -352,8 +352,8 @@ static void finish(const uint8_t *restrict crop, const float *p, float *restrict
                 out[3 * i] = r[i] * kr - mr, out[3 * i + 1] = g[i] * kg - mg, out[3 * i + 2] = b[i] * kb - mb;
 }
 
-/* n views. Of each: an RGB image (height, width, 3) of bytes, 22 numbers for its box, a row of PARAMETERS, and where it
- * goes: floats, finished, or without parameters the bytes of the crop. Returns 1 where memory is short. */
+/* n views, each from an RGB image (height, width, 3) of bytes, 22 numbers for its box, and a row of PARAMETERS. Writes
+ * the finished floats to `out`, or without parameters the bytes of the crops. Returns 1 if memory runs out. */
 int views(int64_t n, const uint8_t *const *images, const int64_t *sizes, const double *u, const double *rule,
           const float *parameters, void *const *out, int size, void *scratch) {
     uint8_t *crop = (uint8_t *)scratch + scratch_bytes(n, parameters, size) - 3 * (int64_t)size * size;
@@ -368,13 +368,13 @@ int views(int64_t n, const uint8_t *const *images, const int64_t *sizes, const d
 }
 
 /* Pillow's antialiased bilinear resize, bit for bit, for evaluation: 22-bit weights; along the rows first, rounded to
- * bytes, then along the columns. Only a window of the result is made, and of the image only what that needs. */
+ * bytes, then along the columns. Computes only a window of the result, and reads only the pixels that it needs. */
 #define BITS 22
 typedef int32_t four __attribute__((vector_size(16)));
 typedef uint8_t four_bytes __attribute__((vector_size(4)));
 
 static inline four widened(const uint8_t *p) {
-#ifdef __AVX2__ /* compilers would take the bytes one by one */
+#ifdef __AVX2__ /* compilers would load the bytes one by one */
     int x;
     memcpy(&x, p, 4);
     return (four)_mm_cvtepu8_epi32(_mm_cvtsi32_si128(x));
@@ -385,7 +385,7 @@ static inline four widened(const uint8_t *p) {
 #endif
 }
 
-/* Returns the largest number of taps; all others are filled up with zeros. */
+/* Returns the largest number of taps; pixels with fewer get zero weights. */
 static int pillow_weights(int in, int out, int start, int n, int stride, Span *spans, int32_t *weights) {
     double scale = (double)in / out, width = scale < 1 ? 1 : scale, per = 1 / width;
     int most = 0;
@@ -404,21 +404,21 @@ static int pillow_weights(int in, int out, int start, int n, int stride, Span *s
     return most;
 }
 
-/* Reads 3 taps + 1 bytes from each span's first pixel on, and writes a byte behind the last one. */
+/* Reads 3 taps + 1 bytes from the first pixel of each span, and writes one byte beyond the last pixel. */
 static inline void pillow_row(const uint8_t *row, const Span *spans, const int32_t *weights, int stride, int taps,
                               int n, uint8_t *out) {
     for (int x = 0; x < n; x++, weights += stride, out += 3) {
         const uint8_t *p = row + 3 * spans[x].first;
         four sum = {1 << (BITS - 1), 1 << (BITS - 1), 1 << (BITS - 1), 0};
         for (int t = 0; t < taps; t++) sum += widened(p + 3 * t) * weights[t]; /* the fourth lane is dropped */
-        sum >>= BITS; /* 256 at most, where the weights were rounded up */
+        sum >>= BITS; /* at most 256, if the weights were rounded up */
         four_bytes pixel = __builtin_convertvector(sum - (sum >> 8), four_bytes);
         memcpy(out, &pixel, 4);
     }
 }
 
-/* (h, w, 3) bytes, as if resized to (to_h, to_w): the window at (left, top) of (n_h, n_w) -> out (n_h, n_w, 3). Returns
- * 1 where memory is short. */
+/* (h, w, 3) bytes, resized to (to_h, to_w): writes the window of (n_h, n_w) at (left, top) to out (n_h, n_w, 3).
+ * Returns 1 if memory runs out. */
 int pillow_resize(const uint8_t *image, int w, int h, int to_w, int to_h, int left, int top, int n_w, int n_h,
                   uint8_t *out) {
     int sx = 2 * (int)ceil(w > to_w ? (double)w / to_w : 1) + 1;
@@ -427,7 +427,7 @@ int pillow_resize(const uint8_t *image, int w, int h, int to_w, int to_h, int le
     Span *spans = malloc((size_t)(n_w + n_h) * sizeof *spans);
     int32_t *kx = malloc((size_t)n_w * sx * sizeof *kx), *ky = malloc((size_t)n_h * sy * sizeof *ky);
     int32_t *sums = malloc((size_t)n * sizeof *sums);
-    uint8_t *ring = malloc((size_t)sy * pitch); /* rows resized along x: as many as a row of the result needs */
+    uint8_t *ring = malloc((size_t)sy * pitch); /* rows resized along x, as many as one row of the result needs */
     uint8_t *last = calloc((size_t)3 * (w + sx) + 1, 1);
     int failed = !spans || !kx || !ky || !sums || !ring || !last;
     if (!failed) {
@@ -437,7 +437,7 @@ int pillow_resize(const uint8_t *image, int w, int h, int to_w, int to_h, int le
             Span span = spans[n_w + y];
             for (; done < span.first + span.taps; done++) {
                 const uint8_t *row = image + 3 * (int64_t)w * done;
-                if (done + sx / w + 1 >= h) row = memcpy(last, row, 3 * (size_t)w); /* nothing behind these is read */
+                if (done + sx / w + 1 >= h) row = memcpy(last, row, 3 * (size_t)w); /* reads nothing beyond the image */
                 uint8_t *to = ring + (size_t)(done % sy) * pitch;
                 if (taps <= 3) pillow_row(row, spans, kx, sx, 3, n_w, to); /* copies of the loop for usual scales */
                 else if (taps == 4) pillow_row(row, spans, kx, sx, 4, n_w, to);
@@ -454,29 +454,4 @@ int pillow_resize(const uint8_t *image, int w, int h, int to_w, int to_h, int le
     }
     free(spans), free(kx), free(ky), free(sums), free(ring), free(last);
     return failed;
-}
-
-/* out[i] = the product of row rows[i] of a (., d) table of floats with d doubles, in double. The order of the additions
- * depends on d alone. */
-typedef double lanes __attribute__((vector_size(64)));
-typedef float float_lanes __attribute__((vector_size(32), aligned(4), may_alias));
-typedef lanes loose_lanes __attribute__((aligned(8), may_alias));
-
-void dots(int64_t n, const int64_t *rows, const float *table, int64_t d, const double *query, double *out) {
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = table + rows[i] * d;
-        lanes a = {0}, b = a, c = a, e = a;
-        int64_t j = 0;
-        for (; j + 32 <= d; j += 32) {
-            const float_lanes *x = (const float_lanes *)(row + j);
-            const loose_lanes *q = (const loose_lanes *)(query + j);
-            a += __builtin_convertvector(x[0], lanes) * q[0], b += __builtin_convertvector(x[1], lanes) * q[1];
-            c += __builtin_convertvector(x[2], lanes) * q[2], e += __builtin_convertvector(x[3], lanes) * q[3];
-        }
-        a += b + (c + e);
-        double sum = 0;
-        for (int l = 0; l < 8; l++) sum += a[l];
-        for (; j < d; j++) sum += (double)row[j] * query[j];
-        out[i] = sum;
-    }
 }

@@ -1,7 +1,7 @@
-"""kernel.c, compiled at first use with the machine's C compiler and kept; without one, NumPy, PIL and torch stand in.
+"""Compiles kernel.c with the machine's C compiler at first use and keeps it; NumPy, PIL and torch are the fallback.
 
-No compiler is needed to install the package, and the code is made for the processor that runs it. SIMSIAM_KERNEL=0
-leaves it out.
+So the package installs without a compiler, and the code is built for the processor that runs it. SIMSIAM_KERNEL=0
+turns the kernel off.
 """
 import ctypes
 import functools
@@ -17,12 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime.files import cache_folder
+from ..runtime.files import cache_folder, replacing
+from ..runtime.messages import one_line
 
 SOURCE = Path(__file__).with_name('kernel.c')
-# No contraction of a * b + c: the same numbers from every processor. The other two only drop errno and signals.
+# No contraction of a * b + c, so that every processor gives the same numbers. The last two only drop errno and signals.
 FLAGS = ['-O3', '-std=gnu11', '-fPIC', '-shared', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
-# The first that the compiler knows; wide vectors pay here.
+# The first set that the compiler accepts; wide vectors are worth it here.
 NATIVE = (['-march=native', '-mprefer-vector-width=512'], ['-march=native'], ['-mcpu=native'], [])
 COMPILE_SECONDS = 120
 
@@ -30,21 +31,20 @@ _logger = logging.getLogger('simsiam_models')
 _lock, _thread = threading.Lock(), threading.local()
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernel, or None (said once, with the reason)."""
+def load_library() -> ctypes.CDLL | None:
+    """Returns the compiled kernel; None, with one warning, if it cannot be compiled."""
     with _lock:
-        return _library()
+        return _load_once()
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | None:
+def _load_once() -> ctypes.CDLL | None:
     if os.environ.get('SIMSIAM_KERNEL') == '0':
         return None
     try:
-        lib = _load()
+        lib = _load_or_compile()
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
-        reason = ' '.join(str(e).split())[:200]
-        _logger.warning(f'the augmentation kernel cannot be compiled ({reason}): going on without, slower')
+        _logger.warning(f'the augmentation kernel cannot be compiled ({one_line(e)}); continuing without it, slower')
         return None
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
     lib.philox_words.argtypes = [i64, pointer, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32, i64, pointer]
@@ -54,53 +54,47 @@ def _library() -> ctypes.CDLL | None:
     lib.views.argtypes = [i64, *[pointer] * 6, ctypes.c_int, pointer]
     lib.scratch_bytes.argtypes, lib.scratch_bytes.restype = [i64, pointer, ctypes.c_int], i64
     lib.pillow_resize.argtypes = [pointer, *[ctypes.c_int] * 8, pointer]
-    lib.dots.argtypes, lib.dots.restype = [i64, pointer, pointer, i64, pointer, pointer], None
     return lib
 
 
-def _load() -> ctypes.CDLL:
+def _load_or_compile() -> ctypes.CDLL:
     compiler = os.environ.get('CC') or next(filter(None, map(shutil.which, ('cc', 'gcc', 'clang'))), None)
     if compiler is None:
-        raise RuntimeError('no C compiler: neither cc nor gcc nor clang')
+        raise RuntimeError('no C compiler found: neither cc, gcc nor clang')
     folder = cache_folder()
-    if folder is None or not _is_ours(folder):
+    if folder is None or not _is_private(folder):
         with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
             return _compile(compiler, Path(once) / 'kernel.so')
-    # A home folder may be shared by machines whose processors differ.
-    made_for = repr((SOURCE.read_bytes(), FLAGS, NATIVE, compiler, platform.machine(), _processor()))
-    path = folder / f'kernel-{hashlib.sha256(made_for.encode()).hexdigest()[:16]}.so'
+    # Machines with different processors may share a home folder.
+    built_for = repr((SOURCE.read_bytes(), FLAGS, NATIVE, compiler, platform.machine(), _processor_flags()))
+    path = folder / f'kernel-{hashlib.sha256(built_for.encode()).hexdigest()[:16]}.so'
     try:
         return ctypes.CDLL(str(path))
-    except OSError:  # not there, or damaged
+    except OSError:  # dlopen does not say whether it is missing or damaged; compiling it again costs a second
         return _compile(compiler, path)
 
 
 def _compile(compiler: str, path: Path) -> ctypes.CDLL:
-    """Under a name of this process's own, then renamed: other processes see a whole file or none."""
-    handle, name = tempfile.mkstemp('.part', path.stem, path.parent)  # process ids repeat between containers
-    os.close(handle)
-    part = Path(name)
-    try:
+    with replacing(path, shared=True) as part:
         for native in NATIVE:
             command = [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm']
             done = subprocess.run(
                 command, capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS,
                 stdin=subprocess.DEVNULL)
             if done.returncode == 0:
-                os.replace(part, path)
-                return ctypes.CDLL(str(path))
-        raise RuntimeError(f'{compiler}: {done.stderr or done.stdout or f"exit status {done.returncode}"}')
-    finally:
-        part.unlink(missing_ok=True)
+                break
+        else:
+            raise RuntimeError(f'{compiler}: {done.stderr or done.stdout or f"exit status {done.returncode}"}')
+    return ctypes.CDLL(str(path))
 
 
-def _is_ours(folder: Path) -> bool:
-    """What others can write is not loaded as code."""
+def _is_private(folder: Path) -> bool:
+    """Whether only this user can write there: code from other folders is not loaded."""
     status = folder.stat()
     return not hasattr(os, 'getuid') or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
 
 
-def _processor() -> str:
+def _processor_flags() -> str:
     try:
         with open('/proc/cpuinfo') as f:
             return next((line for line in f if line.startswith(('flags', 'Features'))), '')
@@ -109,45 +103,34 @@ def _processor() -> str:
 
 
 def philox_words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
-    """counted._words: (n,) indices -> (n, 4 blocks) random 32-bit words."""
+    """(n,) indices -> (n, 4 blocks) random 32-bit words, see philox.py."""
     indices = np.ascontiguousarray(indices, np.int64)
     out = np.empty((len(indices), 4 * blocks), np.uint32)
-    library().philox_words(
+    load_library().philox_words(
         len(indices), indices.ctypes.data, epoch, seed & (2**64 - 1), first_block, blocks, out.ctypes.data)
     return out
 
 
-def crop_boxes(u: np.ndarray, sizes: np.ndarray, rule: np.ndarray) -> np.ndarray:
-    """(n, 22) numbers in [0, 1) and (n, 2) widths and heights -> (n, 4) left, top, width, height.
-
-    rule: least and largest share of the area, least and largest width / height.
-    """
-    u, rule = np.ascontiguousarray(u, np.float64), np.ascontiguousarray(rule, np.float64)
-    sizes, out = np.ascontiguousarray(sizes, np.int64), np.empty((len(u), 4), np.int64)
-    library().crop_boxes(len(u), u.ctypes.data, sizes.ctypes.data, rule.ctypes.data, out.ctypes.data)
-    return out
-
-
-def views(
+def cut_views(
     images: list[np.ndarray], u: np.ndarray, rule: np.ndarray, table: np.ndarray | None, out: np.ndarray,
     rows: np.ndarray,
 ) -> None:
-    """Cut image i by u[i] and write it to out[rows[i]]: finished by table[i], or the bytes of the crop without a table.
+    """Cuts image i by u[i] and writes it to out[rows[i]]: the finished view of table[i], or without a table the crop.
 
     Args:
         images: n of (H, W, 3) uint8.
-        u: (n, 22) float64, for the crop's box.
-        rule: as for `crop_boxes`.
+        u: (n, 22) float64, for the box of the crop.
+        rule: (4,) float64, `augment.Augmentation.rule`.
         table: (n, 12) float32, `augment.Finish.table`, or None.
         out: (N, S, S, 3), C order; float32 with a table, else uint8.
-        rows: (n,) which of them.
+        rows: (n,) indices into `out`.
     """
     n, size = len(images), out.shape[1]
     images = [np.ascontiguousarray(x) for x in images]
     u, rows = np.ascontiguousarray(u), np.asarray(rows, np.int64)
     if table is not None:
         table = np.ascontiguousarray(table, np.float32)
-    # A kernel that is handed a wrong shape would read and write anywhere.
+    # With a wrong shape the kernel would read and write anywhere.
     fits = (
         all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
         and u.shape == (n, 22) and u.dtype == np.float64 and rule.shape == (4,) and rule.dtype == np.float64
@@ -162,21 +145,21 @@ def views(
     sizes = np.array([x.shape[1::-1] for x in images], np.int64)
     targets = (out.ctypes.data + rows * out.strides[0]).astype(np.uintp)
     parameters = None if table is None else table.ctypes.data
-    need = library().scratch_bytes(n, parameters, size)
+    need = load_library().scratch_bytes(n, parameters, size)
     if len(getattr(_thread, 'scratch', b'')) < need:
         _thread.scratch = np.empty(need, np.uint8)
-    if library().views(
+    if load_library().views(
             n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
             targets.ctypes.data, size, _thread.scratch.ctypes.data):
-        raise MemoryError(f'no memory for views of {size} pixels')
+        raise MemoryError(f'out of memory for views of {size} pixels')
 
 
 def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
-    """PIL's bilinear resize of `image` to width x height, bit for bit; the window of it at (left, top) goes to `out`.
+    """Resizes to width x height as PIL does (bilinear, bit for bit) and writes the window at (left, top) to `out`.
 
     Args:
         image: (H, W, 3) uint8.
-        out: (h, w, 3) uint8, C order, of a size that fits into the window.
+        out: (h, w, 3) uint8, C order; its size is that of the window.
     """
     image = np.ascontiguousarray(image)
     h, w = out.shape[:2]
@@ -186,22 +169,8 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
         and 0 <= left <= width - w and 0 <= top <= height - h)
     if not fits:
         raise ValueError(
-            f'no window {out.shape} {out.dtype} at ({left}, {top}) of an image {image.shape} {image.dtype} that is '
-            f'resized to {width} x {height}')
-    if library().pillow_resize(
+            f'no window {out.shape} {out.dtype} at ({left}, {top}) in an image {image.shape} {image.dtype} resized to '
+            f'{width} x {height}')
+    if load_library().pillow_resize(
             image.ctypes.data, image.shape[1], image.shape[0], width, height, left, top, w, h, out.ctypes.data):
-        raise MemoryError(f'no memory to resize an image to {width} x {height}')
-
-
-def dots(table: np.ndarray, rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Products in float64 of rows of a (N, d) float32 table, in C order, with a query (d,) float64 -> (n,)."""
-    rows, query = np.ascontiguousarray(rows, np.int64), np.ascontiguousarray(query, np.float64)
-    fits = (
-        table.dtype == np.float32 and table.ndim == 2 and table.flags.c_contiguous and query.shape == table.shape[1:]
-        and rows.ndim == 1 and (len(rows) == 0 or (rows.min() >= 0 and rows.max() < len(table))))
-    if not fits:
-        raise ValueError(f'no products of {rows.shape} rows of {table.shape} {table.dtype} with {query.shape}')
-    out = np.empty(len(rows))
-    library().dots(
-        len(rows), rows.ctypes.data, table.ctypes.data, table.shape[1], query.ctypes.data, out.ctypes.data)
-    return out
+        raise MemoryError(f'out of memory to resize an image to {width} x {height}')

@@ -1,4 +1,4 @@
-"""`open_data`: the form of the data decides which source reads it."""
+"""`open_data`: chooses the reader by the form of the data."""
 import logging
 import os
 import re
@@ -8,14 +8,14 @@ from .demo import demo_images
 from .readers import arrow
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
-from .readers.lists import CSV, TEXT, ListImages
-from .readers.shards import expand, shard_files, split_files
+from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
+from .readers.shards import expand_pattern, list_shards, split_by_name
 from .readers.streams import HubStream, WebStream
 from .readers.tars import COMPRESSED, TarImages
 from .readers.vision import open_torchvision
 
 FORMS = (
-    "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or what save_to_disk wrote), a "
+    "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or a folder of save_to_disk), a "
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
     'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo')
 TABLES = ('.parquet', '.arrow')
@@ -24,50 +24,55 @@ _logger = logging.getLogger('simsiam_models')
 
 
 def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> tuple[Images | Stream, Images | None]:
-    """Training data, and labelled validation images of the same classes, if there are any.
+    """Opens the training data, and labelled validation images of the same classes, if there are any.
 
     Args:
         spec: see FORMS; None: the built-in demonstration.
-        images_per_epoch: the length of a stream; without it, the one that it tells.
+        images_per_epoch: the length of a stream; by default the one that the stream reports.
 
     Raises:
-        FileNotFoundError, ValueError, DataError, OSError: in one sentence, what is not as it should be.
+        FileNotFoundError, ValueError, DataError, OSError: one sentence says what is wrong.
     """
     text = 'demo' if spec is None else str(spec)
     if images_per_epoch is not None and images_per_epoch < 1:
-        raise ValueError(f'--images-per-epoch {images_per_epoch}: at least 1')
+        raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at least 1')
     if spec is None or text == 'demo' and not os.path.exists(text):
         return demo_images()
     prefix, _, rest = text.partition(':')
-    if prefix in ('hf', 'hf-stream', 'torchvision'):
-        if not rest:
-            raise ValueError(f'{text}: what is to follow? The forms are {FORMS}')
-        first, second = _last_part(rest)
-        if prefix == 'hf-stream':
-            return HubStream(first, second, images_per_epoch), None
-        if prefix == 'torchvision':
-            return _fitting(*open_torchvision(*(rest.split(':', 1) if ':' in rest else (rest, 'data'))))
-        if Path(first).is_dir() and second is None:
-            return _fitting(*_tables_in(Path(first), text))
-        return _fitting(*arrow.pick(arrow.open_repo(first, second), text))
+    if prefix in ('hf', 'hf-stream', 'torchvision') and not rest:
+        raise ValueError(f'{text} is not complete; DATA must be {FORMS}')
+    if prefix == 'hf-stream':
+        return HubStream(*_split_repo(rest), images_per_epoch), None
     if prefix in ('pipe', 'http', 'https'):
         return WebStream(text, images_per_epoch), None
+    return _drop_unusable(*_open_images(text, prefix, rest))
+
+
+def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | None]:
+    if prefix == 'torchvision':
+        name, colon, root = rest.partition(':')
+        return open_torchvision(name, root if colon else 'data')
+    if prefix == 'hf':
+        repo, split = _split_repo(rest)
+        if Path(repo).is_dir() and split is None:
+            return _open_table_folder(Path(repo), text)
+        return arrow.choose_splits(arrow.open_repo(repo, split), text)
     path = Path(text)
     if path.is_dir():
-        return _fitting(*_open_folder(path))
+        return _open_folder(path)
     if path.is_file():
-        return _fitting(*_open_file(path))
+        return _open_file(path)
     if re.search(r'[*?\[{]', text) and path.suffix.lower() in ('.tar', *TABLES):
-        files = expand(text)
+        files = expand_pattern(text)
         if not files:
-            raise FileNotFoundError(f'{text}: no file fits this pattern')
-        return (TarImages(files, text) if path.suffix.lower() == '.tar' else _tables(files, text)), None
-    raise FileNotFoundError(f'{text}: no such file or folder; DATA is {FORMS}')
+            raise FileNotFoundError(f'{text}: no file matches this pattern')
+        return (TarImages(files, text) if path.suffix.lower() == '.tar' else _open_tables(files, text)), None
+    raise FileNotFoundError(f'{text}: no such file or folder; DATA must be {FORMS}')
 
 
 def _open_folder(root: Path) -> tuple[Images, Images | None]:
-    if (root / 'dataset_dict.json').is_file() or (root / 'state.json').is_file():
-        return arrow.pick(arrow.open_saved(root), str(root))
+    if _is_saved(root):
+        return arrow.choose_splits(arrow.open_saved(root), str(root))
     if (pair := open_cifar(root)) is not None:
         return pair
     if (root / 'train').is_dir():
@@ -77,74 +82,80 @@ def _open_folder(root: Path) -> tuple[Images, Images | None]:
 
 
 def _open_part(root: Path) -> tuple[Images, Images | None]:
-    """A folder without subfolders train and val."""
-    if (root / 'state.json').is_file():
-        return arrow.pick(arrow.open_saved(root), str(root))
+    """Opens a folder without subfolders train and val."""
+    if _is_saved(root):
+        return arrow.choose_splits(arrow.open_saved(root), str(root))
     try:
         images = FolderImages(root)
     except FileNotFoundError as e:
-        nothing = e
+        no_image = e
     else:
-        # Images come first: archives are often left beside what was unpacked. A long flat folder is not listed again.
-        if (images.labels is not None or len(images) < 10000) and (left := _others(root)):
-            _logger.warning(f'{root} holds images and {left.name}: reading the images; name {left} to read that')
+        # Images win: archives often remain beside their unpacked contents. A long flat folder is not listed again.
+        if (images.labels is not None or len(images) < 10000) and (archive := _find_archive(root)):
+            _logger.warning(
+                f'{root} contains images and {archive.name}: reading the images; use {archive} to read that instead')
         return images, None
-    if tars := shard_files(root, '.tar'):
-        train, val = split_files(tars)
+    if tars := list_shards(root, '.tar'):
+        train, val = split_by_name(tars)
         return TarImages(train, str(root)), TarImages(val, f'{root} (validation)') if val else None
-    if any(shard_files(root, suffix) for suffix in TABLES):
-        return _tables_in(root, str(root))
+    if any(list_shards(root, suffix) for suffix in TABLES):
+        return _open_table_folder(root, str(root))
     for suffix in COMPRESSED:
-        if packed := shard_files(root, suffix):
-            TarImages(packed, str(root))  # which says why not
-    raise nothing
+        if shards := list_shards(root, suffix):
+            TarImages(shards, str(root))  # raises ValueError, which says why they cannot be read
+    raise no_image
 
 
-def _others(root: Path) -> Path | None:
-    return next((files[0] for suffix in ('.tar', *TABLES) if (files := shard_files(root, suffix))), None)
+def _is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (folder / 'dataset_dict.json').is_file() or (folder / 'state.json').is_file()
+
+
+def _find_archive(root: Path) -> Path | None:
+    return next((files[0] for suffix in ('.tar', *TABLES) if (files := list_shards(root, suffix))), None)
 
 
 def _open_file(path: Path) -> tuple[Images, Images | None]:
     suffix = path.suffix.lower()
-    if suffix in TEXT + CSV:
+    if suffix in TEXT_SUFFIXES + CSV_SUFFIXES:
         val = path.with_name('val' + path.name[5:])
-        paired = path.name.startswith('train') and val.is_file()
-        return ListImages(path), ListImages(val) if paired else None
+        has_val = path.name.startswith('train') and val.is_file()
+        return ListImages(path), ListImages(val) if has_val else None
     if suffix == '.tar' or path.name.lower().endswith(COMPRESSED):
         return TarImages([path], str(path)), None
     if suffix in TABLES:
-        return _tables([path], str(path)), None
-    what = 'a single image' if suffix in EXTENSIONS else 'a file of a kind that is not read here'
-    raise ValueError(f'{path}: {what}; DATA is {FORMS}')
+        return _open_tables([path], str(path)), None
+    what = 'is a single image' if suffix in EXTENSIONS else 'is not a file that can be read here'
+    raise ValueError(f'{path} {what}; DATA must be {FORMS}')
 
 
-def _tables_in(root: Path, name: str) -> tuple[Images, Images | None]:
-    if (root / 'dataset_dict.json').is_file() or (root / 'state.json').is_file():
-        return arrow.pick(arrow.open_saved(root), name)
+def _open_table_folder(root: Path, name: str) -> tuple[Images, Images | None]:
+    if _is_saved(root):
+        return arrow.choose_splits(arrow.open_saved(root), name)
     for suffix in TABLES:
-        if files := shard_files(root, suffix):
-            train, val = split_files(files)
-            return _tables(train, name), _tables(val, f'{name} (validation)') if val else None
+        if files := list_shards(root, suffix):
+            train, val = split_by_name(files)
+            return _open_tables(train, name), _open_tables(val, f'{name} (validation)') if val else None
     raise FileNotFoundError(f'{name}: no Parquet or Arrow file in that folder')
 
 
-def _tables(files: list[Path], name: str) -> arrow.ArrowImages:
+def _open_tables(files: list[Path], name: str) -> arrow.ArrowImages:
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f'{file}: no such file, of {len(files)} in {name}')
     return arrow.open_files(files, name)
 
 
-def _last_part(rest: str) -> tuple[str, str | None]:
-    """REPO[:SPLIT]; a drive letter is no repository."""
-    first, colon, second = rest.rpartition(':')
-    return (first, second) if colon and second and '/' not in second and '\\' not in second else (rest, None)
+def _split_repo(rest: str) -> tuple[str, str | None]:
+    """Splits REPO[:SPLIT]; a drive letter is not a repository."""
+    repo, colon, split = rest.rpartition(':')
+    return (repo, split) if colon and split and '/' not in split and '\\' not in split else (rest, None)
 
 
-def _fitting(train: Images, val: Images | None) -> tuple[Images, Images | None]:
-    """Validation images without labels, or of other classes, are of no use to the monitor."""
+def _drop_unusable(train: Images, val: Images | None) -> tuple[Images, Images | None]:
+    """Drops validation images without labels or of other classes: the monitor cannot use them."""
     if val is None or val.labels is None or train.labels is None:
         return train, None
     n = len(val.classes)
-    numbers = [str(i) for i in range(n)]  # then a class may be missing in the end, and labels mean the same
+    numbers = [str(i) for i in range(n)]  # if classes are numbers, val may lack the last ones
     return train, val if val.classes == train.classes or val.classes == numbers == train.classes[:n] else None

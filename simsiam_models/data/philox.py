@@ -1,4 +1,4 @@
-"""Randomness that is counted, not drawn: every number is a pure function of (seed, epoch, sample index, view).
+"""Counter-based random numbers: each is a pure function of (seed, epoch, sample index, view).
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), over whole arrays of counters.
 """
@@ -9,7 +9,7 @@ from . import kernel
 _ROUND = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEP = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
-_ORDER = 1 << 16  # a block number that no view uses
+_ORDER_BLOCK = 1 << 16  # a block number that no view uses
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -26,8 +26,8 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def _words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
-    """(len(indices), 4 blocks) random 32-bit words; the kernel's are the same, sooner."""
-    if kernel.library() is not None:
+    """(len(indices), 4 blocks) random 32-bit words. The kernel computes the same words faster."""
+    if kernel.load_library() is not None:
         return kernel.philox_words(seed, epoch, indices, first_block, blocks)
     index = np.asarray(indices, np.uint64)[:, None]
     counter = np.empty((len(index), blocks, 4), np.uint64)
@@ -43,10 +43,10 @@ def uniforms(seed: int, epoch: int, indices: np.ndarray, view: int, n: int) -> n
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which `epoch` visits n samples: indices sorted by a counted 64-bit number."""
+    """The order in which `epoch` visits n samples: indices sorted by a random 64-bit number each."""
     keys = np.empty(n, np.uint64)
-    for first in range(0, n, 1 << 20):  # in pieces: millions of samples at once would take gigabytes
+    for first in range(0, n, 1 << 20):  # in pieces: the words of millions of samples at once would take gigabytes
         rows = np.arange(first, min(first + (1 << 20), n))
-        w = _words(seed, epoch, rows, _ORDER, 1).astype(np.uint64)
+        w = _words(seed, epoch, rows, _ORDER_BLOCK, 1).astype(np.uint64)
         keys[rows] = w[:, 0] << np.uint64(32) | w[:, 1]
     return np.argsort(keys, kind='stable')

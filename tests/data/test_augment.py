@@ -1,4 +1,4 @@
-"""The augmentation: counted random numbers, operators against torchvision and SciPy, batches that are pure functions.
+"""The augmentation: its random parameters, and its operators against torchvision and SciPy.
 
 References are independent: torchvision's operators, its RandomResizedCrop, and SciPy's Gaussian filter.
 """
@@ -14,9 +14,8 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews, kernel
+from simsiam_models.data import Augmentation, MemoryImages
 from simsiam_models.data.augment import CROP_DRAWS, Finish, blur, crop, crop_box, draw, finish, normalize, shift_hue
-from simsiam_models.data.philox import permutation, philox, uniforms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUG = Augmentation(size=32)
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def colours(batch: int, size: int = 32, seed: int = 0) -> Tensor:
-    """(B, 3, S, S) uint8: noise, with patches of pure gray, black and white, where hue is undefined."""
+    """(B, 3, S, S) uint8: noise, with patches of pure gray, black and white, whose hue is undefined."""
     x = torch.randint(0, 256, (batch, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     x[:, :, :4] = x[:, :1, :4]
     x[:, :, 4:6], x[:, :, 6:8] = 0, 255
@@ -43,7 +42,7 @@ def photo(width: int, height: int, seed: int = 0) -> Image.Image:
 
 
 def parameters(batch: int, **kwargs: np.ndarray) -> Finish:
-    """Nothing happens, but for what is given."""
+    """Parameters that do nothing, except for those given."""
     nothing = dict(
         jitter=np.zeros(batch, bool), order=np.tile(np.arange(4), (batch, 1)),
         factors=np.tile([1.0, 1, 1, 0], (batch, 1)), gray=np.zeros(batch, bool),
@@ -56,7 +55,7 @@ def denormalize(x: Tensor) -> Tensor:
 
 
 def gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
-    """(3, S, S) -> float64 reference; the kernel is cut at 4 sigma, rounded up to whole pixels."""
+    """(3, S, S) -> float64 reference; the kernel is cut off at 4 sigma, rounded up to whole pixels."""
     radius = math.ceil(4 * sigma)
     return ndimage.gaussian_filter(x.astype(np.float64), (0, sigma, sigma), mode='nearest', radius=(0, radius, radius))
 
@@ -64,63 +63,6 @@ def gaussian(x: np.ndarray, sigma: float) -> np.ndarray:
 def source(n: int = 24, width: int = 40, height: int = 36) -> MemoryImages:
     r = np.random.default_rng(7)
     return MemoryImages(r.integers(0, 256, (n, height, width, 3), dtype=np.uint8), None, [], 'noise')
-
-
-# Counted numbers
-
-
-@pytest.mark.parametrize('counter, key, words', [
-    ('00000000 00000000 00000000 00000000', '00000000 00000000', '6627e8d5 e169c58d bc57ac4c 9b00dbd8'),
-    ('ffffffff ffffffff ffffffff ffffffff', 'ffffffff ffffffff', '408f276d 41c83b0e a20bc7c6 6d5451fd'),
-    ('243f6a88 85a308d3 13198a2e 03707344', 'a4093822 299f31d0', 'd16cfe09 94fdcceb 5001e420 24126ea1'),
-])
-def test_philox_gives_the_published_known_answers(counter, key, words):
-    c = np.array([[int(w, 16) for w in counter.split()]], np.uint64)
-    k0, k1 = (int(w, 16) for w in key.split())
-    assert philox(c, (k0, k1))[0].tolist() == [int(w, 16) for w in words.split()]
-
-
-def test_uniforms_depend_on_seed_epoch_index_and_view():
-    base = dict(seed=1, epoch=2, indices=np.array([3]), view=0, n=32)
-    changed = [
-        dict(), dict(seed=2), dict(seed=1 + (1 << 32)), dict(epoch=3), dict(indices=np.array([4])),
-        dict(indices=np.array([3 + (1 << 32)])), dict(view=1)]
-    rows = [uniforms(**{**base, **c})[0] for c in changed]
-    for a, b in itertools.combinations(rows, 2):
-        assert not np.isin(a, b).any()  # not even shifted: no number is shared
-    assert (uniforms(**base)[0] == rows[0]).all()
-
-
-def test_uniforms_do_not_depend_on_the_other_indices():
-    indices = np.array([5, 0, 999, 5, 17])
-    together = uniforms(0, 0, indices, 1, 30)
-    for i, index in enumerate(indices):
-        assert (uniforms(0, 0, np.array([index]), 1, 30)[0] == together[i]).all()
-
-
-def test_uniforms_do_not_depend_on_how_many_are_asked_for():
-    assert (uniforms(0, 0, np.arange(5), 0, 7) == uniforms(0, 0, np.arange(5), 0, 32)[:, :7]).all()
-
-
-def test_uniforms_are_uniform_on_0_1():
-    u = uniforms(0, 0, np.arange(4000), 0, 32)
-    assert u.dtype == np.float64
-    assert u.min() >= 0 and u.max() < 1
-    assert stats.kstest(u.ravel(), 'uniform').pvalue > 1e-3
-    c = np.corrcoef(u.T) - np.eye(32)
-    assert np.abs(c).max() < 5 / math.sqrt(4000)
-
-
-@pytest.mark.parametrize('n', [1, 2, 1000])
-def test_a_permutation_visits_each_sample_once(n):
-    assert np.array_equal(np.sort(permutation(0, 0, n)), np.arange(n))
-
-
-def test_permutations_differ_by_epoch_and_seed():
-    orders = [permutation(s, e, 1000) for s, e in ((0, 0), (0, 1), (1, 0))]
-    for a, b in itertools.combinations([*orders, np.arange(1000)], 2):
-        assert (a == b).sum() < 10  # one fixed point is expected
-    assert np.array_equal(permutation(0, 1, 1000), orders[1])
 
 
 # Colour operators against torchvision, on float images
@@ -142,7 +84,7 @@ def test_each_colour_operator_is_torchvisions(name, op, reference, factors, erro
     f[:, op] = factors
     got = denormalize(finish(x, parameters(n, jitter=np.ones(n, bool), factors=f)))
     want = torch.stack([reference(x[i] / 255, factors[i]) for i in range(n)])
-    # The three other operators are neutral, and cost a rounding each.
+    # The other three operators are neutral, but each rounds once.
     assert (got - want).abs().max() < error + 2e-6
 
 
@@ -194,7 +136,7 @@ def test_each_sample_is_blurred_by_its_own_sigma():
     sigma = np.array([0.1, 0.7, 1.3, 2.0])
     got = blur(x, sigma).numpy()
     for i in range(4):
-        assert np.abs(got[i] - gaussian(x[i].numpy(), sigma[i])).max() < 2e-4  # the tail behind 4 sigma is 6e-5
+        assert np.abs(got[i] - gaussian(x[i].numpy(), sigma[i])).max() < 2e-4  # the tail beyond 4 sigma is 6e-5
 
 
 def test_blur_does_not_depend_on_the_rest_of_the_batch():
@@ -215,7 +157,7 @@ def test_all_steps_together_are_the_references_in_the_published_order():
     assert p.jitter.any() and p.gray.any() and p.sigma.any() and p.flip.any()
     before = x.clone()
     got = finish(x, p)
-    assert torch.equal(x, before)  # the crops are not written to
+    assert torch.equal(x, before)  # the crops do not change
     assert got.dtype == torch.float32 and got.shape == (n, 3, 32, 32)
     for i in range(n):
         want = x[i] / 255
@@ -282,7 +224,7 @@ def test_a_crop_is_torchvisions_resized_crop_bit_for_bit(box):
     assert np.array_equal(got, np.asarray(want))
 
 
-# What is drawn
+# Random parameters
 
 
 N = 20_000
@@ -348,119 +290,3 @@ def test_a_step_of_probability_zero_or_one_never_or_always_happens():
 def test_the_crop_has_numbers_of_its_own():
     u, _ = draw(AUG, 0, 0, np.arange(10), 0)
     assert u.shape == (10, CROP_DRAWS) == (10, 22)
-
-
-# Batches
-
-
-@pytest.mark.parametrize('with_kernel', [True, False])
-def test_views_are_what_the_parts_give(monkeypatch, with_kernel):
-    if not with_kernel:
-        monkeypatch.setattr(kernel, 'library', lambda: None)
-    data = source()
-    batches = list(TwoViews(data, AUG, batch=8, seed=4).epoch(3))
-    assert len(batches) == 3
-    order = permutation(4, 3, 24)
-    for b, views in enumerate(batches):
-        indices = order[8 * b:8 * b + 8]
-        for v, x in enumerate(views):
-            u, p = draw(AUG, 4, 3, indices, v)
-            crops = np.stack([
-                crop(Image.fromarray(data.read(i)), crop_box(AUG, row, 40, 36), 32)
-                for i, row in zip(indices, u, strict=True)])
-            if with_kernel:  # its crops are PIL's within a level, see test_kernel.py
-                kernel.views([data.read(i) for i in indices], u, AUG.rule(), None, crops, np.arange(8))
-            want = finish(torch.from_numpy(crops).permute(0, 3, 1, 2), p)
-            torch.testing.assert_close(x, want, rtol=0, atol=1e-5)
-
-
-def test_workers_change_no_bit():
-    alone, helped = (TwoViews(source(), AUG, batch=8, seed=1, workers=w) for w in (0, 2))
-    for epoch in (0, 1):
-        for a, b in zip(alone.epoch(epoch), helped.epoch(epoch), strict=True):
-            assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
-
-def test_a_resumed_epoch_is_the_rest_of_the_epoch():
-    whole = list(TwoViews(source(), AUG, batch=8).epoch(2))
-    rest = list(TwoViews(source(), AUG, batch=8).epoch(2, start=1))
-    assert len(rest) == 2
-    for a, b in zip(whole[1:], rest, strict=True):
-        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
-
-
-def test_the_batches_of_two_ranks_are_the_batch_of_one_process():
-    one = list(TwoViews(source(), AUG, batch=8).epoch(0))
-    two = [list(TwoViews(source(), AUG, batch=8, rank=r, world=2).epoch(0)) for r in (0, 1)]
-    assert len(one) == len(two[0]) == len(two[1]) == 3
-    for whole, a, b in zip(one, *two, strict=True):
-        for v in (0, 1):
-            assert a[v].shape == (4, 3, 32, 32)
-            assert torch.equal(torch.cat([a[v], b[v]]), whole[v])
-
-
-def test_the_two_views_differ_and_so_do_epochs_and_seeds():
-    def first(seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        return next(iter(TwoViews(source(8), AUG, batch=8, seed=seed).epoch(epoch)))
-
-    x1, x2 = first(0, 0)
-    assert all(not torch.equal(a, b) for a, b in zip(x1, x2, strict=True))
-    assert not torch.equal(x1, first(0, 1)[0])
-    assert not torch.equal(x1, first(1, 0)[0])
-    again = first(0, 0)
-    assert torch.equal(x1, again[0]) and torch.equal(x2, again[1])
-
-
-def test_the_last_incomplete_batch_is_dropped():
-    views = TwoViews(source(23), AUG, batch=8)
-    assert len(views) == len(list(views.epoch(0))) == 2
-
-
-@pytest.mark.parametrize('batch, world, text', [
-    (25, 1, r'larger than the data set: noise has 24 images; use at most 24, or let simsiam preflight'),
-    (8, 3, r'does not divide by 3 processes; use a multiple of 3'),
-    (1, 1, r'at least 2 samples'),
-    (4, 4, r'at least 2 samples'),
-])
-def test_a_batch_that_does_not_fit_is_refused_by_its_flag(batch, world, text):
-    with pytest.raises(ValueError, match=text) as e:
-        TwoViews(source(), AUG, batch=batch, world=world)
-    assert f'--batch-size {batch}' in str(e.value)
-
-
-# Evaluation
-
-
-class Photos:
-    """Images of different sizes."""
-
-    name, labels, classes = 'photos', None, []
-
-    def __init__(self, images: list[Image.Image]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, index: int) -> np.ndarray:
-        return np.asarray(self.images[index])
-
-
-@pytest.mark.parametrize('width, height', [(427, 333), (333, 427), (301, 301), (640, 257), (256, 256), (300, 256)])
-def test_evaluation_is_torchvisions_resize_and_centre_crop(width, height):
-    image = photo(width, height)
-    theirs = transforms.Compose([
-        transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
-    got, = EvalImages(Photos([image]), np.array([0]), size=224, resize=256)
-    assert got.shape == (1, 3, 224, 224) and got.dtype == torch.float32
-    assert (got[0] - theirs(image)).abs().max() < 1e-6
-
-
-def test_evaluation_keeps_the_order_and_the_last_batch():
-    images = Photos([photo(40 + i, 50 - i, i) for i in range(5)])
-    indices = np.array([4, 0, 3, 1, 2])
-    batches = list(EvalImages(images, indices, size=32, resize=36, batch=2))
-    assert [len(b) for b in batches] == [2, 2, 1]
-    for x, i in zip(torch.cat(batches), indices, strict=True):
-        one, = EvalImages(images, np.array([i]), size=32, resize=36)
-        assert torch.equal(one[0], x)

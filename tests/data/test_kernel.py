@@ -1,7 +1,6 @@
-"""kernel.c against NumPy, PIL, torch, torchvision and SciPy; and what happens where it cannot be compiled."""
+"""kernel.c against NumPy, PIL, torch, torchvision and SciPy; and the fallback if it cannot be compiled."""
 import itertools
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -18,25 +17,32 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
 from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel
-from simsiam_models.data import philox as counted
 from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray, resize
+from simsiam_models.data.philox import philox
 
-needs_kernel = pytest.mark.skipif(kernel.library() is None, reason='no C compiler')
+needs_kernel = pytest.mark.skipif(kernel.load_library() is None, reason='no C compiler')
 pytestmark = [pytest.mark.usefixtures('one_thread'), needs_kernel]
 
 
-
 def run(images: list[np.ndarray], size: int, params: Finish | None = None) -> np.ndarray:
-    """Each whole image, resized to size: bytes, or finished floats (n, S, S, 3)."""
+    """Resizes each whole image to size: bytes, or finished floats (n, S, S, 3)."""
     n = len(images)
-    # Area 1 and a ratio between the image's own: width / height of the image itself.
+    # The box of area 1 with the ratio of the image is the whole image.
     out = np.empty((n, size, size, 3), np.uint8 if params is None else np.float32)
     for i, image in enumerate(images):
         height, width = image.shape[:2]
         ratio = width / height
         u = np.zeros((1, 22))
         table = None if params is None else params.table()[i:i + 1]
-        kernel.views([image], u, np.array([1.0, 1.0, ratio, ratio]), table, out, np.array([i]))
+        kernel.cut_views([image], u, np.array([1.0, 1.0, ratio, ratio]), table, out, np.array([i]))
+    return out
+
+
+def crop_boxes(u: np.ndarray, sizes: np.ndarray, rule: np.ndarray) -> np.ndarray:
+    """(n, 22) numbers in [0, 1) and (n, 2) widths and heights -> (n, 4) left, top, width, height."""
+    out = np.empty((len(u), 4), np.int64)
+    u, sizes = np.ascontiguousarray(u, np.float64), np.ascontiguousarray(sizes, np.int64)
+    kernel.load_library().crop_boxes(len(u), u.ctypes.data, sizes.ctypes.data, rule.ctypes.data, out.ctypes.data)
     return out
 
 
@@ -59,7 +65,7 @@ def test_its_words_are_numpys():
         c = np.zeros((len(indices), 8, 4), np.uint64)
         c[..., 0] = np.arange(block, block + 8)
         c[..., 1], c[..., 2], c[..., 3] = indices[:, None] & 0xFFFFFFFF, indices[:, None] >> 32, epoch
-        want = counted.philox(c, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)).reshape(len(indices), -1)
+        want = philox(c, (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)).reshape(len(indices), -1)
         assert np.array_equal(got, want)
 
 
@@ -70,13 +76,13 @@ SHAPES = [(500, 375), (375, 500), (32, 32), (1, 1), (1, 50), (3, 2), (20000, 20)
 def test_its_boxes_are_those_of_the_readable_rule(width, height):
     aug = Augmentation()
     u, _ = draw(aug, 0, 0, np.arange(3000), 0)
-    left, top, w, h = kernel.crop_boxes(u, np.tile([width, height], (3000, 1)), aug.rule()).T
+    left, top, w, h = crop_boxes(u, np.tile([width, height], (3000, 1)), aug.rule()).T
     want = np.array([crop_box(aug, row, width, height) for row in u])
     assert np.array_equal(np.stack([left, top, left + w, top + h], 1), want)
 
 
 def chi_square(a: np.ndarray, b: np.ndarray, bins: int = 40) -> float:
-    """p of the hypothesis that two samples have one distribution, over bins that hold as much of both together."""
+    """p of the hypothesis that two samples have the same distribution, over bins with equal shares of their union."""
     edges = np.unique(np.quantile(np.concatenate([a, b]), np.linspace(0, 1, bins + 1)))
     edges[-1] += 1e-9
     counts = np.stack([np.histogram(x, edges)[0] for x in (a, b)])
@@ -86,7 +92,7 @@ def chi_square(a: np.ndarray, b: np.ndarray, bins: int = 40) -> float:
 def test_boxes_are_distributed_as_torchvisions_over_100_000_draws():
     n, width, height, aug = 100_000, 500, 375, Augmentation()
     u, _ = draw(aug, 0, 0, np.arange(n), 0)
-    left, top, w, h = kernel.crop_boxes(u, np.tile([width, height], (n, 1)), aug.rule()).T
+    left, top, w, h = crop_boxes(u, np.tile([width, height], (n, 1)), aug.rule()).T
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     theirs = np.array([
@@ -130,7 +136,7 @@ def test_a_crop_is_pils_within_one_level(width, height, size):
         got = run([image], size)[0].astype(int)
         want = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)).astype(int)
         off = np.abs(got - want)
-        assert (off > 1).mean() < 1e-3 and off.max() <= 2  # both round twice, in another order
+        assert (off > 1).mean() < 1e-3 and off.max() <= 2  # both round twice, in different orders
         assert abs((got - want).mean()) < 0.05 or size < 16
     full = np.full((height, width, 3), 255, np.uint8)
     assert (run([full], size)[0] == 255).all()
@@ -141,11 +147,11 @@ def test_a_box_takes_no_pixel_from_outside():
     aug = Augmentation(size=24, crop_scale=(0.2, 0.4))
     u, _ = draw(aug, 0, 0, np.arange(50), 0)
     for row, (left, top, w, h) in zip(
-            u, kernel.crop_boxes(u, np.tile([80, 60], (50, 1)), aug.rule()), strict=True):
+            u, crop_boxes(u, np.tile([80, 60], (50, 1)), aug.rule()), strict=True):
         framed = image.copy()
         framed[top:top + h, left:left + w] = 7
         out = np.empty((1, 24, 24, 3), np.uint8)
-        kernel.views([framed], row[None], aug.rule(), None, out, np.array([0]))
+        kernel.cut_views([framed], row[None], aug.rule(), None, out, np.array([0]))
         assert (out == 7).all()
 
 
@@ -171,9 +177,9 @@ def test_a_window_of_the_resized_image_is_pils_bit_for_bit(seed, monkeypatch):
         window = np.s_[top:top + out.shape[0], left:left + out.shape[1]]
         assert np.array_equal(out, of_one_axis_at_a_time(image, width, height)[window])
         whole = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))[window]
-        assert np.abs(out.astype(int) - whole).max() <= 1  # PIL 13 may begin with the columns
+        assert np.abs(out.astype(int) - whole).max() <= 1  # PIL 13 may start with the columns
         with monkeypatch.context() as without:
-            without.setattr(kernel, 'library', lambda: None)
+            without.setattr(kernel, 'load_library', lambda: None)
             again = np.empty_like(out)
             resize(image, width, height, left, top, again)
         assert np.array_equal(out, again)
@@ -203,23 +209,7 @@ def test_what_does_not_fit_is_not_resized(wrong):
         kernel.resize(**{**good, **wrong})
 
 
-@pytest.mark.parametrize('width', [1, 31, 32, 100, 2048])
-def test_products_of_rows_are_those_of_float64(width):
-    rng = np.random.default_rng(width)
-    table, query = rng.standard_normal((50, width), np.float32), rng.standard_normal(width)
-    rows = rng.integers(0, 50, 200)
-    got = kernel.dots(table, rows, query)
-    want = [math.fsum(float(x) * q for x, q in zip(table[row], query, strict=True)) for row in rows]
-    assert np.abs(got - want).max() < 1e-12
-    assert np.array_equal(got, kernel.dots(table[rows], np.arange(200), query))  # wherever a row lies
-    for wrong in (np.array([50]), np.array([-1]), np.zeros((1, 1), int)):
-        with pytest.raises(ValueError, match='no products'):
-            kernel.dots(table, wrong, query)
-    with pytest.raises(ValueError, match='no products'):
-        kernel.dots(table, rows, np.zeros(width + 1))
-
-
-# Behind the crop
+# After the crop
 
 
 def test_everything_is_what_torch_makes_of_it():
@@ -265,7 +255,7 @@ def test_gray_is_pils_within_one_level():
 
 @pytest.mark.parametrize('shift', [-0.1, 0.04, 0.1])
 def test_hue_is_as_far_from_pils_as_torchvisions_floats_are(shift):
-    """PIL holds hue, and its shift, in 256 steps: some pixels are 10 levels off. We follow the exact hue."""
+    """PIL quantises hue and its shift to 256 steps: some pixels are 10 levels off. We use the exact hue."""
     image = np.asarray(photo(64, 64))
     got = levels(run([image], 64, parameters(1, jitter=np.array([True]), factors=np.array([[1, 1, 1, shift]]))))[0]
     pil = np.asarray(transforms.functional.adjust_hue(Image.fromarray(image), shift)).astype(int)
@@ -280,7 +270,7 @@ def test_blur_is_the_gaussian_and_not_pils_cascade_of_boxes(sigma):
     got = levels(run([image], 64, parameters(1, sigma=np.array([sigma]))))[0]
     want = gaussian(image.transpose(2, 0, 1), sigma).transpose(1, 2, 0)
     assert np.abs(got - want).max() < 5e-3  # grey levels
-    if sigma >= 0.7:  # PIL's is near enough on a photograph
+    if sigma >= 0.7:  # PIL's is close on a photograph
         from PIL import ImageFilter
         pil = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(sigma)))
         assert np.abs(got - pil).mean() < 1.5
@@ -346,10 +336,10 @@ def test_a_batch_that_is_held_is_not_written_to(files):
         assert torch.equal(x1, copy) and torch.equal(x1, y1) and torch.equal(x2, y2)
 
 
-def test_memory_of_batches_that_went_is_used_again(files):
+def test_the_memory_of_released_batches_is_reused(files):
     views = TwoViews(files, Augmentation(size=24), 8, workers=2)
     seen = {x1.data_ptr() for e in range(4) for x1, _ in views.epoch(e)}
-    assert len(seen) <= 7  # 24 batches went by: one in use, those ahead, and what threads hold
+    assert len(seen) <= 7  # of 24 batches: one in use, those ahead, and those that threads hold
     kept = [x1 for x1, _ in views.epoch(4)]
     assert len({x.data_ptr() for x in kept}) == len(kept)
 
@@ -397,9 +387,9 @@ def test_an_error_in_a_thread_reaches_the_caller():
 def test_wrong_shapes_do_not_reach_the_kernel(wrong):
     good = dict(images=[np.zeros((4, 4, 3), np.uint8)], u=np.zeros((1, 22)), rule=Augmentation().rule(), table=None,
                 out=np.zeros((1, 8, 8, 3), np.uint8), rows=np.array([0]))
-    kernel.views(**good)
+    kernel.cut_views(**good)
     with pytest.raises(ValueError, match='the kernel needs'):
-        kernel.views(**{**good, **wrong})
+        kernel.cut_views(**{**good, **wrong})
 
 
 # Compiling
@@ -408,14 +398,11 @@ def test_wrong_shapes_do_not_reach_the_kernel(wrong):
 CHILD = """
 import sys, logging, hashlib, numpy as np
 logging.basicConfig(format='%(message)s')
-from simsiam_models.data import Augmentation, EvalImages, MemoryImages, TwoViews, kernel
+from simsiam_models.data import Augmentation, EvalImages, MemoryImages, Transform, TwoViews, kernel
 images = MemoryImages(np.random.default_rng(0).integers(0, 256, (16, 40, 36, 3), dtype=np.uint8), None, [], 'noise')
 x1, x2 = next(iter(TwoViews(images, Augmentation(size=32), 16).epoch(0)))
-seen = next(iter(EvalImages(images, np.arange(16), size=24, resize=30))).numpy().tobytes()
-if kernel.library() is not None:
-    table = np.linspace(-1, 1, 300, dtype=np.float32).reshape(3, 100)
-    seen += kernel.dots(table, np.arange(3), np.arange(100) / 7).tobytes()
-print(kernel.library() is not None, hashlib.sha256(x1.numpy().tobytes() + seen).hexdigest(), float(x1.mean()))
+seen = next(iter(EvalImages(images, [np.arange(16)], Transform(30, 24))))[1].numpy().tobytes()
+print(kernel.load_library() is not None, hashlib.sha256(x1.numpy().tobytes() + seen).hexdigest(), float(x1.mean()))
 """
 
 
@@ -432,7 +419,7 @@ def test_without_a_compiler_one_line_says_so_and_the_numbers_are_near(tmp_path):
     assert with_it[0] == 'True' and said == ''
     without, said = in_a_process(CC='/no/such/compiler', SIMSIAM_CACHE=str(tmp_path / 'other'))
     assert without[0] == 'False' and said.count('\n') == 1
-    assert '/no/such/compiler' in said and 'going on without' in said
+    assert '/no/such/compiler' in said and 'continuing without' in said
     assert float(without[2]) == pytest.approx(float(with_it[2]), abs=0.02)
     off, said = in_a_process(SIMSIAM_KERNEL='0')
     assert off == without and said == ''
@@ -480,7 +467,7 @@ def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path):
 
 @pytest.mark.skipif(os.uname().machine != 'x86_64', reason='compares two instruction sets of x86-64')
 def test_the_numbers_do_not_depend_on_the_processor(tmp_path):
-    """Built for any x86-64 and for this one: crops and colours are equal, bit for bit."""
+    """Builds for any x86-64 and for this processor give the same crops and colours, bit for bit."""
     wrapper = tmp_path / 'old'
     wrapper.write_text('#!/bin/sh\nfor a; do shift; case "$a" in -march=native) a=-march=x86-64;; esac; '
                        'set -- "$@" "$a"; done\nexec cc "$@"\n')
@@ -491,14 +478,14 @@ def test_the_numbers_do_not_depend_on_the_processor(tmp_path):
 
 
 def test_its_crop_and_pils_are_one_rule(files):
-    """The kernel's box and resize beside `crop_box` and `crop`, on real files."""
+    """Compares the kernel's box and resize with `crop_box` and `crop`, on real files."""
     aug = Augmentation(size=24)
     u, _ = draw(aug, 0, 0, np.arange(len(files)), 0)
     off = []
     for i in range(len(files)):
         image = files.read(i)
         out = np.empty((1, 24, 24, 3), np.uint8)
-        kernel.views([image], u[i:i + 1], aug.rule(), None, out, np.array([0]))
+        kernel.cut_views([image], u[i:i + 1], aug.rule(), None, out, np.array([0]))
         want = crop(Image.fromarray(image), crop_box(aug, u[i], image.shape[1], image.shape[0]), 24)
         off.append(np.abs(out[0].astype(int) - want).max())
     assert max(off) <= 1
@@ -506,6 +493,6 @@ def test_its_crop_and_pils_are_one_rule(files):
 
 def test_compilers_warnings_are_not_shown(caplog):
     with caplog.at_level(logging.WARNING):
-        kernel._library.cache_clear()
-        assert kernel.library() is not None
+        kernel._load_once.cache_clear()
+        assert kernel.load_library() is not None
     assert not caplog.records

@@ -1,9 +1,9 @@
-"""Samples per second of the data pipeline, beside the paper's own on the same JPEG files; all from one interleaved run.
+"""Samples per second of the data pipeline and of the paper's own on the same JPEG files, from one interleaved run.
 
   python tests/perf/data.py                       512 generated JPEGs (500x375, about 110 KB), 0 and 2 workers
   python tests/perf/data.py --folder IMAGES --rounds 9
 
-Prints medians over the rounds and their ratios. One sample = one file read, decoded, two finished 224-pixel views.
+Prints medians over the rounds and their ratios. A sample is one file, read and decoded, and two finished 224-px views.
 """
 import argparse
 import os
@@ -95,7 +95,7 @@ def papers(folder: Path, workers: int) -> Callable[[int], int]:
 
 
 def interleaved(tasks: dict[str, Callable[[int], int]], rounds: int) -> dict[str, float]:
-    """Median seconds per sample; one round of each before, which starts workers and fills caches, does not count."""
+    """Median seconds per sample; a first round starts workers, fills caches, and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for epoch in range(rounds + 1):
         for name, run in tasks.items():
@@ -106,7 +106,7 @@ def interleaved(tasks: dict[str, Callable[[int], int]], rounds: int) -> dict[str
 
 
 def stages(images: FolderImages, n: int = 128) -> dict[str, Callable[[int], int]]:
-    """The parts of one sample, one after the other in one thread."""
+    """The steps of one sample, each timed alone in one thread."""
     aug, n = Augmentation(), min(n, len(images))
     files = [bytearray(images.path(i).read_bytes()) for i in range(n)]
     decoded = [decode(f, '') for f in files]
@@ -125,18 +125,18 @@ def stages(images: FolderImages, n: int = 128) -> dict[str, Callable[[int], int]
         'read': each(lambda i: images.path(i).read_bytes()),
         'decode': each(lambda i: decode(files[i], '')),
         'draw': once(lambda: [draw(aug, 0, 0, np.arange(n), view) for view in (0, 1)]),
-        'two crops': once(lambda: kernel.views(both, u, aug.rule(), None, crops, rows)),
-        'two crops, finished': once(lambda: kernel.views(both, u, aug.rule(), table, floats, rows))}
+        'two crops': once(lambda: kernel.cut_views(both, u, aug.rule(), None, crops, rows)),
+        'two crops, finished': once(lambda: kernel.cut_views(both, u, aug.rule(), table, floats, rows))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--folder', type=Path, help='one subfolder of images or more (default: 512 generated JPEGs)')
+    parser.add_argument('--folder', type=Path, help='one or more subfolders of images (default: 512 generated JPEGs)')
     parser.add_argument('--rounds', type=int, default=7)
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2])
     args = parser.parse_args()
-    if kernel.library() is None:
-        sys.exit('the kernel is not there, so there is nothing to compare')
+    if kernel.load_library() is None:
+        sys.exit('the kernel cannot be compiled here, so there is nothing to compare')
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or make_jpegs(Path(made), 512)

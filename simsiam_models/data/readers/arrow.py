@@ -1,28 +1,30 @@
-"""Data sets of the Hugging Face Hub and their formats: what `save_to_disk` wrote, Parquet and Arrow files, `hf:REPO`.
+"""Data sets of the Hugging Face Hub and their formats: folders of `save_to_disk`, Parquet and Arrow files, `hf:REPO`.
 
-Arrow files are mapped where they lie. Parquet cannot be read at random: the datasets library copies it to Arrow files
-in its own cache once (HF_DATASETS_CACHE moves that).
+Arrow files are memory-mapped in place. Parquet has no random access: the datasets library first converts it to Arrow
+files in its own cache (set by HF_DATASETS_CACHE).
 
-The images are the one column of type Image, of several the one named image or img; in files without such types, the
-one column of binary or of {bytes, path}. Labels are the first column of LABELS that has class names or whole numbers,
-or else the one column of class names. They do not count where one is missing or below 0.
+The images are the only column of type Image; of several, the one named image or img. In files without such types they
+are the only column of binary or of {bytes, path}. Labels are the first column of LABELS that has class names or
+integers, or else the only column of class names. They are ignored if one is missing or below 0.
 """
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .decode import DataError, UnreadableError, decode
+from ...runtime.messages import one_line
+from .decode import DataError, UnreadableError, decode, explain_read_errors
 from .index import digest
-from .lists import MOST
+from .lists import MAX_CLASSES
+from .shards import VALIDATION
 
 LABELS = ('label', 'labels', 'fine_label', 'class', 'target')
-VALIDATION = ('validation', 'val', 'valid', 'test')  # of these the first one that has labels
 
 
-def library() -> ModuleType:
+def import_datasets() -> ModuleType:
     try:
         import datasets
     except ImportError:
@@ -35,34 +37,31 @@ class ArrowImages:
     """The images of a datasets.Dataset, decoded here.
 
     Raises:
-        ValueError: no column of images, or several, or no image.
+        ValueError: there is no column of images, or more than one, or no image.
     """
 
     def __init__(self, rows: Any, name: str) -> None:
-        self.name, self.column = name, image_column(rows.features, name)
+        self.name, self.column = name, find_image_column(rows.features, name)
         if not len(rows):
             raise ValueError(f'{name}: no image in it (a table of 0 rows)')
-        self.labels, self.classes = _labels(rows)
-        self._rows = undecoded(rows, self.column)
+        self.labels, self.classes = _read_labels(rows)
+        self._rows = select_undecoded(rows, self.column)
         self.digest = self._digest()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError, naming the row, where it cannot be decoded."""
+        """(H, W, 3) uint8. Raises UnreadableError, which names the row, if it cannot be read or decoded."""
         name = f'{self.name}: image {index}'
-        try:
-            value = self._rows[int(index)][self.column]
-            data = encoded(value)
-        except (OSError, ValueError) as e:  # also pyarrow's
-            raise UnreadableError(f'{name}: cannot be read ({e})') from None
+        with explain_read_errors(name, OSError, ValueError):  # pyarrow's errors are subclasses of these
+            data = read_encoded(self._rows[int(index)][self.column])
         if data is None:
             raise UnreadableError(f'{name}: the table has no image there')
         return decode(data, name)
 
     def _digest(self) -> str:
-        """Of the sizes of all images, their order, and the labels: reading every byte would take hours."""
+        """Hashes the sizes of all images in order, and the labels: reading every byte would take hours."""
         import pyarrow as pa
         import pyarrow.compute as pc
         values = self._rows.with_format('arrow')[:][self.column]
@@ -79,46 +78,46 @@ class ArrowImages:
         return digest(json.dumps([self.column, self.classes]), paths, sizes.astype('<i8'), labels.astype('<i8'))
 
 
-def image_column(features: Any, name: str) -> str:
-    datasets, found = library(), []
-    for kind in (
+def find_image_column(features: Any, name: str) -> str:
+    datasets, found = import_datasets(), []
+    for is_image in (
         lambda f: isinstance(f, datasets.Image),
         lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
         lambda f: isinstance(f, dict) and 'bytes' in f,
     ):
-        found = [column for column, feature in features.items() if kind(feature)]
+        found = [column for column, feature in features.items() if is_image(feature)]
         if found:
             break
     if len(found) > 1:
         found = [column for column in ('image', 'img') if column in found][:1] or found
     if len(found) != 1:
         has = f'several columns of images ({", ".join(found)})' if found else 'no column of images'
-        raise ValueError(f'{name}: {has}; its columns are {", ".join(features)}, and one is to be of type Image')
+        raise ValueError(f'{name}: {has}; its columns are {", ".join(features)}, and exactly one must be of type Image')
     return found[0]
 
 
-def undecoded(rows: Any, column: str) -> Any:
-    """Only the images, as bytes or the path of a file."""
-    datasets = library()
+def select_undecoded(rows: Any, column: str) -> Any:
+    """Selects the images alone, each as bytes or the path of a file."""
+    datasets = import_datasets()
     rows = rows.select_columns([column])
     if isinstance(rows.features[column], datasets.Image):
         rows = rows.cast_column(column, datasets.Image(decode=False))
     return rows
 
 
-def encoded(value: Any) -> bytes | None:
-    """The bytes of an image that a table holds, or names."""
+def read_encoded(value: Any) -> bytes | None:
+    """Returns the bytes of an image that a table contains, or whose file it names."""
     if isinstance(value, dict):
         if value.get('bytes') is None and value.get('path'):
-            from datasets.utils.file_utils import xopen  # also reads from within archives and from the Hub
+            from datasets.utils.file_utils import xopen  # also reads files in archives and on the Hub
             with xopen(value['path'], 'rb') as f:
                 return f.read()
         value = value.get('bytes')
     return value or None
 
 
-def _labels(rows: Any) -> tuple[np.ndarray | None, list[str]]:
-    datasets, features = library(), rows.features
+def _read_labels(rows: Any) -> tuple[np.ndarray | None, list[str]]:
+    datasets, features = import_datasets(), rows.features
     named = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     numbered = [column for column, feature in features.items() if str(getattr(feature, 'dtype', '')).startswith(
         ('int', 'uint'))]
@@ -129,55 +128,59 @@ def _labels(rows: Any) -> tuple[np.ndarray | None, list[str]]:
     if values.null_count:
         return None, []
     labels = values.to_numpy()
-    if labels.min() < 0 or labels.max() >= MOST:
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
         return None, []
     names = features[columns[0]].names if columns[0] in named else None
     labels = labels.astype(np.int32)
     return labels, list(names) if names is not None else [str(i) for i in range(labels.max() + 1)]
 
 
-def load(what: str, call: Any) -> Any:
-    """The result of a call of the datasets library, whose errors are of many kinds and lengths."""
+def explain_open_errors(name: str, call: Callable[[], Any]) -> Any:
+    """Returns the result of a call of the datasets library; turns its errors into one DataError."""
     try:
         return call()
+    # datasets raises its own DatasetsError, and those of pyarrow, fsspec, huggingface_hub, json, yaml, ...
     except Exception as e:
-        e = e.__cause__ or e  # what is outermost often says no more than that something went wrong
-        text = ' '.join(str(e).split())
-        text = text if len(text) <= 300 else text[:297] + '...'
-        raise DataError(f'{what} cannot be opened by the datasets library ({type(e).__name__}: {text})') from None
+        e = e.__cause__ or e  # the outermost error often says only that something went wrong
+        if isinstance(e, MemoryError):
+            raise e from None
+        text = f'{type(e).__name__}: {one_line(e, 300)}'
+        raise DataError(f'{name} cannot be opened by the datasets library ({text})') from None
 
 
 def open_saved(folder: Path) -> dict[str, Any]:
-    """What `save_to_disk` wrote: its splits, or one that is named train."""
-    rows = load(str(folder), lambda: library().load_from_disk(str(folder)))
-    return dict(rows) if isinstance(rows, library().DatasetDict) else {'train': rows}
+    """Opens a folder of `save_to_disk`: its splits, or a single one as train."""
+    rows = explain_open_errors(str(folder), lambda: import_datasets().load_from_disk(str(folder)))
+    return dict(rows) if isinstance(rows, import_datasets().DatasetDict) else {'train': rows}
 
 
 def open_files(files: list[Path], name: str) -> ArrowImages:
-    """Parquet or Arrow files, one after the other."""
-    datasets = library()
+    """Opens Parquet or Arrow files as one table."""
+    datasets = import_datasets()
     if files[0].suffix == '.parquet':
-        rows = load(name, lambda: datasets.load_dataset(
+        rows = explain_open_errors(name, lambda: datasets.load_dataset(
             'parquet', data_files=[str(f.resolve()) for f in files], split='train'))
     else:
-        rows = load(name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files]))
+        rows = explain_open_errors(
+            name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files]))
     return ArrowImages(rows, name)
 
 
 def open_repo(repo: str, split: str | None) -> dict[str, Any]:
-    """A data set of the Hub, downloaded; only `split` where one is given."""
+    """Downloads a data set of the Hub: all its splits, or the one that is given as train."""
+    datasets = import_datasets()
     if split is not None:
-        return {'train': load(f'hf:{repo}:{split}', lambda: library().load_dataset(repo, split=split))}
-    return dict(load(f'hf:{repo}', lambda: library().load_dataset(repo)))
+        return {'train': explain_open_errors(f'hf:{repo}:{split}', lambda: datasets.load_dataset(repo, split=split))}
+    return dict(explain_open_errors(f'hf:{repo}', lambda: datasets.load_dataset(repo)))
 
 
-def pick(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
-    """The training split, and the first of VALIDATION that has labels."""
+def choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
+    """Returns the training split, and the first of VALIDATION that has labels."""
     if 'train' not in splits and len(splits) > 1:
-        raise ValueError(f'{name}: no split train in it but {", ".join(splits)}; name one, as in hf:REPO:SPLIT')
+        raise ValueError(f'{name} has no split train but {", ".join(splits)}; choose one with hf:REPO:SPLIT')
     first = 'train' if 'train' in splits else next(iter(splits), None)
     if first is None:
-        raise ValueError(f'{name}: no split in it')
+        raise ValueError(f'{name} has no splits')
     train, val = ArrowImages(splits[first], name), None
     for split in VALIDATION:
         if split in splits and split != first and len(splits[split]):

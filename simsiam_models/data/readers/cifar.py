@@ -1,9 +1,10 @@
-"""CIFAR-10 and CIFAR-100 in their binary version (Krizhevsky, 2009), mapped where they lie.
+"""CIFAR-10 and CIFAR-100 in their binary version (Krizhevsky, 2009), memory-mapped in place.
 
-A record is 1 (CIFAR-100: 2, coarse and fine) bytes of labels and 3 x 32 x 32 bytes of an image, red, green, blue.
+A record is one byte of label (in CIFAR-100 two: coarse and fine) and an image of 3 x 32 x 32 bytes: red, green, blue.
 """
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,45 +13,60 @@ from .index import digest
 
 PIXELS = 3 * 32 * 32
 FOLDERS = ('.', 'cifar-10-batches-bin', 'cifar-100-binary')
-# name -> bytes of labels, classes, file of their names; training and validation: files and images in all
-KINDS = {
-    'CIFAR-10': (1, 10, 'batches.meta.txt', ([f'data_batch_{i}.bin' for i in range(1, 6)], 50000), (
-        ['test_batch.bin'], 10000)),
-    'CIFAR-100': (2, 100, 'fine_label_names.txt', (['train.bin'], 50000), (['test.bin'], 10000)),
-}
 
 _logger = logging.getLogger('simsiam_models')
 
 
+@dataclass(frozen=True)
+class _Layout:
+    name: str
+    label_bytes: int
+    classes: int
+    names_file: str  # class names
+    train: list[str]  # 50000 images
+    test: str  # 10000 images
+
+
+LAYOUTS = [
+    _Layout('CIFAR-10', 1, 10, 'batches.meta.txt', [f'data_batch_{i}.bin' for i in range(1, 6)], 'test_batch.bin'),
+    _Layout('CIFAR-100', 2, 100, 'fine_label_names.txt', ['train.bin'], 'test.bin')]
+PYTHON_FILES = {  # of the Python version, which torchvision reads
+    'data_batch_1': 'CIFAR10', 'train': 'CIFAR100', 'cifar-10-batches-py/data_batch_1': 'CIFAR10',
+    'cifar-100-python/train': 'CIFAR100'}
+
+
 class CifarImages:
-    """The images of those `files` that lie in `folder`; all of them hold `expected`.
+    """The images of those `files` that exist in `folder`; the complete set has `expected`.
 
     Raises:
-        ValueError: a file is no whole number of records, or no record of this set.
+        ValueError: a file is not a whole number of records, or its records are not of this data set.
     """
 
-    def __init__(self, folder: Path, kind: str, files: list[str], expected: int) -> None:
-        head, classes, names, *_ = KINDS[kind]
-        there = [file for file in files if (folder / file).is_file()]
-        self.name, size, self._parts = f'{folder} ({", ".join(there)})', head + PIXELS, []
-        for file in there:
+    def __init__(self, folder: Path, layout: _Layout, files: list[str], expected: int) -> None:
+        existing = [file for file in files if (folder / file).is_file()]
+        size, self._parts = layout.label_bytes + PIXELS, []
+        self.name = f'{folder} ({", ".join(existing)})'
+        for file in existing:
             path = folder / file
             found = path.stat().st_size
             if not found or found % size:
                 raise ValueError(
-                    f'{path}: {found} bytes are no whole number of {kind} records of {size}; '
-                    f'{found // size} are whole where {expected // len(files)} are expected: download it anew')
+                    f'{path}: {found} bytes are not a whole number of {layout.name} records of {size} bytes: '
+                    f'{found // size} are complete, {expected // len(files)} are expected; download it again')
             self._parts.append(np.memmap(path, np.uint8, 'r').reshape(-1, size))
         self._ends = np.cumsum([len(part) for part in self._parts])
-        self.labels = np.concatenate([part[:, head - 1] for part in self._parts]).astype(np.int32)
-        if self.labels.max() >= classes:
-            raise ValueError(f'{self.name}: a label of {self.labels.max()}, where {kind} has {classes} classes')
+        self.labels = np.concatenate([part[:, layout.label_bytes - 1] for part in self._parts]).astype(np.int32)
+        if self.labels.max() >= layout.classes:
+            raise ValueError(
+                f'{self.name}: a label of {self.labels.max()}, but {layout.name} has {layout.classes} classes; '
+                'download it again')
         if len(self) != expected:
-            _logger.warning(f'{self.name}: {len(self)} images found, {expected} expected in the whole {kind}')
-        known = (folder / names).read_text(errors='replace').split('\n') if (folder / names).is_file() else []
-        known = [name.strip() for name in known if name.strip()]
-        self.classes = known if len(known) == classes else [str(i) for i in range(classes)]
-        self.digest = digest(json.dumps([kind, self.classes]), *(np.asarray(part) for part in self._parts))
+            _logger.warning(f'{self.name}: {len(self)} images found, {expected} expected in the whole {layout.name}')
+        file = folder / layout.names_file
+        names = [name.strip() for name in file.read_text(errors='replace').split('\n')] if file.is_file() else []
+        names = [name for name in names if name]
+        self.classes = names if len(names) == layout.classes else [str(i) for i in range(layout.classes)]
+        self.digest = digest(json.dumps([layout.name, self.classes]), *(np.asarray(part) for part in self._parts))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -63,20 +79,20 @@ class CifarImages:
 
 
 def open_cifar(root: Path) -> tuple[CifarImages, CifarImages | None] | None:
-    """None where there is no such file in `root` or the folder that the archive unpacks to.
+    """Returns None if neither `root` nor the folder of the unpacked archive in it has a training file.
 
     Raises:
-        ValueError: a damaged file, or the version for Python.
+        ValueError: a file is damaged, or these are files of the Python version.
     """
     for folder in (root / name for name in FOLDERS):
-        for kind, (_, _, _, (train, trained), (val, tested)) in KINDS.items():
-            if any((folder / file).is_file() for file in train):
-                has_val = (folder / val[0]).is_file()
-                return (CifarImages(folder, kind, train, trained),
-                        CifarImages(folder, kind, val, tested) if has_val else None)
-    for folder, name in (('.', 'CIFAR10'), ('cifar-10-batches-py', 'CIFAR10'), ('cifar-100-python', 'CIFAR100')):
-        if (root / folder / {'CIFAR10': 'data_batch_1', 'CIFAR100': 'train'}[name]).is_file():
-            place = root / folder if folder != '.' else root
+        for layout in LAYOUTS:
+            if any((folder / file).is_file() for file in layout.train):
+                has_val = (folder / layout.test).is_file()
+                return (CifarImages(folder, layout, layout.train, 50000),
+                        CifarImages(folder, layout, [layout.test], 10000) if has_val else None)
+    for file, name in PYTHON_FILES.items():
+        if (root / file).is_file():
+            folder = (root / file).parent
             raise ValueError(
-                f'{place}: this is the Python version of {name}; read it as torchvision:{name}:{place.parent}')
+                f'{folder}: this is the Python version of {name}; read it with torchvision:{name}:{folder.parent}')
     return None

@@ -1,47 +1,69 @@
-"""The bytes of an image file -> RGB pixels."""
+"""The bytes of an image file -> RGB pixels; the errors of data that cannot be used."""
+import errno
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
-# torchvision 0.29 announces that its decoders will go (its Python function warns); PIL's take a sixth longer.
+from ...runtime.messages import one_line
+
+# torchvision 0.29 announces the removal of its decoders (its Python function warns); PIL's take a sixth longer.
 _JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
-_UNCHANGED = 0  # torchvision.io.ImageReadMode: the file's own channels
+_UNCHANGED = 0  # torchvision.io.ImageReadMode: the channels of the file
+_EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the process lacks something; the file may be fine
 
 
 class DataError(RuntimeError):
-    """The data cannot be used as they are, or not any more; one sentence says why."""
+    """The data cannot be used; the message says why in one sentence."""
 
 
 class UnreadableError(DataError):
-    """An image file could not be decoded."""
+    """An image cannot be read or decoded."""
+
+
+@contextmanager
+def explain_read_errors(name: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turns these errors into UnreadableError for the image `name`, except for a lack of memory or file handles."""
+    try:
+        yield
+    except errors as e:
+        if isinstance(e, MemoryError) or getattr(e, 'errno', None) in _EXHAUSTED:
+            raise
+        reason = getattr(e, 'strerror', None) or one_line(e)
+        file = getattr(e, 'filename', None)
+        where = f': {file}' if file and str(file) not in name else ''
+        raise UnreadableError(f'{name}: cannot be read ({reason}{where})') from None
 
 
 def decode(data: bytes | bytearray, name: str) -> np.ndarray:
-    """-> (H, W, 3) uint8, the pixels that PIL's convert('RGB') gives; 16-bit grayscale is scaled to 8 bits.
+    """-> (H, W, 3) uint8, the pixels of PIL's convert('RGB'); 16-bit grayscale is scaled to 8 bits.
 
-    An orientation in the EXIF data is not applied, as in torchvision's ImageFolder. Transparency is dropped.
+    As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped.
 
     Raises:
         UnreadableError: `name` cannot be decoded.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:  # reads the header, and refuses decompression bombs
+        with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
             if _JPEG is not None and image.format == 'JPEG' and (pixels := _decode_jpeg(data)) is not None:
                 return pixels
-            if image.mode.startswith('I;16'):  # convert() would cut at 255: all white
+            if image.mode.startswith('I;16'):  # convert() would clip at 255: all white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert('RGB'))
-    # PIL raises nearly anything on a broken file (OSError, SyntaxError, ValueError, DecompressionBombError, ...).
+    except MemoryError:
+        raise
+    # PIL raises almost anything for a broken file: OSError, SyntaxError, ValueError, DecompressionBombError, ...
     except Exception as e:
-        reason = 'of no known kind' if isinstance(e, UnidentifiedImageError) else e
+        reason = 'unknown format' if isinstance(e, UnidentifiedImageError) else one_line(e)
         raise UnreadableError(f'{name}: cannot be read as an image ({reason})') from None
 
 
 def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:
-    """By libjpeg-turbo through torchvision, which PIL uses too; None for what PIL had better decide."""
+    """Decodes with torchvision's libjpeg-turbo, which PIL uses too; returns None for files that PIL must judge."""
     raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     try:
         x = _JPEG(raw, _UNCHANGED)  # (C, H, W), in memory (H, W, C)

@@ -1,4 +1,4 @@
-"""Where images come from. Here: a folder of files, or arrays in memory; opening.py knows the rest.
+"""The interfaces of image sources, and two of them: files in a folder and arrays in memory. opening.py has the others.
 
 Labels are optional and never used in training.
 """
@@ -12,30 +12,45 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from .decode import UnreadableError, decode
+from .decode import UnreadableError, decode, explain_read_errors
 from .index import Index, digest, open_index
 
-MOST_BYTES = 1 << 30  # of an image file
+MAX_FILE_BYTES = 1 << 30
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
 class Images(Protocol):
-    """What the loader asks of a source: `len`, labels or None, and one RGB image by its index, from any thread."""
+    """A source with random access: `read` returns an RGB image by its index and may be called from any thread."""
 
     name: str
-    labels: np.ndarray | None  # (N,) whole numbers from 0
+    labels: np.ndarray | None  # (N,) integers from 0
     classes: list[str]
-    digest: str  # 16 hexadecimal characters: which images these are, wherever they lie
+    digest: str  # 16 hexadecimal characters that identify these images, wherever they are stored
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> np.ndarray: ...  # (H, W, 3) uint8, or UnreadableError
 
 
-def pixels_digest(images: Images) -> str:
-    """16 hexadecimal characters of 16 images, evenly spaced: `digest` does not tell a resized copy from the original.
+@runtime_checkable
+class Stream(Protocol):
+    """A source without random access: undecoded images in an order of its own, and never labels."""
 
-    What cannot be read does not count.
+    name: str
+    labels: None
+    classes: list[str]
+    digest: str
+    promise: str  # one sentence: what is reproducible and what is not
+
+    def __len__(self) -> int: ...  # images per epoch
+
+    def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]: ...  # from position start on
+
+
+def pixels_digest(images: Images) -> str:
+    """Hashes 16 evenly spaced images to 16 hexadecimal characters; unreadable ones do not count.
+
+    Unlike `images.digest`, it tells a resized copy from the original.
     """
     parts = []
     for i in sorted({(len(images) - 1) * j // 15 for j in range(16)}) if len(images) else ():
@@ -48,47 +63,29 @@ def pixels_digest(images: Images) -> str:
 
 
 def contents_digest(images: Images) -> str:
-    """16 hexadecimal characters of names, pixels of 16 images and sizes of all: images that were exchanged, too."""
+    """Hashes names, the pixels of 16 images and all file sizes to 16 hexadecimal characters: replaced images show."""
     sizes = stored_sizes(images, np.arange(len(images)))
     return digest(images.digest, pixels_digest(images), '' if sizes is None else sizes.astype('<i8'))
 
 
 def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
-    """Bytes of the files (in a tar: members) that hold these images, -1 where there is none, int64.
+    """Sizes in bytes of the files (in a tar: members) that hold these images, -1 if there is no file; int64.
 
-    They tell most images that were exchanged under their names, and a copy of the data has the same, unlike the times
-    of files. None for other sources: their `digest` covers sizes or pixels, except of files that torchvision reads.
+    They reveal most images that were replaced under the same name, and unlike file times they survive copying. None for
+    other sources: their `digest` covers sizes or pixels, except for files that torchvision reads.
     """
     while hasattr(images, 'indices'):  # a subset
         images, rows = images.images, images.indices[rows]
-    if isinstance(images, FileImages):
-        return np.array([images.size(i) for i in rows.tolist()], np.int64)
-    index = getattr(images, '_index', None)
-    return None if index is None else index.columns['sizes'][rows]
+    return images.stored_sizes(rows) if hasattr(images, 'stored_sizes') else None
 
 
-@runtime_checkable
-class Stream(Protocol):
-    """A source without random access: images come in its own order, undecoded, and it never has labels."""
-
-    name: str
-    labels: None
-    classes: list[str]
-    digest: str
-    promise: str  # one sentence: what can be reproduced and what cannot
-
-    def __len__(self) -> int: ...  # images per epoch
-
-    def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]: ...  # from position start on
-
-
-def _at_once(path: str, flags: int) -> int:
-    """A pipe would wait for somebody who writes to it."""
+def _open_nonblocking(path: str, flags: int) -> int:
+    """Does not wait for a writer if the file is a pipe."""
     return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
 
 
 class FileImages:
-    """Image files that an index names, relative to `root` or from the top of the file system."""
+    """Image files that an index names, by paths relative to `root` or absolute ones."""
 
     def __init__(self, root: Path, index: Index, name: str) -> None:
         self.root, self.name, self._index = root, name, index
@@ -100,40 +97,41 @@ class FileImages:
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(self._index.path(index))
 
-    def size(self, index: int) -> int:
-        """Bytes of the file, -1 where there is none."""
-        try:  # not by `path`, which takes as long again
+    def stored_sizes(self, rows: np.ndarray) -> np.ndarray:
+        """See the function `stored_sizes`."""
+        return np.array([self._size(i) for i in rows.tolist()], np.int64)
+
+    def _size(self, index: int) -> int:
+        try:  # `path` would take as long again
             return os.stat(os.path.join(os.fsencode(self.root), self._index.path(index))).st_size
-        except (OSError, ValueError):  # ValueError: a name that no file can have
+        except (OSError, ValueError):  # ValueError: no file can have this name
             return -1
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError, naming the file, where it cannot be decoded."""
+        """(H, W, 3) uint8. Raises UnreadableError, which names the file, if it cannot be read or decoded."""
         path = self.path(index)
-        try:
-            with open(path, 'rb', buffering=0, opener=_at_once) as f:
+        with explain_read_errors(str(path), OSError, ValueError):  # ValueError: no file can have this name
+            with open(path, 'rb', buffering=0, opener=_open_nonblocking) as f:
                 status = os.fstat(f.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MOST_BYTES:
-                    raise ValueError('no file, or one of more than a gigabyte')
+                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+                    raise ValueError('not a regular file, or larger than a gigabyte')
                 data = bytearray(f.readall())
-        except (OSError, ValueError) as e:  # ValueError: also a name that no file can have
-            raise UnreadableError(f'{path}: cannot be read ({getattr(e, "strerror", None) or e})') from None
         return decode(data, str(path))
 
 
 class FolderImages(FileImages):
     """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
 
-    The listing is cached as long as no folder below `root` changes, and mapped, not loaded.
+    The listing is memory-mapped from a cache, which is valid until a folder below `root` changes.
 
     Raises:
-        FileNotFoundError: no such folder, or no image in it.
+        FileNotFoundError: there is no such folder, or no image in it.
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
         if not root.is_dir():
-            raise FileNotFoundError(f'{root}: no such folder; DATA is a folder of images')
+            raise FileNotFoundError(f'{root}: no such folder; DATA must be a folder of images')
         index = open_index(root, EXTENSIONS)
         if not len(index):
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')

@@ -1,39 +1,38 @@
-"""The listing of an image folder, a list or tar shards: made once, kept in a file, and mapped from there afterwards.
+"""The listing of an image folder, a list or tar shards: built once, then memory-mapped from a cache file.
 
-Paths lie end to end in one buffer, never as a list of Python objects: 14 million take a few hundred MB to list, and
-next to nothing in a process that maps them. A file holds
+Paths lie end to end in one buffer, never as a list of Python objects: listing 14 million takes a few hundred MB, and
+mapping them almost none. A cache file holds
 
     MAGIC, length of the header (int64), SHA-256 of the header; the header, JSON; the arrays, each 8-byte aligned
 
-and is believed while no folder below the root, and no file that was read for it, has changed. The CRC-32 of the arrays
-is in the header and verified each time: that is to read them all, 0.02 s for ImageNet.
+and is valid as long as no folder below the root, and no file that was read for it, has changed. The header holds the
+CRC-32 of the arrays, which is checked at every start; this reads all of them, 0.02 s for ImageNet.
 """
 import hashlib
 import json
 import os
 import stat
 import struct
-import tempfile
 import time
 import zlib
 from array import array
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...runtime.files import cache_folder
+from ...runtime.files import cache_folder, replacing, write_synced
 
 MAGIC = b'simsidx3'  # the last character is the version of the format
 PREFIX = struct.Struct('<8sq32s')
 DTYPES = {'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
-COLUMNS = ('shards', 'starts', 'sizes')  # where an image lies in tar shards
-ABANDONED = 3600  # seconds after which nobody writes to a file under its temporary name any more
-RACY_NS = 2 * 10**9  # the coarsest clock of a file system in use (FAT)
+COLUMNS = ('shards', 'starts', 'sizes')  # the place of an image in tar shards
+RACY_NS = 2 * 10**9  # the coarsest clock among file systems in use (FAT)
 
 
 class Index:
-    """Named images in a fixed order, read only. Without labels, `labels` is None and `classes` empty."""
+    """Named images in a fixed order, read-only. Without labels, `labels` is None and `classes` empty."""
 
     def __init__(
         self, offsets: np.ndarray, paths: np.ndarray, labels: np.ndarray | None, classes: list[str], digest: str,
@@ -47,13 +46,13 @@ class Index:
         return len(self._offsets) - 1
 
     def path(self, i: int) -> bytes:
-        """Relative to the root, as os.fsencode gives it."""
-        i = range(len(self))[i]  # counts from the end below 0, IndexError outside
+        """The path of an image relative to the root, as bytes (os.fsencode)."""
+        i = range(len(self))[i]  # negative numbers count from the end; IndexError out of range
         return self._paths[self._offsets[i]:self._offsets[i + 1]].tobytes()
 
 
 def digest(*parts: bytes | str | np.ndarray) -> str:
-    """16 hexadecimal characters that tell one sequence of parts from another."""
+    """Hashes a sequence of parts to 16 hexadecimal characters."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
         part = part.encode(errors='surrogateescape') if isinstance(part, str) else part
@@ -65,47 +64,17 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     return state.hexdigest()
 
 
-def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
-    """The files below `root` that end in one of `extensions` (lower case): those os.walk finds, links followed.
-
-    Taken from the cache where that is current. Of length 0, and not cached, where there is no such file.
-    """
-    key = {'root': os.path.realpath(root), 'extensions': list(extensions)}
-    return cached(key, lambda: _scan(key['root'], extensions))
-
-
-def cached(key: dict, build: Callable[[], 'Listing']) -> Index:
-    """What `build` lists, or the cache holds under `key`; its 'root' is where the folders and files stamped lie."""
-    cache = cache_folder()
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    file = None if cache is None else cache / 'index' / f'{name}.idx'
-    index = None if file is None else _load(file, key)
-    if index is not None:
-        return index
-    listing = build()
-    if file is not None and (index := _load(file, key)) is not None:  # another process was sooner
-        return index
-    if file is not None and listing.lasting and len(listing):
-        try:
-            _save(file, key, listing)
-        except OSError:  # no room or no right to write there: only the next start is slower
-            pass
-        else:
-            index = _load(file, key)  # this process is to map it as well, and forget the listing
-    return listing.index() if index is None else index
-
-
 class Listing:
-    """What has been found so far."""
+    """The images found so far, from which an index is made."""
 
     def __init__(self) -> None:
         self.paths, self.offsets = bytearray(), array('q', [0])
-        self.labels, self.classes = array('i'), []  # labels: as many as there are paths, or none
+        self.labels, self.classes = array('i'), []  # labels: one for each path, or none at all
         self.columns: dict[str, array] = {}
-        self.about = ''  # what else the digest is to cover
-        self.folders: dict[str, list[int] | None] = {}  # see _stamp; of every folder, and of links that lead to none
-        self.files: dict[str, list[int] | None] = {}  # see file_stamp; of every file that was read
-        self.lasting = True  # whether the stamps tell every later change
+        self.about = ''  # text that the digest also covers
+        self.folders: dict[str, list[int] | None] = {}  # _stamp_folder of every folder, and of links that lead to none
+        self.files: dict[str, list[int] | None] = {}  # stamp_file of every file that was read
+        self.lasting = True  # whether the stamps will show every later change
         self._settled = time.time_ns() - RACY_NS
 
     def __len__(self) -> int:
@@ -115,54 +84,84 @@ class Listing:
         self.paths += os.fsencode(path)
         self.offsets.append(len(self.paths))
 
-    def watch(self, mtime_ns: int) -> None:
-        """What changed a moment ago may change again within one tick of the file system's clock, and keep its time.
+    def path(self, i: int) -> str:
+        return os.fsdecode(bytes(self.paths[self.offsets[i]:self.offsets[i + 1]]))
 
-        Time 0 is what file systems tell that keep none.
+    def label_runs(self, runs: list[tuple[str, int]]) -> None:
+        """Labels all images by runs of consecutive ones: names of classes and numbers of images."""
+        self.classes = sorted(name for name, n in runs if n)
+        number = {name: i for i, name in enumerate(self.classes)}
+        for name, n in runs:
+            self.labels.extend(array('i', [number.get(name, 0)]) * n)
+
+    def watch_file(self, name: str, path: str | Path) -> None:
+        """The listing is valid until the file at `path` changes; `name` is its path relative to the root."""
+        self.files[name] = stamp = stamp_file(path)
+        self._watch(stamp[1] if stamp else 0)
+
+    def _watch(self, mtime_ns: int) -> None:
+        """Rejects times that may not show a later change.
+
+        What changed a moment ago may change again within the same tick of the file system's clock. 0 is the time that
+        file systems without times report.
         """
         self.lasting &= 0 < mtime_ns < self._settled
 
-    def numbered(self) -> tuple[np.ndarray | None, list[str]]:
-        """Labels and classes."""
-        return (np.frombuffer(self.labels, np.int32), self.classes) if len(self.labels) else (None, [])
-
-    def index(self) -> Index:
+    def make_index(self) -> Index:
         offsets, paths = np.frombuffer(self.offsets, np.int64), np.frombuffer(self.paths, np.uint8)
-        labels, classes = self.numbered()
+        labels, classes = np.frombuffer(self.labels, np.int32), self.classes if self.labels else []
         columns = {name: np.frombuffer(values, DTYPES[name]) for name, values in self.columns.items()}
-        about = json.dumps([self.about, classes, labels is not None])
-        marked = digest(about, offsets, paths, np.zeros(0, np.int32) if labels is None else labels)
-        return Index(offsets, paths, labels, classes, marked, columns)
+        text = digest(json.dumps([self.about, classes, bool(self.labels)]), offsets, paths, labels)
+        return Index(offsets, paths, labels if self.labels else None, classes, text, columns)
 
 
-class _FolderListing(Listing):
-    """Labels are those of the folders that lie in the root."""
+def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
+    """Lists the files below `root` that end in one of `extensions` (lower case), as os.walk with links followed.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.runs: list[tuple[str, int]] = []  # folders of the root and their numbers of files, in the order of paths
-
-    def numbered(self) -> tuple[np.ndarray | None, list[str]]:
-        runs = [(folder, n) for folder, n in self.runs if n]
-        if not runs or sum(n for _, n in runs) < len(self):
-            return None, []
-        classes = sorted(folder for folder, _ in runs)
-        number = {name: i for i, name in enumerate(classes)}  # runs are in another order: 'a b/' is before 'a/'
-        return np.repeat(np.array([number[folder] for folder, _ in runs], np.int32), [n for _, n in runs]), classes
+    Uses the cached listing if it is current. If no file is found, the length is 0 and nothing is cached.
+    """
+    key = {'root': os.path.realpath(root), 'extensions': list(extensions)}
+    return load_or_build(key, lambda: _scan(key['root'], extensions))
 
 
-def _scan(root: str, extensions: tuple[str, ...]) -> _FolderListing:
-    listing = _FolderListing()
+def load_or_build(key: dict, build: Callable[[], Listing]) -> Index:
+    """Loads the listing that is cached under `key`, or builds and caches it.
+
+    key['root'] is the folder that the paths of `Listing.folders` and `Listing.files` are relative to.
+    """
+    cache = cache_folder()
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    file = None if cache is None else cache / 'index' / f'{name}.idx'
+    index = None if file is None else _load(file, key)
+    if index is not None:
+        return index
+    listing = build()
+    if file is not None and (index := _load(file, key)) is not None:  # another process was faster
+        return index
+    if file is not None and listing.lasting and len(listing):
+        try:
+            _save(file, key, listing)
+        except OSError:  # no space or no permission: only the next start is slower
+            pass
+        else:
+            index = _load(file, key)  # map it here, too, to free the memory of the listing
+    return listing.make_index() if index is None else index
+
+
+def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
+    """The classes are the subfolders of `root`, unless an image lies in `root` itself."""
+    listing = Listing()
+    runs: list[tuple[str, int]] = []  # subfolders of root and their numbers of images, in the order of the paths
 
     def walk(folder: str, above: tuple[tuple[int, int], ...]) -> None:
-        """folder: '' or a relative path with a final separator; above: which folders it lies in."""
+        """Lists `folder`, '' or a relative path with a final separator; `above` identifies the folders it lies in."""
         path, names = os.path.join(root, folder), []
         try:
             status = os.stat(path)
-            listing.folders[folder] = _stamp(status)
-            listing.watch(status.st_mtime_ns)
+            listing.folders[folder] = _stamp_folder(status)
+            listing._watch(status.st_mtime_ns)
             identity = status.st_dev, status.st_ino
-            if identity in above:  # a link to a folder that it lies in
+            if identity in above:  # a link to a folder above it
                 return
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -174,12 +173,12 @@ def _scan(root: str, extensions: tuple[str, ...]) -> _FolderListing:
                         names.append(entry.name + os.sep)
                     elif entry.name.lower().endswith(extensions):
                         names.append(entry.name)
-                    elif entry.is_symlink():  # may lead to a folder later (a disk not mounted yet)
+                    elif entry.is_symlink():  # may lead to a folder later (a disk that is not mounted yet)
                         listing.folders[folder + entry.name] = None
-        except OSError:  # os.walk passes over it too; it may be readable the next time
+        except OSError:  # os.walk skips it too; it may be readable next time
             listing.lasting = False
             return
-        names.sort()  # with the separators, this makes the order of whole paths: 'a b/1' < 'a.png' < 'a/1'
+        names.sort()  # with the separators, this is the order of whole paths: 'a b/1' < 'a.png' < 'a/1'
         for name in names:
             if not name.endswith(os.sep):
                 listing.add(folder + name)
@@ -187,14 +186,16 @@ def _scan(root: str, extensions: tuple[str, ...]) -> _FolderListing:
             before = len(listing)
             walk(folder + name, (*above, identity))
             if not folder:
-                listing.runs.append((name[:-1], len(listing) - before))
+                runs.append((name[:-1], len(listing) - before))
 
     walk('', ())
+    if sum(n for _, n in runs) == len(listing):
+        listing.label_runs(runs)
     return listing
 
 
-def _stamp(at: str | os.stat_result) -> list[int] | None:
-    """Which folder it is and when it last changed; None where there is no folder.
+def _stamp_folder(at: str | os.stat_result) -> list[int] | None:
+    """Identifies a folder and its last change; None if there is no folder.
 
     st_mtime changes with the names in it. So does st_ctime, which tar, rsync and the like cannot set back.
     """
@@ -205,19 +206,18 @@ def _stamp(at: str | os.stat_result) -> list[int] | None:
     return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns] if stat.S_ISDIR(status.st_mode) else None
 
 
-def file_stamp(at: str | Path) -> list[int] | None:
-    """Which file it is, when it last changed, and its size; None where there is no file."""
+def stamp_file(at: str | Path) -> list[int] | None:
+    """Identifies a file, its last change and its size; None if there is no file."""
     try:
         status = os.stat(at)
     except OSError:
         return None
-    kept = [status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size]
-    return kept if stat.S_ISREG(status.st_mode) else None
+    stamp = [status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size]
+    return stamp if stat.S_ISREG(status.st_mode) else None
 
 
 def _save(file: Path, key: dict, listing: Listing) -> None:
-    """Under a name of its own, then renamed: other processes see a whole file or none."""
-    index = listing.index()
+    index = listing.make_index()
     arrays = {'offsets': index._offsets, 'paths': index._paths, **index.columns}
     if index.labels is not None:
         arrays['labels'] = index.labels
@@ -225,31 +225,26 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
     for name, values in arrays.items():
         places[name] = [size, len(values)]
         blocks += [values.astype(DTYPES[name], copy=False), bytes(-values.nbytes % 8)]
-        size = _aligned(size + values.nbytes)
+        size = _align(size + values.nbytes)
     for block in blocks:
         crc = zlib.crc32(block, crc)
     header = json.dumps({
         **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'folders': listing.folders,
         'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
+
+    def write(f: Any) -> None:
+        f.write(PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()))
+        for block in (header, bytes(-(PREFIX.size + len(header)) % 8), *blocks):
+            f.write(block)
+
     file.parent.mkdir(mode=0o700, exist_ok=True)
-    for left in file.parent.glob(f'{file.stem}*.part'):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            left.unlink(missing_ok=True)
-    handle, part = tempfile.mkstemp('.part', file.stem, file.parent)
-    try:
-        with open(handle, 'wb') as f:
-            f.write(PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()))
-            for block in (header, bytes(-(PREFIX.size + len(header)) % 8), *blocks):
-                f.write(block)
-            f.flush()
-            os.fsync(f.fileno())  # or a power cut could leave the new name with zeros behind it
-        os.replace(part, file)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with replacing(file, shared=True) as part:
+        part.touch(mode=0o600)  # names of files may be private
+        write_synced(part, write)
 
 
 def _load(file: Path, key: dict) -> Index | None:
-    """None where the file is missing, damaged or another folder's, or where what was listed has changed since."""
+    """Returns None if the file is missing, damaged or of another key, or if what it lists has changed since."""
     try:
         with open(file, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
@@ -260,15 +255,15 @@ def _load(file: Path, key: dict) -> Index | None:
             if hashlib.sha256(header).digest() != digest:
                 return None
             header = json.loads(header)
-            start = _aligned(PREFIX.size + length)
+            start = _align(PREFIX.size + length)
             if start + header['size'] != size or any(header[name] != value for name, value in key.items()):
                 return None
-            for at_hand, kept in ((_stamp, header['folders']), (file_stamp, header['files'])):
-                if any(at_hand(os.path.join(key['root'], at)) != stamp for at, stamp in kept.items()):
+            for make_stamp, stamps in ((_stamp_folder, header['folders']), (stamp_file, header['files'])):
+                if any(make_stamp(os.path.join(key['root'], at)) != stamp for at, stamp in stamps.items()):
                     return None
             f.seek(start)
             crc = 0
-            while data := f.read(1 << 20):  # not through the mapping, whose pages would count as this process's memory
+            while data := f.read(1 << 20):  # not through the mapping: its pages would count as this process's memory
                 crc = zlib.crc32(data, crc)
             if crc != header['crc32']:
                 return None
@@ -285,9 +280,10 @@ def _load(file: Path, key: dict) -> Index | None:
                 and all(len(values) == len(index) for values in index.columns.values())
                 and index._offsets[0] == 0 and index._offsets[-1] == len(index._paths))
         return index if fits else None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):  # not a file of ours
+    # The others are raised if the contents are not a listing. After an OSError, too, a new listing is all it costs.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
 
 
-def _aligned(n: int) -> int:
+def _align(n: int) -> int:
     return (n + 7) // 8 * 8

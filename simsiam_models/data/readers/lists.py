@@ -1,13 +1,13 @@
-"""Lists of image files: text, `path label` a line, or CSV. Parsed once, and mapped from the cache afterwards.
+"""Lists of image files: text with `path label` lines, or CSV. Parsed once, then memory-mapped from the cache.
 
-Paths are relative to the folder of the list, or absolute. Labels are optional, but for all lines or for none.
+Paths are relative to the folder of the list, or absolute. Labels are optional, but must be given for all lines or none.
 
-Text: a line that ends in an image's extension is a path, in which there may be spaces; any other is a path, blanks or a
-tab, and the number of its class. Empty lines are passed over.
+Text: a line that ends in an image extension is a path, which may contain spaces; any other line is a path, blanks or a
+tab, and a class number. Empty lines are ignored.
 
-CSV (or .tsv, with tabs): the first row names the columns, one of PATHS and perhaps one of LABELS, others being passed
-over; or it is a row like all others, `path` or `path,label`. The first label tells what they are: numbers of classes,
-names of classes, or nothing.
+CSV (or .tsv, with tabs): the first row names the columns, one of PATH_COLUMNS and perhaps one of LABEL_COLUMNS; other
+columns are ignored. Or there is no such row, and each row is `path` or `path,label`. The first label decides whether
+labels are class numbers, class names, or missing.
 """
 import csv
 import os
@@ -15,24 +15,26 @@ import re
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ...runtime.messages import short
 from .images import EXTENSIONS, FileImages
-from .index import Listing, cached, file_stamp
+from .index import Listing, load_or_build
 
-TEXT, CSV = ('.txt', '.lst', '.list'), ('.csv', '.tsv')
-PATHS, LABELS = ('path', 'file', 'filename', 'image'), ('label', 'class', 'target')
-MOST = 100_000  # classes; a larger number is something else
+TEXT_SUFFIXES, CSV_SUFFIXES = ('.txt', '.lst', '.list'), ('.csv', '.tsv')
+PATH_COLUMNS, LABEL_COLUMNS = ('path', 'file', 'filename', 'image'), ('label', 'class', 'target')
+MAX_CLASSES = 100_000  # a larger number is not a class
 _NUMBER = re.compile(r'[0-9]+', re.ASCII)
 
 
 class ListImages(FileImages):
-    """Images that a list names.
+    """The images that a list names.
 
     Raises:
-        FileNotFoundError: no such list, or none of its first images is there.
-        ValueError: a line of it, which is named, is not as it should be.
+        FileNotFoundError: there is no such list, or none of its first images exists.
+        ValueError: a line is not valid; the message gives its number.
     """
 
     def __init__(self, file: str | Path) -> None:
@@ -41,11 +43,11 @@ class ListImages(FileImages):
             raise FileNotFoundError(f'{file}: no such list of images')
         root = file.parent
         key = {'root': os.path.realpath(root), 'list': file.name}
-        super().__init__(root, cached(key, lambda: _parse(file)), str(file))
+        super().__init__(root, load_or_build(key, lambda: _parse(file)), str(file))
         if not len(self):
-            raise ValueError(f'{file}: names no image; each line is `path` or `path label`')
+            raise ValueError(f'{file} names no image; each line must be `path` or `path label`')
         first = range(min(len(self), 100))
-        if not any(os.path.exists(self.path(i)) for i in first):  # Path.exists raises at some names
+        if not any(os.path.exists(self.path(i)) for i in first):  # Path.exists raises for some names
             raise FileNotFoundError(
                 f'{file}: its first image {self.path(0)} is not there, nor is any of the first {len(first)}; paths are '
                 f'relative to the folder of the list')
@@ -53,29 +55,28 @@ class ListImages(FileImages):
 
 def _parse(file: Path) -> Listing:
     listing, names = Listing(), {}
-    listing.files[file.name] = stamp = file_stamp(file)
-    listing.watch(stamp[1] if stamp else 0)
-    labelled = None  # what the first line has: None or '' for no label, else its label
-    for n, (line, path, label) in enumerate(_rows(file)):
+    listing.watch_file(file.name, file)
+    first_label = None
+    for n, (line, path, label) in enumerate(_read_rows(file)):
         if '\0' in path:
-            raise ValueError(f'{file}, line {line}: holds a NUL byte; a list is text in UTF-8')
+            raise ValueError(f'{file}, line {line}: contains a NUL byte; a list must be text in UTF-8')
         if not n:
-            labelled = label
-        if bool(label) != bool(labelled):
-            has = 'has no label' if labelled else f'has the label {label!r}'
-            raise ValueError(f'{file}, line {line}: {has}, unlike those before it; label all images or none')
+            first_label = label
+        if bool(label) != bool(first_label):
+            has = 'has no label' if first_label else f'has the label {short(label)!r}'
+            raise ValueError(f'{file}, line {line}: {has}, unlike the lines before it; label all images or none')
         listing.add(path)
         if not label:
             continue
-        if not _NUMBER.fullmatch(labelled):
+        if not _NUMBER.fullmatch(first_label):
             listing.labels.append(names.setdefault(label, len(names)))
-        elif not _NUMBER.fullmatch(label) or int(label) >= MOST:
+        elif not _NUMBER.fullmatch(label) or int(label) >= MAX_CLASSES:
             raise ValueError(
-                f'{file}, line {line}: the label {label!r} is no class number; these are whole numbers from 0 to '
-                f'{MOST - 1}')
+                f'{file}, line {line}: the label {short(label)!r} is not a class number; use integers from 0 to '
+                f'{MAX_CLASSES - 1}')
         else:
             listing.labels.append(int(label))
-    if names:  # numbers in the order of the names
+    if names:  # renumber the classes in the order of their names
         listing.classes = sorted(names)
         number = {name: i for i, name in enumerate(listing.classes)}
         order = np.array([number[name] for name in names], np.int32)
@@ -85,12 +86,14 @@ def _parse(file: Path) -> Listing:
     return listing
 
 
-def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
-    """Line number, path, and label or ''."""
-    # Bytes that are no UTF-8 stand for themselves, as in names of files.
-    with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='' if _is_csv(file) else None) as f:
-        if _is_csv(file):
-            yield from _csv_rows(file, csv.reader(f, delimiter='\t' if file.suffix.lower() == '.tsv' else ','))
+def _read_rows(file: Path) -> Iterator[tuple[int, str, str]]:
+    """Yields line number, path, and label or ''."""
+    suffix = file.suffix.lower()
+    is_csv = suffix in CSV_SUFFIXES
+    # surrogateescape keeps bytes that are not UTF-8, as os.fsdecode does in file names.
+    with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='' if is_csv else None) as f:
+        if is_csv:
+            yield from _read_csv(file, csv.reader(f, delimiter='\t' if suffix == '.tsv' else ','))
             return
         for line, text in enumerate(f, 1):
             text = text.strip()
@@ -100,52 +103,44 @@ def _rows(file: Path) -> Iterator[tuple[int, str, str]]:
                 path, label = text.rsplit(None, 1) if len(text.split(None, 1)) == 2 else (text, '')
                 if not path.lower().endswith(EXTENSIONS):
                     raise ValueError(
-                        f'{file}, line {line}: {_short(text)!r} is no path of an image, with or without a label after '
-                        f'it; looked for {" ".join(EXTENSIONS)} (a CSV may name other files)')
+                        f'{file}, line {line}: {short(text)!r} is not the path of an image, with or without a label '
+                        f'after it; looked for {" ".join(EXTENSIONS)} (a CSV may name other files)')
                 if not _NUMBER.fullmatch(label):
                     raise ValueError(
-                        f'{file}, line {line}: the label {_short(label)!r} is no whole number from 0; names of classes '
-                        'need a CSV')
+                        f'{file}, line {line}: the label {short(label)!r} is not an integer from 0; class names need a '
+                        'CSV')
                 yield line, path, label
 
 
-def _csv_rows(file: Path, reader: 'csv.Reader') -> Iterator[tuple[int, str, str]]:
-    at: tuple[int, int | None] | None = None  # columns of path and label
+def _read_csv(file: Path, reader: Any) -> Iterator[tuple[int, str, str]]:
+    columns: tuple[int, int | None] | None = None  # of path and label
     width = 0
     try:
         for row in reader:
             if not any(row):
                 continue
-            if at is None:
-                width, header = len(row), [name.strip().lower() for name in row]
-                at = _columns(header)
-                if at is not None:
+            if columns is None:
+                width, columns = len(row), _find_columns([name.strip().lower() for name in row])
+                if columns is not None:
                     continue
                 if not row[0].lower().endswith(EXTENSIONS) or width > 2:
                     raise ValueError(
-                        f'{file}, line {reader.line_num}: {_short(str(row))} names no column {", ".join(PATHS)}, nor '
-                        'is it `path` or `path,label` of an image')
-                at = 0, 1 if width == 2 else None
+                        f'{file}, line {reader.line_num}: {short(str(row))} names no column {", ".join(PATH_COLUMNS)}, '
+                        'nor is it `path` or `path,label` of an image')
+                columns = 0, 1 if width == 2 else None
             if len(row) != width:
                 raise ValueError(
-                    f'{file}, line {reader.line_num}: {len(row)} fields where the first line has {width}; a field with '
-                    'a comma in it needs quotes')
-            path, label = row[at[0]], '' if at[1] is None else row[at[1]].strip()
+                    f'{file}, line {reader.line_num}: {len(row)} fields, but the first line has {width}; put fields '
+                    'that contain a comma in quotes')
+            path, label = row[columns[0]], '' if columns[1] is None else row[columns[1]].strip()
             if not path:
-                raise ValueError(f'{file}, line {reader.line_num}: no path in it')
+                raise ValueError(f'{file}, line {reader.line_num}: the path is empty')
             yield reader.line_num, path, label
     except csv.Error as e:
-        raise ValueError(f'{file}, line {reader.line_num}: no CSV ({e})') from None
+        raise ValueError(f'{file}, line {reader.line_num}: not valid CSV ({e})') from None
 
 
-def _columns(header: list[str]) -> tuple[int, int | None] | None:
-    paths, labels = ([header.index(name) for name in names if name in header] for names in (PATHS, LABELS))
+def _find_columns(header: list[str]) -> tuple[int, int | None] | None:
+    paths, labels = (
+        [header.index(name) for name in names if name in header] for names in (PATH_COLUMNS, LABEL_COLUMNS))
     return (paths[0], labels[0] if labels else None) if paths else None
-
-
-def _is_csv(file: Path) -> bool:
-    return file.suffix.lower() in CSV
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + '...'

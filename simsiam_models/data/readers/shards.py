@@ -1,12 +1,14 @@
-"""Which files a folder or a pattern of shards means."""
+"""Names of shards: expands patterns, lists folders, and tells training files from validation files."""
 import glob
 import os
 import re
 from pathlib import Path
 
+VALIDATION = ('validation', 'val', 'valid', 'test')  # in order of preference
+
 
 def expand_braces(pattern: str) -> list[str]:
-    """`shards-{000..009}.tar` and `{a,b}.tar` -> each name."""
+    """Expands `shards-{000..009}.tar` and `{a,b}.tar` to all names."""
     braces = re.search(r'\{([^{}]*(?:\.\.|,)[^{}]*)\}', pattern)
     if braces is None:
         return [pattern]
@@ -14,19 +16,19 @@ def expand_braces(pattern: str) -> list[str]:
     if numbers is not None:
         first, last = int(numbers[1]), int(numbers[2])
         if last < first or last - first >= 10**6:
-            raise ValueError(f'{pattern}: {braces[0]} counts no shards; write {{FIRST..LAST}}, as in {{000..009}}')
+            raise ValueError(f'{pattern}: {braces[0]} counts no shards; use {{FIRST..LAST}}, such as {{000..009}}')
         words = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
     return [name for word in words for name in expand_braces(pattern[:braces.start()] + word + pattern[braces.end():])]
 
 
-def expand(pattern: str) -> list[Path]:
-    """The files of a pattern with {} or *; those that * stands for are sorted."""
+def expand_pattern(pattern: str) -> list[Path]:
+    """The files of a pattern with {} or *; those that match * are sorted."""
     return [Path(path) for name in expand_braces(pattern) for path in (
         sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
 
 
-def shard_files(folder: Path, suffix: str) -> list[Path]:
-    """The files of that suffix in `folder`, or else in its folder data, where repositories have them; sorted."""
+def list_shards(folder: Path, suffix: str) -> list[Path]:
+    """The files with this suffix in `folder`, or else in its subfolder data, as in repositories; sorted."""
     for place in (folder, folder / 'data'):
         try:
             names = sorted(os.listdir(place))
@@ -38,17 +40,17 @@ def shard_files(folder: Path, suffix: str) -> list[Path]:
     return []
 
 
-def split_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """By their names, as in train-00000.tar and validation-00000.tar: (training, validation).
+def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Separates files such as train-00000.tar and validation-00000.tar: (training, validation).
 
-    Where no name says train, all files are training data; else those that say neither are left out.
+    If no name contains train, all files are training data. Otherwise, files of neither kind are left out.
     """
     words = {file: set(re.split(r'[^a-z]+', file.name.lower())) for file in files}
     train = [file for file in files if 'train' in words[file]]
     if not train:
         return files, []
     rest = [file for file in files if 'train' not in words[file]]
-    for names in ({'validation', 'val', 'valid'}, {'test'}):
-        if val := [file for file in rest if words[file] & names]:
+    for names in (VALIDATION[:3], VALIDATION[3:]):
+        if val := [file for file in rest if not words[file].isdisjoint(names)]:
             return train, val
     return train, []

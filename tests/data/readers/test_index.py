@@ -1,22 +1,19 @@
-"""The cached listing of an image folder: always what a fresh walk finds, and no walk where nothing has changed."""
+"""The cached listing of an image folder: always what a fresh walk finds, and no walk if nothing has changed."""
 import json
 import mmap
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
 from simsiam_models.data.readers import index
 from simsiam_models.data.readers.index import Index, open_index
-from simsiam_models.runtime.files import cache_folder
+from simsiam_models.runtime.files import ABANDONED, cache_folder
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png')
-
 TREE = ['cat/1.png', 'cat/2.JPG', 'dog/1.png', 'dog/deep/2.jpeg', 'dog/readme.txt']
 links = pytest.mark.skipif(os.name != 'posix', reason='links need rights on Windows')
 
@@ -35,14 +32,14 @@ def fill(root: Path, names: list[str] = TREE) -> Path:
 
 
 def settle(root: Path) -> Path:
-    """As if the folders had been left alone for a while: their times are those of an hour ago."""
+    """Sets the times of all folders to an hour ago."""
     for folder, *_ in os.walk(root):
         os.utime(folder, (time.time() - 3600,) * 2)
     return root
 
 
 def walked(root: Path) -> tuple[list[str], list[str], list[int] | None]:
-    """Paths, classes and labels, the plain way."""
+    """Paths, classes and labels by os.walk."""
     paths = sorted(
         os.path.relpath(os.path.join(folder, name), root)
         for folder, _, names in os.walk(root, followlinks=True) for name in names if name.lower().endswith(EXTENSIONS))
@@ -58,7 +55,7 @@ def content(found: Index) -> tuple[list[str], list[str], list[int] | None]:
 
 
 def check(root: Path) -> tuple[list[str], list[str], list[int] | None]:
-    """What is opened is what a walk finds."""
+    """Asserts that the index is what a walk finds."""
     got = content(open_index(root, EXTENSIONS))
     assert got == walked(root)
     return got
@@ -73,7 +70,7 @@ def is_mapped(found: Index) -> bool:
 
 @pytest.fixture
 def scans(monkeypatch) -> list:
-    """The folders that have been listed; empty after a cache hit."""
+    """The folders that were listed; empty after a cache hit."""
     listed, scan = [], index._scan
     monkeypatch.setattr(index, '_scan', lambda root, extensions: listed.append(root) or scan(root, extensions))
     return listed
@@ -81,7 +78,7 @@ def scans(monkeypatch) -> list:
 
 @pytest.fixture
 def settled(tmp_path, scans) -> Path:
-    """A folder whose listing is in the cache."""
+    """A folder whose listing is cached."""
     root = settle(fill(tmp_path / 'data'))
     check(root)
     scans.clear()
@@ -102,7 +99,7 @@ def test_order_is_that_of_sorted_whole_paths(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='other file systems refuse such names')
-def test_names_that_are_no_text_are_listed(tmp_path):
+def test_names_that_are_not_text_are_listed(tmp_path):
     root = fill(tmp_path / 'data', ['a/é.png', 'a/z.png', 'é/1.png', 'z/\ue000.png'])
     for name in (b'a/\x80.png', b'a/\xff.png', b'\xe9t\xe9/1.png', b'\x80/\xc3.png', b'z/\xee.png'):
         path = os.path.join(os.fsencode(root), name)
@@ -142,7 +139,7 @@ def test_an_index_out_of_range_is_an_error(settled):
 def test_links_to_folders_and_files_are_followed(tmp_path):
     store, root = fill(tmp_path / 'store', ['x/1.png', 'x/y/2.png', '3.png']), fill(tmp_path / 'data', ['cat/1.png'])
     (root / 'dog').symlink_to(store / 'x')
-    (root / 'eel').symlink_to(store / 'x')  # the same folder twice is no loop
+    (root / 'eel').symlink_to(store / 'x')  # the same folder twice is not a loop
     (root / 'cat/3.png').symlink_to(store / '3.png')
     (root / 'cat/4.png').symlink_to(store / 'nowhere')  # broken: a file that cannot be read
     (root / 'cat/5.png').symlink_to(root / 'cat/5.png')
@@ -228,7 +225,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize('change', EDITS.values(), ids=EDITS)
-def test_after_any_change_the_folder_is_listed_anew(settled, scans, change):
+def test_after_any_change_the_folder_is_listed_again(settled, scans, change):
     before = walked(settled)
     change(settled)
     assert check(settled) != before
@@ -237,11 +234,11 @@ def test_after_any_change_the_folder_is_listed_anew(settled, scans, change):
     check(settled)
     scans.clear()
     check(settled)
-    assert scans == []  # and kept again
+    assert scans == []  # and cached again
 
 
 def test_a_change_is_seen_though_the_time_of_the_folder_was_set_back(settled, scans):
-    # tar and rsync give a folder the time it has in the archive, whatever they added to it.
+    # tar and rsync give a folder its time in the archive, whatever they added to it.
     before = (settled / 'cat').stat().st_mtime_ns
     time.sleep(0.05)  # more than a tick of the clock
     (settled / 'cat/3.png').touch()
@@ -275,8 +272,8 @@ def test_a_link_that_leads_elsewhere_now_is_seen(tmp_path, scans):
 
 @pytest.mark.parametrize('age, kept', [(0, False), (1.5, False), (2.5, True), (-60, False), (None, False)])
 def test_a_folder_changed_within_two_seconds_is_not_kept(tmp_path, scans, age, kept):
-    # It may change again within one tick of the file system's clock. Nor is one of the future, nor one of 1970, which
-    # is what file systems tell that keep no times.
+    # It may change again within one tick of the file system's clock. Nor are times in the future trusted, or those of
+    # 1970, which file systems without times report.
     root = settle(fill(tmp_path / 'data'))
     moment = 0 if age is None else time.time() - age
     os.utime(root / 'dog', (moment, moment))
@@ -322,7 +319,7 @@ def test_a_flipped_bit_is_seen_wherever_it_is(settled, cache, scans):
     whole, want = file.read_bytes(), walked(settled)
     header = index.PREFIX.size + index.PREFIX.unpack_from(whole)[1]
     rng = np.random.default_rng(0)
-    arrays = range(index._aligned(header), len(whole))
+    arrays = range(index._align(header), len(whole))
     for at in [*range(index.PREFIX.size), *rng.integers(index.PREFIX.size, header, 150), *arrays]:
         damaged = bytearray(whole)
         damaged[at] ^= 1 << rng.integers(8)
@@ -365,10 +362,10 @@ def test_a_header_that_does_not_fit_the_file_is_ignored(settled, cache, scans, c
     whole = file.read_bytes()
     _, length, _ = index.PREFIX.unpack_from(whole)
     header = json.loads(whole[index.PREFIX.size:index.PREFIX.size + length])
-    body = whole[index._aligned(index.PREFIX.size + length):]
+    body = whole[index._align(index.PREFIX.size + length):]
     file.write_bytes(with_header(header, body))
     check(settled)
-    assert scans == []  # it is the change that counts
+    assert scans == []  # so the change below is what matters
     file.write_bytes(with_header({**header, **change}, body))
     check(settled)
     assert scans
@@ -387,7 +384,7 @@ def test_the_listing_of_another_folder_is_not_taken(settled, cache, tmp_path):
 def test_where_nothing_can_be_kept_the_folder_is_still_listed(tmp_path, monkeypatch, place):
     root = settle(fill(tmp_path / 'data'))
     (tmp_path / 'file').touch()
-    fill(tmp_path, ['cache/index'])  # a file where the folder would be
+    fill(tmp_path, ['cache/index'])  # a file in place of the folder
     monkeypatch.setenv('SIMSIAM_CACHE', str(tmp_path / place))
     assert (cache_folder() is None) == (place != 'cache')
     check(root)
@@ -411,10 +408,10 @@ def test_what_a_killed_process_left_half_written_is_removed_later(settled, cache
     old, new = (file.with_name(f'{file.stem}{x}.part') for x in ('old', 'new'))
     for part in (old, new):
         part.touch()
-    os.utime(old, (time.time() - 2 * index.ABANDONED,) * 2)
+    os.utime(old, (time.time() - 2 * ABANDONED,) * 2)
     file.unlink()
     check(settled)
-    assert set(file.parent.iterdir()) == {file, new}  # somebody may be writing the new one
+    assert set(file.parent.iterdir()) == {file, new}  # another process may be writing the new one
 
 
 def test_the_cache_is_for_its_owner_only(tmp_path, monkeypatch):
@@ -428,81 +425,3 @@ def test_the_cache_is_for_its_owner_only(tmp_path, monkeypatch):
     monkeypatch.delenv('XDG_CACHE_HOME')
     monkeypatch.setenv('HOME', str(tmp_path / 'home'))
     assert cache_folder() == tmp_path / 'home/.cache/simsiam_models'
-
-
-# Processes
-
-
-def child(code: str, *args: object) -> subprocess.Popen:
-    """Python with `index` alone: not the package, whose import of torch takes seconds and memory."""
-    start = (
-        'import importlib.util as u, json, os, sys, time, types\n'
-        f'package = types.ModuleType("data"); package.__path__ = [{str(ROOT / "simsiam_models/data")!r}]\n'
-        'sys.modules["data"] = package\n'
-        'from data import index\n')
-    return subprocess.Popen(
-        [sys.executable, '-c', start + code, *map(str, args)], stdout=subprocess.PIPE, text=True)
-
-
-def test_processes_that_write_at_once_do_no_harm(tmp_path, cache):
-    root = settle(fill(tmp_path / 'data', [f'{i % 7}/{i}.png' for i in range(300)]))
-    code = '''
-file, key = index.Path(sys.argv[2]), {'root': sys.argv[1], 'extensions': ['.png']}
-for _ in range(100):
-    index._save(file, key, index._scan(key['root'], ('.png',)))
-    found = index._load(file, key)
-    assert len(found) == 300 and found.path(299) == b'6/97.png'
-'''
-    file = kept(root, cache)
-    processes = [child(code, root, file) for _ in range(2)]
-    assert content(open_index(root, EXTENSIONS)) == walked(root)
-    assert [p.wait(60) for p in processes] == [0, 0]
-    assert list((cache / 'index').iterdir()) == [file]
-    check(root)
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-@pytest.mark.parametrize('kind', ['folder', 'list', 'tar'])
-def test_a_long_listing_is_opened_at_once_and_takes_little_memory(tmp_path, kind):
-    root = settle(fill(tmp_path / 'data', ['n0000/0.png']))
-    n, classes = 2_000_000, 1000
-    if kind == 'folder':
-        listing = index._scan(str(root), EXTENSIONS)
-        listing.paths, listing.offsets, listing.runs = bytearray(), index.array('q', [0]), []
-    else:
-        listing = index.Listing()
-        listing.labels = index.array('i', np.repeat(np.arange(classes, dtype=np.int32), n // classes))
-        listing.classes = [f'n{c:04}' for c in range(classes)]
-        listing.files['n0000/0.png'] = index.file_stamp(root / 'n0000/0.png')
-    if kind == 'tar':
-        listing.columns = {'shards': index.array('i', bytes(4 * n)), 'starts': index.array('q', range(n)),
-                           'sizes': index.array('q', range(n))}
-    for c in range(classes):
-        for i in range(n // classes):
-            listing.add(f'n{c:04}/n{c:04}_{i}.JPEG')
-        if kind == 'folder':
-            listing.runs.append((f'n{c:04}', n // classes))
-    key = {'root': str(root), 'extensions': list(EXTENSIONS)}
-    index._save(tmp_path / 'cache.idx', key, listing)
-    code = '''
-def private():  # resident, less what is shared: pages of a mapped file, of which Linux 6.18 maps MBs at a touch
-    with open('/proc/self/statm') as f:
-        _, resident, shared, *_ = map(int, f.read().split())
-        return (resident - shared) * os.sysconf('SC_PAGE_SIZE')
-before, start = private(), time.perf_counter()
-found = index._load(index.Path(sys.argv[1]), json.loads(sys.argv[2]))
-seconds = time.perf_counter() - start
-few = [os.fsdecode(found.path(i)) for i in range(0, len(found), len(found) // 50)]
-labels = found.labels[::len(found) // 50].tolist()
-starts = [int(found.columns['starts'][i]) for i in range(0, len(found), len(found) // 50)] if found.columns else []
-print(json.dumps([len(found), seconds, private() - before, few, labels, starts, found.digest]))
-'''
-    process = child(code, tmp_path / 'cache.idx', json.dumps(key))
-    length, seconds, grown, few, labels, starts, digest = json.loads(process.communicate(timeout=60)[0])
-    assert length == n
-    assert seconds < 2
-    assert grown < 50 * 2**20
-    assert few == [f'n{i // 2000:04}/n{i // 2000:04}_{i % 2000}.JPEG' for i in range(0, n, n // 50)]
-    assert labels == [i // 2000 for i in range(0, n, n // 50)]
-    assert starts == (list(range(0, n, n // 50)) if kind == 'tar' else [])
-    assert digest == listing.index().digest

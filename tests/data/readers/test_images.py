@@ -1,5 +1,7 @@
-"""Folders of image files: which are found, how they are labelled, and what happens to those that cannot be read."""
+"""Folders of image files: which files are found, their labels, and files that cannot be read."""
+import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,6 @@ from PIL import Image
 
 from simsiam_models.data import (
     Augmentation,
-    EvalImages,
     FolderImages,
     MemoryImages,
     TwoViews,
@@ -64,7 +65,7 @@ def test_subfolders_are_classes_in_sorted_order(tmp_path):
     assert np.issubdtype(source.labels.dtype, np.integer)
     for i in range(4):
         relative = source.path(i).relative_to(tmp_path).as_posix()
-        assert source.classes[source.labels[i]] == relative.split('/')[0]  # deeper folders count by their top one
+        assert source.classes[source.labels[i]] == relative.split('/')[0]  # the topmost folder is the class
 
 
 def test_labels_are_those_of_torchvision(tmp_path):
@@ -82,10 +83,10 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert [source.path(i).name for i in range(3)] == ['a.jpg', 'b.png', 'c.bmp']
 
 
-def test_other_files_are_passed_over(tmp_path):
+def test_other_files_are_ignored(tmp_path):
     fill(tmp_path, ['a/1.png', 'a/2.JPG'])
     (tmp_path / 'a/readme.txt').write_text('x')
-    (tmp_path / 'a/3.png').mkdir()  # a folder with an image's name is no image
+    (tmp_path / 'a/3.png').mkdir()  # a folder with the name of an image is not an image
     assert len(FolderImages(tmp_path)) == 2
 
 
@@ -137,7 +138,7 @@ def test_without_val_there_is_only_training_data(tmp_path):
 
 
 @pytest.mark.parametrize('val_names', [['val/1.png'], ['val/a/1.png', 'val/other/1.png']])
-def test_val_with_other_classes_or_none_is_of_no_use(tmp_path, val_names):
+def test_val_with_other_classes_or_none_is_dropped(tmp_path, val_names):
     _, val = open_data(fill(tmp_path, ['train/a/1.png', 'train/b/1.png', *val_names]))
     assert val is None
 
@@ -207,9 +208,9 @@ def test_a_folder_that_went_away_is_not_tried_file_by_file(tmp_path, monkeypatch
 
 
 def test_an_orientation_in_the_exif_data_is_not_applied(tmp_path):
-    # As torchvision's ImageFolder, and so the published runs, read it.
+    # So do torchvision's ImageFolder and the published runs.
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     picture(2).save(tmp_path / 'a.jpg', exif=exif)
     read = FolderImages(tmp_path).read(0)
     assert read.shape == (20, 24, 3)
@@ -243,7 +244,7 @@ def test_gray_is_the_same_in_each_channel(tmp_path):
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):
-    # Taken as they are, all values above 255 would be white.
+    # Without scaling, all values above 255 would be white.
     wide = np.linspace(0, 65535, 20 * 24).astype(np.uint16).reshape(20, 24)
     Image.fromarray(wide).save(tmp_path / 'a.png')
     read = np.asarray(FolderImages(tmp_path).read(0)).astype(int)
@@ -298,6 +299,31 @@ def test_a_file_that_went_away_is_named(tmp_path):
         source.read(0)
 
 
+@pytest.mark.parametrize('call, error', [
+    ('os.open', OSError(errno.ENOMEM, 'no memory')), ('os.open', OSError(errno.EMFILE, 'no handles')),
+    ('os.open', MemoryError()), ('PIL.Image.open', MemoryError())], ids=range(4))
+def test_a_lack_of_memory_or_file_handles_is_not_an_unreadable_image(tmp_path, monkeypatch, call, error):
+    source = FolderImages(fill(tmp_path, ['a.png', 'b.png']))
+    monkeypatch.setattr(call, fail(error))
+    with pytest.raises(type(error)):
+        source.read(0)
+    with pytest.raises(type(error)):
+        list(TwoViews(source, AUG, batch=2, max_unreadable=1).epoch(0))
+
+
+def test_an_error_of_the_disk_is_an_unreadable_image_that_is_named(tmp_path, monkeypatch):
+    source = FolderImages(fill(tmp_path, ['a.png']))
+    monkeypatch.setattr(os, 'open', fail(OSError(errno.EIO, 'Input/output error')))
+    with pytest.raises(UnreadableError, match=r'a\.png: cannot be read \(Input/output error\)'):
+        source.read(0)
+
+
+def fail(error: Exception) -> Callable[..., None]:
+    def call(*args: object, **kwargs: object) -> None:
+        raise error
+    return call
+
+
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('kind', BROKEN)
 def test_by_default_one_unreadable_file_stops_training(tmp_path, kind, workers):
@@ -325,7 +351,7 @@ def test_allowed_unreadable_files_are_replaced_and_counted_once(tmp_path, worker
     source = holes(tmp_path)
     assert [source.path(i).stem for i in range(12)] == [f'{i:02}' for i in range(12)]
     views = TwoViews(source, AUG, batch=4, workers=workers, max_unreadable=0.5)
-    for epoch in range(2):  # the second epoch meets the same files: they are no new ones
+    for epoch in range(2):  # the second epoch reads the same files: they do not count again
         batches = list(views.epoch(epoch))
         assert len(batches) == len(views) == 3
         assert all(x.isfinite().all() for batch in batches for x in batch)
@@ -353,16 +379,7 @@ def test_one_more_than_allowed_stops_training(tmp_path):
         list(views.epoch(0))
 
 
-def test_evaluation_goes_on_where_a_file_is_unreadable(tmp_path):
-    source = holes(tmp_path)
-    x = torch.cat(list(EvalImages(source, np.arange(12), size=16, resize=16, batch=5)))
-    assert x.shape == (12, 3, 16, 16)
-    black = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]).view(3, 1, 1).expand(3, 16, 16)
-    for i in (2, 3, 11):
-        torch.testing.assert_close(x[i], black)
-
-
-def test_what_is_no_file_or_endless_is_unreadable_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pipes_devices_and_huge_files_are_unreadable_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_digits(tmp_path, 4)
     images = FolderImages(tmp_path)
     pipe, device, large = (images.path(i) for i in range(3))
@@ -371,6 +388,6 @@ def test_what_is_no_file_or_endless_is_unreadable_at_once(tmp_path: Path, monkey
     device.symlink_to('/dev/zero')
     os.truncate(large, (1 << 30) + 1)
     for i in range(3):
-        with pytest.raises(UnreadableError, match='no file, or one of more than a gigabyte'):
+        with pytest.raises(UnreadableError, match='not a regular file, or larger than a gigabyte'):
             images.read(i)
     assert images.read(3).shape == (32, 32, 3)
