@@ -1,7 +1,7 @@
-"""The data sets of the benchmarks in miniature, in their real layouts; written without the code under test.
+"""Writes miniatures of the benchmarks' data sets in their real layouts, without the code under test.
 
-Every function returns what it wrote: per part [(path relative to the root, label)], in the order in which it is to be
-read.
+Each function returns what it wrote: for each part [(path relative to the root, label)], in the order in which it must
+be read.
 """
 import io
 import json
@@ -22,7 +22,7 @@ _digits = load_digits()
 
 
 def digit(i: int, size: tuple[int, int] = (40, 32)) -> np.ndarray:
-    """(H, W) uint8, a handwritten digit."""
+    """Returns a handwritten digit, (H, W) uint8."""
     image = Image.fromarray((_digits.images[i % len(_digits.images)] * 255 / 16).astype(np.uint8))
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC))
 
@@ -43,7 +43,7 @@ def write_image(file: Path, i: int) -> None:
 
 
 def write_imagenet(root: Path, train: int = 4, val: int = 2, wnids: tuple[str, ...] = WNIDS) -> Written:
-    """train/WNID/WNID_N.JPEG and val/WNID/ILSVRC2012_val_N.JPEG, so many of each class."""
+    """Writes train/WNID/WNID_N.JPEG and val/WNID/ILSVRC2012_val_N.JPEG; `train` and `val` are images per class."""
     written: Written = {'train': [], 'val': []}
     for label, wnid in enumerate(wnids):
         for i in range(train):
@@ -58,7 +58,7 @@ def write_imagenet(root: Path, train: int = 4, val: int = 2, wnids: tuple[str, .
 
 
 def write_imagenet_lists(root: Path, train: int = 4, val: int = 2) -> Written:
-    """As the lists of Caffe's ImageNet have it: val/ is flat, and meta/*.txt name the images, `path label` a line."""
+    """Writes a flat val/ and meta/*.txt with `path label` lines, as in Caffe's ImageNet."""
     written = write_imagenet(root, train, val)
     flat = [(f'val/{Path(path).name}', label) for path, label in written['val']]
     for (old, _), (new, _) in zip(written['val'], flat, strict=True):
@@ -76,7 +76,7 @@ def write_imagenet_lists(root: Path, train: int = 4, val: int = 2) -> Written:
 
 def write_places205(
     root: Path, train: int = 6, val: int = 3, between: str = ' ', images: str = PLACES_IMAGES) -> Written:
-    """trainvalsplit_places205/{train,val}_places205.csv; `between`: a blank, as in the real files, or a comma."""
+    """Writes images and trainvalsplit_places205/{train,val}_places205.csv; the real files separate by a blank."""
     scenes, written = ('a/abbey', 'a/airport_terminal', 'b/bakery/shop'), {}
     (root / 'trainvalsplit_places205').mkdir(parents=True)
     for part, n in (('train', train), ('val', val)):
@@ -90,7 +90,7 @@ def write_places205(
 
 
 def write_inat18(root: Path, train: int = 6, val: int = 3, prefix: str = 'train_val2018/') -> Written:
-    """train2018.json and val2018.json; ids of images and categories have gaps and are in no order."""
+    """Writes train2018.json and val2018.json; the ids of images and categories have gaps and are unordered."""
     ids, written = (7, 3, 5000), {}
     categories = [{'id': i, 'name': f'species {i}', 'supercategory': 'Plantae'} for i in ids]
     rank = {i: n for n, i in enumerate(sorted(ids))}
@@ -109,7 +109,7 @@ def write_inat18(root: Path, train: int = 6, val: int = 3, prefix: str = 'train_
 
 
 def write_cifar(root: Path, hundred: bool = False, train: int = 20, test: int = 10) -> dict[str, list[int]]:
-    """The binary version of CIFAR-10 (five training files) or CIFAR-100; returns the labels."""
+    """Writes the binary version of CIFAR-10 (five training files) or CIFAR-100; returns the labels."""
     folder = root / ('cifar-100-binary' if hundred else 'cifar-10-batches-bin')
     folder.mkdir(parents=True)
     classes, labels = 100 if hundred else 10, {}
@@ -132,10 +132,10 @@ def write_cifar(root: Path, hundred: bool = False, train: int = 20, test: int = 
 def write_voc07(
     root: Path, trainval: int = 30, test: int = 20, names: tuple[str, ...] = VOC_NAMES,
 ) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
-    """VOCdevkit/VOC2007 with its lists; returns ids and labels (N, classes): 1, 0 or -1, by the rule of protocol 4.2.
+    """Writes VOCdevkit/VOC2007 with its lists; returns ids and labels (N, classes): 1 present, 0 absent, -1 difficult.
 
-    Image i has class i % classes, and every fifth image has its next class as a difficult object only. The ids of both
-    parts alternate, and the lists are in no order.
+    Image i has class i % classes, and every fifth image shows its next class as a difficult object only. The ids of
+    the two parts alternate, and the lists are unordered.
     """
     folder = root / 'VOCdevkit' / 'VOC2007'
     main = folder / 'ImageSets' / 'Main'

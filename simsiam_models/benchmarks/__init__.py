@@ -1,1 +1,1 @@
-"""A backbone -> the numbers of the tables: one folder per benchmark."""
+"""The benchmarks of a backbone, one folder for each."""

@@ -1,1 +1,1 @@
-"""The data sets of the benchmarks in the layouts in which they are distributed."""
+"""The data sets of the benchmarks, in the layouts in which they are distributed."""

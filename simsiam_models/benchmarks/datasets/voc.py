@@ -1,6 +1,6 @@
-"""VOC07 classification: 20 classes, each of which an image has, has not, or has only as a difficult object."""
+"""VOC07 classification: an image has each of 20 classes, lacks it, or shows it only as a difficult object."""
 import logging
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,21 +10,23 @@ import numpy as np
 
 from ...data.readers.images import FileImages, contents_digest
 from ...data.readers.index import Listing, digest
+from .lists import read_lines
 from .sizes import SIZES, deviation, refusal
 
-NAMES = [  # alphabetical, which is the order of the files
+NAMES = [  # alphabetical, as the columns of the labels
     'aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow', 'diningtable', 'dog',
     'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa', 'train', 'tvmonitor']
 PARTS = ('trainval', 'test')
-PRESENT, ABSENT, DIFFICULT = 1, 0, -1
-LABEL = {'1': PRESENT, '-1': ABSENT, '0': DIFFICULT}  # value in a file -> label (protocol 4.2)
+# Value in a file -> label: present, absent, difficult, as in MMSelfSup v0.9.1, tools/data_converters (its SVMLabels).
+LABEL = {'1': 1, '-1': 0, '0': -1}
+_LINE = re.compile(r'([^/\s\0]+)\s+(1|0|-1)')
 
 _logger = logging.getLogger('simsiam_models')
 
 
 @dataclass
 class Voc07:
-    """Images of either part are sorted by id (protocol 4.1); labels are 1 present, 0 absent, -1 difficult: ignored."""
+    """The images of both parts, sorted by id, and their labels: 1 present, 0 absent, -1 difficult."""
 
     trainval: FileImages
     test: FileImages
@@ -34,25 +36,20 @@ class Voc07:
     counts: dict[str, int]  # train, test: images; classes
 
     def data(self) -> dict[str, Any]:
-        """For the record."""
+        """Returns the data set's entry in a record."""
         return {'name': 'voc07', 'counts': self.counts, 'digest': self.digest}
 
     @cached_property
     def digest(self) -> str:
-        images = map(contents_digest, (self.trainval, self.test))
-        return digest(*images, self.labels_trainval, self.labels_test)
+        return digest(*map(contents_digest, (self.trainval, self.test)), self.labels_trainval, self.labels_test)
 
 
 def open_voc07(root: str | Path, partial: bool = False) -> Voc07:
-    """What VOCdevkit/VOC2007, which is `root` or lies below it, has in JPEGImages and ImageSets/Main.
+    """Opens VOCdevkit/VOC2007, which is `root` or below it, from its JPEGImages and ImageSets/Main.
 
-    Args:
-        partial: fewer images, also than are named, and fewer classes will do.
-
-    Raises:
-        FileNotFoundError: a folder, the file of a class, or an image is missing.
-        ValueError: a file names other images than that of another class, or has a line of another form; another number
-            of images than VOC07 has.
+    Raises FileNotFoundError if a folder, the file of a class, or an image is missing, and ValueError if the file of a
+    class is malformed or names other images, or the number of images is not that of VOC07. `partial` accepts fewer
+    images than the lists name, and fewer classes.
     """
     tried = [Path(root, below) for below in ('.', 'VOC2007', 'VOCdevkit/VOC2007')]
     folder = next((p for p in tried if (p / 'ImageSets' / 'Main').is_dir() and (p / 'JPEGImages').is_dir()), None)
@@ -60,76 +57,61 @@ def open_voc07(root: str | Path, partial: bool = False) -> Voc07:
         raise FileNotFoundError(
             f'{root}: neither it nor VOCdevkit/VOC2007 below it has JPEGImages and ImageSets/Main; unpack '
             f'{SIZES["voc07"].source} there')
-    names = _names(folder, partial)
-    files = {path.name for path in (folder / 'JPEGImages').iterdir()}
-    images, labels = {}, {}
+    main, files = folder / 'ImageSets' / 'Main', {path.name for path in (folder / 'JPEGImages').iterdir()}
+    names, images, labels = _list_classes(main, partial), {}, {}
     for part in PARTS:
-        ids, labels[part] = _labels(folder, names, part)
-        there = np.array([f'{i}.jpg' in files for i in ids])
-        if not there.all():
-            first = f'{ids[int(np.flatnonzero(~there)[0])]}.jpg'
-            said = (f'{there.sum():,} images found in {folder / "JPEGImages"} where {len(ids):,} are named for {part} '
-                    f'(missing: {first})')
-            if not partial or not there.any():
-                raise FileNotFoundError(refusal('voc07', str(folder), said))
-            _logger.warning(f'{said}: the others are left out')
-            labels[part] = labels[part][there]
+        ids, labels[part] = _read_labels(main, names, part)
+        present = np.array([f'{i}.jpg' in files for i in ids])
+        if not present.all():
+            message = (f'{present.sum():,} images found in {folder / "JPEGImages"}, {len(ids):,} named for {part} '
+                       f'(missing: {ids[present.argmin()]}.jpg)')
+            if not partial or not present.any():
+                raise FileNotFoundError(refusal('voc07', str(folder), message))
+            _logger.warning(f'{message}: the others are left out')
+            labels[part] = labels[part][present]
         listing = Listing()
-        for i, is_there in zip(ids, there, strict=True):
-            if is_there:
-                listing.add(f'JPEGImages/{i}.jpg')
-        images[part] = FileImages(folder, listing.index(), f'{folder} ({part})')
+        for i in np.flatnonzero(present):
+            listing.add(f'JPEGImages/{ids[i]}.jpg')
+        images[part] = FileImages(folder, listing.make_index(), f'{folder} ({part})')
     counts = {'train': len(images['trainval']), 'test': len(images['test']), 'classes': len(names)}
     if not partial and (found := deviation('voc07', counts)):
         raise ValueError(refusal('voc07', str(folder), found))
     return Voc07(images['trainval'], images['test'], names, labels['trainval'], labels['test'], counts)
 
 
-def _names(folder: Path, partial: bool) -> list[str]:
-    """Of the classes that both parts have a file for."""
-    main = folder / 'ImageSets' / 'Main'
+def _list_classes(main: Path, partial: bool) -> list[str]:
+    """Returns the classes, after checking that both parts have a file for each."""
     found = {part: {p.name.removesuffix(f'_{part}.txt') for p in main.glob(f'*_{part}.txt')} for part in PARTS}
-    names = sorted(found['trainval'] | found['test']) if partial else NAMES
+    present = sorted(found['trainval'] | found['test'])
+    names = present if partial else NAMES
     missing = [f'{name}_{part}.txt' for name in names for part in PARTS if name not in found[part]]
-    strange = [] if partial else sorted((found['trainval'] | found['test']) - set(NAMES))
     if missing or not names:
         raise FileNotFoundError(
-            f'{main}: {2 * len(names) - len(missing)} files of classes found where {2 * len(names) or 40} are '
-            f'expected, two for each class (missing: {", ".join(missing[:3]) or "all"}); complete it '
-            f'({SIZES["voc07"].source})')
-    if strange:
-        raise ValueError(f'{main}: {strange[0]} is no class of VOC07; its 20 classes are {", ".join(NAMES)}')
+            f'{main}: {2 * len(names) - len(missing)} files of classes found (expected {2 * len(names) or 40}, two for '
+            f'each class; missing: {", ".join(missing[:3]) or "all"}); complete it ({SIZES["voc07"].source})')
+    if unknown := [name for name in present if name not in names]:
+        raise ValueError(f'{main}: {unknown[0]} is not a class of VOC07; its 20 classes are {", ".join(NAMES)}')
     return names
 
 
-def _labels(folder: Path, names: list[str], part: str) -> tuple[list[str], np.ndarray]:
-    """Ids, sorted, and (N, classes) int8."""
-    main, ids, columns = folder / 'ImageSets' / 'Main', [], []
+def _read_labels(main: Path, names: list[str], part: str) -> tuple[list[str], np.ndarray]:
+    """Returns the sorted ids and the labels (N, classes) int8."""
+    ids, columns = [], []
     for name in names:
-        file = main / f'{name}_{part}.txt'
-        label = dict(_lines(file))
+        file, label = main / f'{name}_{part}.txt', {}
+        for line, text in read_lines(file):
+            found = _LINE.fullmatch(text)
+            if not found:
+                raise ValueError(f'{file}, line {line}: {text[:80]!r} is not an id and one of 1, 0, -1')
+            if found[1] in label:
+                raise ValueError(f'{file}, line {line}: {found[1]} is named twice')
+            label[found[1]] = LABEL[found[2]]
         if not label:
-            raise ValueError(f'{file}: names no image')
+            raise ValueError(f'{file} names no image')
         ids = ids or sorted(label)
-        if sorted(label) != ids:
-            other = min({*label} ^ {*ids})
+        if other := {*label} ^ {*ids}:
             raise ValueError(
-                f'{file}: its {len(label):,} images are not the {len(ids):,} of {names[0]}_{part}.txt, of which '
-                f'{other} is in one only; unpack the lists anew')
+                f'{file}: its {len(label):,} images are not the {len(ids):,} of {names[0]}_{part}.txt: only one of the '
+                f'two has {min(other)}; unpack the lists again')
         columns.append([label[i] for i in ids])
     return ids, np.array(columns, np.int8).T.copy()
-
-
-def _lines(file: Path) -> Iterator[tuple[str, int]]:
-    seen = set()
-    with open(file, encoding='utf-8-sig', errors='replace') as f:
-        for line, text in enumerate(f, 1):
-            fields = text.split()
-            if not fields:
-                continue
-            if len(fields) != 2 or fields[1] not in LABEL or '/' in fields[0] or '\0' in fields[0]:
-                raise ValueError(f'{file}, line {line}: {text.strip()[:80]!r} is not an id and one of 1, 0, -1')
-            if fields[0] in seen:
-                raise ValueError(f'{file}, line {line}: {fields[0]} is named twice')
-            seen.add(fields[0])
-            yield fields[0], LABEL[fields[1]]

@@ -1,1 +1,1 @@
-"""Records of benchmarks, and the tables that compare them."""
+"""The records of benchmarks and the tables made from them."""

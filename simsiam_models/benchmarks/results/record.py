@@ -1,7 +1,8 @@
-"""A benchmark's result as one JSON file, with what is published for the same weights beside it.
+"""A benchmark's result as one JSON file, which also lists what is published for the same weights.
 
-A published number was not measured here; `compare` says when a difference to one is taken.
+Published numbers are never measured here; see `compare` for when a difference from them is computed.
 """
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -14,57 +15,50 @@ from typing import Any
 
 from ...data.readers.index import digest
 from ...runtime.files import write_atomically
-from ...runtime.messages import short
+from ...runtime.messages import one_line, short
 from ..backbone import Backbone
-from .compare import changes, compare, spread, unpublished
+from .compare import TOLERANCE, compare, list_changes, note_unpublished, own_numbers
 
 FORMAT, VERSION = 'simsiam_models benchmark', 1
-LARGEST = 64 * 2**20  # bytes of a file that can be a record
-DEEPEST = 100  # lists and tables in one another
+FIELDS = {'benchmark': str, 'protocol': dict, 'weights': dict, 'data': dict, 'metrics': dict, 'extra': dict}
+LARGEST = 64 * 2**20  # bytes of a file that is read as a record
+DEEPEST = 100  # nested lists and tables
 
 
 class NoRecordError(ValueError):
-    """JSON of another kind, as args.json and config.json of a run."""
+    """The file is JSON of another kind, such as args.json or config.json of a run."""
 
 
-def record_path(folder: str | Path, benchmark: str, backbone: 'Backbone', protocol: dict, data: dict) -> Path:
-    """A name in `folder` that two results share only where they are of the same thing."""
-    about = plain([protocol, data.get('digest'), data.get('counts')])
+def record_path(folder: str | Path, benchmark: str, backbone: Backbone, protocol: dict, data: dict) -> Path:
+    """Returns a path in `folder` that two results share only if weights, protocol and data are the same."""
+    about = to_json_types([protocol, data.get('digest'), data.get('counts')])
     key = digest(json.dumps(about, sort_keys=True), backbone.identity)
     name = re.sub(r'[^\w.=-]+', '-', Path(backbone.name).name or backbone.name, flags=re.ASCII).strip('-.')
     return Path(folder) / f'{benchmark}-{name[:80]}-{key[:8]}.json'
 
 
 def write_record(
-    path: str | Path, benchmark: str, protocol: dict[str, Any], backbone: 'Backbone', data: dict[str, Any],
-    metrics: Mapping[str, float], seconds: float, extra: dict[str, Any] | None = None,
+    path: str | Path, benchmark: str, protocol: dict[str, Any], backbone: Backbone, data: dict[str, Any],
+    metrics: Mapping[str, float], *, seconds: float, extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes the JSON, whole or not at all, and returns what it holds.
+    """Writes the JSON atomically and returns its content; raises ValueError for what a record cannot hold.
 
     Args:
-        benchmark: as weights/published.json calls it, where that has it.
-        protocol: every parameter; where it is to be compared, those of PROTOCOLS under their names. A true value under
-            'changed' says that it is another protocol.
-        data: name (a key of SIZES, where it is one of these sets), counts (train, test, classes), digest, and where it
-            has one its path as typed.
+        benchmark: its name in weights/published.json if it has one there.
+        protocol: every parameter, under the names in compare.REQUIRED; true under 'changed' if it is not as published.
+        data: name (a key of SIZES for a data set in it), counts (train, test, classes), digest, and path as typed.
         metrics: percent.
-        extra: whatever else is worth keeping; 'unreadable', images that were left out (their number, a list or a
-            table), makes a record incomparable.
-
-    Raises:
-        ValueError: a metric is no number of percent, or something has no form in JSON.
-        OSError: the file cannot be written.
+        extra: other results. 'unreadable' images (their number, a list or a table) make a record incomparable.
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f'{path} is a folder; a record is a file, as {path / (benchmark + ".json")}')
-    record = {
+        raise ValueError(f'{path} is a folder; a record is a file, such as {path / (benchmark + ".json")}')
+    record = check_record(to_json_types({
         'format': FORMAT, 'version': VERSION, 'benchmark': benchmark, 'protocol': protocol,
         'weights': {
             'name': backbone.name, 'tag': backbone.tag, 'digest': backbone.digest,
             'pixels': 'BGR' if backbone.bgr else 'RGB', 'mean': backbone.mean, 'std': backbone.std},
-        'data': data, 'metrics': dict(metrics), 'extra': extra or {}}
-    record = checked(plain(record), str(path))
+        'data': data, 'metrics': dict(metrics), 'extra': extra or {}}), path)
     record |= {
         **compare(record), 'versions': versions(), 'seconds': round(float(seconds), 1),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds')}
@@ -75,194 +69,163 @@ def write_record(
 
 
 def check_output(folder: Path) -> None:
-    """Make the folder of the records, and see that it can be written to, before hours of work.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Creates the folder of the records; raises ValueError if it is not writable, before hours of work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as f:
+        with tempfile.TemporaryFile(buffering=0, dir=folder) as f:
             f.write(b'simsiam')
-            f.flush()
     except OSError as e:
         raise ValueError(
-            f'--output {folder}: no record can be written there ({e.strerror}); name a folder that can be written '
-            'to') from None
+            f'--output {folder}: cannot write a record there ({e.strerror}); name a writable folder') from None
 
 
-def plain(value: Any) -> Any:
-    """As JSON holds it: numpy's numbers and arrays, tuples, sets and paths become what they stand for.
-
-    Raises:
-        ValueError: NaN or infinity, or an object of another kind.
-    """
-
-    def other(x: Any) -> Any:
-        if isinstance(x, (set, frozenset)):
-            return sorted(x)
-        if hasattr(x, 'tolist'):
-            return x.tolist()
-        if isinstance(x, Path):
-            return str(x)
-        raise TypeError(f'{type(x).__name__} has no form in JSON')
+def to_json_types(value: Any) -> Any:
+    """Converts numpy numbers and arrays, tuples and paths to the types that JSON holds."""
+    def convert(x: Any) -> Any:
+        if not hasattr(x, 'tolist') and not isinstance(x, Path):
+            raise TypeError(f'{type(x).__name__} cannot be written as JSON')
+        return str(x) if isinstance(x, Path) else x.tolist()
 
     try:
-        return json.loads(json.dumps(value, default=other, allow_nan=False))
+        return json.loads(json.dumps(value, default=convert, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f'a record holds numbers, texts, lists and tables of them ({e})') from None
+        raise ValueError(f'a record holds numbers, strings, and lists and tables of them ({e})') from None
 
 
 def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that affect a result."""
     found = {'python': platform.python_version()}
     for name in ('simsiam-models', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn'):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """What `write_record` wrote.
+    """Reads what `write_record` wrote.
 
-    Raises:
-        FileNotFoundError, ValueError, OSError: no such file, it is no record, or it cannot be read.
+    Raises NoRecordError if the file is JSON but not a record, ValueError if it is not JSON, or a record that is damaged
+    or of another version, and OSError if it cannot be read.
     """
+    def refuse(constant: str) -> None:
+        raise ValueError(f'{constant} is not a number')
+
     path = Path(path)
     try:
         if path.is_dir():
-            raise ValueError(f'{path}: is a folder; name a record in it, or give the folder to `simsiam report`')
-        if not path.is_file():
-            raise FileNotFoundError(f'{path}: no such record; `simsiam knn`, `linear` and the like write them')
+            raise ValueError(f'{path} is a folder; name a record in it, or pass the folder to `simsiam report`')
         if (size := path.stat().st_size) > LARGEST:
-            raise ValueError(f'{path}: is no record: {size:,} bytes are too many')
+            raise ValueError(f'{path} is not a record: {size:,} bytes are too many')
+        if not path.is_file():
+            raise ValueError(f'{path} is not a record: it is not a regular file')
         content = path.read_bytes()
     except OSError as e:
-        if e.errno is None:  # said above
-            raise
-        raise type(e)(f'{path}: cannot be read ({e.strerror}); mend that, or leave the file out') from None
-
-    def constant(name: str) -> None:
-        raise ValueError(f'{name} is no number')
-
+        absent = isinstance(e, FileNotFoundError)
+        hint = '`simsiam knn` and the other benchmarks write records' if absent else 'fix that, or leave the file out'
+        raise type(e)(f'{path} cannot be read ({e.strerror}); {hint}') from None
     try:
-        value = json.loads(content.decode(errors='surrogateescape'), parse_constant=constant)
+        value = json.loads(content.decode(errors='surrogateescape'), parse_constant=refuse)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path}: is not readable as JSON ({" ".join(str(e).split())[:150]})') from None
+        raise ValueError(f'{path} is not valid JSON ({one_line(e, 150)})') from None
     if not isinstance(value, dict) or value.get('format') != FORMAT:
-        raise NoRecordError(f'{path}: is JSON, but no record of a benchmark; its "format" would be {FORMAT!r}')
-    if _depth(value) > DEEPEST:
-        raise ValueError(f'{path}: is no record: it is nested more than {DEEPEST} deep')
+        raise NoRecordError(f'{path} is JSON, but not the record of a benchmark, whose "format" is {FORMAT!r}')
+    if _is_deeper(value, DEEPEST):
+        raise ValueError(f'{path} is not a record: it is nested more than {DEEPEST} levels deep')
     if value.get('version') != VERSION:
-        raise ValueError(f'{path}: is a record of version {str(value.get("version"))[:20]}, and this program reads '
-                         f'{VERSION}; read it with the program that wrote it')
-    return checked(value, str(path))
+        raise ValueError(
+            f'{path} is a record of version {str(value.get("version"))[:20]}, but this program reads version '
+            f'{VERSION}; use the program that wrote it')
+    return check_record(value, path)
 
 
-def _depth(value: Any) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
-    return depth
+def _is_deeper(value: Any, levels: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not levels or any(_is_deeper(part, levels - 1) for part in parts)
 
 
-def checked(record: dict[str, Any], where: str) -> dict[str, Any]:
-    """The record, whose parts are what they should be, or a ValueError."""
-    for key, kind in (('benchmark', str), ('protocol', dict), ('weights', dict), ('data', dict), ('metrics', dict)):
-        if not isinstance(record.get(key), kind):
-            raise ValueError(f'{where}: the record has no usable {key!r}: {short(record.get(key))}')
-    if not isinstance(record.get('extra', {}), dict):
-        raise ValueError(f"{where}: the record has no usable 'extra': {short(record['extra'])}")
-    weights, data = record['weights'], record['data']
-    if not all(isinstance(weights.get(key), kind) for key, kind in (
-            ('name', str), ('digest', str), ('tag', str | None))):
-        raise ValueError(f"{where}: the record's weights have no name, tag (or null) or digest: {short(weights)}")
-    if not isinstance(data.get('name'), str) or not isinstance(data.get('counts'), dict):
-        raise ValueError(f"{where}: the record's data have no name or counts: {short(data)}")
-    if not record['metrics']:
-        raise ValueError(f'{where}: the record has no metric')
-    for name, value in record['metrics'].items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -1e-6 < value < 100 + 1e-6:
-            raise ValueError(f'{where}: the metric {short(name)} is {short(value)}, which is no number of percent')
-    found = record.get('extra', {}).get('unreadable', 0)
-    if isinstance(found, bool) or not isinstance(found, (int, list, dict)) or isinstance(found, int) and found < 0:
-        raise ValueError(f"{where}: the record's extra.unreadable is {short(found)}, which is no number of images, nor "
-                         'a list or table of them')
+def check_record(record: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the record; raises ValueError, which names `path`, if a part is missing or of the wrong type."""
+    for key, kind in FIELDS.items():
+        if not isinstance(record.get(key), kind) and (key in record or key != 'extra'):
+            raise ValueError(f'{path}: the record has no usable {key!r}: {short(record.get(key))}')
+    weights, data, metrics = record['weights'], record['data'], record['metrics']
+    names = ((weights.get('name'), str), (weights.get('digest'), str), (weights.get('tag'), str | None))
+    unreadable = record.get('extra', {}).get('unreadable', 0)
+    rules = [
+        (all(isinstance(value, kind) for value, kind in names),
+         f"the record's weights lack a name, tag (or null) or digest: {short(weights)}"),
+        (isinstance(data.get('name'), str) and isinstance(data.get('counts'), dict),
+         f"the record's data lack a name or counts: {short(data)}"),
+        (metrics, 'the record has no metric'),
+        *((type(x) in (int, float) and -1e-6 < x < 100 + 1e-6,
+           f'the metric {short(name)} is {short(x)}, which is not a percentage') for name, x in metrics.items()),
+        (isinstance(unreadable, (list, dict)) or type(unreadable) is int and unreadable >= 0,
+         f"the record's extra.unreadable is {short(unreadable)}, not a number, list or table of images")]
+    for allowed, text in rules:
+        if not allowed:
+            raise ValueError(f'{path}: {text}')
     return record
 
 
-def pair_of(record: dict[str, Any]) -> str:
-    """Of a semi-supervised result the pair of rates, which its protocol leaves open; else ''."""
-    protocol = record['protocol']
-    if protocol.get('head_multiplier') is None:
-        return ''
-    return f'lr {short(protocol.get("lr"), 12)}, x {short(protocol["head_multiplier"], 12)} for the classifier'
+def describe_rates(record: dict[str, Any]) -> str:
+    """Returns the learning rates of a semi-supervised result, which its protocol leaves open; '' for other results."""
+    lr, multiplier = (record['protocol'].get(key) for key in ('lr', 'head_multiplier'))
+    return '' if multiplier is None else f'lr {short(lr, 12)}, x {short(multiplier, 12)} for the classifier'
 
 
-def counts_of(data: dict[str, Any]) -> str:
-    """'1,281,167 + 50,000 images of 1000 classes', of what the record tells."""
+def describe_counts(data: dict[str, Any]) -> str:
+    """Returns '1,281,167 + 50,000 images of 1000 classes', or as much of it as the record states."""
     counts = {k: v for k, v in data['counts'].items() if isinstance(v, int)}
     images = ' + '.join(f'{counts[key]:,}' for key in ('train', 'test') if key in counts)
-    parts = [f'{images} images'] if images else []
-    return ' of '.join(parts + ([f'{counts["classes"]} classes'] if 'classes' in counts else []))
+    classes = f'{counts["classes"]} classes' if 'classes' in counts else ''
+    return ' of '.join(filter(None, (images and f'{images} images', classes)))
 
 
-def called(weights: dict[str, Any]) -> str:
-    """The name as the user wrote it; of a long path the end, which tells it from others."""
+def display_name(weights: dict[str, Any]) -> str:
+    """Returns the name as the user wrote it, or the end of a long path, which distinguishes it from others."""
     name, tag = weights['name'], weights['tag']
     text = short(name if tag is None or tag in name else f'{name} ({tag})', LARGEST)
     return text if len(text) <= 60 else f'...{text[-57:]}'
 
 
-def print_record(record: dict[str, Any]) -> str:
-    """Measured beside published, as text."""
-    weights, data, now = record['weights'], record['data'], compare(record)
-    beside = {}
-    for entry in now['published']:
-        if entry['same_weights'] and entry['same_protocol']:
-            beside |= entry['metrics']
-    comparable = now['not_comparable'] is None
-    head = ['metric', 'measured', *(['published', 'difference', 'spread'] if beside and comparable else [])]
-    rows = [head]
-    for name, value in record['metrics'].items():
-        row = [short(name, 40), f'{value:.2f}']
-        if len(head) > 2:
-            row += [
-                str(beside.get(name, '-')), f'{now["difference"][name]:+.2f}' if name in now['difference'] else '-',
-                f'{now["tolerance"][name]:.2f}' if name in now['tolerance'] else '-']
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        f'{short(record["benchmark"])}: {called(weights)} on {short(data["name"])}'
-        f' ({counts_of(data) or "counts not told"})']
-    for row in rows:
-        lines.append('  ' + '  '.join(
-            cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
-    if pair := pair_of(record):
-        lines.append(f'with {pair}')
-    if not comparable:
-        lines.append(f'not comparable with published numbers: {now["not_comparable"]}')
-    elif said := changes(record['protocol']):
-        lines.append(f'changed: {"; ".join(said)}')
-    if now['tolerance'] and comparable:
-        lines.append(f'spread: {spread()["description"]}')
-    lines += map(published_line, now['published'])
-    if not now['published'] and (said := unpublished(record)):
-        lines.append(said)
-    return '\n'.join(lines)
+def format_record(record: dict[str, Any]) -> str:
+    """Returns the measured numbers beside the published ones as text."""
+    data, now, rates = record['data'], compare(record), describe_rates(record)
+    reason, changes = now['not_comparable'], '; '.join(list_changes(record['protocol']))
+    return '\n'.join(filter(None, (
+        f'{short(record["benchmark"])}: {display_name(record["weights"])} on {short(data["name"])}'
+        f' ({describe_counts(data) or "counts unknown"})',
+        *_format_metrics(record['metrics'], now),
+        rates and f'with {rates}',
+        f'not comparable with published numbers: {reason}' if reason else changes and f'changed: {changes}',
+        f'tolerance: {TOLERANCE}' if now['tolerance'] else '',
+        *map(format_published, now['published']),
+        '' if now['published'] else note_unpublished(record))))
 
 
-def published_line(entry: dict[str, Any]) -> str:
-    """One published entry with where it comes from."""
+def _format_metrics(metrics: dict[str, float], now: dict[str, Any]) -> list[str]:
+    """Returns the lines of a table; `now`: from `compare`."""
+    columns = [('measured', metrics, '.2f')]
+    own = own_numbers(now['published'])
+    if own and now['not_comparable'] is None:
+        columns += [
+            ('published', own, ''), ('difference', now['difference'], '+.2f'), ('tolerance', now['tolerance'], '.2f')]
+    rows = [['metric', *(header for header, _, _ in columns)]]
+    rows += [[short(name, 40), *(format(values[name], form) if name in values else '-' for _, values, form in columns)]
+             for name in metrics]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ['  '.join(['', row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+
+
+def format_published(entry: dict[str, Any]) -> str:
+    """Returns the numbers of a published entry and their source."""
     numbers = ', '.join(f'{name} {value}' for name, value in entry['metrics'].items())
     which = 'this file' if entry['same_weights'] else f'other weights, {entry["file"]}'
-    what = '' if entry['same_protocol'] else f' by another protocol, {entry["benchmark"]}'
-    return f'published for {entry["tag"]} ({which}){what}: {numbers} ({source(entry)})'
+    protocol = '' if entry['same_protocol'] else f' by another protocol, {entry["benchmark"]}'
+    return f'published for {entry["tag"]} ({which}){protocol}: {numbers} ({describe_source(entry)})'
 
 
-def source(entry: dict[str, Any]) -> str:
-    """Who published it, by which protocol, and what speaks against it."""
-    remarks = [entry[key] for key in ('source', 'protocol', 'warning') if key in entry]
-    return '; '.join(remarks + ([f'which weights: {entry["confidence"]}'] if 'confidence' in entry else []))
+def describe_source(entry: dict[str, Any]) -> str:
+    """Returns who published an entry, by which protocol, and any reservations."""
+    labels = {'source': '', 'protocol': '', 'warning': '', 'confidence': 'which weights: '}
+    return '; '.join(f'{label}{entry[key]}' for key, label in labels.items() if key in entry)

@@ -1,70 +1,73 @@
-"""Records of benchmarks as the tables of the published SimSiam page, measured beside published.
+"""Records of benchmarks as the tables of MMSelfSup's SimSiam page, with measured beside published numbers.
 
-    simsiam report results/                     in a terminal
-    simsiam report results/ --markdown > RESULTS.md
+    simsiam report results/ [--markdown > RESULTS.md]
 
-A table has the columns of the page (MMSelfSup 0.9.1). Only a record whose data and parameters are the published ones
-stands in it; all others stand in tables of their own, which compare models (`sheets`).
+The tables have the columns of the page (MMSelfSup v0.9.1). A record is in one of them only if its data and parameters
+are the published ones; other records go to tables that compare models (see `sheets`).
 """
 import argparse
+import functools
 import os
 import shutil
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...runtime.messages import short
-from .compare import compare, family, spread
-from .record import NoRecordError, published_line, read_record, source
-from .sheets import VARIANT, Compared, Label, Sheet, labels, sheets
+from ..protocols import KNN_KS, KNN_T, LOW_SHOT_KS
+from .compare import TOLERANCE, compare, strip_layer
+from .record import NoRecordError, describe_source, format_published, read_record
+from .sheets import VARIANT, Compared, Label, ResultTable, make_label, tabulate
 
-KS = (1, 2, 4, 8, 16, 32, 64, 96)
 Cells = dict[int, str]  # column -> text
 
 
-class Column(NamedTuple):
+class PageColumn(NamedTuple):
     header: str
     benchmark: str  # without the layer
-    metric: str | None  # None: the layer itself
+    metric: str | None  # None: the name of the layer
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     title: str
-    columns: list[Column]
-    digits: int = 2  # of published numbers
+    digits: int  # of published numbers
+    columns: list[PageColumn]
 
-
-def _columns(benchmark: str, metrics: dict[str, str]) -> list[Column]:
-    return [Column(header, benchmark, metric) for header, metric in metrics.items()]
+    def find_columns(self, benchmark: str) -> dict[str | None, int]:
+        """Returns metric -> column for the metrics of a benchmark."""
+        return {c.metric: i for i, c in enumerate(self.columns) if c.benchmark == strip_layer(benchmark)}
 
 
 FEATURES = {f'Feature{i}': f'feature{i}' for i in range(1, 6)}
-TABLES = [
-    Table('VOC07 SVM / Low-shot SVM', [
-        Column('Best Layer', 'voc07_svm', None), Column('SVM', 'voc07_svm', 'mAP'),
-        *_columns('voc07_lowshot_svm', {f'k={k}': f'k={k}' for k in KS})]),
-    Table('ImageNet Linear Evaluation', [
-        *_columns('imagenet_mhead_linear', FEATURES), Column('AvgPool', 'imagenet_linear_avgpool', 'top1')]),
-    Table("ImageNet Linear Evaluation, facebookresearch/simsiam's protocol (best of 90 epochs)", [
-        Column('AvgPool', 'imagenet_linear', 'top1')]),
-    Table('Places205 Linear Evaluation', _columns('places205_mhead_linear', FEATURES)),
-    Table('iNaturalist2018 Linear Evaluation', _columns('inat18_mhead_linear', FEATURES)),
-    Table('ImageNet Nearest-Neighbor Classification', _columns(
-        'imagenet_knn_T0.07', {f'k={k}': f'k={k}' for k in (10, 20, 100, 200)}), digits=1),
-    Table('Pascal VOC 2007 + 2012', _columns('voc0712_faster_rcnn_c4_24k', {'AP50': 'AP50'})),
-    Table('COCO2017', _columns('coco_mask_rcnn_r50_fpn_ms_1x', {
-        'mAP(Box)': 'box_AP', 'AP50(Box)': 'box_AP50', 'AP75(Box)': 'box_AP75', 'mAP(Mask)': 'mask_AP',
-        'AP50(Mask)': 'mask_AP50', 'AP75(Mask)': 'mask_AP75'}), digits=1),
-    Table('Pascal VOC 2012 + Aug', _columns('voc12aug_fcn_r50_d8_512_20k', {'mIOU': 'mIoU'})),
-]
-WIDTH = 120  # characters of a line, where the terminal does not tell
+KNN, LOW_SHOT = ({f'k={k}': f'k={k}' for k in ks} for ks in (KNN_KS, LOW_SHOT_KS))
+AVGPOOL = {'AvgPool': 'top1'}
+COCO = {
+    'mAP(Box)': 'box_AP', 'AP50(Box)': 'box_AP50', 'AP75(Box)': 'box_AP75', 'mAP(Mask)': 'mask_AP',
+    'AP50(Mask)': 'mask_AP50', 'AP75(Mask)': 'mask_AP75'}
+PAGE = [
+    PageTable(title, digits, [PageColumn(k, name, v) for name, metrics in columns.items() for k, v in metrics.items()])
+    for title, digits, columns in (
+        ('VOC07 SVM / Low-shot SVM', 2, {
+            'voc07_svm': {'Best Layer': None, 'SVM': 'mAP'}, 'voc07_lowshot_svm': LOW_SHOT}),
+        ('ImageNet Linear Evaluation', 2, {'imagenet_mhead_linear': FEATURES, 'imagenet_linear_avgpool': AVGPOOL}),
+        ("ImageNet Linear Evaluation, facebookresearch/simsiam's protocol (best of 90 epochs)", 2, {
+            'imagenet_linear': AVGPOOL}),
+        ('Places205 Linear Evaluation', 2, {'places205_mhead_linear': FEATURES}),
+        ('iNaturalist2018 Linear Evaluation', 2, {'inat18_mhead_linear': FEATURES}),
+        ('ImageNet Nearest-Neighbor Classification', 1, {f'imagenet_knn_T{KNN_T:g}': KNN}),
+        ('Pascal VOC 2007 + 2012', 2, {'voc0712_faster_rcnn_c4_24k': {'AP50': 'AP50'}}),
+        ('COCO2017', 1, {'coco_mask_rcnn_r50_fpn_ms_1x': COCO}),
+        ('Pascal VOC 2012 + Aug', 2, {'voc12aug_fcn_r50_d8_512_20k': {'mIOU': 'mIoU'}}))]
+ESCAPES = str.maketrans({**{c: f'\\{c}' for c in '\\|[]`'}, '&': '&amp;', '<': '&lt;', '>': '&gt;'})  # of Markdown
+WIDTH = 120  # characters of a line if the terminal's width is unknown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        'results', nargs='+', type=Path, metavar='RESULTS', help='records, or folders in which all .json are read')
-    parser.add_argument('--markdown', action='store_true', help='tables in Markdown')
+    parser.add_argument('results', nargs='+', type=Path, metavar='RESULTS',
+                        help='records, or folders that are searched for .json files')
+    parser.add_argument('--markdown', action='store_true', help='print the tables as Markdown')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,220 +76,159 @@ def run(args: argparse.Namespace) -> int:
 
 
 def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDTH) -> str:
-    """All records as tables, in Markdown or for a terminal of `width` characters.
+    """Returns all records as tables, in Markdown or for a terminal of `width` characters.
 
-    Raises:
-        FileNotFoundError: no such file or folder, or no record in any of them.
-        ValueError, OSError: a file that is named is no record, or cannot be read; one in a folder is left out, and the
-            report says so.
+    A file in a folder that cannot be read, or is not a record, is left out, and the report says so. Raises ValueError
+    or OSError for such a file in `paths`, and FileNotFoundError if there is no record at all.
     """
-    records, left = _read(paths)
-    label, found, fit, others = labels(records), [], [], []
+    records, left_out = _read_all(paths)
+    label, on_page, others = make_label(records), [], []
     for record in records:
-        compared = record, compare(record)
-        (fit if compared[1]['not_comparable'] is None and _has_column(record) else others).append(compared)
-    for table in TABLES:
-        wanted = {column.benchmark for column in table.columns}
-        if chosen := [c for c in fit if family(c[0]['benchmark']) in wanted]:
-            found.append(_table(table, chosen, label))
-    found += sheets(others, label)
-    blocks = [_markdown(sheet) if markdown else _text(sheet, width) for sheet in found]
-    if left:
-        lines = [f'- {_escaped(text) if markdown else text}' for text in left]
-        blocks.append('\n'.join(['No records, left out:', *lines]))
+        found = compare(record)
+        has_column = any(table.find_columns(record['benchmark']).keys() & record['metrics'].keys() for table in PAGE)
+        (on_page if has_column and found['not_comparable'] is None else others).append((record, found))
+    chosen = [(table, [c for c in on_page if table.find_columns(c[0]['benchmark'])]) for table in PAGE]
+    tables = [_fill(table, compared, label) for table, compared in chosen if compared] + tabulate(others, label)
+    blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in tables]
+    if left_out:
+        lines = [f'- {text.translate(ESCAPES) if markdown else text}' for text in left_out]
+        blocks.append('\n'.join(['Files left out, as they are not records:', *lines]))
     return '\n\n'.join(blocks)
 
 
-def _read(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Records, and why files of a folder are none."""
-    files: dict[Any, tuple[Path, bool]] = {}  # a file, once under whatever names -> one of them, whether it was given
-    left: list[str] = []
-
-    def add(path: Path, named: bool) -> None:
-        try:
-            found = path.stat()
-            key = found.st_dev, found.st_ino
-        except OSError:  # reading it will tell
-            key = path
-        if named or key not in files:
-            files[key] = path, named
-
-    def unlisted(e: OSError) -> None:
-        left.append(short(f'{e.filename}: cannot be listed ({e.strerror})', 400))
-
+def _read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Returns the records, and why other files in the folders are left out."""
+    files: dict[Any, tuple[Path, bool]] = {}  # each once, and whether `paths` names it
+    errors: list[OSError] = []
     for path in map(Path, paths):
-        if not path.is_dir():
-            add(path, True)
-            continue
-        for folder, _, names in sorted(os.walk(path, onerror=unlisted)):
-            for name in sorted(names):
-                if name.lower().endswith('.json'):
-                    add(Path(folder, name), False)
+        named = not path.is_dir()
+        for file in [path] if named else [
+                Path(folder, name) for folder, _, names in sorted(os.walk(path, onerror=errors.append))
+                for name in sorted(names) if name.lower().endswith('.json')]:
+            key = os.stat(file)[1:3] if os.path.exists(file) else file  # inode and device
+            if named or key not in files:
+                files[key] = file, named
+    left_out = [short(f'{e.filename} cannot be listed ({e.strerror})', 400) for e in errors]
     records, others = [], 0
     for path, named in files.values():
         try:
             records.append(read_record(path))
-        except NoRecordError:
-            if named:
-                raise
-            others += 1
         except (ValueError, OSError) as e:
             if named:
                 raise
-            left.append(short(str(e), 400))
+            if isinstance(e, NoRecordError):
+                others += 1
+            else:
+                left_out.append(short(str(e), 400))
     if others:
-        left.append(f'{others} JSON {"file" if others == 1 else "files"} of other kinds')
+        left_out.append(f'{others} JSON {"file" if others == 1 else "files"} of other kinds')
     if not records:
-        more = f'; of the files that are, {left[0]}' if left else ''
-        raise FileNotFoundError(f'{", ".join(map(str, paths))}: no record of a benchmark in it{more}')
-    return records, left
+        more = f'; left out: {left_out[0]}' if left_out else ''
+        raise FileNotFoundError(f'{", ".join(map(str, paths))}: no record of a benchmark there{more}')
+    return records, left_out
 
 
-def _has_column(record: dict[str, Any]) -> bool:
-    """Whether a number of it stands in a table of the page."""
-    at = family(record['benchmark'])
-    return any(c.benchmark == at and c.metric in record['metrics'] for table in TABLES for c in table.columns)
-
-
-def _table(table: Table, chosen: list[Compared], label: Label) -> Sheet:
-    rows = [['Weights', '', *(column.header for column in table.columns)]]
+def _fill(table: PageTable, chosen: list[Compared], label: Label) -> ResultTable:
+    lines: list[tuple[str, str, Cells]] = []
     notes: dict[str, None] = {}  # in order, each once
-    elsewhere: dict[str, list[dict[str, Any]]] = {}  # published for other weights, by tag
-    for name, run in _runs(chosen, label):
+    elsewhere: dict[str, list[dict[str, Any]]] = {}  # tag -> entries published for other weights
+    for name, run in _group_runs(chosen, label):
         measured, difference, tolerance, own = {}, {}, {}, []
-        for record, found in _best_layers(run, notes, name):
-            at = {c.metric: i for i, c in enumerate(table.columns) if c.benchmark == family(record['benchmark'])}
-            measured |= _cells(at, record['benchmark'], record['metrics'], '.2f')
-            difference |= _cells(at, '', found['difference'], '+.2f')
-            rest = {k: v for k, v in record['metrics'].items() if k not in at and not VARIANT.search(k)}
-            if text := ', '.join(f'{short(k, 40)} {v:.2f}' for k, v in rest.items()):
-                notes[f'{name}, also measured for {family(record["benchmark"])}: {short(text, 400)}.'] = None
-            tolerance |= _cells(at, '', found['tolerance'], '.2f')
+        for record, found in _choose_layer(run, notes, name):
+            at, benchmark, metrics = table.find_columns(record['benchmark']), record['benchmark'], record['metrics']
+            measured |= _cells(at, {None: benchmark.rpartition('_')[2], **metrics}, '.2f')
+            difference |= _cells(at, found['difference'], '+.2f')
+            tolerance |= _cells(at, {k: v for k, v in found['tolerance'].items() if k in found['difference']}, '.2f')
+            if text := ', '.join(f'{short(k, 40)} {v:.2f}' for k, v in metrics.items()
+                                 if k not in at and not VARIANT.search(k)):
+                notes[f'{name}, also measured for {strip_layer(benchmark)}: {short(text, 400)}.'] = None
             for entry in found['published']:
-                if entry['same_weights']:
-                    own.append(entry)
-                elif entry not in (entries := elsewhere.setdefault(entry['tag'], [])):
-                    entries.append(entry)
-        tolerance = {i: text for i, text in tolerance.items() if i in difference}
+                (own if entry['same_weights'] else elsewhere.setdefault(entry['tag'], [])).append(entry)
         if tolerance:
-            notes[f'Tolerance: {spread()["description"]} ({spread()["source"]}).'] = None
-        rows += [
-            [name, kind, *(cells.get(i, '') for i in range(len(table.columns)))] for kind, cells in (
-                ('measured', measured), ('published, same weights', _published(table, own, notes)),
-                ('difference', difference), ('tolerance', tolerance)) if cells]
+            notes[f'Tolerance: {TOLERANCE}.'] = None
+        published = _published_cells(table, own, notes)
+        lines += [(name, 'measured', measured), (name, 'published, same weights', published),
+                  (name, 'difference', difference), (name, 'tolerance', tolerance)]
     for tag, entries in elsewhere.items():
-        if cells := _published(table, entries, notes):
-            rows.append([tag, 'published, other weights', *(cells.get(i, '') for i in range(len(table.columns)))])
-    return Sheet(table.title, rows, list(notes), 2)
+        lines.append((tag, 'published, other weights', _published_cells(table, entries, notes)))
+    header = ['Weights', '', *(column.header for column in table.columns)]
+    rows = [[*line, *(cells.get(i, '') for i in range(len(table.columns)))] for *line, cells in lines if cells]
+    return ResultTable(table.title, [header, *rows], list(notes), 2)
 
 
-def _runs(chosen: list[Compared], label: Label) -> list[tuple[str, list[Compared]]]:
-    """Results of the same weights together; of two that are of the same benchmark, each begins a row of its own."""
-    groups: dict[tuple, list[dict[str, Compared]]] = {}
+def _group_runs(chosen: list[Compared], label: Label) -> list[tuple[str, list[Compared]]]:
+    """Groups results by weights. A second result of the same benchmark starts another group, and so another row."""
+    groups: dict[tuple, dict[int, list[Compared]]] = {}
+    seen: Counter = Counter()
     for record, found in chosen:
-        weights = record['weights']
-        runs = groups.setdefault((weights['name'], weights['tag'], weights['digest']), [])
-        free = next((run for run in runs if record['benchmark'] not in run), None)
-        if free is None:
-            runs.append(free := {})
-        free[record['benchmark']] = record, found
-    first = [next(iter(run.values()))[0]['weights'] for runs in groups.values() for run in runs]
-    listed = [list(run.values()) for runs in groups.values() for run in runs]
-    return [(label(weights), run) for weights, run in zip(first, listed, strict=True)]
+        weights = tuple(record['weights'][key] for key in ('name', 'tag', 'digest'))
+        n = seen[weights, record['benchmark']] = seen[weights, record['benchmark']] + 1
+        groups.setdefault(weights, {}).setdefault(n, []).append((record, found))
+    return [(label(run[0][0]['weights']), run) for runs in groups.values() for run in runs.values()]
 
 
-def _best_layers(run: list[Compared], notes: dict[str, None], name: str) -> list[Compared]:
-    """Of results by layer, as the SVM's, those of the layer with the best SVM; the others become a note."""
-    layered = [c for c in run if family(c[0]['benchmark']) != c[0]['benchmark']]
-    kept = [c for c in run if not any(c is other for other in layered)]
-    best = None
-    for kind in ('voc07_svm', 'voc07_lowshot_svm'):
-        found = {_layer(c[0]['benchmark']): c for c in layered if family(c[0]['benchmark']) == kind}
+def _choose_layer(run: list[Compared], notes: dict[str, None], name: str) -> list[Compared]:
+    """Keeps the results of the layer with the best SVM, and notes those of the other layers."""
+    kept, best = [c for c in run if strip_layer(c[0]['benchmark']) == c[0]['benchmark']], None
+    for benchmark in ('voc07_svm', 'voc07_lowshot_svm'):
+        found = {c[0]['benchmark'].rpartition('_')[2]: c for c in run
+                 if c[0]['benchmark'].startswith(f'{benchmark}_feature')}
         if not found:
             continue
-        score = {
-            layer: sum(v for k, v in c[0]['metrics'].items() if k == 'mAP' or k in {f'k={k}' for k in KS})
-            for layer, c in found.items()}
-        layer = best if best in found else max(score, key=score.__getitem__)
+        layer = best if best in found else max(found.items(), key=lambda item: sum(
+            v for k, v in item[1][0]['metrics'].items() if k == 'mAP' or k in LOW_SHOT))[0]
         best = best or layer
         kept.append(found[layer])
         if layer != best:
             notes[f'{name}: low-shot SVM is of {layer}.'] = None
-        if kind == 'voc07_svm':
+        if benchmark == 'voc07_svm':
             listed = ', '.join(f'{at} {c[0]["metrics"].get("mAP", 0):.2f}' for at, c in sorted(found.items()))
             notes[f'{name}: SVM by layer: {listed}{"" if len(found) == 5 else "; no other was measured"}.'] = None
     return kept
 
 
-def _layer(benchmark: str) -> str:
-    return benchmark.rpartition('_')[2]
+def _cells(at: dict[str | None, int], values: dict[str | None, Any], form: str) -> Cells:
+    return {at[k]: v if isinstance(v, str) else format(v, form) for k, v in values.items() if k in at}
 
 
-def _cells(at: dict[str | None, int], benchmark: str, metrics: dict[str, float], form: str) -> Cells:
-    cells = {at[name]: format(value, form) for name, value in metrics.items() if name in at}
-    if None in at and benchmark:
-        cells[at[None]] = _layer(benchmark)
-    return cells
-
-
-def _published(table: Table, entries: list[dict[str, Any]], notes: dict[str, None]) -> Cells:
-    """Only numbers of the table's own protocols are shown in it; every entry becomes a note."""
+def _published_cells(table: PageTable, entries: list[dict[str, Any]], notes: dict[str, None]) -> Cells:
+    """Returns the numbers of the table's own protocols, and adds a note for every entry."""
     cells: Cells = {}
     for entry in entries:
-        at = {c.metric: i for i, c in enumerate(table.columns) if c.benchmark == family(entry['benchmark'])}
+        at, note = table.find_columns(entry['benchmark']), format_published(entry)
         if at and entry['same_protocol']:
-            cells |= _cells(at, entry['benchmark'], entry['metrics'], f'.{table.digits}f')
-        line = f'published for {entry["tag"]} ({entry["file"]}): {source(entry)}'
-        line = line if at and entry['same_protocol'] else published_line(entry)
-        notes[f'{line[0].upper()}{line[1:]}.'] = None
+            cells |= _cells(at, {None: entry['benchmark'].rpartition('_')[2], **entry['metrics']}, f'.{table.digits}f')
+            note = f'published for {entry["tag"]} ({entry["file"]}): {describe_source(entry)}'
+        notes[f'{note[0].upper()}{note[1:]}.'] = None
     return cells
 
 
-def _markdown(sheet: Sheet) -> str:
-    rows = [[_escaped(cell) for cell in row] for row in sheet.rows]
-    lines = [f'### {_escaped(sheet.title)}', '', _line(rows[0]), _line(['---'] * len(rows[0])), *map(_line, rows[1:])]
-    return '\n'.join(lines + ([''] if sheet.notes else []) + [f'- {_escaped(note)}' for note in sheet.notes])
+def _to_markdown(table: ResultTable) -> str:
+    header, *rows = (f'| {" | ".join(cell.translate(ESCAPES) for cell in row)} |' for row in table.rows)
+    lines = [f'### {table.title.translate(ESCAPES)}', '', header, '|' + ' --- |' * len(table.rows[0]), *rows]
+    return '\n'.join(lines + ([''] if table.notes else []) + [f'- {note.translate(ESCAPES)}' for note in table.notes])
 
 
-def _text(sheet: Sheet, width: int) -> str:
-    """Without empty columns; what is wider than the terminal is written in parts, one below the other."""
-    columns, notes, n = list(zip(*sheet.rows, strict=True)), sheet.notes, sheet.keys
-    wide = [max(map(len, column)) + 2 for column in columns]
+def _to_text(table: ResultTable, width: int) -> str:
+    """Leaves out empty columns; a table wider than the terminal becomes several, one below the other."""
+    columns, notes, n = list(zip(*table.rows, strict=True)), table.notes, table.keys
+    widths = [max(map(len, column)) + 2 for column in columns]
     shown = [i for i in range(n, len(columns)) if any(columns[i][1:])]
-    kept = [i for i in shown if i not in sheet.variants]
-    if sum(wide[:n]) + sum(wide[i] for i in shown) - 2 > width and 0 < len(kept) < len(shown):
-        first, shown = next(i for i in shown if i in sheet.variants), kept
-        notes = [*notes, f'{len(sheet.variants)} more columns, as {columns[first][0]}: see --markdown.']
-    enough = next(  # key columns that tell the rows apart
-        (i for i in range(1, n) if len(set(zip(*columns[:i], strict=True))) == len(sheet.rows)), n)
+    kept = [i for i in shown if i not in table.variants]
+    if sum(widths[:n]) + sum(widths[i] for i in shown) - 2 > width and 0 < len(kept) < len(shown):
+        first, shown = next(i for i in shown if i in table.variants), kept
+        notes = [*notes, f'{len(table.variants)} more columns, such as {columns[first][0]}: see --markdown.']
+    enough = next(  # key columns that distinguish the rows
+        (i for i in range(1, n) if len(set(zip(*columns[:i], strict=True))) == len(table.rows)), n)
     parts = [[*range(n)]]
-    used = sum(wide[:n])
     for i in shown:
-        if len(parts[-1]) > n and used + wide[i] - 2 > width:
+        if len(parts[-1]) > n and sum(widths[j] for j in (*parts[-1], i)) - 2 > width:
             n = enough
             parts.append([*range(n)])
-            used = sum(wide[:n])
         parts[-1].append(i)
-        used += wide[i]
     blocks = ['\n'.join(
-        ''.join(row[i].ljust(wide[i]) for i in part).rstrip() for row in sheet.rows) for part in parts]
+        ''.join(row[i].ljust(widths[i]) for i in part).rstrip() for row in table.rows) for part in parts]
     rule = '-' * min(width, max(len(line) for block in blocks for line in block.split('\n')))
-    return '\n'.join([
-        *_wrapped(sheet.title, width), rule, '\n\n'.join(blocks), rule,
-        *(line for note in notes for line in _wrapped(note, width))])
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        text, min(width, WIDTH), subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
-
-
-def _line(cells: list[str]) -> str:
-    return f'| {" | ".join(cells)} |'
-
-
-def _escaped(text: str) -> str:
-    for character, written in (('\\', '\\\\'), ('&', '&amp;'), ('|', '\\|'), ('<', '&lt;'), ('>', '&gt;'), ('[', '\\['),
-            (']', '\\]'), ('`', '\\`')):
-        text = text.replace(character, written)
-    return text
+    wrap = functools.partial(
+        textwrap.wrap, width=min(width, WIDTH), subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+    return '\n'.join([*wrap(table.title), rule, '\n\n'.join(blocks), rule, *(line for n in notes for line in wrap(n))])

@@ -1,4 +1,4 @@
-"""Each data set's own layout gives the right images and labels; part of one is refused with both counts."""
+"""Each data set's layout gives its images and labels; an incomplete set is refused, with both counts."""
 import json
 import shutil
 import threading
@@ -12,19 +12,11 @@ import pytest
 from PIL import Image
 
 from simsiam_models import cli
-from simsiam_models.benchmarks.datasets.classification import (
-    classification as datasets,
-)
-from simsiam_models.benchmarks.datasets.classification import labelled_subset, open_pair, open_voc07, subset
-from simsiam_models.benchmarks.datasets.classification import (
-    lists as listed,
-)
-from simsiam_models.benchmarks.datasets.classification import (
-    sizes as counts,
-)
-from simsiam_models.benchmarks.datasets.classification import (
-    voc as voc07,
-)
+from simsiam_models.benchmarks.datasets import classification, lists, sizes
+from simsiam_models.benchmarks.datasets.classification import open_pair
+from simsiam_models.benchmarks.datasets.lists import labelled_subset
+from simsiam_models.benchmarks.datasets.voc import NAMES, open_voc07
+from simsiam_models.benchmarks.samples import subset
 from simsiam_models.data import MemoryImages, UnreadableError
 
 ONE_SENTENCE = (ValueError, FileNotFoundError, RuntimeError)
@@ -38,14 +30,14 @@ def cache(tmp_path_factory, monkeypatch) -> None:
 
 @pytest.fixture
 def whole(monkeypatch) -> Callable[..., None]:
-    """Declare a miniature to be the whole set."""
+    """Declares a miniature to be the complete set."""
     def declare(kind: str, train: int, test: int, classes: int) -> None:
-        monkeypatch.setitem(counts.SIZES, kind, counts.SIZES[kind]._replace(train=train, test=test, classes=classes))
+        monkeypatch.setitem(sizes.SIZES, kind, sizes.SIZES[kind]._replace(train=train, test=test, classes=classes))
     return declare
 
 
 def assert_holds(images, root: Path, written: list[tuple[str, int]]) -> None:
-    """Pixels and labels, image by image, are those of the files."""
+    """Asserts that pixels and labels are those of the files."""
     assert len(images) == len(written)
     assert np.asarray(images.labels).tolist() == [label for _, label in written]
     for i, (path, _) in enumerate(written):
@@ -53,7 +45,7 @@ def assert_holds(images, root: Path, written: list[tuple[str, int]]) -> None:
 
 
 def lists_with_prefix(root: Path) -> layouts.Written:
-    """iNaturalist 2018 as MMSelfSup's converter leaves it."""
+    """Writes iNaturalist 2018 as MMSelfSup's converter does."""
     written = layouts.write_inat18(root)
     (root / 'meta').mkdir()
     for part, rows in written.items():
@@ -69,7 +61,7 @@ def kaggle(root: Path) -> layouts.Written:
 
 
 def kaggle_flat(root: Path) -> layouts.Written:
-    """As Kaggle's archive unpacks."""
+    """Writes ImageNet as Kaggle's archive unpacks."""
     written = kaggle(root)
     val, sets = root / 'ILSVRC/Data/CLS-LOC/val', root / 'ILSVRC/ImageSets/CLS-LOC'
     rows = [(Path(path), label) for path, label in written['val']]
@@ -79,7 +71,7 @@ def kaggle_flat(root: Path) -> layouts.Written:
         (val / wnid).rmdir()
     boxes = ['85 1 499 272', '131 0 499 254 {0} 5 40 96 80']
     lines = [f'{p.stem},{layouts.WNIDS[y]} {boxes[n % 2].format(layouts.WNIDS[y])} ' for n, (p, y) in enumerate(rows)]
-    (root / datasets.SOLUTION).write_text('\n'.join(['ImageId,PredictionString', *lines]) + '\n')
+    (root / classification.SOLUTION).write_text('\n'.join(['ImageId,PredictionString', *lines]) + '\n')
     sets.mkdir(parents=True)
     (sets / 'val.txt').write_text(''.join(f'{path.stem} {n}\n' for n, (path, _) in enumerate(rows, 1)))
     return {**written, 'val': [(f'ILSVRC/Data/CLS-LOC/val/{path.name}', label) for path, label in rows]}
@@ -119,28 +111,27 @@ def test_a_miniature_is_refused_with_the_counts_found_and_expected(layout: str, 
     write(tmp_path)
     with pytest.raises(ValueError) as e:
         open_pair(kind, str(tmp_path))
-    assert f'{size[0]} training images found where {counts.SIZES[kind].train:,} are expected' in str(e.value)
-    assert f'{size[1]} test images found where {counts.SIZES[kind].test:,} are expected' in str(e.value)
-    assert f'{size[2]} classes found where {counts.SIZES[kind].classes:,} are expected' in str(e.value)
+    assert f'{size[0]} training images found (expected {sizes.SIZES[kind].train:,})' in str(e.value)
+    assert f'{size[1]} test images found (expected {sizes.SIZES[kind].test:,})' in str(e.value)
+    assert f'{size[2]} classes found (expected {sizes.SIZES[kind].classes:,})' in str(e.value)
     assert '--allow-partial' in str(e.value) and 'http' in str(e.value) and '\n' not in str(e.value)
     assert open_pair(kind, str(tmp_path), partial=True).counts['train'] == size[0]
 
 
 def test_the_expected_sizes_are_those_of_the_published_sets():
-    sizes = {kind: size[1:4] for kind, size in counts.SIZES.items()}
-    assert sizes == {
+    assert {kind: size[1:4] for kind, size in sizes.SIZES.items()} == {
         'imagenet': (1281167, 50000, 1000), 'places205': (2448873, 20500, 205), 'inat18': (437513, 24426, 8142),
         'cifar10': (50000, 10000, 10), 'cifar100': (50000, 10000, 100), 'voc07': (5011, 4952, 20)}
 
 
 def test_every_single_count_is_checked():
     right = {'train': 1281167, 'test': 50000, 'classes': 1000, 'test_classes': 1000}
-    assert counts.deviation('imagenet', right) is None
+    assert sizes.deviation('imagenet', right) is None
     for key in right:
-        found = counts.deviation('imagenet', {**right, key: right[key] - 1})
+        found = sizes.deviation('imagenet', {**right, key: right[key] - 1})
         assert found and f'{right[key] - 1:,}' in found and f'{right[key]:,}' in found
-    assert 'no number of training images' in counts.deviation('imagenet', {'test': 50000, 'classes': 1000})
-    assert counts.deviation('folder', {}) is None
+    assert 'no number of training images' in sizes.deviation('imagenet', {'test': 50000, 'classes': 1000})
+    assert sizes.deviation('folder', {}) is None
 
 
 @pytest.mark.parametrize('hundred', [False, True])
@@ -152,7 +143,7 @@ def test_cifar_is_opened_and_the_other_cifar_is_refused(hundred: bool, tmp_path:
     pair = open_pair(kind, str(tmp_path), partial=hundred)  # 50 test images cannot have 100 classes
     assert pair.train.labels.tolist() == labels['train'] and pair.test.labels.tolist() == labels['test']
     np.testing.assert_array_equal(pair.train.read(3)[..., 1], layouts.digit(3, (32, 32)))
-    with pytest.raises(ValueError, match=f'{classes} classes found where {110 - classes} are expected'):
+    with pytest.raises(ValueError, match=rf'{classes} classes found \(expected {110 - classes}\)'):
         open_pair(other, str(tmp_path))
 
 
@@ -172,7 +163,7 @@ def test_a_listed_image_that_is_not_there_is_named_and_only_left_out_when_allowe
     gone = written['train'].pop(2)
     (tmp_path / gone[0]).unlink()
     whole(kind, *size)  # by its lists it is whole
-    with pytest.raises(FileNotFoundError, match=f'{size[0] - 1} images found below .* where {size[0]} are named') as e:
+    with pytest.raises(FileNotFoundError, match=f'{size[0] - 1} images found below .*, {size[0]} named in') as e:
         open_pair(kind, str(tmp_path))
     assert Path(gone[0]).name in str(e.value)
     pair = open_pair(kind, str(tmp_path), partial=True)
@@ -188,12 +179,12 @@ def test_a_listed_image_that_is_not_there_is_named_and_only_left_out_when_allowe
 def test_an_image_that_a_list_names_twice_counts_once(layout: str, tmp_path: Path, whole, caplog):
     kind, write, size = LAYOUTS[layout]
     written = write(tmp_path)
-    lists = ('meta/val.txt', 'trainvalsplit_places205/val_places205.csv', datasets.SOLUTION)
+    lists = ('meta/val.txt', 'trainvalsplit_places205/val_places205.csv', classification.SOLUTION)
     file = next(tmp_path / name for name in lists if (tmp_path / name).is_file())
     lines = file.read_text().splitlines()
     file.write_text('\n'.join([*lines[:-1], lines[-2]]))
     whole(kind, *size)
-    with pytest.raises(ValueError, match=f'{size[1] - 1} images found below .* where {size[1]} are named') as e:
+    with pytest.raises(ValueError, match=f'{size[1] - 1} images found below .*, {size[1]} named in') as e:
         open_pair(kind, str(tmp_path))
     again = Path(written['val'][-2][0]).name
     assert again in str(e.value) and 'named twice' in str(e.value) and '\n' not in str(e.value)
@@ -201,7 +192,7 @@ def test_an_image_that_a_list_names_twice_counts_once(layout: str, tmp_path: Pat
     assert f'{again}): the others are left out' in caplog.text
 
 
-def test_a_list_that_changed_is_read_anew(tmp_path: Path):
+def test_a_list_that_changed_is_read_again(tmp_path: Path):
     layouts.write_imagenet_lists(tmp_path)
     file = tmp_path / 'meta' / 'train.txt'
     before = open_pair('imagenet', str(tmp_path), partial=True)
@@ -213,14 +204,14 @@ def test_a_list_that_changed_is_read_anew(tmp_path: Path):
 
 def test_a_path_in_a_list_may_have_blanks_and_commas(tmp_path: Path):
     (tmp_path / 'list.txt').write_text('a b/c, d.jpg 3\n\n./x 1.jpg,0\r\nü.jpg\t2\n')
-    listing = listed.parse_list(tmp_path / 'list.txt')
+    listing = lists.parse_list(tmp_path / 'list.txt')
     assert bytes(listing.paths).decode() == 'a b/c, d.jpgx 1.jpgü.jpg' and listing.labels.tolist() == [3, 0, 2]
 
 
 @pytest.mark.parametrize('line', [
     'n01440764/a.JPEG', 'n01440764/a.JPEG cat', 'a.JPEG -1', 'a.JPEG 1.5', '7', 'a\0b.jpg 1', 'a.JPEG 99999999999',
     'a.JPEG 100000', 'a.JPEG ²'])
-def test_a_line_of_another_form_is_named(line: str, tmp_path: Path):
+def test_a_malformed_line_is_named(line: str, tmp_path: Path):
     layouts.write_imagenet_lists(tmp_path)
     with open(tmp_path / 'meta' / 'train.txt', 'a') as f:
         f.write(line + '\n')
@@ -231,7 +222,7 @@ def test_a_line_of_another_form_is_named(line: str, tmp_path: Path):
 def test_a_flat_val_without_lists_says_what_to_do(tmp_path: Path):
     layouts.write_imagenet_lists(tmp_path)
     (tmp_path / 'meta' / 'val.txt').unlink()
-    with pytest.raises(FileNotFoundError, match='no folder per class in it, and .*val.txt'):
+    with pytest.raises(FileNotFoundError, match='has no folder per class and no list: .*val.txt'):
         open_pair('imagenet', str(tmp_path))
 
 
@@ -240,7 +231,7 @@ def test_a_flat_val_without_lists_says_what_to_do(tmp_path: Path):
 def test_kaggles_imagenet_is_found_from_three_folders_and_its_list_above_it(given, place, tmp_path, monkeypatch):
     written = kaggle_flat(tmp_path)
     if place != '.':
-        (tmp_path / datasets.SOLUTION).rename(tmp_path / place / datasets.SOLUTION)
+        (tmp_path / classification.SOLUTION).rename(tmp_path / place / classification.SOLUTION)
     pair = open_pair('imagenet', str(tmp_path / given), partial=True)
     assert_holds(pair.train, tmp_path, written['train'])
     assert_holds(pair.test, tmp_path, written['val'])
@@ -249,9 +240,9 @@ def test_kaggles_imagenet_is_found_from_three_folders_and_its_list_above_it(give
     assert open_pair('imagenet', '.', partial=True).data() == pair.data()
 
 
-def test_the_solution_of_kaggle_need_not_have_each_class_or_each_image(tmp_path: Path):
+def test_the_solution_of_kaggle_may_lack_classes_and_images(tmp_path: Path):
     written = kaggle_flat(tmp_path)
-    file = tmp_path / datasets.SOLUTION
+    file = tmp_path / classification.SOLUTION
     lines = file.read_text().splitlines()
     file.write_text('\n'.join(line for line in lines if layouts.WNIDS[0] not in line))
     test = open_pair('imagenet', str(tmp_path), partial=True).test
@@ -260,26 +251,26 @@ def test_the_solution_of_kaggle_need_not_have_each_class_or_each_image(tmp_path:
     assert_holds(open_pair('imagenet', str(tmp_path), partial=True).test, tmp_path, written['val'][2:-1])
     for line in ('x', 'x,', 'x,85 1 499 272', 'n01440764', 'a/x,n01440764 1 2 3 4', 'x,n014407645'):
         file.write_text('\n'.join([*lines, line]))
-        with pytest.raises(ValueError, match=rf'{datasets.SOLUTION}, line 8: .* is not `image,class`'):
+        with pytest.raises(ValueError, match=rf'{classification.SOLUTION}, line 8: .* is not `image,class`'):
             open_pair('imagenet', str(tmp_path), partial=True)
 
 
 def test_a_flat_val_names_what_may_be_put_where(tmp_path: Path):
     kaggle_flat(tmp_path)
-    (tmp_path / datasets.SOLUTION).unlink()
+    (tmp_path / classification.SOLUTION).unlink()
     with pytest.raises(FileNotFoundError) as e:
         open_pair('imagenet', str(tmp_path))
     tree = tmp_path / 'ILSVRC/Data/CLS-LOC'
     assert f'{tree}/meta/train.txt and {tree}/meta/val.txt' in str(e.value)
     assert f'LOC_val_solution.csv of Kaggle into {tree} or up to three folders above' in str(e.value)
     shutil.rmtree(tree / 'val')
-    with pytest.raises(FileNotFoundError, match='train is there, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
         open_pair('imagenet', str(tmp_path))
 
 
 @pytest.mark.parametrize('stray', ['.ipynb_checkpoints', '.thumbs/x.jpg', 'tmp', 'tmp/x.jpg', 'x.jpg'])
 @pytest.mark.parametrize('write', [layouts.write_imagenet_lists, kaggle_flat])
-def test_beside_the_images_of_a_list_anything_may_lie_in_val(write, stray: str, tmp_path: Path):
+def test_unlisted_files_in_val_change_nothing(write, stray: str, tmp_path: Path):
     written = write(tmp_path)
     before = open_pair('imagenet', str(tmp_path), partial=True)
     put(tmp_path / Path(written['val'][0][0]).parent / stray)
@@ -288,7 +279,7 @@ def test_beside_the_images_of_a_list_anything_may_lie_in_val(write, stray: str, 
     assert after.data() == before.data()
 
 
-def test_images_that_were_exchanged_are_other_data(tmp_path: Path):
+def test_replaced_images_change_the_digest(tmp_path: Path):
     for part in ('train', 'val'):
         for i in range(40):
             layouts.write_image(tmp_path / part / str(i % 2) / f'{i:02}.png', i)
@@ -305,7 +296,7 @@ def put(path: Path) -> None:
 
 @pytest.mark.parametrize('part', ['train', 'val'])
 @pytest.mark.parametrize('stray', ['.ipynb_checkpoints', '.thumbs/x.jpg', '._x.jpg'])
-def test_of_folders_by_class_hidden_ones_are_none(part: str, stray: str, tmp_path: Path, caplog):
+def test_hidden_folders_are_not_classes(part: str, stray: str, tmp_path: Path, caplog):
     written = layouts.write_imagenet(tmp_path)
     before = open_pair('imagenet', str(tmp_path), partial=True)
     put(tmp_path / part / stray)
@@ -321,11 +312,11 @@ def test_of_folders_by_class_hidden_ones_are_none(part: str, stray: str, tmp_pat
     (layouts.write_imagenet, 'train/x.jpg', layouts.WNIDS[0]), (layouts.write_imagenet, 'val/x.jpg', layouts.WNIDS[0]),
     (kaggle, 'ILSVRC/Data/CLS-LOC/val/x.jpg', layouts.WNIDS[0]),
     (layouts.write_imagenet_lists, 'val/tmp', 'tmp')])
-def test_what_lies_beside_the_folders_of_classes_is_named(write, stray: str, first: str, tmp_path: Path):
+def test_an_image_beside_the_class_folders_is_named(write, stray: str, first: str, tmp_path: Path):
     write(tmp_path)
     (tmp_path / 'meta' / 'val.txt').unlink(missing_ok=True)
     if write is kaggle:  # which stays where somebody sorted val
-        (tmp_path / datasets.SOLUTION).write_text(f'ImageId,PredictionString\nx,{first} 1 2 3 4\n')
+        (tmp_path / classification.SOLUTION).write_text(f'ImageId,PredictionString\nx,{first} 1 2 3 4\n')
     put(tmp_path / stray)
     image = 'ILSVRC2012_val_00000001.JPEG' if first == 'tmp' else 'x.jpg'
     parent = (tmp_path / stray).parent
@@ -333,12 +324,13 @@ def test_what_lies_beside_the_folders_of_classes_is_named(write, stray: str, fir
         open_pair('imagenet', str(tmp_path), partial=True)
 
 
-def test_embed_tells_that_a_val_without_labels_is_there(tmp_path: Path, capsys):
+def test_embed_names_a_val_without_labels(tmp_path: Path, capsys):
     layouts.write_imagenet_lists(tmp_path)
     command = ['embed', str(tmp_path), '--part', 'val', '--model', 'resnet10t:random', '--out', str(tmp_path / 'x.npz')]
     assert cli.main(command) == 1
     said = capsys.readouterr().err
-    assert f'{tmp_path / "val"}: its images have no labels' in said and f'give {tmp_path / "val"} itself' in said
+    assert f'{tmp_path / "val"} cannot be the validation part of {tmp_path}: its images have no labels' in said
+    assert f'give {tmp_path / "val"} itself' in said
     small = ['--image-size', '32', '--resize', '32', '--device', 'cpu', '--cache', str(tmp_path / 'cache')]
     assert cli.main(['embed', str(tmp_path / 'val'), *command[4:], *small]) == 0
     assert len(np.load(tmp_path / 'x.npz')['avgpool']) == 6
@@ -363,7 +355,7 @@ def inat_json(**changes) -> dict:
     (json.dumps(inat_json(images=[{'id': 1, 'file_name': 3}])), 'JSON'),
     (json.dumps(inat_json(images=[{'id': [1], 'file_name': 'x.jpg'}])), 'JSON'),
     (json.dumps(inat_json(images=[])), 'names no image')])
-def test_a_broken_json_of_inaturalist_is_one_sentence(text: str, said: str, tmp_path: Path):
+def test_a_broken_json_of_inaturalist_raises_one_line(text: str, said: str, tmp_path: Path):
     layouts.write_inat18(tmp_path)
     (tmp_path / 'train2018.json').write_text(text, encoding='latin-1')
     with pytest.raises(ValueError, match='train2018.json') as e:
@@ -379,7 +371,7 @@ def test_the_lists_of_inaturalist_are_read_in_linear_time(tmp_path: Path):
         'annotations': [{'image_id': i, 'category_id': i % 8142} for i in range(n)],
         'categories': [{'id': i, 'name': str(i)} for i in range(8142)]}))
     started = time.perf_counter()
-    listing = listed.parse_inat(file)
+    listing = lists.parse_inat(file)
     assert time.perf_counter() - started < 15  # the product of both lists would take minutes
     assert listing.labels.tolist() == [i % 8142 for i in range(n)]
 
@@ -396,7 +388,7 @@ def test_a_folder_takes_val_before_test_and_maps_classes_by_name(tmp_path: Path)
     assert len(open_pair('folder', str(tmp_path)).test) == 12
 
 
-def test_test_classes_that_nobody_trains_on_are_named(tmp_path: Path):
+def test_test_classes_without_training_images_are_named(tmp_path: Path):
     layouts.write_imagenet(tmp_path)
     shutil.rmtree(tmp_path / 'train' / layouts.WNIDS[1])
     with pytest.raises(
@@ -404,7 +396,7 @@ def test_test_classes_that_nobody_trains_on_are_named(tmp_path: Path):
         open_pair('folder', str(tmp_path))
 
 
-def test_wrong_data_end_in_one_sentence(tmp_path: Path):
+def test_wrong_data_raise_one_line(tmp_path: Path):
     empty, flat, alone = tmp_path / 'empty', tmp_path / 'flat', tmp_path / 'alone'
     empty.mkdir()
     for part in ('train', 'val'):
@@ -413,7 +405,7 @@ def test_wrong_data_end_in_one_sentence(tmp_path: Path):
     (tmp_path / 'half' / 'trainvalsplit_places205').mkdir(parents=True)
     (tmp_path / 'bare' / 'train_val2018').mkdir(parents=True)
     roots = (empty, tmp_path / 'none', flat, alone, tmp_path / 'half', tmp_path / 'bare', flat / 'train' / '1.jpg')
-    for kind in datasets.KINDS:
+    for kind in classification.KINDS:
         for root in roots:
             with pytest.raises(ONE_SENTENCE) as e:
                 open_pair(kind, str(root), partial=True)
@@ -470,11 +462,11 @@ def test_a_subset_is_the_chosen_images_in_the_chosen_order():
 
 @pytest.fixture
 def semi(tmp_path: Path, monkeypatch) -> tuple[Path, Path]:
-    """ImageNet, and a list of 5 of its training images in no order."""
+    """Writes ImageNet and an unordered list of 5 of its training images."""
     written = layouts.write_imagenet(tmp_path / 'imagenet')
     names = [Path(path).name for path, _ in written['train']]
     (tmp_path / '1percent.txt').write_text('\n'.join(names[i] for i in (7, 2, 11, 0, 5)) + '\n')
-    monkeypatch.setitem(counts.LABELLED, '1pct', 5)
+    monkeypatch.setitem(sizes.LABELLED, '1pct', 5)
     return tmp_path / 'imagenet', tmp_path / '1percent.txt'
 
 
@@ -510,7 +502,7 @@ def test_a_semi_supervised_list_may_have_folders_and_labels_as_mmselfsups_has(se
         return
     rows[3] = (*rows[3][:2], rows[3][2] + 1)
     file.write_text(''.join(form.format(*row) + '\n' for row in rows))
-    with pytest.raises(ValueError, match=f'{rows[3][1]} has the label {rows[3][2]} there, and {rows[3][2] - 1} '):
+    with pytest.raises(ValueError, match=f'{rows[3][1]} has the label {rows[3][2]} there, but {rows[3][2] - 1} '):
         labelled_subset(train, '1pct', file)
 
 
@@ -528,14 +520,14 @@ def test_a_listed_image_in_the_folder_of_another_class_is_missing(semi):
 def test_a_semi_supervised_list_of_another_length_or_with_missing_images_is_refused(semi):
     root, file = semi
     train = open_pair('imagenet', str(root), partial=True).train
-    with pytest.raises(ValueError, match='5 images found where the list of 10pct has 128,116'):
+    with pytest.raises(ValueError, match='5 images found, but the list of 10pct has 128,116'):
         labelled_subset(train, '10pct', file)
     assert len(labelled_subset(train, '10pct', file, partial=True)) == 5
     with pytest.raises(ValueError, match='5pct: no such share'):
         labelled_subset(train, '5pct', file)
     with pytest.raises(FileNotFoundError, match='no such list'):
         labelled_subset(train, '1pct', file.with_name('none.txt'))
-    with pytest.raises(ValueError, match='these images are none'):
+    with pytest.raises(ValueError, match='these images are not files'):
         labelled_subset(open_pair('folder', 'demo').train, '1pct', file)
     lines = file.read_text().split()
     file.write_text('\n'.join([*lines[:4], lines[0]]))
@@ -543,9 +535,9 @@ def test_a_semi_supervised_list_of_another_length_or_with_missing_images_is_refu
         labelled_subset(train, '1pct', file)
     for name in ('n01440764_999.JPEG', 'n99999999_1.JPEG', 'x.JPEG', 'n01440764_10.JPEG '[:-2]):
         file.write_text('\n'.join([*lines[:4], name]))
-        with pytest.raises(FileNotFoundError, match='1 of the 5 images that .* names are not there, the first is'):
+        with pytest.raises(FileNotFoundError, match='1 of the 5 images that .* names are missing, the first is'):
             labelled_subset(train, '1pct', file)
-    assert counts.LABELLED['10pct'] == 128116
+    assert sizes.LABELLED['10pct'] == 128116
 
 
 @pytest.mark.parametrize('below', ['.', 'VOCdevkit', 'VOCdevkit/VOC2007'])
@@ -579,12 +571,12 @@ def test_part_of_voc07_is_refused_with_both_counts(tmp_path: Path):
     layouts.write_voc07(tmp_path)
     with pytest.raises(ValueError) as e:
         open_voc07(tmp_path)
-    assert '30 training images found where 5,011 are expected' in str(e.value)
-    assert '20 test images found where 4,952 are expected' in str(e.value)
+    assert '30 training images found (expected 5,011)' in str(e.value)
+    assert '20 test images found (expected 4,952)' in str(e.value)
     assert open_voc07(tmp_path, partial=True).counts['train'] == 30
 
 
-def test_what_is_missing_or_does_not_fit_in_voc07_is_one_sentence(tmp_path: Path, whole, caplog):
+def test_missing_or_inconsistent_files_of_voc07_raise_one_line(tmp_path: Path, whole, caplog):
     whole('voc07', 30, 20, 20)
     with pytest.raises(FileNotFoundError, match='neither it nor VOCdevkit/VOC2007 below it has JPEGImages'):
         open_voc07(tmp_path)
@@ -593,7 +585,8 @@ def test_what_is_missing_or_does_not_fit_in_voc07_is_one_sentence(tmp_path: Path
     main, file = folder / 'ImageSets/Main', folder / 'ImageSets/Main/cat_test.txt'
     text = file.read_text()
     for wrong, said in (
-        (text.replace('000006', '900006'), 'its 20 images are not the 20 of aeroplane_test.txt, of which 000006 is'),
+        (text.replace('000006', '900006'),
+         'its 20 images are not the 20 of aeroplane_test.txt: only one of the two has 000006'),
         (''.join(text.splitlines(True)[1:]), 'its 19 images are not the 20 of aeroplane_test.txt'),
         (text + '000004 -1\n', 'line 21: 000004 is named twice'),
         (text + '000044 2\n', "line 21: '000044 2' is not an id"),
@@ -605,20 +598,20 @@ def test_what_is_missing_or_does_not_fit_in_voc07_is_one_sentence(tmp_path: Path
                 open_voc07(tmp_path, partial)
             assert 'cat_test.txt' in str(e.value)
     file.unlink()
-    with pytest.raises(FileNotFoundError, match=r'39 files of classes found where 40 are expected.*cat_test.txt'):
+    with pytest.raises(FileNotFoundError, match=r'39 files of classes found \(expected 40.*cat_test.txt'):
         open_voc07(tmp_path)
     with pytest.raises(FileNotFoundError, match='missing: cat_test.txt'):
         open_voc07(tmp_path, partial=True)
     file.write_text(text)
     for part in ('trainval', 'test'):
         shutil.copy(main / f'cat_{part}.txt', main / f'unicorn_{part}.txt')
-    with pytest.raises(ValueError, match='unicorn is no class of VOC07'):
+    with pytest.raises(ValueError, match='unicorn is not a class of VOC07'):
         open_voc07(tmp_path)
     for part in ('trainval', 'test'):
         (main / f'unicorn_{part}.txt').unlink()
     (folder / 'JPEGImages' / '000008.jpg').unlink()
     with pytest.raises(
-            FileNotFoundError, match=r'19 images found in .* where 20 are named for test \(missing: 000008.jpg\)'):
+            FileNotFoundError, match=r'19 images found in .*, 20 named for test \(missing: 000008.jpg\)'):
         open_voc07(tmp_path)
     voc = open_voc07(tmp_path, partial=True)
     assert voc.counts['test'] == len(voc.test) == len(voc.labels_test) == 19 and 'left out' in caplog.text
@@ -626,7 +619,7 @@ def test_what_is_missing_or_does_not_fit_in_voc07_is_one_sentence(tmp_path: Path
 
 
 def test_the_classes_of_voc07_are_those_of_the_development_kit():
-    assert voc07.NAMES == list(layouts.VOC_NAMES)
+    assert NAMES == list(layouts.VOC_NAMES)
 
 
 def test_a_data_set_of_the_hub_is_opened_through_its_library(tmp_path: Path, monkeypatch):
@@ -644,5 +637,5 @@ def test_a_data_set_of_the_hub_is_opened_through_its_library(tmp_path: Path, mon
     pair = open_pair('imagenet', str(tmp_path / 'saved'), partial=True)
     assert_holds(pair.test, tmp_path / 'files', written['val'])
     assert pair.train.labels.tolist() == [label for _, label in written['train']] and pair.classes == 3
-    with pytest.raises(ValueError, match='12 training images found where 1,281,167'):
+    with pytest.raises(ValueError, match=r'12 training images found \(expected 1,281,167\)'):
         open_pair('imagenet', f'hf:{tmp_path / "saved"}')

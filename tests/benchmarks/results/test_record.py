@@ -1,4 +1,4 @@
-"""A record is whole and honest: numbers of other weights, data or parameters are never held against published ones."""
+"""Records: only numbers of the same weights, data and parameters are compared with published ones."""
 import argparse
 import json
 import os
@@ -14,12 +14,11 @@ from simsiam_models.benchmarks.results import compare as comparing
 from simsiam_models.benchmarks.results import record as records
 from simsiam_models.benchmarks.results import report as reports
 from simsiam_models.benchmarks.results.compare import compare
-from simsiam_models.benchmarks.results.record import print_record, read_record, write_record
+from simsiam_models.benchmarks.results.record import format_record, read_record, write_record
 from simsiam_models.benchmarks.results.report import report
-from simsiam_models.weights.published import WEIGHTS
-from simsiam_models.weights.published import published as published_of
+from simsiam_models.weights.published import WEIGHTS, find_results
 
-# As the page has them (MMSelfSup 0.9.1, 200 epochs): copied by hand, not from published.json.
+# Copied from the page (MMSelfSup v0.9.1, 200 epochs), not from published.json.
 KNN = {'k=10': 60.2, 'k=20': 60.4, 'k=100': 58.8, 'k=200': 57.4}
 SVM = {
     'k=1': 39.85, 'k=2': 50.44, 'k=4': 63.73, 'k=8': 70.93, 'k=16': 75.74, 'k=32': 79.42, 'k=64': 82.02, 'k=96': 83.44}
@@ -33,7 +32,7 @@ def backbone(tag: str | None = RGB, name: str | None = None, digest: str = '0123
 
 
 def whole(benchmark: str) -> dict:
-    """The data of a record of the whole set."""
+    """Returns the data entry of a record of the complete set."""
     kind = benchmark.split('_')[0]
     size = SIZES[kind]
     counts = {'train': size.train, 'test': size.test, 'classes': size.classes}
@@ -41,23 +40,23 @@ def whole(benchmark: str) -> dict:
 
 
 def as_published(benchmark: str) -> dict:
-    return dict(comparing.PROTOCOLS[comparing.family(benchmark)])
+    return dict(comparing.REQUIRED[comparing.strip_layer(benchmark)])
 
 
 def write(path: Path, benchmark: str, metrics: dict, model: Backbone | None = None, **changes) -> dict:
     protocol = {**as_published(benchmark), **changes.pop('protocol', {})}
     data = {**whole(benchmark), **changes.pop('data', {})}
     assert not changes
-    return write_record(path, benchmark, protocol, model or backbone(), data, metrics, 12.34)
+    return write_record(path, benchmark, protocol, model or backbone(), data, metrics, seconds=12.34)
 
 
-def test_a_record_holds_everything_and_is_read_as_it_was_written(tmp_path: Path):
+def test_a_record_holds_everything_and_reads_back_as_written(tmp_path: Path):
     file = tmp_path / 'new' / 'knn.json'
     written = write_record(
         file, 'imagenet_knn_T0.07',
         {**as_published('imagenet_knn_T0.07'), 'k': (10, np.int64(20)), 'list': np.arange(2)}, backbone(),
-        whole('imagenet_knn_T0.07'), {'k=10': np.float64(60.25), 'k=20': np.float32(60.5)}, 12.34,
-        {'output': Path('x')})
+        whole('imagenet_knn_T0.07'), {'k=10': np.float64(60.25), 'k=20': np.float32(60.5)}, seconds=12.34,
+        extra={'output': Path('x')})
     assert read_record(file) == written == json.loads(file.read_text())
     assert os.listdir(file.parent) == ['knn.json']
     assert written['protocol']['k'] == [10, 20] and written['protocol']['T'] == 0.07
@@ -92,21 +91,21 @@ def test_a_record_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mon
 @pytest.mark.parametrize(
     'metrics', [{'k=10': float('nan')}, {'k=10': float('inf')}, {'k=10': 'high'}, {'k=10': True}, {}, {'k=10': -0.01},
                 {'k=10': 100.01}])
-def test_what_is_no_number_of_percent_is_no_result(metrics: dict, tmp_path: Path):
+def test_a_metric_must_be_a_percentage(metrics: dict, tmp_path: Path):
     with pytest.raises(ValueError) as e:
         write(tmp_path / 'x.json', 'imagenet_knn_T0.07', metrics)
     assert '\n' not in str(e.value) and not (tmp_path / 'x.json').exists()
     assert write(tmp_path / 'x.json', 'imagenet_knn_T0.07', {'k=10': 0, 'k=20': 100 + 1e-12})['metrics']['k=10'] == 0
 
 
-def test_things_without_a_form_in_json_and_folders_are_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match='object has no form in JSON'):
+def test_values_that_json_lacks_and_folders_are_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match='object cannot be written as JSON'):
         write(tmp_path / 'x.json', 'imagenet_knn_T0.07', {'k=10': 1.0}, protocol={'model': object()})
     with pytest.raises(ValueError, match='is a folder; a record is a file'):
         write(tmp_path, 'imagenet_knn_T0.07', {'k=10': 1.0})
 
 
-def test_two_results_share_a_name_only_where_they_are_of_the_same_thing():
+def test_two_results_share_a_path_only_if_weights_protocol_and_data_are_the_same():
     def name(protocol: dict, model: Backbone, **data) -> Path:
         return records.record_path('out', 'imagenet_knn_T0.07', model, protocol, {**whole('imagenet_x'), **data})
 
@@ -132,29 +131,29 @@ def test_a_difference_is_measured_minus_published_for_the_same_file(benchmark: s
     found = write(tmp_path / 'x.json', benchmark, {k: v - 1.5 for k, v in published.items()}, backbone(tag))
     assert found['not_comparable'] is None
     assert found['difference'] == {k: pytest.approx(-1.5) for k in published}
-    text = print_record(found)
+    text = format_record(found)
     assert all(f'{v - 1.5:.2f}' in text and str(v) in text for v in published.values()) and '-1.50' in text
 
 
 @pytest.mark.parametrize('benchmark', CASES)
 @pytest.mark.parametrize('tag', [RGB, BGR, 'mm1x_ep200_in1k', 'fb_bs512_ep100_in1k', None, 'unknown_tag'])
-def test_no_difference_is_taken_to_numbers_of_other_weights(benchmark: str, tag: str | None, tmp_path: Path):
+def test_no_difference_from_numbers_of_other_weights_is_computed(benchmark: str, tag: str | None, tmp_path: Path):
     own, published = CASES[benchmark]
-    has = tag is not None and any(e['benchmark'] == benchmark for e in published_of(tag))
+    has = tag is not None and any(e['benchmark'] == benchmark for e in find_results(tag))
     found = write(tmp_path / 'x.json', benchmark, dict(published), backbone(tag, 'mine'))
     assert bool(found['difference']) == has == any(e['same_weights'] and e['same_protocol'] for e in found['published'])
     assert has or tag != own
     assert found['published'], 'for orientation'
-    text = print_record(found)
+    text = format_record(found)
     assert has == ('difference' in text) and (has or 'other weights' in text or 'by another protocol' in text)
     assert 'reproduced' not in text
 
 
-def test_the_page_puts_another_generation_beside_these_weights_and_the_record_says_so(tmp_path: Path):
+def test_numbers_of_another_generation_on_the_same_page_are_marked_as_other_weights(tmp_path: Path):
     found = write(tmp_path / 'x.json', 'voc07_svm_feature5', {'mAP': 85.2}, backbone(RGB))
     entry, = found['published']
     assert entry['tag'] == BGR and not entry['same_weights'] and '20211213' in entry['file']
-    assert found['difference'] == {} and '0.00' not in print_record(found)
+    assert found['difference'] == {} and '0.00' not in format_record(found)
 
 
 def test_a_number_of_the_same_file_by_another_protocol_is_shown_and_not_compared(tmp_path: Path):
@@ -162,17 +161,17 @@ def test_a_number_of_the_same_file_by_another_protocol_is_shown_and_not_compared
     own = [e for e in found['published'] if e['same_weights']]
     assert [(e['benchmark'], e['same_protocol'], e['metrics']) for e in own] == [
         ('imagenet_linear', False, {'top1': 68.3})]
-    assert found['difference'] == {} and 'by another protocol, imagenet_linear' in print_record(found)
+    assert found['difference'] == {} and 'by another protocol, imagenet_linear' in format_record(found)
 
 
-def test_a_hostile_record_neither_ends_the_report_nor_speaks_in_it(results: Path, tmp_path: Path):
+def test_a_hostile_record_neither_ends_the_report_nor_adds_markup_to_it(results: Path, tmp_path: Path):
     before = report([results])
     benchmark, published = 'imagenet_knn_T0.07', KNN
     write(results / 'huge.json', benchmark, published, protocol={'T': 10**400})
     page = before.split('### imagenet_')[0]
     assert 'T 1000000' in report([results]) and '### ImageNet Nearest' in page and report([results]).startswith(page)
     found = write(results / 'huge.json', benchmark, published, protocol={'amp': 'BF16'})
-    assert 'amp BF16 where off is published' in found['not_comparable']
+    assert 'amp BF16 (published: off)' in found['not_comparable']
     name = '![x](https://a.example/p.png) [click](javascript:alert(1)) `code`'
     write(results / 'huge.json', benchmark, published, backbone(None, name), protocol={'T': 1})
     (results / '<img src=x>[a](b).json').write_text('{')
@@ -180,41 +179,42 @@ def test_a_hostile_record_neither_ends_the_report_nor_speaks_in_it(results: Path
     assert '\\[click\\]' in text and '](javascript' not in text.replace('\\](', '') and '<img' not in text
 
 
-def test_a_semi_supervised_result_tells_its_pair_and_what_is_not_the_protocols(tmp_path: Path):
+def test_a_semi_supervised_result_states_its_rates_and_its_deviations(tmp_path: Path):
     benchmark = 'imagenet_semi_1pct'
     data = {'counts': {'train': 12811, 'test': 50000, 'classes': 1000}}
     rates = {'lr': 0.01, 'head_multiplier': 10.0}
     found = write(tmp_path / 'a.json', benchmark, {'top1': 1.0}, protocol=rates, data=data)
     assert found['not_comparable'] is None and not found['published']
-    assert 'with lr 0.01, x 10.0 for the classifier' in print_record(found)
+    assert 'with lr 0.01, x 10.0 for the classifier' in format_record(found)
     for change in ({'protocol': {**rates, 'epochs': 1}}, {'data': {'counts': {**data['counts'], 'train': 5}}}):
         write(tmp_path / 'b.json', benchmark, {'top1': 2.0}, **{'protocol': rates, 'data': data, **change})
         text = report([tmp_path])
-        assert 'epochs 1 where 20 is published' in text or '5 training images found where 12,811' in text
+        assert 'epochs 1 (published: 20)' in text or '5 training images found (expected 12,811)' in text
         assert 'lr 0.01, x 10.0 for the classifier' in text
 
 
 def changed(value):
-    """Another value of the same kind."""
+    """Returns another value of the same type."""
     return {bool: lambda: not value, str: lambda: value + ' x', list: lambda: value[:-1]}.get(
         type(value), lambda: value * 2 + 1)()
 
 
 @pytest.mark.parametrize('benchmark', CASES)
-def test_another_value_of_any_parameter_or_none_is_not_comparable(benchmark: str, tmp_path: Path):
+def test_a_record_with_a_parameter_changed_or_missing_is_not_comparable(benchmark: str, tmp_path: Path):
     tag, published = CASES[benchmark]
     for key, value in as_published(benchmark).items():
         found = write(tmp_path / 'x.json', benchmark, published, backbone(tag), protocol={key: changed(value)})
         assert key in found['not_comparable'] and found['difference'] == found['tolerance'] == {}
-        text = print_record(found)
+        text = format_record(found)
         assert f'not comparable with published numbers: {key}' in text and 'difference' not in text
         protocol = as_published(benchmark)
         del protocol[key]
-        found = write_record(tmp_path / 'x.json', benchmark, protocol, backbone(tag), whole(benchmark), published, 1)
-        assert f'does not tell its {key}' in found['not_comparable'] and not found['difference']
+        found = write_record(
+            tmp_path / 'x.json', benchmark, protocol, backbone(tag), whole(benchmark), published, seconds=1)
+        assert f'does not state {key}' in found['not_comparable'] and not found['difference']
     for amp in ('bfloat16', 'float16', 'off'):
         found = write(tmp_path / 'x.json', benchmark, published, backbone(tag), protocol={'amp': amp})
-        assert found['not_comparable'] == (None if amp == 'off' else f'amp {amp} where off is published')
+        assert found['not_comparable'] == (None if amp == 'off' else f'amp {amp} (published: off)')
     found = write(tmp_path / 'x.json', benchmark, published, backbone(tag), protocol={'changed': {'seed': 1}})
     assert 'changed' in found['not_comparable'] and not found['difference']
 
@@ -225,30 +225,30 @@ def test_part_of_a_data_set_or_another_one_is_not_comparable(benchmark: str, tmp
     right = whole(benchmark)['counts']
     for counts in (*({**right, key: right[key] - 1} for key in right), {}, {**right, 'train': 'all'}):
         found = write(tmp_path / 'x.json', benchmark, published, backbone(tag), data={'counts': counts})
-        assert 'found where' in found['not_comparable'] and not found['difference']
+        assert 'found (expected ' in found['not_comparable'] and not found['difference']
     for unreadable in (3, ['a.jpg'] * 3, {'1': 'a', '2': 'b', '3': 'c'}):
         found = write_record(tmp_path / 'x.json', benchmark, as_published(benchmark), backbone(tag), whole(benchmark),
-                             published, 1, {'unreadable': unreadable})
+                             published, seconds=1, extra={'unreadable': unreadable})
         assert '3 images could not be read' in found['not_comparable'] and not found['difference']
     found = write(tmp_path / 'x.json', benchmark, published, backbone(tag), data={'name': 'folder'})
     assert 'measured on folder' in found['not_comparable'] and not found['difference']
 
 
-def test_the_tolerance_is_the_spread_that_was_observed_between_two_runs(tmp_path: Path):
+def test_the_tolerance_is_the_difference_between_two_published_runs(tmp_path: Path):
     seen = {'voc07_svm_feature5': ('mAP', 0.43), 'imagenet_linear_avgpool': ('top1', 0.32),
             'imagenet_mhead_linear': ('feature5', 0.29)}
     for benchmark, (metric, value) in seen.items():
         found = write(tmp_path / 'x.json', benchmark, {metric: 50.0, 'other': 1.0}, backbone(None, 'mine'))
         assert found['tolerance'] == {metric: value}
     assert write(tmp_path / 'x.json', 'imagenet_knn_T0.07', KNN)['tolerance'] == {}
-    assert all((name, metric) in {(e['benchmark'], m) for tag in WEIGHTS for e in comparing.published_for(name, tag)
-                                  for m in e['metrics']} for name, metric in comparing.SPREAD)
+    assert all((name, metric) in {(e['benchmark'], m) for tag in WEIGHTS for e in comparing.find_published(name, tag)
+                                  for m in e['metrics']} for name, metric in comparing.RUN_TO_RUN)
 
 
-def test_that_no_number_is_published_is_said_where_there_could_be_one(tmp_path: Path):
+def test_a_note_says_that_no_number_is_published_if_there_could_be_one(tmp_path: Path):
     found = write_record(
         tmp_path / 'x.json', 'flowers_finetune', {'lr': 1}, backbone(None, 'mine'),
-        {'name': 'folder', 'counts': {'train': 5}}, {'top1': 50.0}, 1)
+        {'name': 'folder', 'counts': {'train': 5}}, {'top1': 50.0}, seconds=1)
     assert found['published'] == [] and found['not_comparable'] is None and found['difference'] == {}
     for benchmark, name, said in (
             ('flowers_finetune', 'folder', False), ('folder_linear_moco', 'folder', False), ('finetune', 'a/b', False),
@@ -256,25 +256,25 @@ def test_that_no_number_is_published_is_said_where_there_could_be_one(tmp_path: 
             ('cifar10_knn_T0.07', 'cifar10', True)):
         found = write_record(
             tmp_path / 'x.json', benchmark, {'lr': 1}, backbone(None, 'mine'), {'name': name, 'counts': {}},
-            {'top1': 50.0}, 1)
-        for text in (print_record(found), report([tmp_path]), report([tmp_path], markdown=False)):
+            {'top1': 50.0}, seconds=1)
+        for text in (format_record(found), report([tmp_path]), report([tmp_path], markdown=False)):
             assert (f'no number is published for {benchmark}' in text.replace('No number', 'no number')) == said
 
 
-def test_the_protocols_of_linear_evaluation_are_the_ones_that_are_compared(tmp_path: Path):
-    from simsiam_models.benchmarks.linear.command import benchmark_name, choose
+def test_unchanged_linear_protocols_are_comparable(tmp_path: Path):
+    from simsiam_models.benchmarks.linear.protocol import benchmark_name, choose_protocol
     for name, dataset in (
             ('fair', 'imagenet'), ('mmselfsup', 'imagenet'), ('mhead', 'imagenet'), ('mhead', 'places205'),
             ('mhead', 'inat18')):
         for overrides in ({}, {'epochs': 2}, {'lr': 0.5}):
-            chosen = choose(name, dataset, overrides)
+            chosen = choose_protocol(name, dataset, overrides)
             benchmark = benchmark_name(chosen, dataset)
             found = write_record(
-                tmp_path / 'x.json', benchmark, chosen.record(), backbone(), whole(benchmark), {'top1': 5.0}, 1)
+                tmp_path / 'x.json', benchmark, chosen.record(), backbone(), whole(benchmark), {'top1': 5.0}, seconds=1)
             if overrides:
                 assert found['not_comparable'] or benchmark.endswith('_changed') and not found['published']
             else:
-                assert benchmark in comparing.PROTOCOLS and found['not_comparable'] is None
+                assert benchmark in comparing.REQUIRED and found['not_comparable'] is None
 
 
 HOSTILE = {
@@ -307,7 +307,7 @@ def hostile(tmp_path: Path) -> dict[str, bytes]:
     return {**HOSTILE, **found}
 
 
-def test_broken_and_foreign_files_are_one_sentence_that_names_them(tmp_path: Path):
+def test_broken_and_foreign_files_raise_one_line_that_names_them(tmp_path: Path):
     cases = hostile(tmp_path)
     for name, text in cases.items():
         file = tmp_path / 'case.json'
@@ -318,17 +318,17 @@ def test_broken_and_foreign_files_are_one_sentence_that_names_them(tmp_path: Pat
             assert 'case.json' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 600, name
     with open(tmp_path / 'large.json', 'wb') as f:
         f.truncate(records.LARGEST + 1)  # takes no room
-    with pytest.raises(ValueError, match='large.json: is no record: .* bytes are too many'):
+    with pytest.raises(ValueError, match='large.json is not a record: .* bytes are too many'):
         read_record(tmp_path / 'large.json')
     for read in (read_record, lambda f: report([f])):
         with pytest.raises(FileNotFoundError, match='none.json'):
             read(tmp_path / 'none.json')
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
+def test_unreadable_files_and_folders_are_named(tmp_path: Path, monkeypatch):
     file = tmp_path / 'good.json'
     edited(tmp_path)
-    with pytest.raises(ValueError, match=f'{tmp_path}: is a folder'):
+    with pytest.raises(ValueError, match=f'{tmp_path} is a folder'):
         read_record(tmp_path)
     for error in (PermissionError(13, 'Permission denied'), FileNotFoundError(2, 'Gone'), OSError(5, 'I/O error')):
         def read(self: Path, error: OSError = error):
@@ -336,7 +336,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(Path, 'read_bytes', read)
             for named in (read_record, lambda f: report([f]), lambda f: report([f.parent])):
-                with pytest.raises(OSError, match=rf'good.json: cannot be read \({error.strerror}\)'):
+                with pytest.raises(OSError, match=rf'good.json cannot be read \({error.strerror}\)'):
                     named(file)
     (tmp_path / 'sub').mkdir()
     scandir = os.scandir
@@ -347,7 +347,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr(os, 'scandir', closed)
-    assert 'sub: cannot be listed (Permission denied)' in report([tmp_path])
+    assert 'sub cannot be listed (Permission denied)' in report([tmp_path])
 
 
 def test_strange_but_possible_values_do_not_break_the_tables(tmp_path: Path):
@@ -365,7 +365,7 @@ def test_strange_but_possible_values_do_not_break_the_tables(tmp_path: Path):
     widths = [line.replace('\\|', '').count('|') for line in markdown.splitlines() if line.startswith('|')]
     assert len(widths) > 20 and set(widths) <= {4, 5, 6, 7, 8}
     for i in range(9):
-        assert print_record(read_record(tmp_path / f'{i}.json'))
+        assert format_record(read_record(tmp_path / f'{i}.json'))
 
 
 def rows(markdown: str) -> list[list[str]]:
@@ -393,7 +393,8 @@ def results(tmp_path: Path) -> Path:
     few = {'counts': {'train': 100, 'test': 50, 'classes': 3}}
     write(folder / 'sub' / 'partial.json', 'imagenet_knn_T0.07', KNN, data=few)
     write(folder / 'sub' / 'hot.json', 'imagenet_knn_T0.07', KNN, protocol={'T': 0.1})
-    write_record(folder / 'moco.json', 'imagenet_linear_moco', {}, backbone(), whole('imagenet_x'), {'top1': 71.5}, 1)
+    write_record(
+        folder / 'moco.json', 'imagenet_linear_moco', {}, backbone(), whole('imagenet_x'), {'top1': 71.5}, seconds=1)
     return folder
 
 
@@ -411,7 +412,7 @@ def test_the_tables_have_the_columns_of_the_page(results: Path):
         '### imagenet_knn_T0.07 on imagenet (abababab, 100 + 50 images of 3 classes)']
 
 
-def test_measured_and_published_stand_below_one_another(results: Path):
+def test_published_numbers_follow_the_measured_ones(results: Path):
     found = rows(report([results]))
     svm = found[:found.index(['Weights', '', *(f'Feature{i}' for i in range(1, 6)), 'AvgPool'])]
     name = f'simsiam_resnet50.{BGR}'
@@ -425,7 +426,7 @@ def test_measured_and_published_stand_below_one_another(results: Path):
     assert knn[4][1:] == ['difference', *['-0.25'] * 4]
 
 
-def test_a_page_row_of_two_generations_is_taken_apart(results: Path):
+def test_a_page_row_of_two_generations_is_split(results: Path):
     """The page's ImageNet row has Feature1-5 of one file and AvgPool of another."""
     found = rows(report([results / 'imagenet_linear_avgpool.json', results / 'imagenet_mhead_linear.json']))
     bgr, rgb = f'simsiam_resnet50.{BGR}', f'simsiam_resnet50.{RGB}'
@@ -435,7 +436,7 @@ def test_a_page_row_of_two_generations_is_taken_apart(results: Path):
     assert [row[-1] for row in alone[2:]] == ['69.59', '69.84', '-0.25', '0.32']
 
 
-def test_other_weights_get_published_rows_of_their_own_and_no_difference(tmp_path: Path):
+def test_other_weights_get_their_own_published_rows_and_no_difference(tmp_path: Path):
     write(tmp_path / 'x.json', 'imagenet_knn_T0.07', KNN, backbone(None, 'run/backbone'))
     write(tmp_path / 'y.json', 'voc07_svm_feature5', {'mAP': 85.2}, backbone(RGB))
     text = report([tmp_path])
@@ -447,7 +448,7 @@ def test_other_weights_get_published_rows_of_their_own_and_no_difference(tmp_pat
     assert 'v0.9.1 (bbdf670d)' in text and '20211213-b605f9f1' in text and 'inferred from git history' in text
 
 
-def test_other_parameters_partial_data_and_other_benchmarks_stand_apart_with_the_reason(results: Path):
+def test_other_parameters_partial_data_and_other_benchmarks_are_listed_apart_with_the_reason(results: Path):
     write(results / 'other_k.json', 'imagenet_knn_T0.07', {'k=5': 59.0})  # a number without a column there
     whole_set = '(1,281,167 + 50,000 images of 1000 classes)'
     blocks = {block.split('\n')[0]: block for block in report([results]).split('### ')}
@@ -455,11 +456,11 @@ def test_other_parameters_partial_data_and_other_benchmarks_stand_apart_with_the
         ('imagenet_linear_moco', whole_set), ('imagenet_knn_T0.07', whole_set),
         ('imagenet_knn_T0.07', '(abababab, 100 + 50 images of 3 classes)')))
     assert '| 71.50 |' in moco and '- No number is published for imagenet_linear_moco.' in moco
-    assert '- Not comparable with published numbers: 100 training images found where 1,281,167 are expected' in part
+    assert '- Not comparable with published numbers: 100 training images found (expected 1,281,167)' in part
     name = f'simsiam_resnet50.{RGB}'
     assert [row for row in rows(hot) if row[0] == name] == [
         [name, 'T 0.07', '59.00', '', '', '', ''], [name, 'T 0.1', '', '60.20', '60.40', '58.80', '57.40']]
-    assert f'- {name}: not comparable with published numbers: T 0.1 where 0.07 is published.' in hot
+    assert f'- {name}: not comparable with published numbers: T 0.1 (published: 0.07).' in hot
     assert f'- {name}: no number is published for k=5.' in hot
     knn = [row for row in rows(blocks['ImageNet Nearest-Neighbor Classification']) if row[1] == 'measured']
     assert [row[2] for row in knn] == ['59.95']
@@ -490,25 +491,26 @@ def test_two_results_of_the_same_weights_are_two_rows(tmp_path: Path):
     assert report([tmp_path, tmp_path / '0.json', tmp_path / 'link.json']) == report([tmp_path]) == once
 
 
-def test_the_comparison_in_a_file_is_not_believed(tmp_path: Path):
+def test_the_comparison_in_a_file_is_not_trusted(tmp_path: Path):
     protocol = {**as_published('imagenet_knn_T0.07'), 'T': 1}
     (tmp_path / 'x.json').write_bytes(edited(
         tmp_path, difference={'k=10': 0.0}, not_comparable=None, protocol=protocol))
     (tmp_path / 'good.json').unlink()
     text = report([tmp_path])
-    assert 'T 1 where 0.07 is published' in text and 'difference' not in text
+    assert 'T 1 (published: 0.07)' in text and 'difference' not in text
 
 
-def test_what_is_no_record_in_a_folder_is_left_out_by_name(results: Path, tmp_path: Path):
+def test_files_in_a_folder_that_are_not_records_are_left_out_by_name(results: Path, tmp_path: Path):
     (results / 'args.json').write_text('{"model": "x"}')
     (results / 'torn.json').write_text('{"format"')
     text = report([results])
-    assert 'No records, left out:' in text and '1 JSON file of other kinds' in text and 'torn.json' in text
-    with pytest.raises(ValueError, match='args.json: is JSON, but no record'):
+    assert 'Files left out, as they are not records:' in text
+    assert '1 JSON file of other kinds' in text and 'torn.json' in text
+    with pytest.raises(ValueError, match='args.json is JSON, but not the record'):
         report([results / 'args.json'])
     empty = tmp_path / 'empty'
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match='empty: no record of a benchmark in it'):
+    with pytest.raises(FileNotFoundError, match='empty: no record of a benchmark there'):
         report([empty])
 
 
@@ -539,16 +541,16 @@ def test_the_command_prints_the_report(results: Path, capsys, monkeypatch):
 
 
 def test_every_published_benchmark_has_a_column_of_its_own_for_each_of_its_numbers():
-    columns = {(c.benchmark, c.metric) for table in reports.TABLES for c in table.columns}
+    columns = {(c.benchmark, c.metric) for table in reports.PAGE for c in table.columns}
     for tag in WEIGHTS:
-        for entry in published_of(tag):
-            found = {(comparing.family(entry['benchmark']), metric) for metric in entry['metrics']}
+        for entry in find_results(tag):
+            found = {(comparing.strip_layer(entry['benchmark']), metric) for metric in entry['metrics']}
             assert found - {('voc12aug_fcn_r50_d8_512_20k', 'mIoU_first_report')} <= columns
     unpublished = {'inat18_mhead_linear', 'imagenet_semi_1pct', 'imagenet_semi_10pct'}
-    assert {comparing.family(name) for name in CASES} == set(comparing.PROTOCOLS) - unpublished
+    assert {comparing.strip_layer(name) for name in CASES} == set(comparing.REQUIRED) - unpublished
 
 
-def test_a_benchmark_whose_published_parameters_are_not_known_here_is_not_compared():
+def test_a_benchmark_with_unknown_published_parameters_is_not_compared():
     found = compare({
         'benchmark': 'voc12aug_fcn_r50_d8_512_20k', 'protocol': {}, 'data': {'name': 'voc12', 'counts': {}},
         'metrics': {'mIoU': 60.0}, 'weights': {'name': 'm', 'tag': BGR, 'digest': ''}})

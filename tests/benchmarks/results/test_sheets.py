@@ -1,12 +1,12 @@
-"""Results on one's own data stand in tables that compare models, and what tells two rows apart is in them."""
+"""Results on one's own data form tables that compare models and state how their rows differ."""
 from pathlib import Path
 
 import pytest
 from torch import nn
 
 from simsiam_models.benchmarks.backbone import Backbone
-from simsiam_models.benchmarks.linear.command import benchmark_name, choose
-from simsiam_models.benchmarks.results.record import print_record, write_record
+from simsiam_models.benchmarks.linear.protocol import benchmark_name, choose_protocol
+from simsiam_models.benchmarks.results.record import format_record, write_record
 from simsiam_models.benchmarks.results.report import report
 
 DATA = {
@@ -21,17 +21,18 @@ def save(tmp_path: Path):
     def save(benchmark: str, protocol: dict, name: str, metrics: dict, digest: str = 'ab' * 8, **more) -> dict:
         model = Backbone(nn.Identity(), name, None, digest, False, (0.5,) * 3, (0.2,) * 3, 2048)
         file = tmp_path / f'{len(list(tmp_path.iterdir())):03}.json'
-        return write_record(file, benchmark, protocol, model, {**DATA, **more.pop('data', {})}, metrics, 1, **more)
+        data = {**DATA, **more.pop('data', {})}
+        return write_record(file, benchmark, protocol, model, data, metrics, seconds=1, **more)
     return save
 
 
 def linear(protocol: str = 'fair', amp: str = 'off', **numbers) -> tuple[str, dict]:
-    chosen = choose(protocol, 'folder', numbers, amp)
+    chosen = choose_protocol(protocol, 'folder', numbers, amp)
     return benchmark_name(chosen, 'folder'), {**chosen.record(), 'seed': 0, 'amp': amp}
 
 
 def tables(text: str) -> dict[str, list[list[str]]]:
-    """Of Markdown: title -> rows, the header first."""
+    """Parses Markdown: title -> rows, the header first."""
     found = {}
     for block in text.split('### ')[1:]:
         title, *lines = block.splitlines()
@@ -41,7 +42,7 @@ def tables(text: str) -> dict[str, list[list[str]]]:
     return found
 
 
-def test_models_stand_below_one_another_in_one_table_per_benchmark_and_data_set(save, tmp_path: Path):
+def test_each_benchmark_and_data_set_has_one_table_of_all_models(save, tmp_path: Path):
     for name, digest, value in (('runs/a', 'a' * 16, 50.0), ('runs/b', 'b' * 16, 60.0)):
         save('folder_knn_T0.07', KNN, name, {'k=10': value, 'k=10 top-5': value + 5}, digest)
         save('folder_auto_probe', {'name': 'auto_probe'}, name, {'top1': value + 1}, digest)
@@ -61,14 +62,14 @@ def test_models_stand_below_one_another_in_one_table_per_benchmark_and_data_set(
         ['Weights', 'top1'], ['runs/a', '51.00'], ['runs/b', '61.00']]
 
 
-def test_a_whole_set_is_the_same_in_whatever_form(save, tmp_path: Path):
+def test_a_complete_set_is_the_same_in_any_form(save, tmp_path: Path):
     for digest in ('a' * 16, 'b' * 16):
         data = {'name': 'cifar10', 'counts': {'train': 50000, 'test': 10000, 'classes': 10}, 'digest': digest}
         save('cifar10_knn_T0.07', KNN, digest, {'k=10': 50.0}, data=data)
     assert [len(t) for t in tables(report([tmp_path])).values()] == [3]
 
 
-def test_a_name_that_two_weights_share_is_told_apart_by_their_digests(save, tmp_path: Path):
+def test_weights_that_share_a_name_are_distinguished_by_their_digests(save, tmp_path: Path):
     save('folder_knn_T0.07', KNN, 'run1', {'k=10': 50.0}, '3f2a9c0177aa00ff')
     save('folder_auto_probe', {}, 'run1', {'top1': 60.0}, 'aa11bb22cc33dd44')
     save('folder_auto_probe', {}, 'run2', {'top1': 60.0}, 'ee11bb22cc33dd44')
@@ -80,7 +81,7 @@ def test_a_name_that_two_weights_share_is_told_apart_by_their_digests(save, tmp_
     assert '3f2a9c01' not in report([tmp_path])
 
 
-def test_what_differs_between_protocols_stands_in_the_rows_and_what_does_not_is_said_once(save, tmp_path: Path):
+def test_rows_state_how_protocols_differ_and_a_note_what_they_share(save, tmp_path: Path):
     for name, numbers in (('a', {'epochs': 5}), ('b', {'epochs': 5}), ('b', {'epochs': 10, 'lr': 0.3})):
         benchmark, protocol = linear(batch_size=64, **numbers)
         save(benchmark, protocol, name, {'top1': 50.0})
@@ -88,14 +89,14 @@ def test_what_differs_between_protocols_stands_in_the_rows_and_what_does_not_is_
     assert [row[:2] for row in tables(text)[f'folder_linear_fair on {TITLE}']] == [
         ['Weights', 'Protocol'], ['a', 'fair (changed), lr 0.1, epochs 5'], ['b', 'fair (changed), lr 0.1, epochs 5'],
         ['b', 'fair (changed), lr 0.3, epochs 10']]
-    assert text.count('\n- ') == 1 and text.endswith('- Changed: batch_size 64 where 4096 is published.')
+    assert text.count('\n- ') == 1 and text.endswith('- Changed: batch_size 64 (published: 4096).')
     save(benchmark, {**protocol, 'momentum': 0.8, 'crop_scale': [0.2, 1.0]}, 'c', {'top1': 50.0})
     text = report([tmp_path])
     assert [row[1] for row in tables(text)[f'folder_linear_fair on {TITLE}']] == ['Protocol', '1', '1', '2', '3']
     assert '- Protocol 3: fair (changed), lr 0.3, epochs 10, momentum 0.8, crop_scale \\[0.2, 1.0\\].' in text
 
 
-def test_a_changed_protocol_is_called_so_where_no_number_is_published(save, tmp_path: Path):
+def test_a_changed_protocol_is_marked_if_no_number_is_published(save, tmp_path: Path):
     said = 'amp: bfloat16 where off is published'
     save('folder_knn_T0.07', {**KNN, 'amp': 'bfloat16', 'changed': said}, 'a', {'k=10': 50.0})
     save('folder_linear_fair', {'name': 'fair', 'changed': True}, 'a', {'top1': 50.0})
@@ -107,13 +108,13 @@ def test_a_changed_protocol_is_called_so_where_no_number_is_published(save, tmp_
     assert [t[1][1] for t in tables(text).values()] == [
         '(changed)', 'fair (changed)', 'moco (changed)', 'mhead (changed)',
         '(changed), lr 1, x 2 for the classifier', '50.00']
-    for line in (said, 'lr 0.5 where 0.01 is published', 'epochs 1; lr 1'):
+    for line in (said, 'lr 0.5 (published: 0.01)', 'epochs 1; lr 1'):
         assert f'- Changed: {line}.' in text
     assert text.count('- Changed') == 3 and 'true' not in text
-    assert 'changed: lr 0.5 where 0.01 is published' in print_record(found)
+    assert 'changed: lr 0.5 (published: 0.01)' in format_record(found)
 
 
-def test_layers_are_rows_and_the_reason_that_holds_for_all_stands_once(save, tmp_path: Path):
+def test_layers_are_rows_and_a_common_reason_is_stated_once(save, tmp_path: Path):
     few = {'name': 'voc07', 'counts': {'train': 60, 'test': 60, 'classes': 20}}
     for layer in range(1, 6):
         for name in 'ba':
@@ -123,21 +124,21 @@ def test_layers_are_rows_and_the_reason_that_holds_for_all_stands_once(save, tmp
     assert title == 'voc07_svm on voc07 (1f2e3d4c, 60 + 60 images of 20 classes)'
     assert found == [['Weights', 'Layer', 'mAP'], *(
         [name, f'feature{layer}', f'{20 + layer}.00'] for name in 'ba' for layer in range(1, 6))]
-    assert text.count('Not comparable with published numbers: 60 training images found where 5,011') == 1
+    assert text.count('Not comparable with published numbers: 60 training images found (expected 5,011)') == 1
     assert text.count('not comparable') == 0
     save('voc07_svm_feature5', {'tap': 'feature5', 'folds': 2}, 'b', {'mAP': 10.0}, data=few)
     text = report([tmp_path])
-    assert 'b: not comparable with published numbers: 60' in text and '; folds 2 where 3 is published' in text
+    assert 'b: not comparable with published numbers: 60' in text and '; folds 2 (published: 3)' in text
 
 
-def test_images_that_were_left_out_are_told_with_the_model(save, tmp_path: Path):
+def test_unreadable_images_are_noted_with_the_model(save, tmp_path: Path):
     for name, bad in (('a', 0), ('b', 2), ('c', ['x.jpg'])):
         save('folder_knn_T0.07', KNN, name, {'k=10': 50.0}, extra={'unreadable': bad})
     assert report([tmp_path]).split('\n\n')[-1].splitlines() == [
         '- b: 2 images could not be read.', '- c: 1 image could not be read.']
 
 
-def test_reported_metrics_come_first_and_a_terminal_is_never_too_narrow(save, tmp_path: Path):
+def test_reported_metrics_come_first_and_tables_fit_any_terminal(save, tmp_path: Path):
     kinds = ('', '_top5', '_top1_best', '_top5_best', '_top1_epoch7')
     metrics = {f'feature{i}{kind}': 10.0 * i + j for i in range(1, 6) for j, kind in enumerate(kinds)}
     benchmark, protocol = linear('mhead')
@@ -151,12 +152,12 @@ def test_reported_metrics_come_first_and_a_terminal_is_never_too_narrow(save, tm
         assert max(map(len, text.splitlines())) <= width
         shown = [n for line in text.splitlines() if line.startswith('Weights') for n in line.split()[1:]]
         assert shown == header[1:11]
-        assert ' '.join(text.split()).endswith('15 more columns, as feature1_top1_best: see --markdown.')
+        assert ' '.join(text.split()).endswith('15 more columns, such as feature1_top1_best: see --markdown.')
         assert text.count('runs/b  ') == text.count('Weights')
     assert '_epoch7' in report([tmp_path], markdown=False, width=600)
 
 
-def test_parts_of_a_table_repeat_as_much_as_tells_rows_apart(save, tmp_path: Path):
+def test_parts_of_a_table_repeat_the_columns_that_distinguish_rows(save, tmp_path: Path):
     metrics = {f'k={k}': 50.0 for k in range(10, 22)}
     save('folder_knn_T0.07', KNN, 'a', metrics)
     save('folder_knn_T0.07', {**KNN, 'resize': 64}, 'b', metrics)
