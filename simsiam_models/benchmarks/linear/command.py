@@ -1,150 +1,169 @@
-"""Linear evaluation: a classifier on a frozen backbone, by protocols whose numbers can be held against their sources.
+"""Linear evaluation: trains a classifier on a frozen backbone by a published protocol.
 
   simsiam linear IMAGENET --dataset imagenet --protocol fair          68.1 is published for fb_bs512_ep100_in1k
   torchrun --no-python --nproc-per-node 8 simsiam linear IMAGENET --dataset imagenet --protocol mmselfsup
-  simsiam linear FOLDER --dataset folder --protocol auto              on cached features; no published protocol
+  simsiam linear FOLDER --dataset folder --protocol auto              on cached features; not a published protocol
 
-The same command continues a run that was stopped or killed. A flag that changes a protocol's number makes it another
-protocol, and every line and the record say so.
+The same command continues a run that was stopped or killed. A flag that changes a number of the protocol makes it
+another protocol, and every line and the record say so.
 """
 import argparse
 import dataclasses
-import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...runtime.distributed import join_world
-from ...runtime.files import hold_lock
-from ...runtime.signals import Signals, Stopped
+from ...runtime.distributed import World, default_workers, join_world
+from ...runtime.lifecycle import Lifecycle
+from ...runtime.messages import check_flags, silent
+from ...runtime.signals import Signals
 from ..backbone import load_backbone
 from ..datasets.classification import open_pair
-from ..options import say_size, silent, without_test_image
+from ..options import add_model, report_size, report_untested_classes
 from ..protocols import LEAST
-from ..results.record import check_output, print_record, record_path, write_record
-from .images import readable
+from ..results.record import check_output, format_record, record_path, write_record
+from ..samples import Pair
+from .frozen import FrozenBackbone, explain_out_of_memory
+from .images import leave_out_unreadable
 from .probe import run_auto
-from .protocol import NUMBERS, benchmark_name, choose
-from .training import LinearRun, tap_shapes
+from .protocol import OVERRIDES, ChosenProtocol, benchmark_name, choose_protocol, flag_of
+from .training import KEYS, LinearRun, summarize, train
 
 DATASETS = ('imagenet', 'places205', 'inat18', 'cifar10', 'cifar100', 'folder')
+SAVE_EVERY = 10.0  # minutes, within an epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('data', metavar='DATA', help='folder of the data set')
-    parser.add_argument('--dataset', choices=DATASETS, default='folder', help='default: folder (train/ and val/)')
-    parser.add_argument(
-        '--model', default='simsiam_resnet50', metavar='NAME',
-        help="a timm name, a run's folder or a checkpoint (default: simsiam_resnet50)")
-    parser.add_argument(
-        '--protocol', default='fair', choices=['fair', 'mmselfsup', 'moco', 'mhead', 'auto'],
-        help='default: fair; auto: a grid of classifiers on cached features, chosen on held-out training images')
-    parser.add_argument(
-        '--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
-        help='default: results')
-    parser.add_argument('--seed', type=int, default=0, metavar='N', help='default: 0')
-    parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first of these that is there)')
-    parser.add_argument('--workers', type=int, metavar='N', help='threads that read images')
-    parser.add_argument(
-        '--amp', choices=['auto', 'off', 'bfloat16', 'float16'], default='auto',
-        help='precision of the frozen backbone; auto is off, as published (float32)')
-    parser.add_argument(
-        '--micro-batch', type=int, metavar='N',
-        help='images in one pass through the frozen backbone: memory, not the result (default: 256, on a CPU 8; auto '
-        'takes at most 8 on a CPU)')
-    parser.add_argument(
-        '--cache', type=Path, metavar='DIR', help="auto: where features are kept (default: the package's cache)")
-    parser.add_argument(
-        '--allow-partial', action='store_true',
-        help='go on with a part of the data set, or without unreadable images (which are looked for first)')
-    parser.add_argument(
-        '--fresh', action='store_true', help='do not continue a run that was stopped (auto has none to continue)')
-    group = parser.add_argument_group('numbers of the protocol', 'with any of these it is no longer the published one')
-    for name, (kind, text) in NUMBERS.items():
+    """Adds the flags of `simsiam linear`."""
+    add = parser.add_argument
+    add('data', metavar='DATA', help='folder of the data set')
+    add('--dataset', choices=DATASETS, default='folder', help='default: folder (train/ and val/)')
+    add_model(parser)
+    add('--protocol', default='fair', choices=['fair', 'mmselfsup', 'moco', 'mhead', 'auto'],
+        help='default: fair; auto trains a grid of classifiers on cached features and chooses one on held-out training '
+        'images')
+    add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
+        help='folder of the record (default: results)')
+    add('--seed', type=int, default=0, metavar='N', help='default: 0')
+    add('--device', metavar='D', help='cuda, mps or cpu (default: the first that is available)')
+    add('--workers', type=int, metavar='N', help='threads that read images')
+    add('--amp', choices=['auto', 'off', 'bfloat16', 'float16'], default='auto',
+        help='precision of the frozen backbone (default: auto, which is off, as published: float32)')
+    add('--micro-batch', type=int, metavar='N',
+        help='images in one pass through the frozen backbone, which changes the memory but not the result (default: '
+        '256, on a CPU 8; auto takes at most 8 on a CPU)')
+    add('--cache', type=Path, metavar='DIR', help="auto: folder of the cached features (default: the package's cache)")
+    add('--allow-partial', action='store_true',
+        help='accept a part of the data set, and leave out unreadable images, which are searched for first')
+    add('--fresh', action='store_true', help='do not continue a run that was stopped (auto always starts again)')
+    group = parser.add_argument_group(
+        'numbers of the protocol', 'with any of these, the protocol is no longer the published one')
+    for name, (kind, text) in OVERRIDES.items():
         nargs = {'crop_scale': 2, 'lr_steps': '*', 'report_epochs': '*'}.get(name)
-        group.add_argument(f'--{name.replace("_", "-")}', type=kind, nargs=nargs, metavar='N', help=text)
+        group.add_argument(flag_of(name), type=kind, nargs=nargs, metavar='N', help=text)
+    parser.set_defaults(kept='the same command goes on from the last checkpoint')
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, prints, writes the record; 0, or 128 + a signal's number."""
+    """Trains, prints the result and writes the record."""
     check(args)
-    auto = args.protocol == 'auto'
-    try:
-        with Signals() as signals, join_world(args.device) as world:
-            if auto:
-                run_auto(args, world)
-            else:
-                _run(args, world, signals)
-    except Stopped as e:
-        if os.environ.get('RANK', '0') == '0':
-            then = 'keeps the features that are made, and trains anew' if auto else 'goes on from the last checkpoint'
-            print(f'simsiam linear: {e}; the same command {then}', file=sys.stderr)
-        return e.code
-    except torch.OutOfMemoryError as e:
-        raise RuntimeError(
-            f'out of memory ({str(e).split(". ")[0]}): not the backbone, but the classifiers do not fit; lower '
-            '--batch-size, or use another --device') from None
+    advice = 'in the classifiers: lower --batch-size, or use another --device'
+    with Signals() as signals, join_world(args.device) as world, explain_out_of_memory(advice):
+        if args.protocol == 'auto':
+            args.kept = 'the same command takes the cached features and trains from the start'
+            run_auto(args, world)
+        else:
+            run_published(args, world, signals)
     return 0
 
 
-def _run(args: argparse.Namespace, world: Any, signals: Any) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for a flag outside its range, or one that the protocol does not use."""
+    check_flags([
+        ('--micro-batch', args.micro_batch, args.micro_batch is None or args.micro_batch >= 1, 'at least 1'),
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
+        ('--seed', args.seed, 0 <= args.seed < 2**63, f'in 0 .. {2**63 - 1}')])
+    auto = args.protocol == 'auto'
+    if args.cache is not None and not auto:
+        raise ValueError(f'--cache {args.cache}: only --protocol auto caches features; leave it out')
+    if args.fresh and auto:
+        raise ValueError('--fresh: --protocol auto always starts again; leave it out')
+
+
+def run_published(args: argparse.Namespace, world: World, signals: Signals) -> None:
+    """Trains by a published protocol, continuing a run that was stopped, and writes the record."""
+    say = print if world.main else silent
+    workers = default_workers(world.device) if args.workers is None else args.workers
+    chosen, frozen, pair = prepare(args, world, say)
+    benchmark, data = benchmark_name(chosen, args.dataset), pair.data() | {'path': args.data}
+    protocol = describe_protocol(chosen, frozen, args.seed)
+    path = record_path(args.output, benchmark, frozen.backbone, protocol, data)
+    unreadable = len(pair.train) + len(pair.test)
+    if args.allow_partial:
+        pair = leave_out_unreadable(pair, workers, world, say)
+    unreadable -= len(pair.train) + len(pair.test)
+    identity = identify(protocol, frozen.backbone.digest, pair)
+    with Lifecycle(
+            path.with_suffix('.pth'), KEYS, world, signals, say, minutes=SAVE_EVERY, keep_last=1,
+            start_over='remove it, or start again with --fresh') as life:
+        life.lock(path.with_suffix('.lock'))
+        run = LinearRun(
+            chosen, frozen, pair, life, workers=workers, seed=args.seed, micro_batch=args.micro_batch,
+            identity=identity)
+        train(run, None if args.fresh else life.resume(identity))
+        world.all_or_none(lambda: frozen.check_unchanged(chosen.label))
+        if world.main:
+            record = write_record(
+                path, benchmark, protocol, frozen.backbone, data, summarize(run.history, chosen.protocol, run.names),
+                seconds=run.seconds, extra={'epochs': run.history, 'unreadable': unreadable})
+            say(f'by protocol {chosen.label}: {format_record(record)}\nwritten to {path}')
+
+
+def prepare(
+    args: argparse.Namespace, world: World, say: Callable[[str], Any],
+) -> tuple[ChosenProtocol, FrozenBackbone, Pair]:
+    """Opens the data, loads the backbone, chooses the protocol, and prints what is unusual about them.
+
+    Creates the output folder and writes nothing else.
+
+    Raises:
+        ValueError, RuntimeError, OSError: one of them cannot be used.
+    """
     amp = 'off' if args.amp == 'auto' else args.amp
-    what = args.protocol, args.dataset, {k: getattr(args, k) for k in NUMBERS}, amp
-    choose(*what, LEAST)  # what is wrong with any model is said before one is loaded
+    overrides = {name: getattr(args, name) for name in OVERRIDES}
+    choose_protocol(args.protocol, args.dataset, overrides, amp, LEAST)  # refuses wrong flags before a model is loaded
     if amp == 'float16' and world.device.type != 'cuda':
         raise ValueError(f'--amp float16 does not run on {world.device.type}; use bfloat16 or off')
     world.broadcast_from_main(lambda: check_output(args.output))
-    say = print if world.main else silent
     pair = world.all_or_none(lambda: open_pair(args.dataset, args.data, args.allow_partial))
     backbone = world.all_or_none(lambda: load_backbone(args.model, world.device))
-    chosen = choose(*what, backbone.image_size)
-    pooling = tap_shapes(backbone, chosen.protocol, world.device)[1]
-    if pooling == 'adaptive':
-        chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', pooling)})
-    benchmark, data = benchmark_name(chosen, args.dataset), pair.data() | {'path': args.data}
-    protocol = {**chosen.record(), 'seed': args.seed, 'amp': amp, 'ties': 'wrong'}
-    if pooling is not None:
-        protocol['pooling'] = pooling
+    chosen = choose_protocol(args.protocol, args.dataset, overrides, amp, backbone.image_size)
+    frozen = FrozenBackbone(backbone, chosen.protocol, world.device, amp)
+    if frozen.pooling == 'adaptive':
+        chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', 'adaptive')})
+    n, batch = len(pair.train), chosen.protocol.batch_size
+    say(f'{args.dataset}, {n} training and {len(pair.test)} test images; {chosen.describe()}')
+    report_size(args, backbone, say)
+    report_untested_classes(pair, say)
+    if batch > n:
+        say(f'batch {batch} is larger than the {n} training images, so an epoch is one step; for your own folder, '
+            '--protocol auto chooses the learning rate itself')
+    return chosen, frozen, pair
+
+
+def describe_protocol(chosen: ChosenProtocol, frozen: FrozenBackbone, seed: int) -> dict[str, Any]:
+    """Returns the protocol's entry in the record: its numbers, and what else affects the result."""
+    protocol = {**chosen.record(), 'seed': seed, 'amp': frozen.amp, 'ties': 'wrong'}
+    if frozen.pooling is not None:
+        protocol['pooling'] = frozen.pooling
     if chosen.protocol.reported == 'best':
         protocol['best_chosen_on'] = 'test images, as in the released code'
-    path = record_path(args.output, benchmark, backbone, protocol, data)
-    say(f'{args.dataset}, {len(pair.train)} training and {len(pair.test)} test images; {chosen.describe()}')
-    say_size(args, backbone, say)
-    if missing := without_test_image(pair):
-        say(missing)
-    listed = len(pair.train) + len(pair.test)
-    if args.allow_partial:
-        pair = readable(pair, args.workers, world, say)
-    if chosen.protocol.batch_size > len(pair.train):
-        say(f'batch {chosen.protocol.batch_size} is more than the {len(pair.train)} training images: one step per '
-            'epoch; for your own folder --protocol auto chooses the rates by itself')
-    with hold_lock(path.with_suffix('.lock'), world, 'linear'):
-        run = LinearRun(
-            chosen.protocol, chosen.label, backbone, pair, world, args.seed, amp, args.micro_batch, args.workers,
-            path.with_suffix('.pth'), {'protocol': protocol, 'weights': backbone.digest, 'data': pair.data()}, signals,
-            say)
-        if not args.fresh:
-            run.resume()
-        run.train()
-        world.all_or_none(run.check_frozen)
-        if world.main:
-            record = write_record(
-                path, benchmark, protocol, backbone, data, run.metrics(), run.seconds,
-                {'epochs': run.history, 'unreadable': listed - len(pair.train) - len(pair.test)})
-            say(f'by protocol {chosen.label}: {print_record(record)}\nwritten to {path}')
+    return protocol
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raises ValueError."""
-    auto = args.protocol == 'auto'
-    rules = [
-        ('--micro-batch', args.micro_batch, args.micro_batch is None or args.micro_batch >= 1, 'must be at least 1'),
-        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'must be at least 0'),
-        ('--seed', args.seed, 0 <= args.seed < 2**63, f'must be in 0 .. {2**63 - 1}'),
-        ('--cache', args.cache, auto or args.cache is None, 'only --protocol auto keeps features; leave it out'),
-        ('--fresh', '', not auto or not args.fresh, '--protocol auto always trains anew; leave it out')]
-    for flag, value, ok, rule in rules:
-        if not ok:
-            raise ValueError(f'{flag} {value}'.rstrip() + f': {rule}')
+def identify(protocol: dict[str, Any], weights: str, pair: Pair) -> dict[str, Any]:
+    """Returns what a run and its continuation must have in common; numbers that a flag overrides carry its name."""
+    numbers = {
+        flag_of(k) if k in OVERRIDES else f'protocol {k}': v for k, v in protocol.items()
+        if k not in ('scaled_lr', 'changed', 'name')}  # which follow from the others
+    return {**numbers, 'weights': weights, 'data': pair.data()}

@@ -11,10 +11,10 @@ from ..protocols import LinearProtocol
 
 
 class MmselfsupLars(torch.optim.Optimizer):
-    """LARS with the learning rate inside the momentum buffer, as MMSelfSup has it (LARC's is outside).
+    """LARS as in MMSelfSup, whose momentum buffer includes the learning rate; LARC multiplies by it afterwards.
 
     buffer <- momentum buffer + lr r (g + wd w),  w <- w - buffer,  r = trust ||w|| / (||g|| + wd ||w|| + 1e-8), or 1
-    where a norm is 0. Equal to LARC at a constant rate; at a falling one the rates of past steps stay.
+    if a norm is 0. Both are equal at a constant rate. When the rate falls, this buffer keeps the rates of past steps.
     """
 
     def __init__(
@@ -34,7 +34,8 @@ class MmselfsupLars(torch.optim.Optimizer):
 
 
 def make_optimizer(heads: nn.Module, p: LinearProtocol) -> torch.optim.Optimizer:
-    if p.optimizer == 'larc':  # always_adapt: without it timm's does nothing at weight decay 0
+    """Returns the protocol's optimizer for the parameters of the heads."""
+    if p.optimizer == 'larc':  # without always_adapt, timm's Lars does not adapt at weight decay 0
         return Lars(
             heads.parameters(), p.scaled_lr, p.momentum, weight_decay=p.weight_decay, trust_coeff=p.trust, eps=1e-8,
             always_adapt=True)
@@ -44,17 +45,19 @@ def make_optimizer(heads: nn.Module, p: LinearProtocol) -> torch.optim.Optimizer
         heads.parameters(), p.scaled_lr, p.momentum, weight_decay=p.weight_decay, nesterov=p.nesterov)
 
 
-def lr_at(epoch: int, p: LinearProtocol) -> float:
-    """The rate of this epoch, from 0."""
+def compute_lr(epoch: int, p: LinearProtocol) -> float:
+    """Returns the learning rate of this epoch; epochs count from 0."""
     if p.schedule == 'cosine':
         return p.scaled_lr * 0.5 * (1 + math.cos(math.pi * epoch / p.epochs))
     return p.scaled_lr * p.lr_gamma ** sum(epoch >= step for step in p.lr_steps)
 
 
 class Heads(nn.Module):
-    """One linear classifier per tap; with `norm` batch norm without affine over the channels of the pooled map first.
+    """Linear classifiers, one per feature map; weights N(0, std), biases 0.
 
-    shapes: (channels, values per channel) of each tap. Weights N(0, std), biases 0.
+    Args:
+        shapes: (channels, values per channel) of each pooled feature map.
+        norm: precede each classifier by a batch norm, without affine, over the channels of its feature map.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int]], classes: int, norm: bool, std: float, seed: int) -> None:
@@ -70,6 +73,6 @@ class Heads(nn.Module):
                 linear.bias.zero_()
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(B, channels x values) per tap -> (B, classes) per tap."""
+        """(B, channels x values) per feature map -> (B, classes) per classifier."""
         parts = zip(features, self.shapes, self.norms, self.linears, strict=True)
         return [linear(norm(x.reshape(len(x), c, n)).flatten(1)) for x, (c, n), norm, linear in parts]

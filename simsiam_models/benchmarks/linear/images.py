@@ -1,219 +1,154 @@
-"""Images as a linear protocol sees them: bytes from threads, the rest on the device.
+"""The images of a linear protocol: threads cut crops on the CPU, and the device finishes the augmentation.
 
-What an image is turned into depends on (seed, epoch, index) alone, as in pretraining. No batch is dropped: the last one
-is short.
+As in pretraining, the augmentation of an image depends on (seed, epoch, index) alone. No batch is dropped: the last one
+of an epoch is short.
 """
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ...data import DataError, Images, UnreadableError, kernel
-from ...data.augment import Augmentation, crop, crop_box, draw, jitter_and_gray, resize, send, short_side
-from ...data.loader import in_order, make_threads, parts
+from ...data import DataError, Images, UnreadableError
+from ...data.augment import Augmentation, cut_crops, draw, jitter_and_gray, resize, send, short_side
+from ...data.evaluation import SHARE
 from ...data.philox import permutation, uniforms
-from ...runtime.distributed import World, default_workers
+from ...data.threads import Job, make_threads, run_in_order, split_range
+from ...runtime.distributed import World
 from ..protocols import LinearProtocol
 from ..samples import Pair, subset
 
-LIGHTING_VIEW = 2  # counted numbers that no view uses
-# PCA of ImageNet's colours (Krizhevsky et al., 2012), as MMSelfSup's Lighting has it: channel i gets
-# sum_j VECTORS[i, j] alpha_j VALUES[j] on colours in [0, 1].
-VALUES = np.array([0.2175, 0.0188, 0.0045])
-VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+LIGHTING_VIEW = 2  # a view's number for Philox that no view has
+# PCA of ImageNet's colours (Krizhevsky et al., 2012), as in MMSelfSup's Lighting: it adds
+# sum_j PCA_VECTORS[i, j] alpha_j PCA_VALUES[j] to channel i of colours in [0, 1].
+PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
+PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+ADVICE = (
+    'a benchmark on other images is another benchmark: repair or remove it, or leave it out with --allow-partial')
 
 
 @dataclass
 class Piece:
-    """Images of one step (training) or of an evaluation that go through the backbone together."""
+    """Images that go through the backbone together: the share of a process in a training step, or a part of it."""
 
-    step: int
-    last: bool  # of its step
-    rows: np.ndarray  # which images
+    rows: np.ndarray  # (n,) indices of the images
     pixels: Tensor  # (n, S, S, 3) uint8
-    flip: np.ndarray | None = None  # bool
-    table: np.ndarray | None = None  # augment.Finish.table, where colours are jittered
-    light: np.ndarray | None = None  # (n, 3) what is added to the channels
-    u: np.ndarray | None = field(default=None, repr=False)
+    step: int = 0
+    last: bool = True  # of the step
+    u: np.ndarray | None = None  # uniform numbers of the crops, (n, 22); for 'random_crop' (n, 3): left, top, flip
+    flip: np.ndarray | None = None  # (n,) bool
+    table: np.ndarray | None = None  # (n, 12), rows of augment.Finish.table, if colours are jittered
+    light: np.ndarray | None = None  # (n, 3) added to the channels
 
 
-def lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
-    """(n, 3) float32: the PCA noise of each image, alpha ~ N(0, std) by Box and Muller from counted numbers."""
+class TrainCrops:
+    """The loader of augmented training images: yields this process's share of each step in pieces of `micro_batch`.
+
+    A step is a slice of the epoch's permutation, and process r of n takes its rows r, r + n, ... In a short step no row
+    may be left for a process, which then gets an empty piece.
+
+    Args:
+        workers: threads that read and cut; with 0, the caller's own thread does.
+    """
+
+    def __init__(
+        self, images: Images, protocol: LinearProtocol, micro_batch: int, workers: int, seed: int, world: World,
+    ) -> None:
+        self.images, self.protocol, self.micro_batch, self.seed, self.world = images, protocol, micro_batch, seed, world
+        colour = protocol.jitter if protocol.augmentation == 'resized_crop_colour' else 0.0
+        self.augmentation = Augmentation(
+            size=protocol.image_size, crop_scale=protocol.crop_scale, jitter_p=float(colour > 0), brightness=colour,
+            contrast=colour, saturation=colour, hue=0.0, gray_p=0.0, blur_p=0.0, flip_p=protocol.flip_p)
+        self._threads = make_threads(workers)
+
+    def __len__(self) -> int:
+        """Steps per epoch, including the short one."""
+        return -(-len(self.images) // self.protocol.batch_size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Yields pieces from step `start` on, each with the rows of all processes in its step.
+
+        Raises:
+            UnreadableError: an image cannot be read.
+        """
+        order, batch = permutation(self.seed, epoch, len(self.images)), self.protocol.batch_size
+        steps = [order[i:i + batch] for i in range(0, len(order), batch)]
+        for piece in run_in_order(self._threads, self._jobs(steps, epoch, start)):
+            yield piece, steps[piece.step]
+
+    def _jobs(self, steps: list[np.ndarray], epoch: int, start: int) -> Iterator[Job]:
+        for step in range(start, len(steps)):
+            mine = steps[step][self.world.rank::self.world.size]
+            firsts = range(0, max(1, len(mine)), self.micro_batch)
+            for first in firsts:
+                piece = self._draw(mine[first:first + self.micro_batch], epoch)
+                piece.step, piece.last = step, first == firsts[-1]
+                parts = split_range(len(piece.rows), SHARE)
+                yield piece, [functools.partial(self._fill, piece, part) for part in parts]
+
+    def _draw(self, rows: np.ndarray, epoch: int) -> Piece:
+        """Draws the random parameters of these images; their pixels are not filled yet."""
+        p = self.protocol
+        pixels = torch.empty(
+            len(rows), p.image_size, p.image_size, 3, dtype=torch.uint8, pin_memory=self.world.device.type == 'cuda')
+        if p.augmentation == 'random_crop':
+            u = uniforms(self.seed, epoch, rows, 0, 3)
+            return Piece(rows, pixels, u=u, flip=u[:, 2] < p.flip_p)
+        u, rest = draw(self.augmentation, self.seed, epoch, rows, 0)
+        piece = Piece(rows, pixels, u=u, flip=rest.flip)
+        if p.augmentation == 'resized_crop_colour':
+            piece.table = rest.table() if self.augmentation.jitter_p else None
+            piece.light = draw_lighting(p.lighting, self.seed, epoch, rows)
+        return piece
+
+    def _fill(self, piece: Piece, part: slice) -> None:
+        images, out = [self._read(row) for row in piece.rows[part]], piece.pixels.numpy()
+        if self.protocol.augmentation == 'random_crop':
+            for image, u, place in zip(images, piece.u[part], out[part], strict=True):
+                self._cut_from_centre(image, u, place)
+        else:
+            cut_crops(images, piece.u[part], self.augmentation, out, np.arange(part.start, part.stop))
+
+    def _cut_from_centre(self, image: np.ndarray, u: np.ndarray, out: np.ndarray) -> None:
+        """Places205: Resize and CenterCrop to a square of `resize` pixels, and a RandomCrop of that."""
+        p = self.protocol
+        width, height = short_side(image, p.resize)
+        room = p.resize - p.image_size + 1
+        left, top = round((width - p.resize) / 2) + int(u[0] * room), round((height - p.resize) / 2) + int(u[1] * room)
+        resize(image, width, height, left, top, out)
+
+    def _read(self, row: int) -> np.ndarray:
+        try:
+            return self.images.read(int(row))
+        except UnreadableError as e:
+            raise UnreadableError(f'{e}; {ADVICE}') from None
+
+
+def draw_lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
+    """Returns the PCA noise of each image, (n, 3) float32; alpha ~ N(0, std) by Box and Muller from Philox numbers."""
     u = uniforms(seed, epoch, rows, LIGHTING_VIEW, 4)
     radius = np.sqrt(-2 * np.log1p(-u[:, :2]))  # u < 1
     angle = 2 * np.pi * u[:, 2:]
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], 1)  # (n, 3)
-    return ((std * normal * VALUES) @ VECTORS.T).astype(np.float32)
+    return ((std * normal * PCA_VALUES) @ PCA_VECTORS.T).astype(np.float32)
 
 
-def readable(pair: Pair, workers: int | None, world: World, say: Callable[[str], Any]) -> Pair:
-    """The pair without the images that cannot be read: all are read once, of several processes each reads a share.
-
-    Raises:
-        DataError: most of them cannot be read.
-    """
-    say('reading all images once: those that cannot be read are left out (--allow-partial)')
-    threads = make_threads(default_workers(world.device) if workers is None else workers)
-    kept, whys = {}, []
-    for name in ('train', 'test'):
-        images: Images = getattr(pair, name)
-        bad = _unreadable(images, threads, world)
-        if 2 * len(bad) > len(images):
-            raise DataError(
-                f'{min(bad.items())[1]}; {len(bad)} of {len(images)} images cannot be read: is the data still there?')
-        if bad:
-            kept[name] = subset(images, np.setdiff1d(np.arange(len(images)), list(bad)))
-            whys += [bad[i] for i in sorted(bad)]
-    if not kept:
-        return pair
-    say(f'{len(whys)} images cannot be read and are left out, the first: {whys[0]}')
-    return dataclasses.replace(pair, **kept)
-
-
-def _unreadable(images: Images, threads: ThreadPoolExecutor | None, world: World) -> dict[int, str]:
-    bad: dict[int, str] = {}
-
-    def look(rows: np.ndarray) -> None:
-        for i in rows:
-            try:
-                images.read(int(i))
-            except UnreadableError as e:
-                bad[int(i)] = str(e)
-
-    mine = np.arange(world.rank, len(images), world.size)
-    jobs = ((None, [functools.partial(look, mine[part])]) for part in parts(len(mine)))
-    world.all_or_none(lambda: list(in_order(threads, jobs)))
-    return {i: why for found in world.gather(bad) for i, why in found.items()}
-
-
-def centre(image: np.ndarray, short: int, size: int, left: int, top: int, out: np.ndarray) -> None:
-    """torchvision's Resize (to `short`) and CenterCrop (of `size`) of (H, W, 3) uint8; `out` is its window there."""
-    width, height = short_side(image, short)
-    resize(image, width, height, round((width - size) / 2) + left, round((height - size) / 2) + top, out)
-
-
-class _Reader:
-    """Threads that fill pieces, a few ahead."""
-
-    def __init__(
-        self, images: Images, protocol: LinearProtocol, micro: int, device: torch.device, workers: int) -> None:
-        self.images, self.protocol, self.micro, self.device = images, protocol, micro, device
-        self.threads = make_threads(workers)
-
-    def run(self, pieces: Iterator[Piece], fill: Callable[[Piece, slice], None]) -> Iterator[Piece]:
-        jobs = ((p, [functools.partial(fill, p, part) for part in parts(len(p.rows))]) for p in pieces)
-        yield from in_order(self.threads, jobs)
-
-    def empty(self, n: int) -> Tensor:
-        size = self.protocol.image_size
-        return torch.empty(n, size, size, 3, dtype=torch.uint8, pin_memory=self.device.type == 'cuda')
-
-    def read(self, row: int) -> np.ndarray:
-        try:
-            return self.images.read(int(row))
-        except UnreadableError as e:
-            raise UnreadableError(
-                f'{e}; a benchmark on other images is another benchmark: repair or remove it, or leave it out with '
-                '--allow-partial') from None
-
-
-class TrainCrops(_Reader):
-    """Augmented images of an epoch, step by step, a process's share of each step in pieces of `micro`.
-
-    A step is a run of the epoch's permutation; process r of n takes its rows r, r + n, ... (a short step may leave it
-    none: then its piece is empty). Raises UnreadableError at an image that cannot be read.
-    """
-
-    def __init__(
-        self, images: Images, protocol: LinearProtocol, micro: int, device: torch.device, workers: int, seed: int,
-        rank: int = 0, world: int = 1,
-    ) -> None:
-        super().__init__(images, protocol, micro, device, workers)
-        self.seed, self.rank, self.world = seed, rank, world
-        colour = protocol.jitter if protocol.augmentation == 'resized_crop_colour' else 0.0
-        self.aug = Augmentation(
-            size=protocol.image_size, crop_scale=protocol.crop_scale, jitter_p=float(colour > 0), brightness=colour,
-            contrast=colour, saturation=colour, hue=0.0, gray_p=0.0, blur_p=0.0, flip_p=protocol.flip_p)
-        self.rule = self.aug.rule()
-
-    def __len__(self) -> int:
-        """Steps per epoch, the short one included."""
-        return -(-len(self.images) // self.protocol.batch_size)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Piece, np.ndarray]]:
-        """From step `start` on: pieces, and the rows of all processes in their step."""
-        order = permutation(self.seed, epoch, len(self.images))
-        batch = self.protocol.batch_size
-        for piece in self.run(self._pieces(order, epoch, start), self._fill):
-            yield piece, order[piece.step * batch:(piece.step + 1) * batch]
-
-    def _pieces(self, order: np.ndarray, epoch: int, start: int) -> Iterator[Piece]:
-        batch = self.protocol.batch_size
-        for step in range(start, len(self)):
-            mine = order[step * batch:(step + 1) * batch][self.rank::self.world]
-            firsts = range(0, max(1, len(mine)), self.micro)
-            for first in firsts:
-                rows = mine[first:first + self.micro]
-                yield self._piece(Piece(step, first == firsts[-1], rows, self.empty(len(rows))), epoch)
-
-    def _piece(self, piece: Piece, epoch: int) -> Piece:
-        p, rows = self.protocol, piece.rows
-        if p.augmentation == 'random_crop':
-            piece.u = uniforms(self.seed, epoch, rows, 0, 3)  # left, top, flip
-            piece.flip = piece.u[:, 2] < p.flip_p
-            return piece
-        piece.u, rest = draw(self.aug, self.seed, epoch, rows, 0)
-        piece.flip = rest.flip
-        if p.augmentation == 'resized_crop_colour':
-            piece.table = rest.table() if self.aug.jitter_p else None
-            piece.light = lighting(p.lighting, self.seed, epoch, rows)
-        return piece
-
-    def _fill(self, piece: Piece, part: slice) -> None:
-        images = [self.read(i) for i in piece.rows[part]]
-        out, p = piece.pixels.numpy(), self.protocol
-        if p.augmentation == 'random_crop':  # Resize, CenterCrop and RandomCrop
-            room = p.resize - p.image_size + 1
-            for row, image in zip(range(part.start, part.stop), images, strict=True):
-                left, top = (int(x * room) for x in piece.u[row, :2])
-                centre(image, p.resize, p.resize, left, top, out[row])
-        elif kernel.library() is not None:
-            kernel.views(images, piece.u[part], self.rule, None, out, np.arange(part.start, part.stop))
-        else:
-            for row, image in zip(range(part.start, part.stop), images, strict=True):
-                height, width, _ = image.shape
-                out[row] = crop(Image.fromarray(image), crop_box(self.aug, piece.u[row], width, height), p.image_size)
-
-
-class CentreCrops(_Reader):
-    """Rows rank, rank + world, ... of the test images, resized and cut from the centre; in pieces of `micro`."""
-
-    def pieces(self, rank: int = 0, world: int = 1) -> Iterator[Piece]:
-        mine = np.arange(rank, len(self.images), world)
-        chunks = (mine[i:i + self.micro] for i in range(0, len(mine), self.micro))
-        yield from self.run((Piece(0, False, rows, self.empty(len(rows))) for rows in chunks), self._fill)
-
-    def _fill(self, piece: Piece, part: slice) -> None:
-        p, out = self.protocol, piece.pixels.numpy()
-        for row in range(part.start, part.stop):
-            centre(self.read(piece.rows[row]), p.resize, p.image_size, 0, 0, out[row])
-
-
-def to_device(
+def finish(
     piece: Piece, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], bgr: bool = False) -> Tensor:
-    """(n, 3, S, S) float32, channels last: [BGR,] colours, flip, lighting, normalised.
+    """Moves the pixels to the device and applies channel order, colour jitter, flip, lighting and normalization.
 
-    Weights of the BGR generation saw BGR pixels in every transform, so channels are swapped first.
+    Weights of the BGR generation saw BGR pixels in every transform, so their channels are swapped first.
+
+    Returns:
+        (n, 3, S, S) float32, channels last.
     """
-    # Only pinned memory may be copied behind our back.
-    x = piece.pixels.to(device, non_blocking=piece.pixels.is_pinned()).permute(0, 3, 1, 2)
+    x = piece.pixels.to(device, non_blocking=piece.pixels.is_pinned())  # asynchronous copies need pinned memory
+    x = x.permute(0, 3, 1, 2)
     if bgr:
         x = x.flip(1)
     x = x.float() / 255 if piece.table is None else jitter_and_gray(x, send(piece.table, x))
@@ -223,3 +158,43 @@ def to_device(
         x = x + send(piece.light, x)[:, :, None, None]
     mean, std = (send(np.array(v, np.float32), x).view(3, 1, 1) for v in (mean, std))
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def leave_out_unreadable(pair: Pair, workers: int, world: World, say: Callable[[str], Any]) -> Pair:
+    """Reads all images once, each process its share, and returns the pair without those that cannot be read.
+
+    Raises:
+        DataError: most of them cannot be read.
+    """
+    say('reading all images once to leave out those that cannot be read (--allow-partial)')
+    threads = make_threads(workers)
+    kept, reasons = {}, []
+    for name in ('train', 'test'):
+        images: Images = getattr(pair, name)
+        bad = _find_unreadable(images, threads, world)
+        if 2 * len(bad) > len(images):
+            raise DataError(
+                f'{bad[min(bad)]}; {len(bad)} of {len(images)} images cannot be read: is the data still there?')
+        if bad:
+            kept[name] = subset(images, np.setdiff1d(np.arange(len(images)), list(bad)))
+            reasons += [bad[row] for row in sorted(bad)]
+    if not kept:
+        return pair
+    say(f'{len(reasons)} images cannot be read and are left out, the first: {reasons[0]}')
+    return dataclasses.replace(pair, **kept)
+
+
+def _find_unreadable(images: Images, threads: ThreadPoolExecutor | None, world: World) -> dict[int, str]:
+    bad: dict[int, str] = {}
+
+    def read(rows: np.ndarray) -> None:
+        for row in rows.tolist():
+            try:
+                images.read(row)
+            except UnreadableError as e:
+                bad[row] = str(e)
+
+    mine = np.arange(world.rank, len(images), world.size)
+    jobs = ((None, [functools.partial(read, mine[part])]) for part in split_range(len(mine), SHARE))
+    world.all_or_none(lambda: list(run_in_order(threads, jobs)))
+    return {row: reason for found in world.gather(bad) for row, reason in found.items()}

@@ -3,34 +3,40 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..options import check_sizes, sizes
+from ...runtime.messages import check_flags
+from ..options import check_sizes, choose_sizes
 from ..protocols import LINEAR, SIZE, LinearProtocol
 
-# The numbers that a flag of the same name overrides.
-NUMBERS: dict[str, tuple[type, str]] = {
+# The numbers that the flag of the same name overrides: type and help text.
+OVERRIDES: dict[str, tuple[type, str]] = {
     'batch_size': (int, 'samples per optimizer step, over all processes'),
     'lr': (float, 'learning rate (fair: per 256 samples)'),
     'epochs': (int, 'passes over the training images'),
-    'lr_steps': (int, 'epochs after which the rate falls'),
-    'lr_gamma': (float, 'by what it falls'),
-    'momentum': (float, "the optimizer's"),
-    'weight_decay': (float, "the optimizer's"),
-    'trust': (float, "LARC's and LARS's coefficient"),
-    'init_std': (float, "of the classifier's weights"),
-    'crop_scale': (float, 'least and largest share of the area'),
-    'jitter': (float, 'brightness, contrast, saturation'),
+    'lr_steps': (int, 'epochs after which the learning rate falls'),
+    'lr_gamma': (float, 'factor by which it falls'),
+    'momentum': (float, 'momentum of the optimizer'),
+    'weight_decay': (float, 'weight decay of the optimizer'),
+    'trust': (float, 'trust coefficient of LARC and LARS'),
+    'init_std': (float, "standard deviation of the classifier's initial weights"),
+    'crop_scale': (float, 'smallest and largest share of the area that a crop covers'),
+    'jitter': (float, 'strength of the brightness, contrast and saturation jitter'),
     'lighting': (float, 'standard deviation of the PCA noise'),
     'flip_p': (float, 'probability of a horizontal flip'),
-    'image_size': (int, "pixels (default: the model's own, 224 where it has none; CIFAR: 32)"),
-    'resize': (int, "short side of a test image, and of Places205's training images, pixels (default: image size x "
-               '8/7; CIFAR: the same)'),
+    'image_size': (int, "pixels (default: the model's own size, or 224 if it has none; CIFAR: 32)"),
+    'resize': (int, "short side of test images, and of Places205's training images, in pixels (default: image size x "
+               '8/7; CIFAR: the image size)'),
     'eval_every': (int, 'epochs between evaluations'),
-    'report_epochs': (int, 'epochs that are reported as well'),
+    'report_epochs': (int, 'epochs that are reported in addition to the last'),
 }
 
 
+def flag_of(name: str) -> str:
+    """Returns the flag that overrides this number."""
+    return f'--{name.replace("_", "-")}'
+
+
 @dataclass(frozen=True)
-class Chosen:
+class ChosenProtocol:
     """A protocol, and what was changed in it: field -> (published, used)."""
 
     protocol: LinearProtocol
@@ -43,10 +49,11 @@ class Chosen:
     def describe(self) -> str:
         if not self.changed:
             return f'protocol {self.label}, as published'
-        said = ', '.join(f'{k} {old} -> {new}' for k, (old, new) in self.changed.items())
-        return f'protocol {self.label}: no longer the published one, since {said}'
+        changes = ', '.join(f'{k} {old} -> {new}' for k, (old, new) in self.changed.items())
+        return f'protocol {self.label}: differs from the published one in {changes}'
 
     def record(self) -> dict[str, Any]:
+        """Returns the protocol's entry in a record."""
         idle = self.protocol.idle
         numbers = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in idle}
         return {
@@ -54,14 +61,17 @@ class Chosen:
             'changed': {k: {'published': old, 'used': new} for k, (old, new) in self.changed.items()}}
 
 
-def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off', own: int = SIZE) -> Chosen:
-    """The protocol `name` on a kind of data set, with the numbers that flags override.
+def choose_protocol(
+    name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off', own_size: int = SIZE,
+) -> ChosenProtocol:
+    """Returns the protocol `name` for a kind of data set, with the numbers that flags override.
 
     Args:
-        own: the image size, pixels, that holds where no flag gives one: the model's.
+        overrides: field -> value, or None if the flag is not given.
+        own_size: the image size of the model, in pixels, which applies if no flag gives one.
 
     Raises:
-        ValueError: no such protocol, or a number that cannot be.
+        ValueError: there is no such protocol, or a number is not possible.
     """
     if name == 'mhead' and f'mhead_{dataset}' in LINEAR:
         name = f'mhead_{dataset}'
@@ -69,37 +79,39 @@ def choose(name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off',
         raise ValueError(f'--protocol {name} is not known; use one of {", ".join(LINEAR)}, or auto')
     base = LINEAR[name]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
-    given['image_size'], given['resize'] = sizes(dataset, given.get('image_size'), given.get('resize'), own)
+    given['image_size'], given['resize'] = choose_sizes(dataset, given.get('image_size'), given.get('resize'), own_size)
     if unused := sorted(base.idle & set(given)):
-        flags = ', '.join(f'--{k.replace("_", "-")}' for k in unused)
-        raise ValueError(f'{flags}: protocol {name} has no such number; leave it out')
-    p = dataclasses.replace(base, **given)
-    for key in ('batch_size', 'epochs', 'eval_every', 'lr', 'init_std'):
-        if not getattr(p, key) > 0:
-            raise ValueError(f'--{key.replace("_", "-")} {getattr(p, key)}: it must be above 0')
-    for key in ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma'):
-        if not getattr(p, key) >= 0:
-            raise ValueError(f'--{key.replace("_", "-")} {getattr(p, key)}: it cannot be below 0')
-    check_sizes(p.image_size, p.resize)
-    if not 0 < p.crop_scale[0] <= p.crop_scale[1] <= 1:
-        raise ValueError(f'--crop-scale {p.crop_scale[0]} {p.crop_scale[1]}: two shares of the area, the larger last')
-    if not 0 <= p.flip_p <= 1:
-        raise ValueError(f'--flip-p {p.flip_p}: a probability is between 0 and 1')
-    if p.nesterov and p.momentum == 0:
-        raise ValueError('--momentum 0 leaves nothing to Nesterov; use a value above 0')
-    if not all(1 <= e <= p.epochs for e in given.get('report_epochs', ())):
-        raise ValueError(
-            f'--report-epochs {" ".join(map(str, p.report_epochs))}: there are epochs 1 to {p.epochs}; name some of '
-            'these, or raise --epochs')
-    if p.report_epochs and max(p.report_epochs) > p.epochs:
-        p = dataclasses.replace(p, report_epochs=tuple(e for e in p.report_epochs if e <= p.epochs))
-    old, new = dataclasses.asdict(base), dataclasses.asdict(p)
+        raise ValueError(f'{", ".join(map(flag_of, unused))}: protocol {name} has no such number; leave it out')
+    protocol = dataclasses.replace(base, **given)
+    if 'report_epochs' not in given:  # fewer epochs than published may leave some of them out
+        reported = tuple(epoch for epoch in protocol.report_epochs if epoch <= protocol.epochs)
+        protocol = dataclasses.replace(protocol, report_epochs=reported)
+    check_numbers(protocol)
+    old, new = dataclasses.asdict(base), dataclasses.asdict(protocol)
     changed = {k: (old[k], new[k]) for k in new if new[k] != old[k]}
-    return Chosen(p, changed | ({'amp': ('off', amp)} if amp != 'off' else {}))
+    return ChosenProtocol(protocol, changed | ({'amp': ('off', amp)} if amp != 'off' else {}))
 
 
-def benchmark_name(chosen: Chosen, dataset: str) -> str:
-    """As weights/published.json calls it, where somebody published a number by this very protocol."""
+def check_numbers(p: LinearProtocol) -> None:
+    """Raises ValueError if a number of the protocol is not possible."""
+    positive = ('batch_size', 'epochs', 'eval_every', 'lr', 'init_std')
+    not_negative = ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma')
+    check_flags([
+        *((flag_of(k), getattr(p, k), getattr(p, k) > 0, 'above 0') for k in positive),
+        *((flag_of(k), getattr(p, k), getattr(p, k) >= 0, 'at least 0') for k in not_negative)])
+    check_sizes(p.image_size, p.resize)
+    smallest, largest = p.crop_scale
+    check_flags([
+        ('--crop-scale', f'{smallest} {largest}', 0 < smallest <= largest <= 1,
+         'two shares of the area, above 0 and at most 1, the larger one last'),
+        ('--flip-p', p.flip_p, 0 <= p.flip_p <= 1, 'a probability, from 0 to 1'),
+        ('--momentum', p.momentum, p.momentum > 0 or not p.nesterov, 'above 0, which Nesterov momentum needs'),
+        ('--report-epochs', ' '.join(map(str, p.report_epochs)), all(1 <= e <= p.epochs for e in p.report_epochs),
+         f'epochs from 1 to {p.epochs}; name some of these, or raise --epochs')])
+
+
+def benchmark_name(chosen: ChosenProtocol, dataset: str) -> str:
+    """Returns the benchmark's name in weights/published.json if a number was published by this protocol."""
     name = chosen.protocol.name
     if name.startswith('mhead'):
         return f'{dataset}_mhead_linear'

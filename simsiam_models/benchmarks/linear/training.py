@@ -1,15 +1,12 @@
-"""Training a linear classifier, or five, on a frozen backbone.
+"""Trains linear classifiers on a frozen backbone.
 
-Of several processes each sends its share of the images through the backbone; then all take the same step on the whole
-batch's features, which are gathered: a step of N processes is the step of one, batch norm of the heads and short last
-batches included, and no gradient is exchanged (features of a batch are smaller than the heads of five taps).
+Each process sends its share of a batch through the backbone. Then all processes gather the features of the whole batch
+and take the same step. So N processes compute what one does, including the batch norm of the heads and the short last
+batch, and no gradient is exchanged: the features of a batch are smaller than the heads of five feature maps.
 """
 import math
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,342 +15,267 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...data import EvalImages, Transform, UnreadableError
 from ...data.augment import send
-from ...runtime import checkpoint
-from ...runtime.checkpoint import differences, write_atomically
-from ...runtime.distributed import World, default_workers, gather_rows
-from ...runtime.precision import AMP, full_precision
-from ...runtime.signals import Signals, Stopped
-from ..backbone import Backbone, fits_protocol, pooled, taps, weights_digest
+from ...runtime.distributed import gather_rows
+from ...runtime.lifecycle import Lifecycle
 from ..features import CPU_BATCH
 from ..metrics import right_within
 from ..protocols import LinearProtocol
-from .heads import Heads, lr_at, make_optimizer
-from .images import CentreCrops, Piece, TrainCrops, to_device
-from .protocol import NUMBERS
+from ..samples import Pair
+from .frozen import FrozenBackbone, explain_out_of_memory
+from .heads import Heads, compute_lr, make_optimizer
+from .images import ADVICE, Piece, TrainCrops, finish
+from .protocol import ChosenProtocol
 
-CHECK_EVERY = 50  # steps after which the loss is looked at; reading it makes the host wait
-SAVE_EVERY = 600.0  # seconds, within an epoch
-KEYS = {'heads', 'optimizer', 'epoch', 'step', 'sums', 'seen', 'history', 'identity', 'seconds'}  # of a checkpoint
-
-
-@contextmanager
-def backbone_fits() -> Iterator[None]:
-    """Around what sends images through the backbone. Raises RuntimeError where the memory does not suffice."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        raise RuntimeError(
-            f'out of memory ({str(e).split(". ")[0]}) in the backbone: lower --micro-batch') from None
+CHECK_EVERY = 50  # steps between checks of the loss; reading it makes the host wait for the device
+KEYS = {'heads', 'optimizer', 'sums', 'history', 'seconds', 'epoch', 'step', 'run'}  # of a checkpoint
 
 
-@torch.no_grad()
-def tap_shapes(
-    backbone: Backbone, p: LinearProtocol, device: torch.device) -> tuple[list[tuple[int, int]], str | None]:
-    """(channels, values per channel) of each tap, and how taps are pooled.
+class LinearRun:
+    """The parts of a run, and its results so far. Its position is `epoch` and `step`, the steps done in this epoch.
 
-    'mmselfsup' is the protocol's pooling, of the maps of a ResNet at 224 px; others are pooled 'adaptive'. The average
-    pool (None) is the network's own.
+    `history` holds an entry per epoch: epoch, loss, lr, train_top1, and if it was evaluated, top1 and, from 6 classes
+    on, top5. Accuracies are lists, in percent, with a number for each classifier.
 
-    Raises:
-        ValueError: the backbone does not take images of this size, or gives no row for each.
+    Args:
+        workers: threads that read images.
+        micro_batch: images in one pass through the backbone; None: 256, on a CPU 8.
+        identity: what a checkpoint must agree with to continue this run.
     """
-    x = torch.zeros(1, 3, p.image_size, p.image_size, device=device)
-    try:
-        if p.inputs == 'avgpool':
-            y = backbone.model(x)
-            if y.ndim != 2:
-                raise ValueError(f'--model {backbone.name} gives {tuple(y.shape)}, not (B, D)')
-            return [(y.shape[1], 1)], None
-        maps = taps(backbone, x)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(
-            f'--model {backbone.name} does not take images of {p.image_size} pixels ({e}); give another '
-            '--image-size') from None
-    fits = fits_protocol(maps)
-    shapes = [(m.shape[1], y.shape[1] // m.shape[1]) for m, y in zip(maps, pooled(maps, not fits), strict=True)]
-    return shapes, 'mmselfsup' if fits else 'adaptive'
+
+    def __init__(
+        self, chosen: ChosenProtocol, frozen: FrozenBackbone, pair: Pair, life: Lifecycle, *, workers: int,
+        seed: int = 0, micro_batch: int | None = None, identity: dict[str, Any],
+    ) -> None:
+        p, world = chosen.protocol, life.world
+        micro_batch = micro_batch or (CPU_BATCH if world.device.type == 'cpu' else 256)
+        mine = np.arange(world.rank, len(pair.test), world.size)
+        batches = [mine[i:i + micro_batch] for i in range(0, len(mine), micro_batch)]
+        self.chosen, self.frozen, self.life, self.identity = chosen, frozen, life, identity
+        self.train_images = TrainCrops(pair.train, p, micro_batch, workers, seed, world)
+        self.test_images = EvalImages(pair.test, batches, Transform(p.resize, p.image_size), workers, world.device)
+        self.train_labels, self.test_labels = (np.asarray(x.labels, np.int64) for x in (pair.train, pair.test))
+        self.classes, five = pair.classes, p.inputs == 'five'
+        if five:
+            check_batches(len(pair.train), p.batch_size, any(values == 1 for _, values in frozen.shapes))
+        self.names = [f'feature{i + 1}' for i in range(len(frozen.shapes))] if five else ['']
+        self.heads = Heads(frozen.shapes, pair.classes, five, p.init_std, seed).to(world.device)
+        self.optimizer = make_optimizer(self.heads, p)
+        # Over the images of this epoch: the loss, and each classifier's right answers. MPS has no float64.
+        dtype = torch.float32 if world.device.type == 'mps' else torch.float64
+        self.sums = torch.zeros(1 + len(self.names), dtype=dtype, device=world.device)
+        self.history: list[dict[str, Any]] = []
+        self.started = time.perf_counter()  # of a continued run: earlier by the seconds of the sessions before
+
+    @property
+    def seconds(self) -> float:
+        """The time that training and evaluation have taken, in all sessions."""
+        return time.perf_counter() - self.started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            'heads': self.heads.state_dict(), 'optimizer': self.optimizer.state_dict(), 'sums': self.sums.cpu(),
+            'history': self.history, 'seconds': self.seconds, 'run': self.identity}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.heads.load_state_dict(state['heads'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.sums.copy_(state['sums'])
+        self.history = state['history']
+        self.started = time.perf_counter() - state['seconds']
 
 
 def check_batches(n: int, batch: int, single: bool) -> None:
-    """Batch norm of the heads needs two values of a channel; `single`: some tap has one for each image.
+    """Raises ValueError if n images end in a batch that leaves the batch norm of the heads one value per channel.
 
-    Raises:
-        ValueError: a batch of one image.
+    Args:
+        single: one of the pooled feature maps has one value per channel.
     """
     if batch > 1 and not (single and 1 in (n, n % batch)):
         return
     if n < 2:
-        raise ValueError(f'{n} training image, and batch norm of the classifiers needs 2 in a batch; add images')
-    fits = next(size for size in range(max(2, batch), n + 1) if n % size != 1)
+        raise ValueError(f'{n} training image: the batch norm of the classifiers needs 2 in a batch; add images')
+    possible = next(size for size in range(max(2, batch), n + 1) if n % size != 1)
     raise ValueError(
-        f'--batch-size {batch}: of {n} images {"the last" if batch > 1 else "each"} batch would hold 1, and batch norm '
-        f'of the classifiers needs 2; use --batch-size {fits}')
+        f'--batch-size {batch}: of {n} images {"the last" if batch > 1 else "each"} batch would hold 1, but the batch '
+        f'norm of the classifiers needs 2; use --batch-size {possible}')
 
 
-class LinearRun:
-    """One linear evaluation, or the rest of one: `resume`, `train`, `check_frozen`, `metrics`.
+def train(run: LinearRun, state: dict[str, Any] | None = None) -> None:
+    """Trains and evaluates until the last epoch.
 
-    `label` names the protocol in every line that holds a number. Of `history` each entry is an epoch: loss, lr,
-    train_top1, and top1 (and top5 from 6 classes on; fewer make it trivial) where it was evaluated, lists over taps.
+    Args:
+        state: the checkpoint to continue from.
+
+    Raises:
+        Stopped: a signal came; a checkpoint holds every step.
+        RuntimeError: the loss is not finite, an image cannot be read, or no checkpoint could be written for too long.
     """
-
-    def __init__(
-        self, protocol: LinearProtocol, label: str, backbone: Backbone, pair: Any, world: World, seed: int, amp: str,
-        micro: int | None, workers: int | None, path: Path, identity: dict[str, Any], signals: Signals | None = None,
-        say: Callable[[str], Any] = print,
-    ) -> None:
-        self.p, self.label, self.backbone, self.world, self.amp = protocol, label, backbone, world, amp
-        self.classes, self.path, self.identity, self.say = pair.classes, path, identity, say
-        self.signals = signals or Signals()
-        workers = default_workers(world.device) if workers is None else workers
-        micro = micro or (CPU_BATCH if world.device.type == 'cpu' else 256)
-        self.train_images = TrainCrops(
-            pair.train, protocol, micro, world.device, workers, seed, world.rank, world.size)
-        self.test_images = CentreCrops(pair.test, protocol, micro, world.device, workers)
-        self.labels = [np.asarray(x.labels).astype(np.int64) for x in (pair.train, pair.test)]
-        self.model = backbone.model.eval().requires_grad_(False)
-        self.shapes, self.pooling = tap_shapes(backbone, protocol, world.device)
-        self.names = [f'feature{i + 1}' for i in range(len(self.shapes))] if protocol.inputs == 'five' else ['']
-        if protocol.inputs == 'five':
-            check_batches(len(pair.train), protocol.batch_size, any(values == 1 for _, values in self.shapes))
-        self.heads = Heads(
-            self.shapes, self.classes, protocol.inputs == 'five', protocol.init_std, seed).to(world.device)
-        self.optimizer = make_optimizer(self.heads, protocol)
-        self.wide = torch.float32 if world.device.type == 'mps' else torch.float64  # of sums; MPS has no other
-        self.epoch = self.step = 0
-        self.history: list[dict[str, Any]] = []
-        self.sums = torch.zeros(1 + len(self.names), dtype=self.wide, device=world.device)  # loss; right per tap
-        self.seen, self.seconds_before, self.started = 0, 0.0, time.perf_counter()
-        self.saved = time.monotonic()
-
-    # What the heads see.
-
-    @torch.no_grad()
-    def features(self, x: Tensor) -> list[Tensor]:
-        """(n, 3, S, S) -> (n, D) float32 per tap."""
-        with torch.autocast(self.world.device.type, AMP[self.amp], enabled=self.amp != 'off'), full_precision():
-            if self.p.inputs == 'avgpool':
-                return [self.model(x).float()]
-            maps = taps(self.backbone, x)
-        return pooled(maps, self.pooling == 'adaptive')
-
-    def _piece(self, piece: Piece) -> list[Tensor]:
-        if not len(piece.rows):
-            return [torch.zeros(0, c * n, device=self.world.device) for c, n in self.shapes]
-        with backbone_fits():
-            return self.features(
-                to_device(piece, self.world.device, self.backbone.mean, self.backbone.std, self.backbone.bgr))
-
-    # The loop.
-
-    def train(self) -> None:
-        """To the last epoch.
-
-        Raises:
-            Stopped: a signal came; the checkpoint holds this very step.
-            RuntimeError: the loss is no number, or an image cannot be read; on every process.
-        """
-        self.started, self.saved = time.perf_counter(), time.monotonic()
-        while self.epoch < self.p.epochs:
-            self.signals.deferred = True
-            self._train_epoch()
-            entry = self._read_sums()
-            done = self.epoch + 1
-            if done % self.p.eval_every == 0 or done == self.p.epochs or done in self.p.report_epochs:
-                entry.update(self.evaluate())
-            self.history.append(entry)
-            self.epoch, self.step = done, 0
-            self.sums.zero_()
-            self.seen = 0
-            self.save()
-            self.say(self._line(entry))
-            if stop := self.world.all_reduce_max([self.signals.number])[0]:
-                raise Stopped(stop)
-        self.signals.deferred = False
-
-    def _train_epoch(self) -> None:
-        self.heads.train()
-        self.model.eval()
-        lr = lr_at(self.epoch, self.p)
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
-        self.clock, self.seen_now, steps = time.perf_counter(), 0, self._steps()
-        while (step := self.world.all_or_none(lambda: next(steps, None))) is not None:
-            self._step(*step)
-            self.step += 1
-            if self.step % CHECK_EVERY == 0:
-                self._finite()
-            due = self.world.main and time.monotonic() - self.saved >= SAVE_EVERY
-            stop, due = self.world.all_reduce_max([self.signals.number, int(due)])
-            if (stop or due) and self.step < len(self.train_images):
-                self._finite()
-                self.save()
-                if stop:
-                    raise Stopped(stop)
-        self.seconds_epoch = time.perf_counter() - self.clock
-
-    def _steps(self) -> Iterator[tuple[list[Tensor], np.ndarray]]:
-        """The rest of the epoch: what this process has of a step's features, and the step's rows of all processes."""
-        parts = []
-        for piece, rows in self.train_images.epoch(self.epoch, self.step):
-            parts.append(self._piece(piece))
-            if piece.last:
-                yield [torch.cat(x) for x in zip(*parts, strict=True)], rows
-                parts = []
-
-    def _step(self, mine: list[Tensor], rows: np.ndarray) -> None:
-        labels = send(self.labels[0][rows], self.sums)
-        logits = self.heads([gather_rows(x, len(rows), self.world) for x in mine])
-        losses = torch.stack([F.cross_entropy(y, labels) for y in logits])
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            right = [right_within(y, labels, 1) for y in logits]
-            self.sums += torch.stack([losses.sum().to(self.wide) * len(rows), *(r.to(self.wide) for r in right)])
-        self.seen += len(rows)
-        self.seen_now += len(rows)
-
-    def _finite(self) -> None:
-        if not math.isfinite(float(self.sums[0])):
-            raise RuntimeError(
-                f'protocol {self.label}: the loss is not a number any more in epoch {self.epoch + 1}, by step '
-                f'{self.step}; lower --lr ({self.p.lr:g}), or use --amp off (now {self.amp})')
-
-    def _read_sums(self) -> dict[str, Any]:
-        self._finite()
-        loss, *right = (self.sums / self.seen).tolist()
-        return {'epoch': self.epoch + 1, 'loss': loss, 'lr': lr_at(self.epoch, self.p),
-                'train_top1': [100 * r for r in right]}
-
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, list[float]]:
-        """Percent on the test images, per tap; the classifier is rank 0's on every process."""
-        self.heads.eval()
-        ks = (1, 5) if self.classes > 5 else (1,)
-        if self.world.size > 1:
-            for x in self.heads.state_dict().values():
-                dist.broadcast(x, 0)
-        right = self.world.all_or_none(lambda: self._right(ks))
-        if self.world.size > 1:
-            dist.all_reduce(right)
-        return {f'top{k}': row for k, row in zip(ks, (100 * right / len(self.labels[1])).tolist(), strict=True)}
-
-    def _right(self, ks: Sequence[int]) -> Tensor:
-        """(len(ks), taps): how many of this process's test images have their label among the k highest scores."""
-        right = torch.zeros(len(ks), len(self.names), dtype=self.wide, device=self.world.device)
-        for piece in self.test_images.pieces(self.world.rank, self.world.size):
-            labels = send(self.labels[1][piece.rows], self.sums)
-            for tap, scores in enumerate(self.heads(self._piece(piece))):
-                right[:, tap] += torch.stack([right_within(scores, labels, k) for k in ks])
-        return right
-
-    def check_frozen(self) -> None:
-        """Raises RuntimeError where any tensor of the backbone is not what it was, bit for bit."""
-        if weights_digest(self.model) != self.backbone.digest:
-            raise RuntimeError(
-                f'protocol {self.label}: the backbone {self.backbone.name} changed while its classifier was trained, '
-                'so this is no linear evaluation; no number is given')
-
-    # What comes of it.
-
-    def metrics(self) -> dict[str, float]:
-        """Percent, of each tap: what the protocol reports, then the other of best and last epoch."""
-        evaluated = [e for e in self.history if 'top1' in e]
-        best = self.best_epochs()
-        out: dict[str, float] = {}
-        for tap, name in enumerate(self.names):
-            entries = {'best': evaluated[best[tap]], 'last': evaluated[-1]}
-            entries |= {f'epoch{e["epoch"]}': e for e in evaluated if e['epoch'] in self.p.report_epochs}
-            shown = entries.pop(self.p.reported)
-            out[name or 'top1'] = shown['top1'][tap]
-            for which, entry in {'': shown, **entries}.items():
-                for k in ('top1', 'top5'):
-                    if k in entry and (which or k == 'top5'):
-                        out['_'.join(filter(None, (name, k, which)))] = entry[k][tap]
-        return out
-
-    def best_epochs(self) -> list[int]:
-        """Of each tap which of the evaluations is the best, the first of equals."""
-        evaluated = [e['top1'] for e in self.history if 'top1' in e]
-        return [max(range(len(evaluated)), key=lambda i, tap=tap: evaluated[i][tap]) for tap in range(len(self.names))]
-
-    @property
-    def seconds(self) -> float:
-        """Of training and evaluating, also before it was continued."""
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def _line(self, entry: dict[str, Any]) -> str:
-        def percent(values: list[float]) -> str:
-            return ' '.join(f'{v:.2f}' for v in values) + ' %'
-
-        text = (f'{self.label}: epoch {entry["epoch"]}/{self.p.epochs}  loss {entry["loss"]:.4f}  train top-1 '
-                f'{percent(entry["train_top1"])}')
-        for k in (1, 5):
-            if f'top{k}' in entry:
-                text += f'  top-{k} {percent(entry[f"top{k}"])}'
-        return f'{text}  lr {entry["lr"]:.3g}  {self.seen_now / self.seconds_epoch:.0f} images/s'
-
-    # Checkpoints.
-
-    def save(self) -> None:
-        """Raises OSError where it cannot be written; the one before is kept."""
-        def write() -> None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            state = {
-                'heads': self.heads.state_dict(), 'optimizer': self.optimizer.state_dict(), 'epoch': self.epoch,
-                'step': self.step, 'sums': self.sums.cpu(), 'seen': self.seen, 'history': self.history,
-                'identity': self.identity, 'seconds': self.seconds}
-            write_atomically(self.path, lambda f: torch.save(state, f))
-
-        self.world.broadcast_from_main(write)
-        self.saved = time.monotonic()
-
-    def resume(self) -> None:
-        """From the checkpoint at `path`, if there is one.
-
-        Raises:
-            ValueError: it cannot be read, or belongs to another run.
-        """
-        def read() -> dict[str, Any] | None:
-            if not os.path.exists(self.path):
-                return None
-            try:
-                state = checkpoint.read(self.path, KEYS)
-                said = differences(_told(state['identity']), _told(self.identity), set())
-            except (ValueError, TypeError, AttributeError, KeyError) as e:
-                raise ValueError(f'{e}; remove it, or start anew with --fresh') from None
-            if said:
-                raise ValueError(f'{self.path} belongs to another run ({said}); start anew with --fresh')
-            return state
-
-        state = self.world.broadcast_from_main(read)
-        if state is None:
-            return
-        try:
-            self.heads.load_state_dict(state['heads'])
-            self.optimizer.load_state_dict(state['optimizer'])
-            self.sums.copy_(state['sums'])
-            self.epoch, self.step, self.seen = (int(state[key]) for key in ('epoch', 'step', 'seen'))
-            self.history, self.seconds_before = list(state['history']), float(state['seconds'])
-            if len(self.history) != self.epoch:
-                raise ValueError(f'{len(self.history)} epochs are told of {self.epoch}')
-        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f'{self.path} does not fit this run ({" ".join(str(e).split())[:150]}); remove it, or start anew with '
-                '--fresh') from None
-        if self.epoch == self.p.epochs:
-            self.say(f'{self.label}: {self.path} is finished, {self.epoch} epochs; --fresh trains anew')
-            return
-        self.say(
-            f'{self.label}: continuing {self.path} after {self.epoch} epochs' + (f' and {self.step} steps' * bool(
-                self.step)))
+    p, label, life = run.chosen.protocol, run.chosen.label, run.life
+    epoch, step = restore(run, state)
+    while epoch < p.epochs:
+        speed = train_one_epoch(run, epoch, step)
+        run.history.append(finish_epoch(run, epoch))
+        run.sums.zero_()
+        epoch, step = epoch + 1, 0
+        save(run, epoch, step)
+        life.say(format_epoch(run.history[-1], p, label, speed))
+        life.stop_if_signalled()
+    life.finish()
 
 
-def _told(identity: dict[str, Any]) -> dict[str, Any]:
-    """Its parts by name, the numbers of the protocol as the flags that give them; without what follows from these."""
-    numbers = {
-        f'--{k.replace("_", "-")}' if k in NUMBERS else f'protocol {k}': v for k, v in identity['protocol'].items()
-        if k not in ('scaled_lr', 'changed', 'name')}
-    return {**numbers, 'weights': identity['weights'], 'data': identity['data']}
+def restore(run: LinearRun, state: dict[str, Any] | None) -> tuple[int, int]:
+    """Restores a checkpoint if there is one; returns epoch and step."""
+    epoch = step = 0
+    if state is not None:
+        run.load_state_dict(state)
+        epoch, step = state['epoch'], state['step']
+        what = f'{run.chosen.label}: {run.life.newest}'
+        if epoch == run.chosen.protocol.epochs:
+            run.life.say(f'{what} is finished after {epoch} epochs; --fresh trains again')
+        else:
+            run.life.say(f'{what} continues after {epoch} epochs' + f' and {step} steps' * bool(step))
+    run.life.begin(epoch, step)
+    return epoch, step
+
+
+def train_one_epoch(run: LinearRun, epoch: int, step: int) -> float:
+    """Trains this epoch from `step` on; returns the images per second."""
+    life, steps = run.life, len(run.train_images)
+    run.heads.train()
+    run.frozen.model.eval()
+    for group in run.optimizer.param_groups:
+        group['lr'] = compute_lr(epoch, run.chosen.protocol)
+    started, images, batches = time.perf_counter(), 0, extract_batches(run, epoch, step)
+    while (batch := life.world.all_or_none(lambda: next(batches, None))) is not None:
+        train_step(run, *batch)
+        step += 1
+        images += len(batch[1])
+        pause = life.agree(epoch * steps + step)
+        if step == steps or step % CHECK_EVERY == 0 or any(pause):
+            check_loss(run, epoch, step)
+        if step < steps and any(pause):
+            save(run, epoch, step)
+            life.stop_if_signalled()
+    return images / (time.perf_counter() - started)
+
+
+def extract_batches(run: LinearRun, epoch: int, step: int) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+    """Yields this process's features of each step from `step` on, and the rows of all processes in it."""
+    pieces = []
+    for piece, rows in run.train_images.epoch(epoch, step):
+        pieces.append(extract(run, piece))
+        if piece.last:
+            yield [torch.cat(x) for x in zip(*pieces, strict=True)], rows
+            pieces = []
+
+
+def extract(run: LinearRun, piece: Piece) -> list[Tensor]:
+    """Returns the features (n, D) of a piece for each classifier."""
+    device, backbone = run.life.world.device, run.frozen.backbone
+    if not len(piece.rows):
+        return [torch.zeros(0, channels * values, device=device) for channels, values in run.frozen.shapes]
+    with explain_out_of_memory():
+        return run.frozen.extract(finish(piece, device, backbone.mean, backbone.std, backbone.bgr))
+
+
+def train_step(run: LinearRun, mine: list[Tensor], rows: np.ndarray) -> None:
+    """Takes a step on the images `rows`; `mine` are the features of this process's share of them."""
+    labels = send(run.train_labels[rows], run.sums)
+    logits = run.heads([gather_rows(x, len(rows), run.life.world) for x in mine])
+    loss = torch.stack([F.cross_entropy(y, labels) for y in logits]).sum()
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    run.optimizer.step()
+    right = [right_within(y, labels, 1).to(run.sums) for y in logits]
+    run.sums += torch.stack([loss.detach().to(run.sums) * len(rows), *right])
+
+
+def check_loss(run: LinearRun, epoch: int, step: int) -> None:
+    """Raises RuntimeError if the loss of this epoch is not finite."""
+    if not math.isfinite(float(run.sums[0])):
+        raise RuntimeError(
+            f'protocol {run.chosen.label}: the loss is not finite in epoch {epoch + 1}, by step {step}; lower --lr '
+            f'({run.chosen.protocol.lr:g}), or use --amp off (now {run.frozen.amp})')
+
+
+def finish_epoch(run: LinearRun, epoch: int) -> dict[str, Any]:
+    """Returns the epoch's entry of the history; evaluates the classifiers if that is due."""
+    p, done = run.chosen.protocol, epoch + 1
+    loss, *right = (run.sums / len(run.train_labels)).tolist()
+    entry = {'epoch': done, 'loss': loss, 'lr': compute_lr(epoch, p), 'train_top1': [100 * r for r in right]}
+    if done % p.eval_every == 0 or done == p.epochs or done in p.report_epochs:
+        entry |= evaluate(run)
+    return entry
+
+
+@torch.no_grad()
+def evaluate(run: LinearRun) -> dict[str, list[float]]:
+    """Returns the accuracy of each classifier on the test images, in percent.
+
+    All processes use the classifiers of rank 0. Top-5 accuracy is left out up to 5 classes, where it is trivial.
+    """
+    world, ks = run.life.world, (1, 5) if run.classes > 5 else (1,)
+    run.heads.eval()
+    if world.size > 1:
+        for x in run.heads.state_dict().values():
+            dist.broadcast(x, 0)
+    right = world.all_or_none(lambda: count_right(run, ks))
+    if world.size > 1:
+        dist.all_reduce(right)
+    return {f'top{k}': row for k, row in zip(ks, (100 * right / len(run.test_labels)).tolist(), strict=True)}
+
+
+def count_right(run: LinearRun, ks: tuple[int, ...]) -> Tensor:
+    """Counts this process's test images whose label is among the k highest scores; returns (len(ks), classifiers).
+
+    Raises:
+        UnreadableError: an image cannot be read.
+    """
+    right = run.sums.new_zeros(len(ks), len(run.names))
+    for rows, pixels in run.test_images:
+        if bad := [row for row in rows.tolist() if row in run.test_images.unreadable]:
+            raise UnreadableError(f'{run.test_images.unreadable[bad[0]]}; {ADVICE}')
+        labels = send(run.test_labels[rows], run.sums)
+        for i, scores in enumerate(run.heads(extract(run, Piece(rows, pixels)))):
+            right[:, i] += torch.stack([right_within(scores, labels, k) for k in ks])
+    return right
+
+
+def save(run: LinearRun, epoch: int, step: int) -> None:
+    """Writes a checkpoint; if that fails for now, the one before is kept."""
+    run.life.save(lambda: {**run.state_dict(), 'epoch': epoch, 'step': step}, epoch, step)
+
+
+def summarize(history: list[dict[str, Any]], p: LinearProtocol, names: list[str]) -> dict[str, float]:
+    """Returns the metrics of each classifier, in percent.
+
+    The protocol reports either the best or the last epoch. The metrics of this epoch come first, then those of the
+    other one, then those of its `report_epochs`.
+
+    Args:
+        names: of the classifiers; [''] if there is only one.
+    """
+    evaluated = [entry for entry in history if 'top1' in entry]
+    metrics: dict[str, float] = {}
+    for i, name in enumerate(names):
+        best = max(evaluated, key=lambda entry, i=i: entry['top1'][i])  # the first of equal ones
+        entries = {'best': best, 'last': evaluated[-1]}
+        entries |= {f'epoch{e["epoch"]}': e for e in evaluated if e['epoch'] in p.report_epochs}
+        reported = entries.pop(p.reported)
+        metrics[name or 'top1'] = reported['top1'][i]
+        for which, entry in {'': reported, **entries}.items():
+            for k in ('top1', 'top5'):
+                if k in entry and (which or k == 'top5'):
+                    metrics['_'.join(filter(None, (name, k, which)))] = entry[k][i]
+    return metrics
+
+
+def format_epoch(entry: dict[str, Any], p: LinearProtocol, label: str, images_per_second: float) -> str:
+    """Returns an epoch's entry as one line."""
+    text = f'{label}: epoch {entry["epoch"]}/{p.epochs}  loss {entry["loss"]:.4f}'
+    for key, name in (('train_top1', 'train top-1'), ('top1', 'top-1'), ('top5', 'top-5')):
+        if key in entry:
+            text += f'  {name} {" ".join(f"{v:.2f}" for v in entry[key])} %'
+    return f'{text}  lr {entry["lr"]:.3g}  {images_per_second:.0f} images/s'
