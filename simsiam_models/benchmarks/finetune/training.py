@@ -1,273 +1,293 @@
-"""Backbone + classifier -> a trained classifier: optimizer, schedule, averaging, early stopping, checkpoints."""
+"""The fine-tuning loop, which reads from `fit` down: fit -> train_one_epoch -> train_step."""
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from ...runtime import checkpoint
 from ...runtime.distributed import World, gather_rows, mean_over_processes, parallel, synchronize_batchnorm
-from ...runtime.precision import AMP
-from .data import Loader, eval_batches, seed_everything, train_batches
+from ...runtime.lifecycle import Lifecycle
+from ...runtime.messages import one_line
+from ...runtime.precision import autocast, make_scaler
+from .data import Loader, plan_eval_batches, plan_train_batches, seed_generators
+from .model import Classifier
+from .optimizer import make_optimizer, set_lr
+from .settings import Settings
 
-# Of a checkpoint.
-KEYS = {'model', 'ema', 'optimizer', 'scaler', 'epoch', 'history', 'best', 'stale', 'run', 'unreadable'}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Every number that decides what is learned."""
-
-    epochs: int
-    batch_size: int  # over all processes
-    optimizer: str
-    lr: float  # as used, of the last layer (of the backbone, with head_multiplier)
-    weight_decay: float
-    momentum: float
-    layer_decay: float | None  # each layer's rate is that of the next one times this
-    head_multiplier: float | None  # instead: two groups, the classifier's rate is so many times the backbone's
-    steps: tuple[int, ...] | None  # times 0.2 after each of these epochs; None: cosine to 0
-    warmup_epochs: int
-    smoothing: float
-    mixup: float  # alpha, 0: none
-    cutmix: float
-    ema_decay: float  # 0: none
-    patience: int  # epochs without a better validation top-1; 0: never stops early
-    eval_every: int  # epochs; the last is always measured
-    keep: str  # 'best' epoch on validation, or 'last'
-    partial_batch: bool  # a last, smaller batch of the epoch trains, too
-    image_size: int
-    resize: int
-    crop_scale: tuple[float, float]
-    flip: float
-    randaugment: str | None
-    erase: float
-    seed: int
+# The entries of a checkpoint.
+KEYS = {
+    'model', 'ema', 'optimizer', 'scaler', 'epoch', 'step', 'losses', 'seconds', 'history', 'best', 'unreadable', 'run'}
+UNREADABLE = -1  # takes the place of a predicted class
 
 
-def add_classifier(model: nn.Module, classes: int, seed: int) -> None:
-    """A new last layer, N(0, 0.01) and bias 0; every parameter trains."""
-    model.reset_classifier(classes)
-    rng = torch.Generator().manual_seed(seed)
-    for layer in classifier(model).modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            weight = torch.empty(layer.weight.shape).normal_(0, 0.01, generator=rng)
-            with torch.no_grad():
-                layer.weight.copy_(weight)
-                if layer.bias is not None:
-                    layer.bias.zero_()
-    model.requires_grad_(True)
+class ClassifierTrainer:
+    """A classifier with its optimizer, loss scaler and averaged weights, on the device of `world`.
 
+    `measured` is the network that is validated and exported: the average of the weights, or `model` itself without one.
 
-def classifier(model: nn.Module) -> nn.Module:
-    """The last layer, or all of them where there is one for each token (deit_*_distilled, levit_*)."""
-    last = model.get_classifier()
-    return nn.ModuleList(last) if isinstance(last, (tuple, list)) else last
-
-
-def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
-    """Each group's `lr_scale` is what its rate is multiplied by.
-
-    Raises:
-        ValueError: timm has no such optimizer, or it needs what is not here: a library, a GPU, second derivatives.
+    Args:
+        images: number of training images.
+        amp: precision of the forward pass, a key of precision.AMP.
     """
-    if s.head_multiplier is not None:
-        head = {id(p) for p in classifier(model).parameters()}
-        groups = [
-            dict(params=[p for p in model.parameters() if id(p) not in head], lr_scale=1.0),
-            dict(params=[p for p in model.parameters() if id(p) in head], lr_scale=s.head_multiplier)]
-        return torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay)
-    try:
-        optimizer = create_optimizer_v2(
-            model, s.optimizer, s.lr, s.weight_decay, s.momentum, layer_decay=s.layer_decay)
-        if getattr(optimizer, 'is_second_order', False):
-            raise ValueError('it needs second derivatives, which are not computed here')
-    except (ValueError, TypeError, ImportError, AssertionError) as e:
-        raise ValueError(
-            f'--opt {s.optimizer}: cannot be used ({" ".join(str(e).split())[:150]}); adamw or sgd') from None
-    return optimizer
 
-
-def lr_factor(s: Settings, step: int, steps: int) -> float:
-    """Of the rate, at `step` of the run, with `steps` per epoch: warm-up from 1 / n, then cosine to 0, or steps."""
-    if s.steps is not None:
-        return 0.2 ** sum(step // steps >= e for e in s.steps)
-    warm = s.warmup_epochs * steps
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.epochs * steps - warm)))
-
-
-class Training:
-    """One run; `fit` trains it to its end. `model` is what trains, `measured` what is validated and exported."""
-
-    def __init__(
-        self, model: nn.Module, classes: int, s: Settings, train: Loader, val: Loader, folder: Path, world: World,
-        amp: str, run: dict[str, Any], say: Callable[[str], Any], export: Callable[[nn.Module], Any],
-    ) -> None:
-        self.s, self.train, self.val, self.folder, self.world, self.amp = s, train, val, folder, world, amp
-        self.run, self.say, self.export, self.classes = run, say, export, classes
+    def __init__(self, model: nn.Module, classes: int, s: Settings, images: int, world: World, amp: str) -> None:
+        self.settings, self.world, self.amp = s, world, amp
         self.model = synchronize_batchnorm(model, world)
         self.ema = ModelEmaV3(self.model, s.ema_decay, use_warmup=True) if s.ema_decay else None
         self.measured = self.ema.module if self.ema else self.model
-        self.optimizer = make_optimizer(self.model, s)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=amp == 'float16')
+        self.optimizer, self.scaler = make_optimizer(self.model, s), make_scaler(world.device, amp)
         self.mixup = Mixup(
             s.mixup, s.cutmix, label_smoothing=s.smoothing, num_classes=classes) if s.mixup or s.cutmix else None
         self.loss = SoftTargetCrossEntropy() if self.mixup else nn.CrossEntropyLoss(label_smoothing=s.smoothing)
-        self.steps = len(train_batches(len(train.samples), s.batch_size, 0, s.seed, world, s.partial_batch))
-        self.epoch, self.history, self.best, self.stale = 0, [], None, 0
-        self._resume()
+        self.steps = -(-images // s.batch_size) if s.partial_batch else images // s.batch_size  # per epoch
         shape = 2, 3, s.image_size, s.image_size
-        self.parallel = parallel(self.model, lambda net: net(torch.zeros(shape, device=world.device)).sum(), world)
+        self.net = parallel(self.model, lambda net: net(torch.zeros(shape, device=world.device)).sum(), world)
 
-    @property
-    def over(self) -> bool:
-        return self.epoch >= self.s.epochs or bool(self.s.patience) and self.stale >= self.s.patience
-
-    def fit(self) -> None:
-        """To the last epoch, or to the end of the patience; then `measured` holds the weights that are kept."""
-        told = self._unreadable
-        while not self.over:
-            start = time.monotonic()
-            loss = self._train_epoch()
-            speed = self.steps * self.s.batch_size / (time.monotonic() - start)
-            self.epoch += 1
-            row = {'epoch': self.epoch, 'loss': loss}
-            improved = False
-            if self.epoch % self.s.eval_every == 0 or self.epoch == self.s.epochs:
-                row |= self.accuracy(self.predict())
-                improved = self.s.keep == 'last' or self.best is None or row['top1'] > self.best['top1']
-                self.stale = 0 if improved else self.stale + 1
-            row['seconds'] = time.monotonic() - start
-            self.history.append(row)
-            if improved:
-                weights = {k: v.detach().cpu().clone() for k, v in self.measured.state_dict().items()}
-                self.best = {'epoch': self.epoch, 'top1': row['top1'], 'weights': weights}
-            if self.world.main:
-                checkpoint.save(self.folder, self._state())
-                if improved:
-                    self.export(self.measured)
-            self.say(f'{self._line(row, improved)}, {speed:.0f} images/s in training')
-            if self._unreadable != told:
-                told = train, val = self._unreadable
-                self.say(
-                    f'so far {train} training and {val} validation images cannot be read: another stands in for the '
-                    'former, the latter count as a black one')
-        if (loss := self.history[-1]['loss']) > 0.9 * (guess := math.log(self.classes)):
-            self.say(
-                f'little was learned: the training loss, {loss:.2f}, is near that of a guess, {guess:.2f}; a higher '
-                '--lr, more --epochs or less augmentation may help')
-        if self.epoch < self.s.epochs:
-            self.say(f'stopped early: validation top-1 did not rise for {self.s.patience} epochs')
-        self.measured.load_state_dict(self.best['weights'])
-
-    @property
-    def _unreadable(self) -> tuple[int, int]:
-        return len(self.train.unreadable), len(self.val.unreadable)
-
-    def _line(self, row: dict[str, Any], improved: bool) -> str:
-        text = f'epoch {row["epoch"]}/{self.s.epochs}: loss {row["loss"]:.4f}'
-        if 'top1' in row:
-            text += f', validation top-1 {row["top1"]:.2f} %{" (best)" if improved and self.s.keep == "best" else ""}'
-        return text
-
-    def _train_epoch(self) -> float:
-        """The mean loss.
-
-        Raises:
-            RuntimeError: it is not finite.
-        """
-        self.parallel.train()
-        s, world = self.s, self.world
-        keys = train_batches(len(self.train.samples), s.batch_size, self.epoch, s.seed, world, s.partial_batch)
-        total = torch.zeros((), device=world.device)
-        for i, (x, y) in enumerate(self.train.batches(keys)):
-            step = self.epoch * self.steps + i
-            seed_everything(s.seed, self.epoch, i * world.size + world.rank, view=1)  # of mixup and dropout
-            if self.mixup:
-                x, y = self.mixup(x, y)
-            for group in self.optimizer.param_groups:
-                group['lr'] = s.lr * lr_factor(s, step, self.steps) * group.get('lr_scale', 1.0)
-            x = x.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(world.device.type, AMP[self.amp], enabled=self.amp != 'off'):
-                out = self.parallel(x)
-            loss = self.loss(out.float(), y)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.ema:
-                self.ema.update(self.model, step + 1)
-            total += loss.detach()
-        self.train.join(world)
-        mean = mean_over_processes(total / len(keys), world).item()
-        if not math.isfinite(mean):
-            raise RuntimeError(
-                f'the loss of epoch {self.epoch + 1} is {mean}; a lower --lr, or --amp off, keeps it finite')
-        return mean
-
-    @torch.no_grad()
-    def predict(self) -> Tensor:
-        """(N, 2) of the validation images, on every process: the class, and whether the label is among the first 5."""
-        self.measured.eval()
-        rows = []
-        for x, y in self.val.batches(eval_batches(len(self.val.samples), self.s.batch_size, self.world)):
-            with torch.autocast(self.world.device.type, AMP[self.amp], enabled=self.amp != 'off'):
-                out = self.measured(x.contiguous(memory_format=torch.channels_last)).float()
-            first = out.topk(min(5, out.shape[1])).indices
-            rows.append(torch.stack([first[:, 0], (first == y[:, None]).any(1).long()], 1))
-        self.val.join(self.world)
-        mine = torch.cat(rows) if rows else torch.zeros(0, 2, dtype=torch.long, device=self.world.device)
-        return gather_rows(mine, len(self.val.samples), self.world).cpu()
-
-    def accuracy(self, predicted: Tensor) -> dict[str, float]:
-        """Percent."""
-        right = predicted[:, 0] == torch.as_tensor(self.val.samples.labels)
-        return {'top1': 100 * right.double().mean().item(), 'top5': 100 * predicted[:, 1].double().mean().item()}
-
-    def _state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {
             'model': self.model.state_dict(), 'ema': self.ema.module.state_dict() if self.ema else None,
-            'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(), 'epoch': self.epoch,
-            'history': self.history, 'best': self.best, 'stale': self.stale, 'run': self.run,
-            'unreadable': [self.train.unreadable, self.val.unreadable]}
+            'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict()}
 
-    def _resume(self) -> None:
-        free = {'model', 'processes', 'validation', 'amp'}  # held against args.json before
-        state = self.world.broadcast_from_main(
-            lambda: checkpoint.load(self.folder, self.say, self.run, free, keys=KEYS))
-        if state is None:
-            return
-        try:
-            self._take(state)
-        except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f'{self.folder}: the checkpoint does not fit this run ({" ".join(str(e).split())[:150]}); remove the '
-                'folder or give another --output') from None
-        self.say(f'continuing after epoch {self.epoch}')
-
-    def _take(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state['model'])
         if self.ema:
             self.ema.module.load_state_dict(state['ema'])
         self.optimizer.load_state_dict(state['optimizer'])
-        if state['scaler']:  # empty where the run began in another precision
+        if state['scaler']:  # empty if the checkpoint was written in another precision
             self.scaler.load_state_dict(state['scaler'])
-        self.epoch, self.history, self.best, self.stale = (state[k] for k in ('epoch', 'history', 'best', 'stale'))
-        self.train.unreadable, self.val.unreadable = state['unreadable']
 
 
-def confusion(labels: np.ndarray, predicted: Tensor) -> dict[tuple[int, int], int]:
-    """(label, what was predicted) -> how often, of the pairs that occur: of many classes few do."""
-    pairs, counts = np.unique(np.stack([labels, predicted.numpy()], 1), axis=0, return_counts=True)
-    return {(i, j): n for (i, j), n in zip(pairs.tolist(), counts.tolist(), strict=True)}
+@dataclass
+class Finetuning:
+    """The parts of a run, and the position that it has reached."""
+
+    trainer: ClassifierTrainer
+    train: Loader
+    val: Loader
+    life: Lifecycle
+    classifier: Classifier
+    identity: dict[str, Any]  # a checkpoint of another identity is refused
+    epoch: int = 0  # finished epochs
+    step: int = 0  # steps done in the next epoch
+    seconds: float = 0.0  # spent on these steps
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry per finished epoch
+    best: dict[str, Any] | None = None  # the epoch that is kept: epoch, top1, weights, predicted
+
+    def __post_init__(self) -> None:
+        self.loss = torch.zeros((), device=self.life.world.device)  # sum over these steps, on this process
+
+
+def resume(run: Finetuning, free: set[str] = frozenset()) -> None:
+    """Restores the newest checkpoint if there is one.
+
+    Args:
+        free: entries of `identity` that may differ.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run, or does not fit this one.
+    """
+    state = run.life.resume(run.identity, free)
+    if state is None:
+        return
+    world = run.life.world
+    try:
+        run.trainer.load_state_dict(state)
+        run.epoch, run.step, run.seconds = state['epoch'], state['step'], state['seconds']
+        run.history, run.best = state['history'], state['best']
+        run.train.unreadable, run.val.unreadable = state['unreadable']
+        losses = state['losses']  # by rank; another number of processes keeps their mean
+        run.loss.fill_(losses[world.rank] if len(losses) == world.size else sum(losses) / len(losses))
+    except (TypeError, KeyError, AttributeError, ValueError, RuntimeError) as e:
+        raise ValueError(
+            f'{run.life.newest}: the checkpoint does not fit this run ({one_line(e, 150)}); remove the folder or give '
+            'another --output') from None
+    run.life.say(f'continuing after epoch {run.epoch}{f", step {run.step}" if run.step else ""}')
+
+
+def fit(run: Finetuning) -> None:
+    """Trains to the last epoch, or until the validation top-1 has not risen for `patience` epochs.
+
+    Raises:
+        Stopped: a signal came; a checkpoint holds every step.
+        RunError: no checkpoint can be written; the last one is kept.
+        RuntimeError: the loss is not finite; the last checkpoint is kept.
+    """
+    s, life = run.trainer.settings, run.life
+    life.begin(run.epoch, run.step)
+    while not is_over(run):
+        known = len(run.train.unreadable), len(run.val.unreadable)
+        finish_epoch(run, train_one_epoch(run))
+        report_unreadable(run, *known)
+        life.stop_if_signalled()
+    life.finish()
+    if (loss := run.history[-1]['loss']) > 0.9 * (guess := math.log(len(run.classifier.classes))):
+        life.say(
+            f'little was learned: the training loss, {loss:.2f}, is near that of a guess, {guess:.2f}; a higher --lr, '
+            'more --epochs or less augmentation may help')
+    if run.epoch < s.epochs:
+        life.say(f'stopped early: validation top-1 did not rise for {s.patience} epochs')
+
+
+def is_over(run: Finetuning) -> bool:
+    """Returns whether the last epoch, or the end of the patience, is reached."""
+    s = run.trainer.settings
+    impatient = s.patience and run.best is not None and run.epoch - run.best['epoch'] >= s.patience
+    return run.epoch >= s.epochs or bool(impatient)
+
+
+def train_one_epoch(run: Finetuning) -> float:
+    """Trains the rest of this epoch; returns the mean loss of all its steps.
+
+    Raises:
+        RuntimeError: the loss is not finite.
+    """
+    trainer, world = run.trainer, run.life.world
+    s, start = trainer.settings, time.monotonic() - run.seconds
+    trainer.net.train()
+    keys = plan_train_batches(len(run.train.samples), s.batch_size, run.epoch, s.seed, world, s.partial_batch)
+    for x, y in run.train.load(keys[run.step:]):
+        run.loss += train_step(trainer, x, y, run.epoch, run.step)
+        run.step += 1
+        run.seconds = time.monotonic() - start
+        save_if_due(run)
+    run.train.join(world)
+    loss = mean_over_processes(run.loss / trainer.steps, world).item()
+    run.seconds = time.monotonic() - start
+    check_loss(run, loss)
+    return loss
+
+
+def train_step(trainer: ClassifierTrainer, x: Tensor, y: Tensor, epoch: int, step: int) -> Tensor:
+    """One optimizer step on images (B, 3, S, S) and labels (B,); `step` counts the steps of the epoch from 0.
+
+    Returns:
+        The loss. It stays on the device, so the host does not wait.
+    """
+    s, world = trainer.settings, trainer.world
+    total = epoch * trainer.steps + step
+    seed_generators(s.seed, epoch, step * world.size + world.rank, view=1)  # of mixup and dropout
+    if trainer.mixup:
+        x, y = trainer.mixup(x, y)
+    set_lr(trainer.optimizer, s, total, trainer.steps)
+    with autocast(world.device, trainer.amp):
+        out = trainer.net(x.contiguous(memory_format=torch.channels_last))
+    loss = trainer.loss(out.float(), y)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.scaler.scale(loss).backward()
+    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.update()
+    if trainer.ema:
+        trainer.ema.update(trainer.model, total + 1)
+    return loss.detach()
+
+
+def finish_epoch(run: Finetuning, loss: float) -> None:
+    """Validates if it is due, keeps the best weights, saves, exports them, and logs the epoch."""
+    s, epoch = run.trainer.settings, run.epoch + 1
+    speed = run.trainer.steps * s.batch_size / run.seconds if run.seconds else 0.0
+    start = time.monotonic() - run.seconds
+    row, text, improved = {'epoch': epoch, 'loss': loss}, f'epoch {epoch}/{s.epochs}: loss {loss:.4f}', False
+    if epoch % s.eval_every == 0 or epoch == s.epochs:
+        predicted = predict(run)
+        row |= measure_accuracy(predicted, run.val.samples.labels)
+        improved = s.keep == 'last' or run.best is None or row['top1'] > run.best['top1']
+        text += f', validation top-1 {row["top1"]:.2f} %{" (best)" if improved and s.keep == "best" else ""}'
+    if improved:
+        weights = {k: v.detach().cpu().clone() for k, v in run.trainer.measured.state_dict().items()}
+        run.best = {'epoch': epoch, 'top1': row['top1'], 'weights': weights, 'predicted': predicted}
+    row['seconds'] = time.monotonic() - start
+    run.history.append(row)
+    run.epoch, run.step, run.seconds = epoch, 0, 0.0
+    run.loss.zero_()
+    save(run)
+    if improved and run.life.world.main:
+        export_best(run)
+    run.life.say(f'{text}, {speed:.0f} images/s in training')
+
+
+def export_best(run: Finetuning) -> None:
+    """Exports the best weights so far. A failure is only reported: the end of the run exports them again."""
+    try:
+        run.classifier.export(run.best['weights'])
+    except OSError as e:
+        run.life.say(f'the best weights so far cannot be exported to {run.life.folder} ({e.strerror or e}); the run '
+                     'goes on and exports them at its end')
+
+
+@torch.no_grad()
+def predict(run: Finetuning) -> Tensor:
+    """Measures the validation images.
+
+    Returns:
+        (N, 2) on the CPU of every process: the predicted class, and whether the label is among the first 5; UNREADABLE
+        in both for images that cannot be read.
+    """
+    trainer, val, world = run.trainer, run.val, run.life.world
+    n, batch = len(val.samples), trainer.settings.batch_size
+    common = -(-(n // world.size) // batch)  # batches that every process has
+    trainer.measured.eval()
+    rows = []
+    for i, (x, y) in enumerate(val.load(plan_eval_batches(n, batch, world))):
+        with autocast(world.device, trainer.amp):
+            out = trainer.measured(x.contiguous(memory_format=torch.channels_last)).float()
+        first = out.topk(min(5, out.shape[1])).indices
+        rows.append(torch.stack([first[:, 0], (first == y[:, None]).any(1).long()], 1))
+        if i < common:  # validation may take longer than a scheduler waits after its signal
+            save_if_due(run)
+    val.join(world)
+    mine = torch.cat(rows) if rows else torch.zeros(0, 2, dtype=torch.long, device=world.device)
+    predicted = gather_rows(mine, n, world).cpu()
+    predicted[list(val.unreadable)] = UNREADABLE
+    return predicted
+
+
+def measure_accuracy(predicted: Tensor, labels: Any) -> dict[str, float]:
+    """Returns top-1 and top-5 in percent of the readable images, from `predict`."""
+    readable = predicted[:, 0] != UNREADABLE
+    right = predicted[readable, 0] == torch.as_tensor(labels)[readable]
+    return {
+        'top1': 100 * right.double().mean().item(), 'top5': 100 * predicted[readable, 1].double().mean().item()}
+
+
+def save_if_due(run: Finetuning) -> None:
+    """Writes a checkpoint when one is due; stops the run on a signal."""
+    pause = run.life.agree(run.epoch * run.trainer.steps + run.step)
+    if pause.due or pause.signal:
+        save(run)
+        run.life.stop_if_signalled()
+
+
+def save(run: Finetuning) -> None:
+    """Writes a checkpoint. If that fails for now, the one before is kept.
+
+    Raises:
+        RuntimeError: the loss is not finite, or no checkpoint could be written for too long.
+    """
+    for loader in (run.train, run.val):
+        loader.join(run.life.world)
+    losses = run.life.world.gather(run.loss.item())
+    check_loss(run, sum(losses))
+    run.life.save(lambda: {
+        **run.trainer.state_dict(), 'epoch': run.epoch, 'step': run.step, 'losses': losses, 'seconds': run.seconds,
+        'history': run.history, 'best': run.best, 'unreadable': [run.train.unreadable, run.val.unreadable],
+        'run': run.identity}, run.epoch, run.step)
+
+
+def check_loss(run: Finetuning, loss: float) -> None:
+    """Raises RuntimeError if the loss is not finite."""
+    if not math.isfinite(loss):
+        raise RuntimeError(f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr, or use --amp off')
+
+
+def report_unreadable(run: Finetuning, train: int, val: int) -> None:
+    """Reports unreadable images if there are more than `train` and `val` of them."""
+    reasons = [*run.train.unreadable.values(), *run.val.unreadable.values()]
+    if len(reasons) > train + val:
+        run.life.say(
+            f'so far {len(run.train.unreadable)} training and {len(run.val.unreadable)} validation images cannot be '
+            f'read: others replace the former, the accuracy leaves out the latter; the first: {reasons[0]}')

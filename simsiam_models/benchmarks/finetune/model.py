@@ -1,0 +1,140 @@
+"""The network that is fine-tuned: a backbone with a new last layer, in a folder that plain timm loads."""
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_model_config_from_hf
+from torch import Tensor, nn
+
+from ...runtime.files import write_json
+from ...runtime.lifecycle import ARGS
+from ...runtime.messages import one_line
+from ...weights import tensorfile
+from ...weights.export import make_timm_config
+from ...weights.tensorfile import CONFIG, MODEL
+from ..backbone import RANDOM, Backbone, load_backbone
+from .data import find_crop_pct
+from .settings import Settings
+
+
+class Classifier:
+    """A backbone with a new last layer for `classes`; `folder` takes it in timm's form.
+
+    It is a network of RGB pixels, whose mean and standard deviation are `mean` and `std`. `identity` is the backbone's.
+    """
+
+    def __init__(
+        self, name: str, kwargs: dict[str, Any], device: torch.device, classes: list[str], s: Settings, folder: Path,
+    ) -> None:
+        self.backbone = load_backbone(name, device, **kwargs)
+        self.model, self.identity = self.backbone.model, self.backbone.identity
+        self.name, self.args = find_architecture(name, self.model, kwargs)
+        self.mean, self.std = convert_to_rgb(self.backbone)
+        self.classes, self.settings, self.folder = classes, s, folder
+        replace_last_layer(self.model, len(classes), s.seed)
+
+    def check(self) -> None:
+        """Checks, before hours of training, that the network takes the images, and that config.json describes it.
+
+        Raises:
+            ValueError: it does not take them, or timm builds another network from config.json.
+        """
+        size, classes = self.settings.image_size, len(self.classes)
+        takes = self.model.pretrained_cfg.get('fixed_input_size') or 'img_size' in self.args
+        hint = f', or --model-args \'{{"img_size": {size}}}\'' if takes else ''
+        try:
+            with torch.no_grad():
+                out = self.model.eval()(torch.zeros(1, 3, size, size, device=next(self.model.parameters()).device))
+        except (RuntimeError, AssertionError) as e:  # the image is too small, or not of the size of the network
+            raise ValueError(
+                f'{self.backbone.name} does not run on images of {size} px ({one_line(e, 150)}); give another '
+                f'--image-size{hint}') from None
+        if out.shape != (1, classes):
+            raise ValueError(
+                f'{self.backbone.name} makes {tuple(out.shape)} of an image, not a row of {classes} classes; give '
+                'another --model or other --model-args')
+        try:
+            with tempfile.TemporaryDirectory() as folder, torch.device('meta'):
+                write_json(Path(folder) / CONFIG, self.make_config())
+                plain = timm.create_model(f'local-dir:{folder}')
+        except (RuntimeError, TypeError, ValueError, AssertionError) as e:
+            raise ValueError(f'{self.name}: timm cannot build it ({one_line(e, 150)})') from None
+        if _list_shapes(plain) != _list_shapes(self.model):
+            raise ValueError(
+                f'{self.name} {self.args or ""}: timm builds another network by this name, whose shapes differ from '
+                'those of the weights; give --model-args')
+
+    def make_config(self) -> dict[str, Any]:
+        """Returns the contents of config.json."""
+        s, license = self.settings, self.model.pretrained_cfg.get('license')
+        config = make_timm_config(self.model, self.name, len(self.classes), {
+            'tag': 'finetuned', 'input_size': [3, s.image_size, s.image_size],
+            'crop_pct': find_crop_pct(s.image_size, s.resize), 'mean': list(self.mean), 'std': list(self.std),
+            **({'license': license} if license else {})}, self.args)
+        return {**config, 'label_names': self.classes}
+
+    def export(self, weights: dict[str, Tensor]) -> None:
+        """Writes a state dict of `model` for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
+        tensorfile.write(self.folder / MODEL, weights)
+        write_json(self.folder / CONFIG, self.make_config())
+
+
+def _list_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of all parameters and buffers, whether checkpoints hold them or not."""
+    return {k: v.shape for k, v in (*model.named_parameters(), *model.named_buffers())}
+
+
+def find_architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Returns timm's name and keyword arguments of the network that `load_backbone(name, **kwargs)` returned."""
+    if name.endswith(RANDOM):
+        return name.removesuffix(RANDOM).split('.')[0], kwargs
+    if name.startswith(('hf-hub:', 'hf_hub:')):
+        _, found, args = load_model_config_from_hf(name.split(':', 1)[1])
+        return found, {**(args or {}), **kwargs}
+    path = Path(name.removeprefix('local-dir:')).expanduser()
+    for folder in (path, path / 'backbone'):
+        if (folder / CONFIG).is_file():
+            config = json.loads((folder / CONFIG).read_text())
+            return config['architecture'], {**(config.get('model_args') or {}), **kwargs}
+    found = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or name.split('.')[0]
+    args_file = (path if path.is_dir() else path.parent) / ARGS
+    if path.exists() and args_file.is_file():
+        run = json.loads(args_file.read_text())
+        if run.get('model', '').split('.')[0] == found:
+            kwargs = {**(run.get('model_args') or {}), **kwargs}
+    return found, kwargs
+
+
+def convert_to_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Makes a network of BGR pixels one of RGB pixels, with the same outputs; returns mean and std of its pixels.
+
+    The input channels of the first layer are reversed, and so are mean and std. A network of RGB pixels stays the same.
+    """
+    if not backbone.bgr:
+        return backbone.mean, backbone.std
+    conv = backbone.model.get_submodule(backbone.model.pretrained_cfg['first_conv'])
+    conv.weight.data = conv.weight.data.flip(1)
+    return backbone.mean[::-1], backbone.std[::-1]
+
+
+def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:
+    """Gives the model a new last layer, its weights from N(0, 0.01) and its bias 0; every parameter trains."""
+    model.reset_classifier(classes)
+    rng = torch.Generator().manual_seed(seed)
+    for layer in find_last_layers(model).modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            weight = torch.empty(layer.weight.shape).normal_(0, 0.01, generator=rng)
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+    model.requires_grad_(True)
+
+
+def find_last_layers(model: nn.Module) -> nn.Module:
+    """Returns the last layer, or all of them if each token has its own (deit_*_distilled, levit_*)."""
+    last = model.get_classifier()
+    return nn.ModuleList(last) if isinstance(last, (tuple, list)) else last
