@@ -66,12 +66,11 @@ class Finish:
 
 def draw(aug: Augmentation, seed: int, epoch: int, indices: np.ndarray, view: int) -> tuple[np.ndarray, Finish]:
     """Returns the uniform numbers of the crops, (B, 22), for `crop_box`, and the parameters of the other steps."""
-    u = uniforms(seed, epoch, indices, view, DRAWS)
-    rest = u[:, CROP_DRAWS:]
+    crops, rest = np.split(uniforms(seed, epoch, indices, view, DRAWS), [CROP_DRAWS], axis=1)
     width = np.array([aug.brightness, aug.contrast, aug.saturation, aug.hue])
     centre = np.array([1.0, 1.0, 1.0, 0.0])
     low, high = aug.blur_sigma
-    return u[:, :CROP_DRAWS], Finish(
+    return crops, Finish(
         jitter=rest[:, 0] < aug.jitter_p,
         order=ORDERS[(rest[:, 1] * len(ORDERS)).astype(int)],
         # Factors are at least zero, as in torchvision's ColorJitter.
@@ -92,11 +91,11 @@ def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(u[-2] * (width - w + 1)), int(u[-1] * (height - h + 1))
-            return left, top, left + w, top + h
-    # The widest or tallest box that the ratio admits, in the centre.
-    w = min(width, max(1, round(height * aug.crop_ratio[1])))
-    h = min(height, max(1, round(width / aug.crop_ratio[0])))
-    left, top = (width - w) // 2, (height - h) // 2
+            break
+    else:  # the widest or tallest box that the ratio admits, in the centre
+        w = min(width, max(1, round(height * aug.crop_ratio[1])))
+        h = min(height, max(1, round(width / aug.crop_ratio[0])))
+        left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
 
@@ -119,18 +118,14 @@ def cut_crops(
         table: (n, 12), rows of `Finish.table`: apply all other steps, too. Only kernel.c can.
     """
     if kernel.load_library() is not None:
-        kernel.cut_views(images, u, aug.rule(), table, out, rows)
-        return
+        return kernel.cut_views(images, u, aug.rule(), table, out, rows)
     for image, numbers, row in zip(images, u, rows, strict=True):
         height, width, _ = image.shape
         out[row] = crop(Image.fromarray(image), crop_box(aug, numbers, width, height), aug.size)
 
 
 def short_side(image: np.ndarray, resize: int) -> tuple[int, int]:
-    """Width and height of an (H, W, 3) image after torchvision's Resize(resize).
-
-    The short side is exactly `resize`; the long one is rounded down.
-    """
+    """Width and height of an (H, W, 3) image after torchvision's Resize: the long side is rounded down."""
     h, w = image.shape[:2]
     return (resize, int(resize * h / w)) if w <= h else (int(resize * w / h), resize)
 
@@ -142,8 +137,7 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
     some images in the other order, which changes pixels by one level.
     """
     if kernel.load_library() is not None:
-        kernel.resize(image, width, height, left, top, out)
-        return
+        return kernel.resize(image, width, height, left, top, out)
     rows = Image.fromarray(image).resize((width, image.shape[0]), Image.Resampling.BILINEAR)
     whole = np.asarray(rows.resize((width, height), Image.Resampling.BILINEAR))
     out[:] = whole[top:top + out.shape[0], left:left + out.shape[1]]
@@ -156,18 +150,15 @@ def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], T
     """
     table = send(params.table(), images)
     x = (colours or jitter_and_gray)(images, table)
-    on = np.flatnonzero(params.sigma)
-    if len(on):
+    if len(on := np.flatnonzero(params.sigma)):
         rows = send(on, images)
         x[rows] = blur(x[rows], params.sigma[on])
-    x = torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x)
-    return normalize(x)
+    return normalize(torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x))
 
 
 def normalize(x: Tensor) -> Tensor:
     """[0, 1] colours -> ImageNet mean 0, standard deviation 1, per channel."""
-    mean, std = (
-        send(np.array(v, np.float32).reshape(3, 1, 1), x) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, std = send(np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], np.float32).reshape(2, 3, 1, 1), x)
     return (x - mean) / std
 
 
@@ -193,8 +184,7 @@ def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
     hue_at = (order == 3).float().argmax(1)
     for place in range(3):
         x = _blend(x, order[:, place], factors, jitter & (place < hue_at))
-    turned = shift_hue(x, factors[:, 3].view(-1, 1, 1, 1))
-    x = torch.where(jitter.view(-1, 1, 1, 1), turned, x)
+    x = torch.where(jitter.view(-1, 1, 1, 1), shift_hue(x, factors[:, 3].view(-1, 1, 1, 1)), x)
     for place in range(1, 4):
         x = _blend(x, order[:, place], factors, jitter & (place > hue_at))
     return torch.where(gray.view(-1, 1, 1, 1), _gray(x), x)
@@ -219,11 +209,8 @@ def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     hue = torch.where(
         value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))  # in sixths
     hue = hue + 6 * shift.squeeze(1)
-    channels = []
-    for n in (5.0, 3.0, 1.0):  # colour(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + H) mod 6
-        k = (hue + n) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, 1)
+    turned = [(hue + n) % 6 for n in (5.0, 3.0, 1.0)]  # colour(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + H) mod 6
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in turned], 1)
 
 
 def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
@@ -231,19 +218,15 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
 
     The kernel is the true Gaussian, cut off at 4 sigma; PIL approximates it by a cascade of box filters.
     """
-    size = x.shape[-1]
-    reach = np.ceil(4 * sigma)
+    size, reach = x.shape[-1], np.ceil(4 * sigma)
     o = np.arange(int(reach.max()) + 2)
     taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2)
     taps /= 2 * taps.sum(1, keepdims=True) - taps[:, :1]
     beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # the weight at distance o and beyond
     taps, beyond = send(taps.astype(np.float32), x), send(beyond.astype(np.float32), x)
-    i = torch.arange(size, device=x.device)
-    last = len(o) - 1
+    i, last = torch.arange(size, device=x.device), len(o) - 1
     m = taps[:, (i[:, None] - i).abs().clamp_max(last)]  # (B, S, S)
     m[:, :, 0] = beyond[:, i.clamp_max(last)]  # the edge pixel stands for all beyond it
     m[:, :, -1] = beyond[:, (size - 1 - i).clamp_max(last)]
-    if size == 1:
-        m = torch.ones_like(m)
-    m = m[:, None]
+    m = torch.ones_like(m)[:, None] if size == 1 else m[:, None]
     return m @ x @ m.transpose(-1, -2)

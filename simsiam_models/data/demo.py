@@ -15,20 +15,16 @@ CLASSES = [
     'ruled', 'pinstripe', 'hatched', 'shallow twill', 'steep twill', 'grid', 'lattice', 'flat diamond', 'tall diamond',
     'brick', 'chevron', 'rings']
 STROKES = {'ruled': 0, 'pinstripe': 90, 'hatched': 45, 'shallow twill': 22, 'steep twill': 68}  # degrees
-CROSSED = {'lattice': 45, 'flat diamond': 22, 'tall diamond': 68}
-PER_CLASS = {'train': 250, 'val': 64}
-_SEEDS = {'train': 1, 'val': 2}  # so that no picture is in both splits
+CROSSED = {'grid': (0, 90), 'lattice': (45, -45), 'flat diamond': (22, -22), 'tall diamond': (68, -68)}
 
 
 def demo_images() -> tuple[MemoryImages, MemoryImages]:
     """Generates 3000 training and 768 validation images of 12 classes, 32 px; the same in every run."""
-    return _generate_split('train'), _generate_split('val')
+    return _generate_split('train', 250, 1), _generate_split('val', 64, 2)
 
 
-def _generate_split(split: str) -> MemoryImages:
-    n = PER_CLASS[split]
-    images = [_generate(kind, n, np.random.Generator(np.random.PCG64([_SEEDS[split], i])))
-              for i, kind in enumerate(CLASSES)]
+def _generate_split(split: str, n: int, seed: int) -> MemoryImages:
+    images = [_generate(kind, n, np.random.Generator(np.random.PCG64([seed, i]))) for i, kind in enumerate(CLASSES)]
     labels = np.repeat(np.arange(len(CLASSES)), n)
     return MemoryImages(np.concatenate(images), labels, CLASSES, f'demonstration data ({split})')
 
@@ -36,9 +32,8 @@ def _generate_split(split: str) -> MemoryImages:
 def _generate(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
     """Generates n pictures of one material, (n, SIZE, SIZE, 3) uint8."""
 
-    def draw(low: float, high: float, channels: int | None = None) -> np.ndarray:
-        shape = (n, 1, 1) if channels is None else (n, 1, 1, channels)
-        return rng.uniform(low, high, shape).astype(np.float32)
+    def draw(low: float, high: float, *channels: int) -> np.ndarray:
+        return rng.uniform(low, high, (n, 1, 1, *channels)).astype(np.float32)
 
     line = ((np.arange(SIZE) + 0.5) / SIZE - 0.5).astype(np.float32)
     x, y = line[None, None, :], line[None, :, None]
@@ -66,9 +61,7 @@ def _height(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if kind in STROKES:
         return _wave(u, v, STROKES[kind])
     if kind in CROSSED:
-        return 1.3 * np.maximum(_wave(u, v, CROSSED[kind]), _wave(u, v, -CROSSED[kind])) - 0.5
-    if kind == 'grid':
-        return 1.3 * np.maximum(_wave(u, v, 0), _wave(u, v, 90)) - 0.5
+        return 1.3 * np.maximum(*(_wave(u, v, degrees) for degrees in CROSSED[kind])) - 0.5
     if kind == 'brick':
         return np.maximum(_wave(u, v, 0), np.cos(np.pi * (u + np.floor(v))))
     if kind == 'chevron':

@@ -38,18 +38,16 @@ class Transform:
         """Transforms (H, W, 3) uint8 into `out` (crop, crop, 3) uint8."""
         width, height = short_side(image, self.resize)
         if self.kind == 'center':
-            resize(image, width, height, round((width - self.crop) / 2), round((height - self.crop) / 2), out)
-            return
+            return resize(image, width, height, round((width - self.crop) / 2), round((height - self.crop) / 2), out)
         whole = np.empty((height, width, 3), np.uint8)
         resize(image, width, height, 0, 0, whole)
         resize(whole, self.crop, self.crop, 0, 0, out)
 
 
 class EvalImages:
-    """The loader of evaluation images: yields (rows, pixels), one pair for each array in `batches`.
+    """The loader of evaluation images: yields (rows, pixels), one pair for each array of indices in `batches`.
 
-    rows are the indices of the images; pixels are their crops, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
-
+    rows is that array; pixels are the crops of its images, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
     The pixels of an unreadable image are zeros. `unreadable` (index -> reason) names it before its batch is yielded, so
     that the caller leaves it out of the result or stops: it is never measured as a black image.
 
@@ -64,8 +62,8 @@ class EvalImages:
         self.images, self.batches, self.transform, self.device = images, batches, transform, torch.device(device)
         self.unreadable: dict[int, str] = {}
         self._threads = make_threads(workers)
-        largest = max((len(rows) for rows in batches), default=1)
-        self._ahead = max(AHEAD, -(-2 * workers * SHARE // max(1, largest)))  # so that no thread waits for the model
+        largest = max([1, *map(len, batches)])
+        self._ahead = max(AHEAD, -(-2 * workers * SHARE // largest))  # so that no thread waits for the model
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -84,9 +82,7 @@ class EvalImages:
     def _fill(self, out: np.ndarray, rows: np.ndarray) -> None:
         for place, row in zip(out, rows, strict=True):
             try:
-                image = self.images.read(int(row))
+                self.transform(self.images.read(int(row)), place)
             except UnreadableError as e:
                 self.unreadable[int(row)] = str(e)
                 place[:] = 0
-            else:
-                self.transform(image, place)

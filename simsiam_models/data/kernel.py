@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,7 @@ def _load_once() -> ctypes.CDLL | None:
         return None
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
     lib.philox_words.argtypes = [i64, pointer, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint32, i64, pointer]
-    lib.philox_words.restype = None
     lib.crop_boxes.argtypes = [i64, pointer, pointer, pointer, pointer]
-    lib.crop_boxes.restype = None
     lib.views.argtypes = [i64, *[pointer] * 6, ctypes.c_int, pointer]
     lib.scratch_bytes.argtypes, lib.scratch_bytes.restype = [i64, pointer, ctypes.c_int], i64
     lib.pillow_resize.argtypes = [pointer, *[ctypes.c_int] * 8, pointer]
@@ -62,7 +61,9 @@ def _load_or_compile() -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError('no C compiler found: neither cc, gcc nor clang')
     folder = cache_folder()
-    if folder is None or not _is_private(folder):
+    # Code from a folder where other users can write is not loaded.
+    if folder is None or hasattr(os, 'getuid') and (
+            folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
         with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
             return _compile(compiler, Path(once) / 'kernel.so')
     # Machines with different processors may share a home folder.
@@ -77,10 +78,9 @@ def _load_or_compile() -> ctypes.CDLL:
 def _compile(compiler: str, path: Path) -> ctypes.CDLL:
     with replacing(path, shared=True) as part:
         for native in NATIVE:
-            command = [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm']
             done = subprocess.run(
-                command, capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS,
-                stdin=subprocess.DEVNULL)
+                [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm'], stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS)
             if done.returncode == 0:
                 break
         else:
@@ -88,18 +88,10 @@ def _compile(compiler: str, path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def _is_private(folder: Path) -> bool:
-    """Whether only this user can write there: code from other folders is not loaded."""
-    status = folder.stat()
-    return not hasattr(os, 'getuid') or (status.st_uid == os.getuid() and not status.st_mode & 0o022)
-
-
 def _processor_flags() -> str:
-    try:
-        with open('/proc/cpuinfo') as f:
-            return next((line for line in f if line.startswith(('flags', 'Features'))), '')
-    except OSError:
-        return platform.processor()
+    with suppress(OSError), open('/proc/cpuinfo') as f:
+        return next((line for line in f if line.startswith(('flags', 'Features'))), '')
+    return platform.processor()
 
 
 def philox_words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
@@ -115,29 +107,16 @@ def cut_views(
     images: list[np.ndarray], u: np.ndarray, rule: np.ndarray, table: np.ndarray | None, out: np.ndarray,
     rows: np.ndarray,
 ) -> None:
-    """Cuts image i by u[i] and writes it to out[rows[i]]: the finished view of table[i], or without a table the crop.
-
-    Args:
-        images: n of (H, W, 3) uint8.
-        u: (n, 22) float64, for the box of the crop.
-        rule: (4,) float64, `augment.Augmentation.rule`.
-        table: (n, 12) float32, `augment.Finish.table`, or None.
-        out: (N, S, S, 3), C order; float32 with a table, else uint8.
-        rows: (n,) indices into `out`.
-    """
+    """See `augment.cut_crops`; `rule`: (4,) float64, `augment.Augmentation.rule`."""
     n, size = len(images), out.shape[1]
-    images = [np.ascontiguousarray(x) for x in images]
-    u, rows = np.ascontiguousarray(u), np.asarray(rows, np.int64)
-    if table is not None:
-        table = np.ascontiguousarray(table, np.float32)
+    images, u, rows = [np.ascontiguousarray(x) for x in images], np.ascontiguousarray(u), np.asarray(rows, np.int64)
+    table = None if table is None else np.ascontiguousarray(table, np.float32)
     # With a wrong shape the kernel would read and write anywhere.
-    fits = (
-        all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
-        and u.shape == (n, 22) and u.dtype == np.float64 and rule.shape == (4,) and rule.dtype == np.float64
-        and out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
-        and out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
-        and rows.shape == (n,) and (n == 0 or (rows.min() >= 0 and rows.max() < len(out))))
-    if not fits:
+    if not (all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
+            and (u.shape, u.dtype, rule.shape, rule.dtype) == ((n, 22), np.float64, (4,), np.float64)
+            and out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
+            and out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
+            and rows.shape == (n,) and ((rows >= 0) & (rows < len(out))).all()):
         raise ValueError(
             f'the kernel needs images (H, W, 3) uint8 and arrays that fit; it got {[x.shape for x in images[:3]]}, '
             f'u {u.shape}, rows {rows.shape}, out {out.shape} {out.dtype}')
@@ -155,19 +134,12 @@ def cut_views(
 
 
 def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
-    """Resizes to width x height as PIL does (bilinear, bit for bit) and writes the window at (left, top) to `out`.
-
-    Args:
-        image: (H, W, 3) uint8.
-        out: (h, w, 3) uint8, C order; its size is that of the window.
-    """
+    """See `augment.resize`; both arrays are (H, W, 3) uint8, and `out` is in C order."""
     image = np.ascontiguousarray(image)
     h, w = out.shape[:2]
-    fits = (
-        image.dtype == out.dtype == np.uint8 and image.ndim == out.ndim == 3 and image.shape[2] == out.shape[2] == 3
-        and image.size and out.size and out.flags.c_contiguous
-        and 0 <= left <= width - w and 0 <= top <= height - h)
-    if not fits:
+    if not (image.dtype == out.dtype == np.uint8 and image.ndim == out.ndim == 3 and image.shape[2] == out.shape[2] == 3
+            and image.size and out.size and out.flags.c_contiguous
+            and 0 <= left <= width - w and 0 <= top <= height - h):
         raise ValueError(
             f'no window {out.shape} {out.dtype} at ({left}, {top}) in an image {image.shape} {image.dtype} resized to '
             f'{width} x {height}')

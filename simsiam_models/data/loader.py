@@ -5,12 +5,12 @@ A stream has an order of its own: there the index is the position in the epoch.
 Threads fill each batch in place: decoding and kernel.c release the interpreter lock, so nothing is pickled, copied or
 collated, and the images are in memory once.
 """
+import contextlib
 import functools
 import itertools
 import logging
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,10 +39,7 @@ class _BufferPool:
     def take(self) -> Tensor:
         if self.pinned:  # torch caches pinned memory itself, and waits for copies in flight
             return torch.empty(self.shape, dtype=torch.uint8, pin_memory=True)
-        try:
-            array = self.free.pop()
-        except IndexError:
-            array = np.empty(self.shape, self.dtype)
+        array = self.free.pop() if self.free else np.empty(self.shape, self.dtype)
         lease = array.view()  # every tensor that shares the memory holds this object
         weakref.finalize(lease, self.free.append, array).atexit = False
         return torch.from_numpy(lease)
@@ -56,7 +53,7 @@ class Batch:
     indices: np.ndarray  # (B,)
     tensor: Tensor  # (2, B, S, S, 3), uint8 crops or finished float32
     u: np.ndarray  # (2 B, 22), for the crops
-    params: list[Finish]  # of each view
+    params: tuple[Finish, ...]  # of each view
     table: np.ndarray | None  # (2 B, 12) `Finish.table`, if the kernel finishes the views
     raw: list[bytes | np.ndarray] | None = None  # from a stream: all samples of the global batch, undecoded
     bad: dict[int, str] = field(default_factory=dict)  # unreadable images
@@ -97,17 +94,15 @@ class TwoViews:
                 f'--batch-size {batch} on {world} processes: batch norm needs at least 2 samples per process; use at '
                 f'least {2 * world}')
         self.images, self.aug, self.seed, self.device = images, aug, seed, torch.device(device)
-        self.max_unreadable, self.unreadable = max_unreadable, {}
+        self._allowed, self.unreadable = int(max_unreadable * len(images)), {}
         self.batch, self.rank, self.world, self.share = batch, rank, world, batch // world
-        # Whether the kernel finishes the views.
-        self.whole = not on_device and self.device.type == 'cpu' and kernel.load_library() is not None
+        self.whole = not on_device and self.device.type == 'cpu' and kernel.load_library() is not None  # finished views
         self.buffers = _BufferPool(
             (2, self.share, aug.size, aug.size, 3), np.float32 if self.whole else np.uint8, self.device.type == 'cuda')
         self._colours = _compile(jitter_and_gray) if self.device.type == 'cuda' else jitter_and_gray
         self._threads = make_threads(workers)
         self.stream = hasattr(images, 'samples')
-        # A thread of its own reads the stream, one batch ahead.
-        self._reader = ThreadPoolExecutor(1, 'simsiam-stream') if self.stream and workers else None
+        self._reader = make_threads(1) if self.stream and workers else None  # reads the stream, one batch ahead
 
     def __len__(self) -> int:
         """Steps per epoch; the last incomplete batch is dropped."""
@@ -131,27 +126,22 @@ class TwoViews:
         """Moves a batch to the device and finishes its views there."""
         # Only pinned memory may be copied asynchronously: the other kind is soon filled again.
         x = batch.tensor.to(self.device, non_blocking=batch.tensor.is_pinned())
-        x = x.permute(0, 1, 4, 2, 3)  # (2, B, 3, S, S), channels last
+        x1, x2 = x.permute(0, 1, 4, 2, 3)  # (B, 3, S, S) each, channels last
         if self.whole:
-            return x[0], x[1]
-        return finish(x[0], batch.params[0], self._colours), finish(x[1], batch.params[1], self._colours)
+            return x1, x2
+        return finish(x1, batch.params[0], self._colours), finish(x2, batch.params[1], self._colours)
 
     def judge(self, unreadable: dict[int, str], epoch: int) -> None:
         """Raises UnreadableError if there are more unreadable images than allowed."""
-        allowed = int(self.max_unreadable * len(self.images))
-        found = list(unreadable.values())
-        if self.stream and found:  # each epoch counts for itself: its images may come at other positions in the next
-            found = [text for at, text in unreadable.items() if at // len(self.images) == epoch]
-        if len(found) > allowed:
+        # Each epoch of a stream counts for itself: its images may come at other positions in the next.
+        found = [text for at, text in unreadable.items() if not self.stream or at // len(self.images) == epoch]
+        if len(found) > self._allowed:
             raise UnreadableError(
-                f'{found[0]}; {len(found)} unreadable so far, {allowed} of {len(self.images)} allowed: repair '
+                f'{found[0]}; {len(found)} unreadable so far, {self._allowed} of {len(self.images)} allowed: repair '
                 'or remove it, or allow a share of them with --max-unreadable 0.01')
 
     def _shuffle(self, epoch: int, start: int) -> Iterator[Job]:
-        """A global batch is a run of the epoch's permutation; each process takes its slice of it.
-
-        So N processes see the same batches as one process.
-        """
+        """A global batch is a run of the epoch's permutation. Every process takes its own slice."""
         order = permutation(self.seed, epoch, len(self.images))
         for b in range(start, len(self)):
             first = b * self.batch + self.rank * self.share
@@ -161,81 +151,59 @@ class TwoViews:
         """A global batch is a run of the stream. Every process reads all of it and decodes its own slice."""
         samples = self.images.samples(self.seed, epoch, start * self.batch)
 
-        def take(b: int) -> list[bytes | np.ndarray]:
-            raw = list(itertools.islice(samples, self.batch))
+        def take(b: int, raw: list[bytes | np.ndarray]) -> None:
+            raw += itertools.islice(samples, self.batch)
             if len(raw) < self.batch:
                 had = b * self.batch + len(raw)
                 raise DataError(
                     f'{self.images.name}: the stream ended after {had} images of epoch {epoch}, but '
                     f'{len(self.images)} were expected; use --images-per-epoch {had} or less')
-            return raw
 
-        waiting: Future | None = None
+        jobs = (((b, raw), [functools.partial(take, b, raw)]) for b in range(start, len(self)) for raw in [[]])
         try:
-            for b in range(start, len(self)):
-                if self._reader is None:
-                    raw = take(b)
-                else:
-                    raw = (waiting or self._reader.submit(take, b)).result()
-                    waiting = self._reader.submit(take, b + 1) if b + 1 < len(self) else None
-                first = b * self.batch + self.rank * self.share
-                yield self._make_job(epoch, np.arange(first, first + self.share), raw)
-                del raw
+            with contextlib.closing(run_in_order(self._reader, jobs, 1)) as batches:
+                for b, raw in batches:
+                    first = b * self.batch + self.rank * self.share
+                    yield self._make_job(epoch, np.arange(first, first + self.share), raw)
+                    del raw
         finally:  # runs also if the consumer stops early; a generator is closed in the thread that runs it
-            if waiting is not None:
-                waiting.cancel()
             if self._reader is not None:
                 self._reader.submit(getattr(samples, 'close', int))
 
     def _make_job(self, epoch: int, indices: np.ndarray, raw: list[bytes | np.ndarray] | None = None) -> Job:
         """An empty batch, and the calls that fill it."""
-        drawn = [draw(self.aug, self.seed, epoch, indices, view) for view in (0, 1)]
-        params = [p for _, p in drawn]
+        u, params = zip(*(draw(self.aug, self.seed, epoch, indices, view) for view in (0, 1)), strict=True)
         table = np.concatenate([p.table() for p in params]) if self.whole else None
-        u = np.concatenate([u for u, _ in drawn])
-        batch = Batch(epoch, indices, self.buffers.take(), u=u, params=params, table=table, raw=raw)
+        batch = Batch(epoch, indices, self.buffers.take(), np.concatenate(u), params, table, raw)
         return batch, [functools.partial(self._fill, batch, part) for part in split_range(len(indices))]
 
     def _fill(self, batch: Batch, part: slice) -> None:
         """Reads these samples and cuts their views."""
-        images: list[np.ndarray] = []
-        first = part.start
+        images, first, out = [], part.start, batch.tensor.flatten(0, 1).numpy()
         for i in range(part.start, part.stop):
-            index = int(batch.indices[i])
-            images.append(self._read(index, batch.bad) if batch.raw is None else self._decode(index, batch))
+            images.append(self._read(int(batch.indices[i]), batch))
             if sum(x.nbytes for x in images) >= GROUP or i == part.stop - 1:
-                rows = np.arange(first, i + 1)
-                rows = np.concatenate([rows, rows + len(batch.indices)])  # of both views
+                rows = np.concatenate([np.arange(first, i + 1) + view * len(batch.indices) for view in (0, 1)])
                 table = None if batch.table is None else batch.table[rows]
-                out = batch.tensor.flatten(0, 1).numpy()
                 cut_crops(images + images, batch.u[rows], self.aug, out, rows, table)
                 images, first = [], i + 1
 
-    def _read(self, index: int, bad: dict[int, str]) -> np.ndarray:
-        """Reads an image. An unreadable one is named in `bad` and replaced by the next readable one (black if none)."""
-        for step in range(len(self.images)):
-            at = (index + step) % len(self.images)
-            try:
-                return self.images.read(at)
-            except UnreadableError as e:
-                bad[at] = str(e)
-                if len(bad) > int(self.max_unreadable * len(self.images)):
-                    break  # `judge` will end the run: do not try every file of a folder that has gone
-        return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
-
-    def _decode(self, position: int, batch: Batch) -> np.ndarray:
-        """As `_read`, from a stream: the next readable sample of the global batch replaces an unreadable one."""
-        n, length = len(batch.raw), len(self.images)
-        first = position - position % n
+    def _read(self, index: int, batch: Batch) -> np.ndarray:
+        """Reads a sample, or the next readable one (in a stream: of its global batch), or else returns black."""
+        n = len(self.images) if batch.raw is None else len(batch.raw)
+        first = 0 if batch.raw is None else index - index % n
         for step in range(n):
-            at = first + (position + step) % n
-            data = batch.raw[at - first]
-            if isinstance(data, np.ndarray):
-                return data
+            at = first + (index + step) % n
             try:
-                return decode(data, f'{self.images.name}: image {at} of epoch {batch.epoch}')
+                if batch.raw is None:
+                    return self.images.read(at)
+                data = batch.raw[at - first]
+                return data if isinstance(data, np.ndarray) else decode(
+                    data, f'{self.images.name}: image {at} of epoch {batch.epoch}')
             except UnreadableError as e:
-                batch.bad[batch.epoch * length + at] = str(e)
+                batch.bad[at if batch.raw is None else batch.epoch * len(self.images) + at] = str(e)
+            if batch.raw is None and len(batch.bad) > self._allowed:
+                break  # `judge` will end the run: do not try every file of a folder that has gone
         return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
 
@@ -246,8 +214,7 @@ def _compile(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
     def run(images: Tensor, table: Tensor) -> Tensor:
         nonlocal compiled
         try:
-            if compiled is None:  # raises at once if torch has no compiler for this Python
-                compiled = torch.compile(colours, dynamic=False)
+            compiled = compiled or torch.compile(colours, dynamic=False)  # raises if torch has no compiler here
             return compiled(images, table)
         # torch.compile raises errors of Dynamo, Inductor, Triton and the C compiler, which share no base class.
         except Exception as e:

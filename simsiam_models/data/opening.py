@@ -9,7 +9,7 @@ from .readers import arrow
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
-from .readers.shards import expand_pattern, list_shards, split_by_name
+from .readers.shards import TABLES, expand_pattern, list_shards, list_tables, split_by_name
 from .readers.streams import HubStream, WebStream
 from .readers.tars import COMPRESSED, TarImages
 from .readers.vision import open_torchvision
@@ -18,7 +18,6 @@ FORMS = (
     "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or a folder of save_to_disk), a "
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
     'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo')
-TABLES = ('.parquet', '.arrow')
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -54,9 +53,9 @@ def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | No
         return open_torchvision(name, root if colon else 'data')
     if prefix == 'hf':
         repo, split = _split_repo(rest)
-        if Path(repo).is_dir() and split is None:
-            return _open_table_folder(Path(repo), text)
-        return arrow.choose_splits(arrow.open_repo(repo, split), text)
+        if split is not None or not Path(repo).is_dir():
+            return arrow.open_repo(repo, split, text)
+        return arrow.open_saved(Path(repo), text) or _open_table_folder(Path(repo), text)
     path = Path(text)
     if path.is_dir():
         return _open_folder(path)
@@ -66,53 +65,42 @@ def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | No
         files = expand_pattern(text)
         if not files:
             raise FileNotFoundError(f'{text}: no file matches this pattern')
-        return (TarImages(files, text) if path.suffix.lower() == '.tar' else _open_tables(files, text)), None
+        if path.suffix.lower() == '.tar':
+            return TarImages(files, text), None
+        if missing := next((file for file in files if not file.is_file()), None):
+            raise FileNotFoundError(f'{missing}: no such file, of {len(files)} in {text}')
+        return arrow.open_files(files, text), None
     raise FileNotFoundError(f'{text}: no such file or folder; DATA must be {FORMS}')
 
 
 def _open_folder(root: Path) -> tuple[Images, Images | None]:
-    if _is_saved(root):
-        return arrow.choose_splits(arrow.open_saved(root), str(root))
-    if (pair := open_cifar(root)) is not None:
+    if pair := arrow.open_saved(root, str(root)) or open_cifar(root):
         return pair
     if (root / 'train').is_dir():
-        train, _ = _open_part(root / 'train')
-        return train, _open_part(root / 'val')[0] if (root / 'val').is_dir() else None
+        return _open_part(root / 'train')[0], _open_part(root / 'val')[0] if (root / 'val').is_dir() else None
     return _open_part(root)
 
 
 def _open_part(root: Path) -> tuple[Images, Images | None]:
     """Opens a folder without subfolders train and val."""
-    if _is_saved(root):
-        return arrow.choose_splits(arrow.open_saved(root), str(root))
+    if pair := arrow.open_saved(root, str(root)):
+        return pair
     try:
         images = FolderImages(root)
-    except FileNotFoundError as e:
-        no_image = e
-    else:
-        # Images win: archives often remain beside their unpacked contents. A long flat folder is not listed again.
-        if (images.labels is not None or len(images) < 10000) and (archive := _find_archive(root)):
-            _logger.warning(
-                f'{root} contains images and {archive.name}: reading the images; use {archive} to read that instead')
-        return images, None
-    if tars := list_shards(root, '.tar'):
-        train, val = split_by_name(tars)
-        return TarImages(train, str(root)), TarImages(val, f'{root} (validation)') if val else None
-    if any(list_shards(root, suffix) for suffix in TABLES):
-        return _open_table_folder(root, str(root))
-    for suffix in COMPRESSED:
-        if shards := list_shards(root, suffix):
+    except FileNotFoundError:
+        if tars := list_shards(root, '.tar'):
+            train, val = split_by_name(tars)
+            return TarImages(train, str(root)), TarImages(val, f'{root} (validation)') if val else None
+        if list_tables(root):
+            return _open_table_folder(root, str(root))
+        if shards := next(filter(None, (list_shards(root, suffix) for suffix in COMPRESSED)), None):
             TarImages(shards, str(root))  # raises ValueError, which says why they cannot be read
-    raise no_image
-
-
-def _is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
-    return (folder / 'dataset_dict.json').is_file() or (folder / 'state.json').is_file()
-
-
-def _find_archive(root: Path) -> Path | None:
-    return next((files[0] for suffix in ('.tar', *TABLES) if (files := list_shards(root, suffix))), None)
+        raise
+    # Images win: archives often remain beside their unpacked contents. A long flat folder is not listed again.
+    if (images.labels is not None or len(images) < 10000) and (found := list_shards(root, '.tar') or list_tables(root)):
+        _logger.warning(
+            f'{root} contains images and {found[0].name}: reading the images; use {found[0]} to read that instead')
+    return images, None
 
 
 def _open_file(path: Path) -> tuple[Images, Images | None]:
@@ -124,26 +112,16 @@ def _open_file(path: Path) -> tuple[Images, Images | None]:
     if suffix == '.tar' or path.name.lower().endswith(COMPRESSED):
         return TarImages([path], str(path)), None
     if suffix in TABLES:
-        return _open_tables([path], str(path)), None
+        return arrow.open_files([path], str(path)), None
     what = 'is a single image' if suffix in EXTENSIONS else 'is not a file that can be read here'
     raise ValueError(f'{path} {what}; DATA must be {FORMS}')
 
 
 def _open_table_folder(root: Path, name: str) -> tuple[Images, Images | None]:
-    if _is_saved(root):
-        return arrow.choose_splits(arrow.open_saved(root), name)
-    for suffix in TABLES:
-        if files := list_shards(root, suffix):
-            train, val = split_by_name(files)
-            return _open_tables(train, name), _open_tables(val, f'{name} (validation)') if val else None
-    raise FileNotFoundError(f'{name}: no Parquet or Arrow file in that folder')
-
-
-def _open_tables(files: list[Path], name: str) -> arrow.ArrowImages:
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f'{file}: no such file, of {len(files)} in {name}')
-    return arrow.open_files(files, name)
+    train, val = split_by_name(list_tables(root))
+    if not train:
+        raise FileNotFoundError(f'{name}: no Parquet or Arrow file in that folder')
+    return arrow.open_files(train, name), arrow.open_files(val, f'{name} (validation)') if val else None
 
 
 def _split_repo(rest: str) -> tuple[str, str | None]:
@@ -156,6 +134,6 @@ def _drop_unusable(train: Images, val: Images | None) -> tuple[Images, Images | 
     """Drops validation images without labels or of other classes: the monitor cannot use them."""
     if val is None or val.labels is None or train.labels is None:
         return train, None
-    n = len(val.classes)
-    numbers = [str(i) for i in range(n)]  # if classes are numbers, val may lack the last ones
-    return train, val if val.classes == train.classes or val.classes == numbers == train.classes[:n] else None
+    numbers = [str(i) for i in range(len(val.classes))]  # if classes are numbers, val may lack the last ones
+    same = val.classes == train.classes or val.classes == numbers == train.classes[:len(numbers)]
+    return train, val if same else None

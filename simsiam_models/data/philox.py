@@ -14,8 +14,7 @@ _ORDER_BLOCK = 1 << 16  # a block number that no view uses
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     """(..., 4) counters of 32 bits (uint64 array) and a key of two 32-bit words -> (..., 4) random 32-bit words."""
-    c = [counter[..., i].astype(np.uint64) for i in range(4)]
-    k = list(key)
+    c, k = [counter[..., i].astype(np.uint64) for i in range(4)], key
     for _ in range(10):
         a, b = c[0] * _ROUND[0], c[2] * _ROUND[1]
         c = [
@@ -38,8 +37,7 @@ def _words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks:
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, view: int, n: int) -> np.ndarray:
     """(len(indices), n) float64 numbers in [0, 1)."""
-    blocks = -(-n // 4)
-    return _words(seed, epoch, indices, view * 256, blocks)[:, :n] * 2.0**-32
+    return _words(seed, epoch, indices, view * 256, -(-n // 4))[:, :n] * 2.0**-32
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:

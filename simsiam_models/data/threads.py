@@ -41,9 +41,8 @@ def run_in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead:
     finally:  # runs also if the consumer stops early
         if isinstance(jobs, Generator):
             jobs.close()
-        for _, futures in waiting:
-            for future in futures:
-                future.cancel()
+        for future in (future for _, futures in waiting for future in futures):
+            future.cancel()
 
 
 def _wait(result: Any, futures: list[Future]) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.messages import one_line
-from .decode import DataError, UnreadableError, decode, explain_read_errors
+from .decode import DataError, UnreadableError, decode, explain_read_errors, import_library
 from .index import digest
 from .lists import MAX_CLASSES
 from .shards import VALIDATION
@@ -25,20 +25,11 @@ LABELS = ('label', 'labels', 'fine_label', 'class', 'target')
 
 
 def import_datasets() -> ModuleType:
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "Hugging Face data sets need the datasets library: pip install 'simsiam-models[data]'") from None
-    return datasets
+    return import_library('datasets', 'Hugging Face data sets')
 
 
 class ArrowImages:
-    """The images of a datasets.Dataset, decoded here.
-
-    Raises:
-        ValueError: there is no column of images, or more than one, or no image.
-    """
+    """The images of a datasets.Dataset, decoded here. Raises ValueError without exactly one column of images."""
 
     def __init__(self, rows: Any, name: str) -> None:
         self.name, self.column = name, find_image_column(rows.features, name)
@@ -64,13 +55,9 @@ class ArrowImages:
         """Hashes the sizes of all images in order, and the labels: reading every byte would take hours."""
         import pyarrow as pa
         import pyarrow.compute as pc
-        values = self._rows.with_format('arrow')[:][self.column]
-        if not isinstance(values, pa.ChunkedArray):
-            values = pa.chunked_array([values])
-        paths = ''
+        values, paths = self._rows.with_format('arrow')[:][self.column], ''
         if pa.types.is_struct(values.type):
-            parts = values
-            values = pc.struct_field(parts, 'bytes')
+            parts, values = values, pc.struct_field(values, 'bytes')
             if values.null_count:
                 paths = json.dumps(pc.struct_field(parts, 'path').to_pylist())
         sizes = pc.fill_null(pc.cast(pc.binary_length(values), pa.int64()), -1).to_numpy()
@@ -79,15 +66,10 @@ class ArrowImages:
 
 
 def find_image_column(features: Any, name: str) -> str:
-    datasets, found = import_datasets(), []
-    for is_image in (
-        lambda f: isinstance(f, datasets.Image),
-        lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
-        lambda f: isinstance(f, dict) and 'bytes' in f,
-    ):
-        found = [column for column, feature in features.items() if is_image(feature)]
-        if found:
-            break
+    datasets = import_datasets()
+    kinds = (lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
+             lambda f: isinstance(f, dict) and 'bytes' in f)
+    found = next(filter(None, ([c for c, f in features.items() if is_image(f)] for is_image in kinds)), [])
     if len(found) > 1:
         found = [column for column in ('image', 'img') if column in found][:1] or found
     if len(found) != 1:
@@ -98,11 +80,8 @@ def find_image_column(features: Any, name: str) -> str:
 
 def select_undecoded(rows: Any, column: str) -> Any:
     """Selects the images alone, each as bytes or the path of a file."""
-    datasets = import_datasets()
-    rows = rows.select_columns([column])
-    if isinstance(rows.features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return rows
+    rows, image = rows.select_columns([column]), import_datasets().Image
+    return rows.cast_column(column, image(decode=False)) if isinstance(rows.features[column], image) else rows
 
 
 def read_encoded(value: Any) -> bytes | None:
@@ -117,64 +96,54 @@ def read_encoded(value: Any) -> bytes | None:
 
 
 def _read_labels(rows: Any) -> tuple[np.ndarray | None, list[str]]:
-    datasets, features = import_datasets(), rows.features
-    named = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    numbered = [column for column, feature in features.items() if str(getattr(feature, 'dtype', '')).startswith(
-        ('int', 'uint'))]
-    columns = [column for column in LABELS if column in named + numbered] or (named if len(named) == 1 else [])
-    if not columns:
+    named = {c: list(f.names) for c, f in rows.features.items() if isinstance(f, import_datasets().ClassLabel)}
+    numbered = [c for c, f in rows.features.items() if str(getattr(f, 'dtype', '')).startswith(('int', 'uint'))]
+    column = next((c for c in LABELS if c in (*named, *numbered)), next(iter(named)) if len(named) == 1 else None)
+    values = None if column is None else rows.select_columns([column]).with_format('arrow')[:][column]
+    if values is None or values.null_count or (labels := values.to_numpy()).min() < 0 or labels.max() >= MAX_CLASSES:
         return None, []
-    values = rows.select_columns([columns[0]]).with_format('arrow')[:][columns[0]]
-    if values.null_count:
-        return None, []
-    labels = values.to_numpy()
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
-        return None, []
-    names = features[columns[0]].names if columns[0] in named else None
-    labels = labels.astype(np.int32)
-    return labels, list(names) if names is not None else [str(i) for i in range(labels.max() + 1)]
+    return labels.astype(np.int32), named.get(column) or [str(i) for i in range(int(labels.max()) + 1)]
 
 
-def explain_open_errors(name: str, call: Callable[[], Any]) -> Any:
+def explain_open_errors(name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Returns the result of a call of the datasets library; turns its errors into one DataError."""
     try:
-        return call()
+        return call(*args, **options)
     # datasets raises its own DatasetsError, and those of pyarrow, fsspec, huggingface_hub, json, yaml, ...
     except Exception as e:
         e = e.__cause__ or e  # the outermost error often says only that something went wrong
         if isinstance(e, MemoryError):
             raise e from None
-        text = f'{type(e).__name__}: {one_line(e, 300)}'
-        raise DataError(f'{name} cannot be opened by the datasets library ({text})') from None
+        raise DataError(
+            f'{name} cannot be opened by the datasets library ({type(e).__name__}: {one_line(e, 300)})') from None
 
 
-def open_saved(folder: Path) -> dict[str, Any]:
-    """Opens a folder of `save_to_disk`: its splits, or a single one as train."""
-    rows = explain_open_errors(str(folder), lambda: import_datasets().load_from_disk(str(folder)))
-    return dict(rows) if isinstance(rows, import_datasets().DatasetDict) else {'train': rows}
+def open_saved(folder: Path, name: str) -> tuple[ArrowImages, ArrowImages | None] | None:
+    """Opens a folder of `save_to_disk`, its splits or a single one; returns None if `folder` is none."""
+    if not (folder / 'dataset_dict.json').is_file() and not (folder / 'state.json').is_file():
+        return None
+    rows = explain_open_errors(str(folder), import_datasets().load_from_disk, str(folder))
+    return _choose_splits(rows if isinstance(rows, dict) else {'train': rows}, name)
 
 
 def open_files(files: list[Path], name: str) -> ArrowImages:
     """Opens Parquet or Arrow files as one table."""
     datasets = import_datasets()
     if files[0].suffix == '.parquet':
-        rows = explain_open_errors(name, lambda: datasets.load_dataset(
-            'parquet', data_files=[str(f.resolve()) for f in files], split='train'))
-    else:
-        rows = explain_open_errors(
-            name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files]))
-    return ArrowImages(rows, name)
+        return ArrowImages(explain_open_errors(
+            name, datasets.load_dataset, 'parquet', data_files=[str(f.resolve()) for f in files], split='train'), name)
+    return ArrowImages(explain_open_errors(
+        name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])), name)
 
 
-def open_repo(repo: str, split: str | None) -> dict[str, Any]:
-    """Downloads a data set of the Hub: all its splits, or the one that is given as train."""
-    datasets = import_datasets()
-    if split is not None:
-        return {'train': explain_open_errors(f'hf:{repo}:{split}', lambda: datasets.load_dataset(repo, split=split))}
-    return dict(explain_open_errors(f'hf:{repo}', lambda: datasets.load_dataset(repo)))
+def open_repo(repo: str, split: str | None, name: str) -> tuple[ArrowImages, ArrowImages | None]:
+    """Downloads a data set of the Hub: all its splits, or the given one."""
+    at = f'hf:{repo}' if split is None else f'hf:{repo}:{split}'
+    rows = explain_open_errors(at, import_datasets().load_dataset, repo, split=split)
+    return _choose_splits(rows if split is None else {'train': rows}, name)
 
 
-def choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
+def _choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
     """Returns the training split, and the first of VALIDATION that has labels."""
     if 'train' not in splits and len(splits) > 1:
         raise ValueError(f'{name} has no split train but {", ".join(splits)}; choose one with hf:REPO:SPLIT')

@@ -38,16 +38,13 @@ PYTHON_FILES = {  # of the Python version, which torchvision reads
 class CifarImages:
     """The images of those `files` that exist in `folder`; the complete set has `expected`.
 
-    Raises:
-        ValueError: a file is not a whole number of records, or its records are not of this data set.
+    Raises ValueError if a file is not a whole number of records, or its records are not of this data set.
     """
 
     def __init__(self, folder: Path, layout: _Layout, files: list[str], expected: int) -> None:
         existing = [file for file in files if (folder / file).is_file()]
-        size, self._parts = layout.label_bytes + PIXELS, []
-        self.name = f'{folder} ({", ".join(existing)})'
-        for file in existing:
-            path = folder / file
+        self.name, self._parts, size = f'{folder} ({", ".join(existing)})', [], layout.label_bytes + PIXELS
+        for path in (folder / file for file in existing):
             found = path.stat().st_size
             if not found or found % size:
                 raise ValueError(
@@ -63,8 +60,8 @@ class CifarImages:
         if len(self) != expected:
             _logger.warning(f'{self.name}: {len(self)} images found, {expected} expected in the whole {layout.name}')
         file = folder / layout.names_file
-        names = [name.strip() for name in file.read_text(errors='replace').split('\n')] if file.is_file() else []
-        names = [name for name in names if name]
+        lines = file.read_text(errors='replace').split('\n') if file.is_file() else []
+        names = [name for line in lines if (name := line.strip())]
         self.classes = names if len(names) == layout.classes else [str(i) for i in range(layout.classes)]
         self.digest = digest(json.dumps([layout.name, self.classes]), *(np.asarray(part) for part in self._parts))
 
@@ -79,17 +76,12 @@ class CifarImages:
 
 
 def open_cifar(root: Path) -> tuple[CifarImages, CifarImages | None] | None:
-    """Returns None if neither `root` nor the folder of the unpacked archive in it has a training file.
-
-    Raises:
-        ValueError: a file is damaged, or these are files of the Python version.
-    """
+    """Opens `root`, or the folder of the unpacked archive in it; returns None if neither has a training file."""
     for folder in (root / name for name in FOLDERS):
         for layout in LAYOUTS:
             if any((folder / file).is_file() for file in layout.train):
-                has_val = (folder / layout.test).is_file()
-                return (CifarImages(folder, layout, layout.train, 50000),
-                        CifarImages(folder, layout, [layout.test], 10000) if has_val else None)
+                train, has_val = CifarImages(folder, layout, layout.train, 50000), (folder / layout.test).is_file()
+                return train, CifarImages(folder, layout, [layout.test], 10000) if has_val else None
     for file, name in PYTHON_FILES.items():
         if (root / file).is_file():
             folder = (root / file).parent

@@ -1,8 +1,10 @@
 """The bytes of an image file -> RGB pixels; the errors of data that cannot be used."""
 import errno
+import importlib
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,6 +27,14 @@ class UnreadableError(DataError):
     """An image cannot be read or decoded."""
 
 
+def import_library(name: str, users: str) -> ModuleType:
+    """Imports a library of the extra `data`; raises DataError if it is missing. `users` need it, in the plural."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DataError(f"{users} need the {name} library: pip install 'simsiam-models[data]'") from None
+
+
 @contextmanager
 def explain_read_errors(name: str, *errors: type[Exception]) -> Iterator[None]:
     """Turns these errors into UnreadableError for the image `name`, except for a lack of memory or file handles."""
@@ -33,19 +43,16 @@ def explain_read_errors(name: str, *errors: type[Exception]) -> Iterator[None]:
     except errors as e:
         if isinstance(e, MemoryError) or getattr(e, 'errno', None) in _EXHAUSTED:
             raise
-        reason = getattr(e, 'strerror', None) or one_line(e)
-        file = getattr(e, 'filename', None)
-        where = f': {file}' if file and str(file) not in name else ''
-        raise UnreadableError(f'{name}: cannot be read ({reason}{where})') from None
+        file = str(getattr(e, 'filename', None) or '')
+        reason = (getattr(e, 'strerror', None) or one_line(e)) + (f': {file}' if file not in name else '')
+        raise UnreadableError(f'{name}: cannot be read ({reason})') from None
 
 
 def decode(data: bytes | bytearray, name: str) -> np.ndarray:
     """-> (H, W, 3) uint8, the pixels of PIL's convert('RGB'); 16-bit grayscale is scaled to 8 bits.
 
-    As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped.
-
-    Raises:
-        UnreadableError: `name` cannot be decoded.
+    As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped. Raises
+    UnreadableError, which contains `name`, if the data cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
@@ -66,9 +73,7 @@ def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:
     """Decodes with torchvision's libjpeg-turbo, which PIL uses too; returns None for files that PIL must judge."""
     raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
     try:
-        x = _JPEG(raw, _UNCHANGED)  # (C, H, W), in memory (H, W, C)
+        x = _JPEG(raw, _UNCHANGED).permute(1, 2, 0)  # a view of (C, H, W), which is (H, W, C) in memory
     except RuntimeError:
         return None
-    if x.shape[0] == 1:
-        return x.permute(1, 2, 0).expand(-1, -1, 3).numpy()
-    return x.permute(1, 2, 0).numpy() if x.shape[0] == 3 else None  # 4: CMYK
+    return x.expand(-1, -1, 3).numpy() if x.shape[2] in (1, 3) else None  # 4: CMYK

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -54,11 +55,9 @@ def pixels_digest(images: Images) -> str:
     """
     parts = []
     for i in sorted({(len(images) - 1) * j // 15 for j in range(16)}) if len(images) else ():
-        try:
+        with suppress(UnreadableError):
             image = images.read(i)
-        except UnreadableError:
-            continue
-        parts += [str(image.shape), image]
+            parts += [str(image.shape), image]
     return digest(*parts)
 
 
@@ -79,11 +78,6 @@ def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
     return images.stored_sizes(rows) if hasattr(images, 'stored_sizes') else None
 
 
-def _open_nonblocking(path: str, flags: int) -> int:
-    """Does not wait for a writer if the file is a pipe."""
-    return os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))
-
-
 class FileImages:
     """Image files that an index names, by paths relative to `root` or absolute ones."""
 
@@ -99,19 +93,17 @@ class FileImages:
 
     def stored_sizes(self, rows: np.ndarray) -> np.ndarray:
         """See the function `stored_sizes`."""
-        return np.array([self._size(i) for i in rows.tolist()], np.int64)
-
-    def _size(self, index: int) -> int:
-        try:  # `path` would take as long again
-            return os.stat(os.path.join(os.fsencode(self.root), self._index.path(index))).st_size
-        except (OSError, ValueError):  # ValueError: no file can have this name
-            return -1
+        sizes, root = np.full(len(rows), -1, np.int64), os.fsencode(self.root)
+        for i, row in enumerate(rows.tolist()):
+            with suppress(OSError, ValueError):  # ValueError: no file can have this name
+                sizes[i] = os.stat(os.path.join(root, self._index.path(row))).st_size  # `path` would take as long again
+        return sizes
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8. Raises UnreadableError, which names the file, if it cannot be read or decoded."""
-        path = self.path(index)
+        path, nonblocking = self.path(index), getattr(os, 'O_NONBLOCK', 0)  # do not wait for the writer of a pipe
         with explain_read_errors(str(path), OSError, ValueError):  # ValueError: no file can have this name
-            with open(path, 'rb', buffering=0, opener=_open_nonblocking) as f:
+            with open(path, 'rb', buffering=0, opener=lambda name, flags: os.open(name, flags | nonblocking)) as f:
                 status = os.fstat(f.fileno())
                 if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
                     raise ValueError('not a regular file, or larger than a gigabyte')
@@ -122,20 +114,17 @@ class FileImages:
 class FolderImages(FileImages):
     """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
 
-    The listing is memory-mapped from a cache, which is valid until a folder below `root` changes.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or no image in it.
+    The listing is memory-mapped from a cache, which is valid until a folder below `root` changes. Raises
+    FileNotFoundError if there is no such folder, or no image in it.
     """
 
     def __init__(self, root: str | Path) -> None:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA must be a folder of images')
-        index = open_index(root, EXTENSIONS)
-        if not len(index):
+        super().__init__(root, open_index(root, EXTENSIONS), str(root))
+        if not len(self):
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
-        super().__init__(root, index, str(root))
 
 
 class MemoryImages:

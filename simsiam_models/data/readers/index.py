@@ -8,6 +8,7 @@ mapping them almost none. A cache file holds
 and is valid as long as no folder below the root, and no file that was read for it, has changed. The header holds the
 CRC-32 of the arrays, which is checked at every start; this reads all of them, 0.02 s for ImageNet.
 """
+import functools
 import hashlib
 import json
 import os
@@ -17,6 +18,8 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +29,21 @@ from ...runtime.files import cache_folder, replacing, write_synced
 
 MAGIC = b'simsidx3'  # the last character is the version of the format
 PREFIX = struct.Struct('<8sq32s')
-DTYPES = {'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
-COLUMNS = ('shards', 'starts', 'sizes')  # the place of an image in tar shards
+DTYPES = {  # shards, starts and sizes: the columns of an index of tar shards
+    'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
 RACY_NS = 2 * 10**9  # the coarsest clock among file systems in use (FAT)
 
 
+@dataclass(eq=False)
 class Index:
     """Named images in a fixed order, read-only. Without labels, `labels` is None and `classes` empty."""
 
-    def __init__(
-        self, offsets: np.ndarray, paths: np.ndarray, labels: np.ndarray | None, classes: list[str], digest: str,
-        columns: dict[str, np.ndarray],
-    ) -> None:
-        self._offsets, self._paths = offsets, paths  # (N + 1,) int64; all paths end to end, uint8
-        self.labels, self.classes = labels, classes  # (N,) int32; sorted
-        self.digest, self.columns = digest, columns  # of names and labels, see `digest`; (N,) each
+    _offsets: np.ndarray  # (N + 1,) int64
+    _paths: np.ndarray  # all paths end to end, uint8
+    labels: np.ndarray | None  # (N,) int32
+    classes: list[str]  # sorted
+    digest: str  # of names and labels
+    columns: dict[str, np.ndarray]  # (N,) each
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -55,12 +58,11 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     """Hashes a sequence of parts to 16 hexadecimal characters."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
-        part = part.encode(errors='surrogateescape') if isinstance(part, str) else part
-        data = memoryview(np.ascontiguousarray(part)).cast('B') if isinstance(part, np.ndarray) and part.size else part
-        size = part.nbytes if isinstance(part, np.ndarray) else len(part)
-        state.update(size.to_bytes(8, 'little'))
-        if size:
-            state.update(data)
+        if isinstance(part, np.ndarray):
+            part = memoryview(np.ascontiguousarray(part)).cast('B') if part.size else b''
+        data = part.encode(errors='surrogateescape') if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, 'little'))
+        state.update(data)
     return state.hexdigest()
 
 
@@ -72,8 +74,8 @@ class Listing:
         self.labels, self.classes = array('i'), []  # labels: one for each path, or none at all
         self.columns: dict[str, array] = {}
         self.about = ''  # text that the digest also covers
-        self.folders: dict[str, list[int] | None] = {}  # _stamp_folder of every folder, and of links that lead to none
-        self.files: dict[str, list[int] | None] = {}  # stamp_file of every file that was read
+        self.folders: dict[str, list[int] | None] = {}  # stamps of all folders, and of links that lead to none
+        self.files: dict[str, list[int] | None] = {}  # stamps of all files that were read
         self.lasting = True  # whether the stamps will show every later change
         self._settled = time.time_ns() - RACY_NS
 
@@ -100,11 +102,7 @@ class Listing:
         self._watch(stamp[1] if stamp else 0)
 
     def _watch(self, mtime_ns: int) -> None:
-        """Rejects times that may not show a later change.
-
-        What changed a moment ago may change again within the same tick of the file system's clock. 0 is the time that
-        file systems without times report.
-        """
+        """Rejects 0 (a file system without times), and times so recent that the clock may not show another change."""
         self.lasting &= 0 < mtime_ns < self._settled
 
     def make_index(self) -> Index:
@@ -116,10 +114,7 @@ class Listing:
 
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
-    """Lists the files below `root` that end in one of `extensions` (lower case), as os.walk with links followed.
-
-    Uses the cached listing if it is current. If no file is found, the length is 0 and nothing is cached.
-    """
+    """Lists the files below `root` that end in one of `extensions` (lower case), as os.walk with links followed."""
     key = {'root': os.path.realpath(root), 'extensions': list(extensions)}
     return load_or_build(key, lambda: _scan(key['root'], extensions))
 
@@ -129,36 +124,30 @@ def load_or_build(key: dict, build: Callable[[], Listing]) -> Index:
 
     key['root'] is the folder that the paths of `Listing.folders` and `Listing.files` are relative to.
     """
-    cache = cache_folder()
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    file = None if cache is None else cache / 'index' / f'{name}.idx'
-    index = None if file is None else _load(file, key)
-    if index is not None:
+    if (cache := cache_folder()) is None:
+        return build().make_index()
+    file = cache / 'index' / f'{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.idx'
+    if (index := _load(file, key)) is not None:
         return index
     listing = build()
-    if file is not None and (index := _load(file, key)) is not None:  # another process was faster
-        return index
-    if file is not None and listing.lasting and len(listing):
-        try:
+    index = _load(file, key)  # another process may have been faster
+    if index is None and listing.lasting and len(listing):
+        with suppress(OSError):  # no space or no permission: only the next start is slower
             _save(file, key, listing)
-        except OSError:  # no space or no permission: only the next start is slower
-            pass
-        else:
             index = _load(file, key)  # map it here, too, to free the memory of the listing
     return listing.make_index() if index is None else index
 
 
 def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     """The classes are the subfolders of `root`, unless an image lies in `root` itself."""
-    listing = Listing()
-    runs: list[tuple[str, int]] = []  # subfolders of root and their numbers of images, in the order of the paths
+    listing, runs = Listing(), []  # runs: subfolders of root and their numbers of images, in the order of the paths
 
     def walk(folder: str, above: tuple[tuple[int, int], ...]) -> None:
         """Lists `folder`, '' or a relative path with a final separator; `above` identifies the folders it lies in."""
         path, names = os.path.join(root, folder), []
         try:
             status = os.stat(path)
-            listing.folders[folder] = _stamp_folder(status)
+            listing.folders[folder] = stamp_file(status, is_folder=True)
             listing._watch(status.st_mtime_ns)
             identity = status.st_dev, status.st_ino
             if identity in above:  # a link to a folder above it
@@ -194,26 +183,19 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     return listing
 
 
-def _stamp_folder(at: str | os.stat_result) -> list[int] | None:
-    """Identifies a folder and its last change; None if there is no folder.
+def stamp_file(at: str | Path | os.stat_result, is_folder: bool = False) -> list[int] | None:
+    """Identifies a file, its last change and its size, or a folder and its last change; None if there is none.
 
-    st_mtime changes with the names in it. So does st_ctime, which tar, rsync and the like cannot set back.
+    st_mtime of a folder changes with the names in it. So does st_ctime, which tar, rsync and the like cannot set back.
     """
     try:
-        status = os.stat(at) if isinstance(at, str) else at
+        status = at if isinstance(at, os.stat_result) else os.stat(at)
     except OSError:
         return None
-    return [status.st_ino, status.st_mtime_ns, status.st_ctime_ns] if stat.S_ISDIR(status.st_mode) else None
-
-
-def stamp_file(at: str | Path) -> list[int] | None:
-    """Identifies a file, its last change and its size; None if there is no file."""
-    try:
-        status = os.stat(at)
-    except OSError:
-        return None
-    stamp = [status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size]
-    return stamp if stat.S_ISREG(status.st_mode) else None
+    stamp = [status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+    if is_folder:
+        return stamp if stat.S_ISDIR(status.st_mode) else None
+    return [*stamp, status.st_size] if stat.S_ISREG(status.st_mode) else None
 
 
 def _save(file: Path, key: dict, listing: Listing) -> None:
@@ -221,13 +203,12 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
     arrays = {'offsets': index._offsets, 'paths': index._paths, **index.columns}
     if index.labels is not None:
         arrays['labels'] = index.labels
-    places, blocks, size, crc = {}, [], 0, 0
+    places, blocks, size = {}, [], 0
     for name, values in arrays.items():
         places[name] = [size, len(values)]
         blocks += [values.astype(DTYPES[name], copy=False), bytes(-values.nbytes % 8)]
         size = _align(size + values.nbytes)
-    for block in blocks:
-        crc = zlib.crc32(block, crc)
+    crc = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
     header = json.dumps({
         **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'folders': listing.folders,
         'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
@@ -249,17 +230,13 @@ def _load(file: Path, key: dict) -> Index | None:
         with open(file, 'rb') as f:
             size = os.fstat(f.fileno()).st_size
             magic, length, digest = PREFIX.unpack(f.read(PREFIX.size))
-            if magic != MAGIC or not 0 < length < size:
+            if magic != MAGIC or not 0 < length < size or hashlib.sha256(text := f.read(length)).digest() != digest:
                 return None
-            header = f.read(length)
-            if hashlib.sha256(header).digest() != digest:
-                return None
-            header = json.loads(header)
-            start = _align(PREFIX.size + length)
+            header, start = json.loads(text), _align(PREFIX.size + length)
             if start + header['size'] != size or any(header[name] != value for name, value in key.items()):
                 return None
-            for make_stamp, stamps in ((_stamp_folder, header['folders']), (stamp_file, header['files'])):
-                if any(make_stamp(os.path.join(key['root'], at)) != stamp for at, stamp in stamps.items()):
+            for stamps, is_folder in ((header['folders'], True), (header['files'], False)):
+                if any(stamp_file(os.path.join(key['root'], at), is_folder) != stamp for at, stamp in stamps.items()):
                     return None
             f.seek(start)
             crc = 0
@@ -268,13 +245,11 @@ def _load(file: Path, key: dict) -> Index | None:
             if crc != header['crc32']:
                 return None
             mapped = np.asarray(np.memmap(f, np.uint8, 'r'))[start:]
-        arrays = {}
-        for name, (first, count) in header['arrays'].items():
-            dtype = np.dtype(DTYPES[name])
-            arrays[name] = mapped[first:first + count * dtype.itemsize].view(dtype)
-        index = Index(
-            arrays['offsets'], arrays['paths'], arrays.get('labels'), header['classes'], header['digest'],
-            {name: arrays[name] for name in COLUMNS if name in arrays})
+        arrays = {
+            name: mapped[first:first + count * np.dtype(DTYPES[name]).itemsize].view(DTYPES[name])
+            for name, (first, count) in header['arrays'].items()}
+        index = Index(arrays.pop('offsets'), arrays.pop('paths'), arrays.pop('labels', None), header['classes'],
+                      header['digest'], columns=arrays)
         labels = 0 if index.labels is None else len(index.labels)
         fits = (len(index) == header['images'] and labels == (len(index) if index.classes else 0)
                 and all(len(values) == len(index) for values in index.columns.values())

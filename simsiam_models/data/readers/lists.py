@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ...runtime.messages import short
 from .images import EXTENSIONS, FileImages
 from .index import Listing, load_or_build
@@ -32,18 +30,15 @@ _NUMBER = re.compile(r'[0-9]+', re.ASCII)
 class ListImages(FileImages):
     """The images that a list names.
 
-    Raises:
-        FileNotFoundError: there is no such list, or none of its first images exists.
-        ValueError: a line is not valid; the message gives its number.
+    Raises FileNotFoundError if the list or all of its first images are missing, ValueError if a line is not valid.
     """
 
     def __init__(self, file: str | Path) -> None:
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(f'{file}: no such list of images')
-        root = file.parent
-        key = {'root': os.path.realpath(root), 'list': file.name}
-        super().__init__(root, load_or_build(key, lambda: _parse(file)), str(file))
+        key = {'root': os.path.realpath(file.parent), 'list': file.name}
+        super().__init__(file.parent, load_or_build(key, lambda: _parse(file)), str(file))
         if not len(self):
             raise ValueError(f'{file} names no image; each line must be `path` or `path label`')
         first = range(min(len(self), 100))
@@ -56,31 +51,27 @@ class ListImages(FileImages):
 def _parse(file: Path) -> Listing:
     listing, names = Listing(), {}
     listing.watch_file(file.name, file)
-    first_label = None
-    for n, (line, path, label) in enumerate(_read_rows(file)):
+    for line, path, label in _read_rows(file):
         if '\0' in path:
             raise ValueError(f'{file}, line {line}: contains a NUL byte; a list must be text in UTF-8')
-        if not n:
+        if not len(listing):
             first_label = label
         if bool(label) != bool(first_label):
             has = 'has no label' if first_label else f'has the label {short(label)!r}'
             raise ValueError(f'{file}, line {line}: {has}, unlike the lines before it; label all images or none')
         listing.add(path)
-        if not label:
-            continue
-        if not _NUMBER.fullmatch(first_label):
-            listing.labels.append(names.setdefault(label, len(names)))
-        elif not _NUMBER.fullmatch(label) or int(label) >= MAX_CLASSES:
-            raise ValueError(
-                f'{file}, line {line}: the label {short(label)!r} is not a class number; use integers from 0 to '
-                f'{MAX_CLASSES - 1}')
-        else:
+        if label and _NUMBER.fullmatch(first_label):
+            if not _NUMBER.fullmatch(label) or int(label) >= MAX_CLASSES:
+                raise ValueError(
+                    f'{file}, line {line}: the label {short(label)!r} is not a class number; use integers from 0 to '
+                    f'{MAX_CLASSES - 1}')
             listing.labels.append(int(label))
+        elif label:
+            listing.labels.append(names.setdefault(label, len(names)))
     if names:  # renumber the classes in the order of their names
         listing.classes = sorted(names)
-        number = {name: i for i, name in enumerate(listing.classes)}
-        order = np.array([number[name] for name in names], np.int32)
-        listing.labels = array('i', order[np.frombuffer(listing.labels, np.int32)].tobytes())
+        number = {names[name]: i for i, name in enumerate(listing.classes)}
+        listing.labels = array('i', map(number.get, listing.labels))
     elif listing.labels:
         listing.classes = [str(i) for i in range(max(listing.labels) + 1)]
     return listing
@@ -88,15 +79,13 @@ def _parse(file: Path) -> Listing:
 
 def _read_rows(file: Path) -> Iterator[tuple[int, str, str]]:
     """Yields line number, path, and label or ''."""
-    suffix = file.suffix.lower()
-    is_csv = suffix in CSV_SUFFIXES
+    is_csv = file.suffix.lower() in CSV_SUFFIXES
     # surrogateescape keeps bytes that are not UTF-8, as os.fsdecode does in file names.
     with open(file, encoding='utf-8-sig', errors='surrogateescape', newline='' if is_csv else None) as f:
         if is_csv:
-            yield from _read_csv(file, csv.reader(f, delimiter='\t' if suffix == '.tsv' else ','))
+            yield from _read_csv(file, csv.reader(f, delimiter='\t' if file.suffix.lower() == '.tsv' else ','))
             return
-        for line, text in enumerate(f, 1):
-            text = text.strip()
+        for line, text in enumerate(map(str.strip, f), 1):
             if text.lower().endswith(EXTENSIONS):
                 yield line, text, ''
             elif text:
@@ -113,34 +102,26 @@ def _read_rows(file: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def _read_csv(file: Path, reader: Any) -> Iterator[tuple[int, str, str]]:
-    columns: tuple[int, int | None] | None = None  # of path and label
     width = 0
     try:
-        for row in reader:
-            if not any(row):
-                continue
-            if columns is None:
-                width, columns = len(row), _find_columns([name.strip().lower() for name in row])
-                if columns is not None:
+        for row in filter(any, reader):
+            if not width:
+                width, header = len(row), [name.strip().lower() for name in row]
+                path_at, label_at = (next((header.index(name) for name in names if name in header), None)
+                                     for names in (PATH_COLUMNS, LABEL_COLUMNS))
+                if path_at is not None:
                     continue
                 if not row[0].lower().endswith(EXTENSIONS) or width > 2:
                     raise ValueError(
                         f'{file}, line {reader.line_num}: {short(str(row))} names no column {", ".join(PATH_COLUMNS)}, '
                         'nor is it `path` or `path,label` of an image')
-                columns = 0, 1 if width == 2 else None
+                path_at, label_at = 0, 1 if width == 2 else None
             if len(row) != width:
                 raise ValueError(
                     f'{file}, line {reader.line_num}: {len(row)} fields, but the first line has {width}; put fields '
                     'that contain a comma in quotes')
-            path, label = row[columns[0]], '' if columns[1] is None else row[columns[1]].strip()
-            if not path:
+            if not row[path_at]:
                 raise ValueError(f'{file}, line {reader.line_num}: the path is empty')
-            yield reader.line_num, path, label
+            yield reader.line_num, row[path_at], '' if label_at is None else row[label_at].strip()
     except csv.Error as e:
         raise ValueError(f'{file}, line {reader.line_num}: not valid CSV ({e})') from None
-
-
-def _find_columns(header: list[str]) -> tuple[int, int | None] | None:
-    paths, labels = (
-        [header.index(name) for name in names if name in header] for names in (PATH_COLUMNS, LABEL_COLUMNS))
-    return (paths[0], labels[0] if labels else None) if paths else None

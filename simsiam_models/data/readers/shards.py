@@ -2,8 +2,10 @@
 import glob
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
+TABLES = ('.parquet', '.arrow')
 VALIDATION = ('validation', 'val', 'valid', 'test')  # in order of preference
 
 
@@ -30,14 +32,17 @@ def expand_pattern(pattern: str) -> list[Path]:
 def list_shards(folder: Path, suffix: str) -> list[Path]:
     """The files with this suffix in `folder`, or else in its subfolder data, as in repositories; sorted."""
     for place in (folder, folder / 'data'):
-        try:
-            names = sorted(os.listdir(place))
-        except OSError:
-            continue
-        names = [name for name in names if name.lower().endswith(suffix) and not name.startswith('.')]
+        names = []
+        with suppress(OSError):
+            names = sorted(n for n in os.listdir(place) if n.lower().endswith(suffix) and not n.startswith('.'))
         if found := [place / name for name in names if (place / name).is_file()]:
             return found
     return []
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """The Parquet files of `list_shards`, or else the Arrow files."""
+    return list_shards(folder, TABLES[0]) or list_shards(folder, TABLES[1])
 
 
 def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
@@ -49,8 +54,6 @@ def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
     train = [file for file in files if 'train' in words[file]]
     if not train:
         return files, []
-    rest = [file for file in files if 'train' not in words[file]]
-    for names in (VALIDATION[:3], VALIDATION[3:]):
-        if val := [file for file in rest if not words[file].isdisjoint(names)]:
-            return train, val
-    return train, []
+    val, test = ([file for file in files if 'train' not in words[file] and not words[file].isdisjoint(names)]
+                 for names in (VALIDATION[:3], VALIDATION[3:]))
+    return train, val or test

@@ -6,17 +6,16 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...runtime.messages import one_line
 from ..philox import permutation
 from .arrow import explain_open_errors, find_image_column, import_datasets, read_encoded, select_undecoded
-from .decode import DataError
+from .decode import DataError, import_library
 from .images import EXTENSIONS
 from .index import digest
-from .shards import expand_braces, list_shards, split_by_name
+from .shards import TABLES, expand_braces, list_shards, split_by_name
 
 BUFFER = 1000  # images from which the next one is drawn
 
@@ -24,28 +23,18 @@ BUFFER = 1000  # images from which the next one is drawn
 class _ShuffledStream:
     """What the streams have in common; `_read_epoch` reads a whole epoch."""
 
-    labels = None
-
     def __init__(self, name: str, length: int, digest: str) -> None:
         if length < 1:
             raise ValueError(f'{name}: the number of images is unknown; give --images-per-epoch N')
-        self.name, self.classes, self.digest, self._length = name, [], digest, length
+        self.name, self.labels, self.classes, self.digest, self._length = name, None, [], digest, length
 
     def __len__(self) -> int:
         return self._length
 
     def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]:
-        """Yields the undecoded images of an epoch, from position `start` on; empty bytes if the source holds no image.
-
-        Raises:
-            DataError: the stream broke off.
-        """
-        # Skips one by one: once images are shuffled, neither library starts in the middle exactly.
-        yield from itertools.islice(self._explain_errors(seed, epoch), start, self._length)
-
-    def _explain_errors(self, seed: int, epoch: int) -> Iterator[bytes]:
-        try:
-            yield from self._read_epoch(seed, epoch)
+        """Yields the undecoded images of an epoch from position `start` on; empty bytes if a sample has no image."""
+        try:  # skips one by one: once images are shuffled, neither library starts in the middle exactly
+            yield from itertools.islice(self._read_epoch(seed, epoch), start, self._length)
         except MemoryError:
             raise
         # datasets and webdataset pass on the errors of fsspec, requests, pyarrow, tarfile, subprocess, ...
@@ -54,16 +43,11 @@ class _ShuffledStream:
                 f'{self.name}: the stream broke off ({type(e).__name__}: {one_line(e, 300)}); run the same command '
                 'again to continue') from None
 
-    def _read_epoch(self, seed: int, epoch: int) -> Iterator[bytes]:
-        raise NotImplementedError
-
 
 class HubStream(_ShuffledStream):
     """A split of a data set of the Hub, or a folder of Parquet or Arrow files, streamed by the datasets library.
 
-    Raises:
-        DataError: it cannot be opened.
-        ValueError: there is no column of images, or the length is unknown.
+    Raises DataError if it cannot be opened, ValueError if no column has images or the length is unknown.
     """
 
     promise = (
@@ -74,20 +58,15 @@ class HubStream(_ShuffledStream):
     def __init__(self, repo: str, split: str | None, images_per_epoch: int | None) -> None:
         datasets, split = import_datasets(), split or 'train'
         name = f'hf-stream:{repo}:{split}'
+        source, options, what = repo, {'split': split}, [repo, split]
         if Path(repo).is_dir():
             files = _list_split(Path(repo), split, name)
-            kind = 'parquet' if files[0].suffix == '.parquet' else 'arrow'
-            what = [str(f.relative_to(repo)) for f in files]
-            paths = [str(f.resolve()) for f in files]
-            rows = explain_open_errors(
-                name, lambda: datasets.load_dataset(kind, data_files=paths, split='train', streaming=True))
-        else:
-            what = [repo, split]
-            rows = explain_open_errors(name, lambda: datasets.load_dataset(repo, split=split, streaming=True))
+            source, what = files[0].suffix.lower()[1:], [str(f.relative_to(repo)) for f in files]
+            options = {'split': 'train', 'data_files': [str(f.resolve()) for f in files]}
+        rows = explain_open_errors(name, datasets.load_dataset, source, **options, streaming=True)
         if rows.features is None:
             rows = explain_open_errors(name, rows._resolve_features)
-        known = (rows.info.splits or {}).get(split)
-        most = known.num_examples if known is not None else None
+        most = getattr((rows.info.splits or {}).get(split), 'num_examples', None)
         if most and images_per_epoch and images_per_epoch > most:
             raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at most {most}, the images of {name}')
         super().__init__(name, images_per_epoch or most or 0, digest(*what, str(rows.features)))
@@ -102,22 +81,14 @@ class HubStream(_ShuffledStream):
 
 
 class WebStream(_ShuffledStream):
-    """Tar shards that the webdataset library fetches: `http(s)://...{000..099}.tar`, or `pipe:COMMAND`.
-
-    Raises:
-        ValueError: --images-per-epoch is missing.
-    """
+    """Tar shards that the webdataset library fetches: `http(s)://...{000..099}.tar`, or `pipe:COMMAND`."""
 
     promise = (
         f'the order is that of the shards and of a buffer of {BUFFER} images, both shuffled by the seed and the epoch: '
         'the same for any number of processes and after a restart, as long as every shard delivers the same')
 
     def __init__(self, spec: str, images_per_epoch: int | None) -> None:
-        try:
-            import webdataset  # noqa: F401
-        except ImportError:
-            raise DataError(
-                f"{spec}: streams of tars need the webdataset library: pip install 'simsiam-models[data]'") from None
+        import_library('webdataset', f'{spec}: streams of tars')
         self._urls = expand_braces(spec)
         names = [re.split(r'[/\s]', url.rstrip('/'))[-1] for url in self._urls]
         super().__init__(spec, images_per_epoch or 0, digest(*names))
@@ -128,20 +99,13 @@ class WebStream(_ShuffledStream):
         # Every process reads all shards: if webdataset split them here, each process would see other batches.
         samples = webdataset.WebDataset(
             urls, shardshuffle=False, nodesplitter=lambda source: source, workersplitter=lambda source: source)
-        return _shuffle((data for sample in samples for data in _find_image(sample)), seed, epoch)
-
-
-def _find_image(sample: dict[str, Any]) -> list[bytes]:
-    """The first image of a sample, if there is one."""
-    return [value for key, value in sample.items() if f'.{key}'.lower().endswith(EXTENSIONS)][:1]
+        images = ([data for key, data in s.items() if f'.{key}'.lower().endswith(EXTENSIONS)][:1] for s in samples)
+        return _shuffle(itertools.chain.from_iterable(images), seed, epoch)
 
 
 def _shuffle(items: Iterator[bytes], seed: int, epoch: int) -> Iterator[bytes]:
-    rng, buffer = np.random.Generator(np.random.PCG64([seed, epoch])), []
+    rng, buffer = np.random.Generator(np.random.PCG64([seed, epoch])), list(itertools.islice(items, BUFFER))
     for item in items:
-        if len(buffer) < BUFFER:
-            buffer.append(item)
-            continue
         at = rng.integers(BUFFER)
         yield buffer[at]
         buffer[at] = item
@@ -150,7 +114,7 @@ def _shuffle(items: Iterator[bytes], seed: int, epoch: int) -> Iterator[bytes]:
 
 
 def _list_split(folder: Path, split: str, name: str) -> list[Path]:
-    for suffix in ('.parquet', '.arrow'):
+    for suffix in TABLES:
         if files := list_shards(folder / split, suffix):
             return files
         train, val = split_by_name(list_shards(folder, suffix))

@@ -32,21 +32,17 @@ _logger = logging.getLogger('simsiam_models')
 class _OpenFile:
     """A file that closes with the last reference to it."""
 
-    def __init__(self, path: str) -> None:
-        self.descriptor = -1
-        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0))
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
 
     def __del__(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
+        os.close(self.descriptor)
 
 
 class TarImages:
     """The images in `shards`, in the order of the shards and of the files in them.
 
-    Raises:
-        FileNotFoundError: a shard does not exist, or they contain no image.
-        ValueError: a shard is compressed, cut off or not a tar.
+    Raises FileNotFoundError if a shard does not exist or they contain no image, ValueError if one is not a whole tar.
     """
 
     def __init__(self, shards: list[Path], name: str) -> None:
@@ -57,14 +53,13 @@ class TarImages:
                     'with gunzip)')
             if not shard.is_file():
                 raise FileNotFoundError(f'{shard}: no such shard, of {len(shards)} in {name}')
-        root = os.path.commonpath([os.path.realpath(shard.parent) for shard in shards])
-        names = [os.path.relpath(os.path.join(os.path.realpath(s.parent), s.name), root) for s in shards]
+        self._shards = [os.path.join(os.path.realpath(shard.parent), shard.name) for shard in shards]
+        root = os.path.commonpath([os.path.dirname(shard) for shard in self._shards])
+        names = [os.path.relpath(shard, root) for shard in self._shards]
         self.name, self._index = name, load_or_build({'root': root, 'shards': names}, lambda: _scan(root, names))
         if not len(self._index):
-            raise FileNotFoundError(
-                f'{name}: no image in {len(shards)} tar shards; looked for {" ".join(EXTENSIONS)}')
+            raise FileNotFoundError(f'{name}: no image in {len(shards)} tar shards; looked for {" ".join(EXTENSIONS)}')
         self.classes, self.labels, self.digest = self._index.classes, self._index.labels, self._index.digest
-        self._shards = [os.path.join(root, name) for name in names]
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -77,8 +72,7 @@ class TarImages:
 
     def read(self, index: int) -> np.ndarray:
         """(H, W, 3) uint8. Raises UnreadableError, which names shard and file, if it cannot be read or decoded."""
-        columns = self._index.columns
-        shard, start, size = (int(columns[column][index]) for column in ('shards', 'starts', 'sizes'))
+        shard, start, size = (int(self._index.columns[name][index]) for name in ('shards', 'starts', 'sizes'))
         name = f'{self._shards[shard]}: {os.fsdecode(self._index.path(index))}'
         with explain_read_errors(name, OSError):
             file = self._open_shard(shard)  # this reference keeps it open while it is read
@@ -87,7 +81,7 @@ class TarImages:
 
     def _open_shard(self, shard: int) -> _OpenFile:
         with self._lock:
-            file = self._open.pop(shard, None) or _OpenFile(self._shards[shard])
+            file = self._open.pop(shard, None) or _OpenFile(os.open(self._shards[shard], os.O_RDONLY))
             self._open[shard] = file
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
@@ -97,8 +91,7 @@ class TarImages:
 def _read(descriptor: int, start: int, size: int) -> bytearray:
     data = bytearray()
     while len(data) < size:
-        piece = os.pread(descriptor, size - len(data), start + len(data))
-        if not piece:
+        if not (piece := os.pread(descriptor, size - len(data), start + len(data))):
             raise OSError(0, 'the shard ends before it')
         data += piece
     return data
@@ -114,8 +107,8 @@ def _scan(root: str, names: list[str]) -> Listing:
         listing.watch_file(name, path)
         rows: dict[str, int] = {}  # sample -> row of its image
         found: dict[str, int] = {}  # sample -> label
-        for member, extension, sample, label in _read_members(path):
-            if extension == 'cls':
+        for member, sample, label in _read_members(path):
+            if label is not None:
                 found[sample] = label
                 continue
             if sample in rows:
@@ -135,8 +128,8 @@ def _scan(root: str, names: list[str]) -> Listing:
     return listing
 
 
-def _read_members(path: str) -> Iterator[tuple[tarfile.TarInfo, str, str, int]]:
-    """Yields the images and .cls files of a tar: the member, its extension, its sample, and the label in it or -1."""
+def _read_members(path: str) -> Iterator[tuple[tarfile.TarInfo, str, int | None]]:
+    """Yields the images and .cls files of a tar: the member, its sample, and the label if it is a .cls."""
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
             while (member := tar.next()) is not None:
@@ -149,7 +142,7 @@ def _read_members(path: str) -> Iterator[tuple[tarfile.TarInfo, str, str, int]]:
                     raise ValueError(
                         f'{path}: {member.name} is a link or a sparse file; write the tar with --dereference '
                         '--hard-dereference')
-                yield member, extension, matched[1], _read_label(path, f, member) if extension == 'cls' else -1
+                yield member, matched[1], _read_label(path, f, member) if extension == 'cls' else None
             _check_end(path, f, tar.offset)
     except tarfile.TarError as e:
         raise ValueError(f'{path}: cut off, damaged or not a tar ({e}); download or create it again') from None

@@ -3,7 +3,6 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,7 @@ GENERIC = ('DatasetFolder', 'FakeData', 'ImageFolder', 'VisionDataset')  # class
 
 
 class TorchvisionImages:
-    """The images of one of torchvision's data sets.
-
-    Raises:
-        ValueError: its items are not images.
-    """
+    """The images of one of torchvision's data sets. Raises ValueError if its items are not images."""
 
     def __init__(self, items: Any, name: str) -> None:
         self.name, self._items = name, items
@@ -65,15 +60,15 @@ def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, Torchvisi
         getattr(torchvision.datasets, n))]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.5)
-        raise ValueError(
-            f'torchvision:{name}: torchvision has no data set of that name'
-            + (f'; did you mean {near[0]}?' if near else '; torchvision.datasets lists them'))
+        hint = f'did you mean {near[0]}?' if near else 'torchvision.datasets lists them'
+        raise ValueError(f'torchvision:{name}: torchvision has no data set of that name; {hint}')
     takes = inspect.signature(make).parameters
+    options = {'download': False} if 'download' in takes else {}  # True by default in two classes
     try:
-        train = _make(make, root, takes)
+        train = make(root, **options, **({'train': True} if 'train' in takes else {}))
     except (RuntimeError, FileNotFoundError, NotADirectoryError) as e:  # RuntimeError: not found or corrupted
-        how = f'torchvision.datasets.{name}({root!r}, download=True) in Python downloads it'
-        how = how if 'download' in takes else f'the documentation of torchvision.datasets.{name} shows their layout'
+        how = (f'torchvision.datasets.{name}({root!r}, download=True) in Python downloads it' if options else
+               f'the documentation of torchvision.datasets.{name} shows their layout')
         raise FileNotFoundError(
             f'{spec}: its files are not below {root}, or not complete ({one_line(e)}); {how}') from None
     except OSError as e:
@@ -85,7 +80,7 @@ def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, Torchvisi
     parts = [{'train': False}] if 'train' in takes else [{'split': s} for s in VALIDATION] if 'split' in takes else []
     for part in parts:
         try:
-            val = TorchvisionImages(_make(make, root, takes, **part), f'{spec} ({part.get("split", "test")})')
+            val = TorchvisionImages(make(root, **options, **part), f'{spec} ({part.get("split", "test")})')
         except (RuntimeError, OSError, ValueError, ImportError):  # there is no such part, or its files are missing
             continue
         if val.labels is not None:
@@ -93,38 +88,26 @@ def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, Torchvisi
     return TorchvisionImages(train, spec), None
 
 
-def _make(make: Callable[..., Any], root: str, takes: Any, **part: Any) -> Any:
-    if 'train' in takes:
-        part = {'train': True, **part}
-    if 'download' in takes:  # True by default in two classes
-        part['download'] = False
-    return make(root, **part)
-
-
 def _read_labels(items: Any) -> tuple[np.ndarray | None, list[str]]:
     for attribute in ('targets', 'labels', '_labels', 'y'):
         values = getattr(items, attribute, None)
-        if values is None or not len(values) == len(items):
+        if values is None or len(values) != len(items):
             continue
-        values = values.numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+        values = np.asarray(values)
         if values.ndim == 1 and np.issubdtype(values.dtype, np.integer) and values.min() >= 0:
             names = [n if isinstance(n, str) else '/'.join(map(str, n)) for n in getattr(items, 'classes', None) or []]
-            fits = len(names) > values.max()
-            return values.astype(np.int64), names if fits else [str(i) for i in range(int(values.max()) + 1)]
+            n = int(values.max()) + 1
+            return values.astype(np.int64), names if len(names) >= n else [str(i) for i in range(n)]
     return None, []
 
 
 def _hash_items(items: Any, labels: np.ndarray | None, classes: list[str]) -> str:
     """Hashes the pixels if they are in memory, the names of the files if they are known, and the labels."""
-    parts = [np.zeros(0) if labels is None else labels.astype('<i8')]
-    pixels = getattr(items, 'data', None)
-    if isinstance(pixels, torch.Tensor):
-        pixels = pixels.numpy()
-    if isinstance(pixels, np.ndarray):
-        parts.append(pixels)
-    names = next((v for v in (getattr(items, a, None) for a in ('samples', '_samples', '_image_files', '_images')) if
-                  isinstance(v, (list, tuple))), [])
-    for name in names:
+    parts, pixels = [np.zeros(0) if labels is None else labels.astype('<i8')], getattr(items, 'data', None)
+    if isinstance(pixels, (torch.Tensor, np.ndarray)):
+        parts.append(np.asarray(pixels))
+    lists = (getattr(items, attribute, None) for attribute in ('samples', '_samples', '_image_files', '_images'))
+    for name in next((names for names in lists if isinstance(names, (list, tuple))), []):
         path = name[0] if isinstance(name, (list, tuple)) and name else name
         if isinstance(path, (str, Path)):
             parts.append(os.path.relpath(path, getattr(items, 'root', '.')))
