@@ -40,5 +40,6 @@ def test_what_a_picture_needs_is_named_as_the_index_has_it(missing, monkeypatch)
     modules = {'scikit-learn': 'sklearn', 'matplotlib': 'matplotlib'}
     gone = [modules[name] for name in missing]
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name in gone else object())
+    args = cli.build_parser().parse_args(['embed', 'x', '--out', 'x.npz', '--tsne'])
     with pytest.raises(RuntimeError, match=f'^--tsne needs {" and ".join(missing)}: pip install {" ".join(missing)}$'):
-        embed.check_tsne()
+        embed.check(args)

@@ -23,11 +23,16 @@ from torch import nn
 from torchvision import transforms
 
 from simsiam_models import cli, create_simsiam
-from simsiam_models.benchmarks import feature_file as tables
-from simsiam_models.benchmarks import features
-from simsiam_models.benchmarks.backbone import fits_protocol, load_backbone, pooled, taps, weights_digest
-from simsiam_models.benchmarks.datasets.classification import subset
-from simsiam_models.benchmarks.features import NAMES, Transform, extract
+from simsiam_models.benchmarks import feature_file, features
+from simsiam_models.benchmarks.backbone import (
+    compute_maps,
+    has_protocol_sizes,
+    load_backbone,
+    pool_stages,
+    weights_digest,
+)
+from simsiam_models.benchmarks.features import NAMES, Extraction, Features, Transform
+from simsiam_models.benchmarks.samples import subset
 from simsiam_models.data import DataError, FolderImages, MemoryImages, UnreadableError
 from simsiam_models.data.readers.streams import WebStream
 from simsiam_models.data.readers.tars import TarImages
@@ -44,7 +49,7 @@ def tiny():
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    for module in (tables, features):
+    for module in (feature_file, features):
         monkeypatch.setattr(module, 'shard_rows', lambda n: 16)
     monkeypatch.setattr(features, 'CPU_BATCH', 8)
 
@@ -52,6 +57,10 @@ def small_shards(monkeypatch):
 @pytest.fixture
 def images(few_digits) -> FolderImages:
     return FolderImages(few_digits)
+
+
+def extract(backbone, images, what=NAMES, transform=SMALL, cache=None, world=None, **options) -> Features:
+    return features.extract(backbone, images, what, transform, Extraction(cache, **options), world)
 
 
 def files(cache: Path) -> dict[str, bytes]:
@@ -68,7 +77,7 @@ def test_taps_are_the_maps_behind_stem_and_layers(tiny):
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         tiny.model(x)
-        maps = taps(tiny, x)
+        maps = compute_maps(tiny, x)
     for hook in hooks:
         hook.remove()
     assert [m.shape[-1] for m in maps] == [32, 16, 8, 4, 2]  # the first is before max-pool
@@ -79,8 +88,8 @@ def test_pools_of_a_resnet50_are_those_of_the_protocol():
     backbone = load_backbone('simsiam_resnet50:random')
     assert backbone.num_features == 2048 and not backbone.model.training
     with torch.no_grad():
-        maps = taps(backbone, torch.randn(1, 3, 224, 224))
-    flat = pooled(maps)
+        maps = compute_maps(backbone, torch.randn(1, 3, 224, 224))
+    flat = pool_stages(maps)
     assert [x.shape[1] for x in flat] == [9216, 9216, 8192, 9216, 8192]
     table = {0: (10, 10, 4), 1: (16, 8, 0), 2: (13, 5, 0), 3: (8, 3, 0), 4: (6, 1, 0)}  # kernel, stride, padding
     for i, (kernel, stride, padding) in table.items():
@@ -97,21 +106,21 @@ def test_pools_of_a_resnet50_are_those_of_the_protocol():
 
 def test_other_sizes_are_pooled_only_where_that_is_asked_for(tiny):
     with torch.no_grad():
-        maps = taps(tiny, torch.randn(1, 3, 96, 96))
-    assert not fits_protocol(maps)
+        maps = compute_maps(tiny, torch.randn(1, 3, 96, 96))
+    assert not has_protocol_sizes(maps)
     with pytest.raises(ValueError, match='48x48.*--image-size 224'):
-        pooled(maps)
-    flat = pooled(maps, adaptive=True)
+        pool_stages(maps)
+    flat = pool_stages(maps, adaptive=True)
     assert [x.shape[1] for x in flat] == [64 * 144, 64 * 144, 128 * 64, 256 * 36, 512 * 9]
-    ones = pooled([torch.ones(1, c, 112, 112) for c in (64, 256, 512, 1024, 2048)], adaptive=True)
+    ones = pool_stages([torch.ones(1, c, 112, 112) for c in (64, 256, 512, 1024, 2048)], adaptive=True)
     assert [x.shape[1] for x in ones] == [9216, 9216, 8192, 9216, 8192]
 
 
 def test_other_networks_show_the_stages_that_they_have():
     backbone = load_backbone('test_convnext:random')
     with torch.no_grad():
-        maps = taps(backbone, torch.randn(1, 3, 64, 64))
-    assert len(maps) == 4 and len(pooled(maps, adaptive=True)) == 4
+        maps = compute_maps(backbone, torch.randn(1, 3, 64, 64))
+    assert len(maps) == 4 and len(pool_stages(maps, adaptive=True)) == 4
 
 
 class Photo:
@@ -183,7 +192,7 @@ def test_features_are_those_of_the_model(tiny, images, tmp_path):
         transforms.Normalize(tiny.mean, tiny.std)])
     with torch.no_grad():
         x = torch.stack([to(Image.fromarray(images.read(i))) for i in range(64)])
-        expected = [tiny.model(x), *pooled(taps(tiny, x), adaptive=True)]
+        expected = [tiny.model(x), *pool_stages(compute_maps(tiny, x), adaptive=True)]
     for name, y in zip(NAMES, expected, strict=True):
         array = found.array(name)
         assert isinstance(array, np.memmap) and array.dtype == np.float32 and array.std() > 0
@@ -213,7 +222,7 @@ def test_what_is_added_later_is_what_one_pass_gives(tiny, images, tmp_path, smal
 @pytest.mark.parametrize('workers, batch', [(0, 256), (3, 8)])
 def test_workers_change_no_bit(tiny, images, tmp_path, small_shards, workers, batch):
     extract(tiny, images, ['avgpool'], SMALL, tmp_path / 'a', workers=1)
-    extract(tiny, images, ['avgpool'], SMALL, tmp_path / 'b', workers=workers, batch=batch)
+    extract(tiny, images, ['avgpool'], SMALL, tmp_path / 'b', workers=workers, batch_size=batch)
     assert files(tmp_path / 'a') == files(tmp_path / 'b')
 
 
@@ -242,18 +251,18 @@ def test_the_key_changes_with_weights_data_transform_and_precision(tiny, images,
             key(transform=Transform(36, 32, 'squash')), key(transform=Transform(36, 36)), key(amp='bfloat16'),
             key(data=FolderImages(other_pixels))]
     assert len(set(keys)) == len(keys)
-    assert key() == keys[0] == key(amp='off') == key(batch=3)
+    assert key() == keys[0] == key(amp='off') == key(batch_size=3)
 
 
 CHILD = '''
 import os, sys, time
 import torch
-from simsiam_models.benchmarks import features, tables
+from simsiam_models.benchmarks import feature_file, features
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import FolderImages
 from simsiam_models.runtime.distributed import join_world
 torch.set_num_threads(1)
-tables.shard_rows = features.shard_rows = lambda n: 16
+feature_file.shard_rows = features.shard_rows = lambda n: 16
 features.CPU_BATCH = 8
 data, cache, delay = sys.argv[1:]
 class Slow(FolderImages):
@@ -262,8 +271,8 @@ class Slow(FolderImages):
         return super().read(index)
 with join_world('cpu') as world:
     found = features.extract(
-        load_backbone('resnet10t:random'), Slow(data), ['avgpool', 'feat3'], features.Transform(36, 32), cache,
-        workers=1, world=world)
+        load_backbone('resnet10t:random'), Slow(data), ['avgpool', 'feat3'], features.Transform(36, 32),
+        features.Extraction(cache, workers=1), world)
     print(f'made {found.made}', flush=True)
 '''
 
@@ -319,7 +328,7 @@ def test_of_a_few_hundred_images_most_are_kept_where_it_is_stopped(tiny, tmp_pat
         stopped.setattr(MemoryImages, 'read', stop)
         extract(tiny, images, ['avgpool'], SMALL, tmp_path)
     assert extract(tiny, images, ['avgpool'], SMALL, tmp_path).made == 300 - 256
-    assert [tables.shard_rows(n) for n in (8191, 8192)] == [128, 1024]  # of many images, larger ones cost less
+    assert [feature_file.shard_rows(n) for n in (8191, 8192)] == [128, 1024]  # of many images, larger ones cost less
 
 
 @pytest.mark.parametrize('kind', ['folder', 'subset', 'tar'])
@@ -378,7 +387,7 @@ def test_a_damaged_table_is_found_and_made_again(tiny, images, tmp_path, small_s
     before = files(tmp_path)
     table, = tmp_path.glob('*/avgpool.npy')
     data = bytearray(table.read_bytes())
-    row = tables.HEAD + 4 * 512 * 40  # in the third shard of four
+    row = feature_file.HEAD + 4 * 512 * 40  # in the third shard of four
     if harm == 'truncate':
         data = data[:row]
     elif harm == 'flip':
@@ -395,6 +404,31 @@ def test_a_damaged_table_is_found_and_made_again(tiny, images, tmp_path, small_s
     again = extract(tiny, images, ['avgpool'], SMALL, tmp_path)
     assert again.made == {'truncate': 32, 'flip': 16, 'mark': 16, 'head': 0, 'empty': 64, 'remove': 64}[harm]
     assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize('kind', ['mark', 'rows'])
+def test_a_disk_that_fails_to_read_is_an_error_and_nothing_is_computed_again(
+        tiny, images, tmp_path, small_shards, monkeypatch, kind):
+    extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    before, read_text, opened = files(tmp_path), Path.read_text, open
+
+    def fail(*args, **kwargs):
+        raise OSError(5, 'Input/output error')
+
+    with monkeypatch.context() as patched:
+        if kind == 'mark':
+            patched.setattr(
+                Path, 'read_text', lambda p, *a, **k: (fail if 'shards' in str(p) else read_text)(p, *a, **k))
+        else:
+            patched.setattr(
+                feature_file, 'open', lambda p, mode, **k: (fail if mode == 'rb' else opened)(p, mode, **k),
+                raising=False)
+        name = 'avgpool.shards/[0-3]' if kind == 'mark' else 'avgpool.npy'
+        text = rf'--cache: .*{name} cannot be read \(Input/output error\); nothing is changed'
+        with pytest.raises(OSError, match=text):
+            extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    again = extract(tiny, images, ['avgpool'], SMALL, tmp_path)
+    assert again.made == 0 and files(tmp_path) == before
 
 
 def test_an_unreadable_image_is_named_and_refused(tiny, tmp_path, small_shards):
@@ -435,7 +469,7 @@ def test_features_that_are_not_finite_are_refused(images, tmp_path):
 
 def test_what_cannot_be_done_is_said_in_one_sentence(tiny, images, tmp_path):
     for match, kwargs in {
-        'choose of avgpool': {'what': ['feat6']}, '--amp int8': {'amp': 'int8'}, '--batch-size 0': {'batch': 0},
+        'choose of avgpool': {'what': ['feat6']}, '--amp int8': {'amp': 'int8'}, '--batch-size 0': {'batch_size': 0},
         'does not run on images of 8 px': {'backbone': load_backbone('test_vit:random'), 'transform': Transform(8, 8)},
         'maps of 4 stages': {'backbone': load_backbone('test_convnext:random'), 'what': ['feat5']},
     }.items():
@@ -594,15 +628,15 @@ def test_embed_writes_features_paths_labels_and_pictures(few_digits, tmp_path, c
 def test_the_tsne_is_scikit_learns_with_the_published_parameters():
     from sklearn.manifold import TSNE
 
-    from simsiam_models.benchmarks.embed import tsne
+    from simsiam_models.benchmarks.embed import compute_tsne
 
     x = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
     expected = TSNE(
         n_components=2, perplexity=30, early_exaggeration=12, learning_rate=200, max_iter=1000,
         n_iter_without_progress=300, init='random', random_state=0).fit_transform(x)
-    np.testing.assert_array_equal(tsne(x), expected)
+    np.testing.assert_array_equal(compute_tsne(x), expected)
     with pytest.raises(ValueError, match='30 images for a t-SNE of perplexity 30'):
-        tsne(x[:30])
+        compute_tsne(x[:30])
 
 
 def test_progress_is_one_line_where_there_is_no_terminal(tiny, images, tmp_path, monkeypatch):

@@ -3,9 +3,9 @@
   OMP_NUM_THREADS=1 python tests/perf/features.py                     one core computes, the other one reads
   python tests/perf/features.py --device cuda --images 8192 --rounds 3
 
-All from one interleaved run over generated JPEGs (tests/perf/data.py): for ResNet-50 the forward pass is the slower
-part, for a tiny network on small crops reading is. The best there can be is the slower of the two alone. Together they
-need two cores where each alone needs one: where others load the machine, processor time says more than the clock.
+All times come from one interleaved run over generated JPEGs (tests/perf/data.py). The forward pass is the slower part
+for ResNet-50, and reading is for a tiny network on small crops. At best, both together take as long as the slower part
+alone. Together they need two cores, each alone needs one: on a loaded machine, compare processor times, not the clock.
 """
 import argparse
 import os
@@ -25,19 +25,20 @@ from data import make_jpegs
 from simsiam_models.benchmarks import features
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import FolderImages
+from simsiam_models.data.evaluation import EvalImages, Transform
 
 
 def tasks(
     images: FolderImages, name: str, size: int, workers: int, device: torch.device, amp: str,
 ) -> dict[str, Callable]:
-    backbone, transform = load_backbone(f'{name}:random', device), features.Transform(round(size * 8 / 7), size)
-    model = features._Model(backbone, amp, transform.crop)
+    backbone, transform = load_backbone(f'{name}:random', device), Transform(round(size * 8 / 7), size)
+    model = features.FeatureModel(backbone, amp, transform.crop)
     batch = features.CPU_BATCH if device.type == 'cpu' else 256
     batches = np.split(np.arange(len(images)), range(batch, len(images), batch))
-    pixels = list(features._Pixels(images, batches[:4], transform, 0, device))
+    pixels = [x for _, x in EvalImages(images, batches[:4], transform, 0, device)]
 
     def reading() -> None:
-        for _ in features._Pixels(images, batches, transform, workers, device):
+        for _ in EvalImages(images, batches, transform, workers, device):
             pass
 
     def forward() -> None:
@@ -46,7 +47,8 @@ def tasks(
 
     def together() -> None:
         with tempfile.TemporaryDirectory() as cache:
-            features.extract(backbone, images, ['avgpool'], transform, cache, workers=workers, amp=amp)
+            extraction = features.Extraction(cache, workers=workers, amp=amp)
+            features.extract(backbone, images, ['avgpool'], transform, extraction)
 
     return {'reading alone': reading, 'forward alone': forward, 'extract': together}
 

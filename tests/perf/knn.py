@@ -4,9 +4,9 @@
   python tests/perf/knn.py                         100,000 x 2048 against 5,000 queries, k = 200, all cores
   python tests/perf/knn.py --bank 20000 --queries 1000 --threads 1
 
-Features are ReLUs of clustered Gaussians, written to a file and mapped, as `extract` leaves them. faiss is given rows
-that are normalised already, in memory; its time is that of add and search. Seconds are of the clock and of all
-processors together: where others load the machine, only the second says much.
+Features are ReLUs of clustered Gaussians, written to a file and mapped, as `extract` leaves them. faiss gets rows that
+are already normalised and in memory; its time covers add and search. Seconds are those of the clock and those of all
+processors together. On a machine that others load too, only the second number is meaningful.
 """
 import argparse
 import os
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from simsiam_models.benchmarks.knn.search import neighbours
+from simsiam_models.benchmarks.knn.search import find_neighbours
 
 
 def make(rng: np.random.Generator, centres: np.ndarray, n: int, path: Path) -> np.ndarray:
@@ -48,7 +48,6 @@ def main() -> None:
     parser.add_argument('--k', type=int, default=200)
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
-    parser.add_argument('--product', default='auto', choices=('auto', 'float32', 'onednn', 'bfloat16'))
     args = parser.parse_args()
     try:
         import faiss
@@ -69,7 +68,7 @@ def main() -> None:
             return index.search(asked, args.k)[1]
 
         tasks = {
-            'faiss flat': by_faiss, 'neighbours': lambda: neighbours(bank, queries, args.k, product=args.product)[0]}
+            'faiss flat': by_faiss, 'neighbours': lambda: find_neighbours(bank, queries, args.k)[0]}
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
         found = {}
         for _ in range(args.rounds):
@@ -77,8 +76,7 @@ def main() -> None:
                 clock, processors, found[name] = timed(run)
                 spent[name].append((clock, processors))
     shared = np.mean([len(np.intersect1d(a, b)) / args.k for a, b in zip(*found.values(), strict=True)])
-    print(f'{args.bank} x {args.width} against {args.queries}, k={args.k}, {args.threads} threads, product '
-          f'{args.product}, torch '
+    print(f'{args.bank} x {args.width} against {args.queries}, k={args.k}, {args.threads} threads, torch '
           f'{torch.__version__}, faiss {faiss.__version__}; {args.rounds} interleaved rounds; load average '
           f'{os.getloadavg()[0]:.1f}; {shared:.5f} of the neighbours are the same')
     for i, kind in enumerate(('clock', 'processors')):

@@ -1,10 +1,10 @@
 """Weighted k nearest neighbours on frozen features, as MMSelfSup measures ImageNet.
 
-Every image: short side to 256, centre crop 224, average pool of the frozen backbone, length 1. Each of the k nearest
-training images of a test image adds exp(cosine / T) to its class; T = 0.07 and k = 10, 20, 100, 200 are published.
-`neighbours` says what is exact about it, and which rule decides among equals. Without --image-size, images are as large
-as the model's configuration says, 224 px for published weights; CIFAR's stay 32 px. Monitors that others run on CIFAR
-take k = 200 and T = 0.1, which is another protocol.
+Each image is resized to a short side of 256 px and cropped to the central 224 px; its feature is the average pool of
+the frozen backbone, scaled to length 1. Each of the k nearest training images of a test image adds exp(cosine / T) to
+its class; T = 0.07 and k = 10, 20, 100, 200 are published. `find_neighbours` is exact and breaks ties by a fixed rule.
+Without --image-size, images have the size in the model's configuration, 224 px for published weights; CIFAR's stay at
+32 px. Monitors that other programs run on CIFAR use k = 200 and T = 0.1, which is another protocol.
 
     simsiam knn IMAGENET --dataset imagenet --model simsiam_resnet50.mm_ep200_in1k
     torchrun --nproc-per-node 8 -m simsiam_models.cli knn IMAGENET --dataset imagenet
@@ -18,29 +18,38 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...runtime.distributed import World, default_device, join_world
+from ...runtime.distributed import World, join_world
+from ...runtime.messages import check_flags, silent
 from ..backbone import load_backbone
 from ..datasets.classification import open_pair
 from ..features import Features, extract
-from ..options import LEAST, add_extraction, check_extraction, silent, size_and_resize, transform_of, without_test_image
-from ..results.record import check_output, print_record, record_path, write_record
-from .search import Rows, hits, neighbours
+from ..options import (
+    add_extraction,
+    add_model,
+    check_extraction,
+    make_transform,
+    read_extraction,
+    read_sizes,
+    report_untested_classes,
+)
+from ..protocols import KNN_KS, KNN_T, LEAST
+from ..results.record import check_output, format_record, record_path, write_record
+from .search import Rows, count_hits, find_neighbours
 
-KS, T = (10, 20, 100, 200), 0.07
 KINDS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'places205', 'inat18')
 
 
-def knn(
-    bank: 'Features', queries: 'Features', ks: 'Sequence[int]' = KS, t: float = T, classes: int | None = None,
-    world: 'World | None' = None, name: str = 'avgpool',
+def evaluate(
+    bank: Features, queries: Features, ks: Sequence[int] = KNN_KS, t: float = KNN_T, classes: int | None = None,
+    world: World | None = None,
 ) -> dict[str, float]:
-    """Percent of the queries that are right: 'k=10' (top-1) and 'k=10 top-5' (of min(5, k) classes) for each k.
+    """Percentage of correct queries for each k: 'k=10' (top-1) and 'k=10 top-5' (among min(5, k) classes).
 
-    Images that could not be read take no part. A k larger than the bank takes all of it. With several processes each
+    Images that could not be read are left out. A k larger than the bank takes all of it. With several processes, each
     takes a share of the queries.
 
     Raises:
-        ValueError: ks or t outside their range; no image of the bank, or of the queries, could be read.
+        ValueError: ks or t are outside their range, or no image of the bank or of the queries could be read.
     """
     check(ks, t)
     for part, features in (('training', bank), ('test', queries)):
@@ -49,32 +58,32 @@ def knn(
                 f'none of the {len(features)} {part} images can be read, the first: '
                 f'{next(iter(features.unreadable.values()), "there is none")}; repair them, as without them there is '
                 'nothing to measure')
-    rank, size, device = (world.rank, world.size, world.device) if world else (0, 1, torch.device('cpu'))
-    of = np.asarray(bank.labels)[bank.readable]
-    mine = queries.readable[rank::size]
+    world = world or World(0, 1, torch.device('cpu'))
+    bank_labels = np.asarray(bank.labels)[bank.readable]
+    mine = queries.readable[world.rank::world.size]
     labels = np.asarray(queries.labels)[mine]
-    classes = classes or int(max(of.max(), np.asarray(queries.labels).max())) + 1
-    found, cosines = neighbours(
-        Rows(bank.array(name), None if len(of) == len(bank) else bank.readable), Rows(queries.array(name), mine),
-        min(max(ks), len(of)), device)
-    right = hits(found, cosines, of, labels, ks, t, classes)
-    right = sum(world.gather(right)) if world else right
+    classes = classes or int(max(bank_labels.max(), np.asarray(queries.labels).max())) + 1
+    found, cosines = find_neighbours(
+        Rows(bank.array('avgpool'), None if len(bank_labels) == len(bank) else bank.readable),
+        Rows(queries.array('avgpool'), mine), min(max(ks), len(bank_labels)), world.device)
+    right = sum(world.gather(count_hits(found, cosines, bank_labels, labels, ks=ks, t=t, classes=classes)))
     percent = 100 * right / len(queries.readable)
     return {f'k={k}{top}': float(percent[i, j]) for j, top in ((0, ''), (1, ' top-5')) for i, k in enumerate(ks)}
 
 
-def check(ks: 'Sequence[int]', t: float) -> None:
-    if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
-        raise ValueError(f'--k {" ".join(map(str, ks))}: must be whole numbers from 1, each once')
-    if not 0 < t < float('inf'):
-        raise ValueError(f'--temperature {t:g}: must be more than 0')
+def check(ks: Sequence[int], t: float) -> None:
+    """Raises ValueError for a k or T outside its range."""
+    distinct = bool(ks) and min(ks) >= 1 and len(set(ks)) == len(ks)
+    check_flags([
+        ('--k', ' '.join(map(str, ks)), distinct, 'whole numbers from 1, each once'),
+        ('--temperature', f'{t:g}', 0 < t < float('inf'), 'more than 0')])
 
 
-def fitting(ks: 'Sequence[int]', n: int, say: Callable[[str], Any] = print) -> list[int]:
-    """Those that n training images have neighbours for; `say` hears of the others.
+def select_ks(ks: Sequence[int], n: int, say: Callable[[str], Any] = print) -> list[int]:
+    """Returns the ks that n training images suffice for, and reports the others with `say`.
 
     Raises:
-        ValueError: none is left.
+        ValueError: n is less than every k.
     """
     large = ' '.join(str(k) for k in ks if k > n)
     if min(ks) > n:
@@ -88,34 +97,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of the data set')
     add('--dataset', choices=KINDS, default='folder', help='default: folder (train/ and val/)')
-    add('--model', default='simsiam_resnet50', metavar='NAME',
-        help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
-    add('--k', nargs='+', type=int, default=list(KS), metavar='K', help='neighbours (default: 10 20 100 200)')
-    add('--temperature', type=float, default=T, metavar='T', help='default: 0.07')
+    add_model(parser)
+    add('--k', nargs='+', type=int, default=list(KNN_KS), metavar='K', help='neighbours (default: 10 20 100 200)')
+    add('--temperature', type=float, default=KNN_T, metavar='T', help='default: 0.07')
     add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
-        help='of the record (default: results)')
+        help='folder for the record (default: results)')
     add_extraction(parser)
-    add('--allow-partial', action='store_true', help='go on with a part of the data set, or without unreadable images')
+    add('--allow-partial', action='store_true',
+        help='accept a part of the data set, and leave unreadable images out')
 
 
 def run(args: argparse.Namespace) -> int:
+    """Extracts the features, measures, and writes the record."""
     check(args.k, args.temperature)
     began = time.perf_counter()
-    check_extraction(args, *size_and_resize(args, LEAST))
+    check_extraction(args, *read_sizes(args, LEAST))
     check_output(args.output)
     pair = open_pair(args.dataset, args.data, args.allow_partial)
-    with join_world(args.device or default_device()) as world:
+    with join_world(args.device) as world:
         say = print if world.main else silent
-        if missing := without_test_image(pair):
-            say(missing)
+        report_untested_classes(pair, say)
         backbone = load_backbone(args.model, world.device)
-        transform = transform_of(args, backbone, say)
+        transform = make_transform(args, backbone, say)
         bank, queries = (
-            extract(backbone, images, ['avgpool'], transform, args.cache, args.batch_size, args.workers, args.amp,
-                    world, args.allow_partial) for images in (pair.train, pair.test))
+            extract(backbone, images, ['avgpool'], transform, read_extraction(args), world)
+            for images in (pair.train, pair.test))
         n = len(bank.readable)
-        ks = fitting(args.k, n, say) if n else args.k  # without any, `knn` says so
-        metrics = knn(bank, queries, ks, args.temperature, pair.classes, world)
+        ks = select_ks(args.k, n, say) if n else args.k  # `evaluate` refuses an empty bank
+        metrics = evaluate(bank, queries, ks, args.temperature, pair.classes, world)
     if not world.main:
         return 0
     unreadable = [*bank.unreadable.values(), *queries.unreadable.values()]
@@ -128,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
     data = pair.data() | {'path': args.data}
     path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(
-        path, benchmark, protocol, backbone, data, metrics, time.perf_counter() - began,
-        {'unreadable': len(unreadable)})
+        path, benchmark, protocol, backbone, data, metrics, seconds=time.perf_counter() - began,
+        extra={'unreadable': len(unreadable)})
     if unreadable:
         print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
-    print(f'{print_record(record)}\nwritten to {path}')
+    print(f'{format_record(record)}\nwritten to {path}')
     return 0
