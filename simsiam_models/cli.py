@@ -23,19 +23,13 @@ from .weights.tensorfile import MODEL
 from .weights.verify import TOLERANCE, verify
 
 
-def list_weights(args: argparse.Namespace) -> int:
+def list_weights(args: argparse.Namespace) -> None:
     print(f'{"tag":26}{"epochs":>7}{"batch":>7}{"top-1":>7}  {"licence":14}cached')
     for tag, w in WEIGHTS.items():
         path = sources.find_cached(f'{NAME}.{tag}', w)
         source = 'no' if path is None else 'Hub' if path.name == MODEL else 'converted'
         print(f'{tag:26}{w.epochs:>7}{w.batch:>7}{w.top1 or "-":>7}  {w.license:14}{source}')
     print('\ntop-1: ImageNet linear evaluation in percent, as published by the authors; not measured again here.')
-    return 0
-
-
-def describe_weights(args: argparse.Namespace) -> int:
-    print(describe(args.tag))
-    return 0
 
 
 def verify_weights(args: argparse.Namespace) -> int:
@@ -44,26 +38,11 @@ def verify_weights(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
-def run_convert(args: argparse.Namespace) -> int:
-    print(convert(args.source, args.out, args.to))
-    return 0
-
-
-def run_publish(args: argparse.Namespace) -> int:
-    print(publish(args.checkpoint, args.tag, dry_run=args.dry_run, license=args.license))
-    return 0
-
-
-def run_preflight(args: argparse.Namespace) -> int:
-    sample = sys.maxsize if args.all else args.sample
+def run_preflight(args: argparse.Namespace) -> None:
     preflight(
         args.data, recipe=args.recipe, batch=args.batch_size, device=args.device, seconds=args.seconds,
-        workers=args.workers, sample=sample, file=args.json, images_per_epoch=args.images_per_epoch)
-    return 0
-
-
-def add_tag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('tag', metavar='TAG')
+        workers=args.workers, sample=sys.maxsize if args.all else args.sample, file=args.json,
+        images_per_epoch=args.images_per_epoch)
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
@@ -74,17 +53,15 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', type=Path, metavar='IN')
     parser.add_argument('out', type=Path, metavar='OUT')
-    parser.add_argument(
-        '--to', required=True, choices=TARGETS,
-        help='timm is a folder that timm and transformers load; the others are one file')
+    text = 'timm is a folder that timm and transformers load; the others are one file'
+    parser.add_argument('--to', required=True, choices=TARGETS, help=text)
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
     parser.add_argument('--tag', required=True, help=f'the repository is NAMESPACE/{NAME}.TAG')
     parser.add_argument('--license', help='licence of your own weights; published tags have theirs')
-    parser.add_argument(
-        '--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
+    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
 
 
 def add_preflight(parser: argparse.ArgumentParser) -> None:
@@ -108,17 +85,23 @@ def add_preflight(parser: argparse.ArgumentParser) -> None:
 
 class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], Any]
-    run: Callable[[argparse.Namespace], int]
+    run: Callable[[argparse.Namespace], int | None]  # the exit status; None is 0
     help: str
 
 
 COMMANDS = {
     'weights list': Command(
         lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds'),
-    'weights info': Command(add_tag, describe_weights, 'show the origin of a file and its published numbers'),
+    'weights info': Command(
+        lambda parser: parser.add_argument('tag', metavar='TAG'), lambda args: print(describe(args.tag)),
+        'show the origin of a file and its published numbers'),
     'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
-    'convert': Command(add_convert, run_convert, 'convert a checkpoint of any known layout to another layout'),
-    'publish': Command(add_publish, run_publish, 'write a Hub repository from a checkpoint, and upload it'),
+    'convert': Command(
+        add_convert, lambda args: print(convert(args.source, args.out, args.to)),
+        'convert a checkpoint of any known layout to another layout'),
+    'publish': Command(
+        add_publish, lambda args: print(publish(args.checkpoint, args.tag, args.dry_run, args.license)),
+        'write a Hub repository from a checkpoint, and upload it'),
     'preflight': Command(
         add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a command for train.py'),
     'knn': Command(knn.add_arguments, knn.run, 'weighted nearest neighbours on frozen features'),
@@ -158,18 +141,16 @@ def main(argv: list[str] | None = None) -> int:
                 if hasattr(stream, 'reconfigure'):
                     stream.reconfigure(errors='backslashreplace')
             logging.basicConfig(format='%(message)s')
-            status = args.run(args)
+            status = args.run(args) or 0
             sys.stdout.flush()
             return status
     except BrokenPipeError:  # the reader, `head` for example, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, RuntimeError, OSError, FloatingPointError) as e:
-        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in str(e))  # no terminal commands
+    except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as e:
+        text = f'not enough memory ({e})' if isinstance(e, MemoryError) else str(e)
+        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)  # no terminal commands
         print(f'simsiam: {text}', file=sys.stderr)
-        return 1
-    except MemoryError as e:
-        print(f'simsiam: not enough memory ({e})', file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:  # Stopped, or Python's own before Signals takes over
         if os.environ.get('RANK', '0') == '0':

@@ -30,11 +30,9 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    **{
-        f'{NAME}.{tag}': _cfg(
-            url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
-        for tag, w in WEIGHTS.items()
-    },
+    **{f'{NAME}.{tag}': _cfg(
+        url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
+        for tag, w in WEIGHTS.items()},
     'simsiam_resnet18_cifar.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
 })
 
@@ -59,31 +57,26 @@ class CifarResNet(ResNet):
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Returns the entries that `model` loads from a checkpoint of any known layout.
 
-    Raises:
-        ValueError: the keys fit no known layout.
-        RuntimeError: entries of the backbone are missing. timm itself accepts that if `num_classes` differs from the
-            file's, and leaves random weights.
+    Raises ValueError if the keys fit no known layout, and RuntimeError if entries of the backbone are missing: timm
+    itself accepts that if `num_classes` differs from the file's, and leaves random weights.
     """
     checkpoint = recognize(state_dict)
     state = checkpoint.model_state() if model.num_classes else checkpoint.backbone
     needed = [k for k in model.state_dict() if not k.startswith('fc.')]
-    missing = [k for k in needed if k not in state]
-    if missing:
-        raise RuntimeError(
-            f'the checkpoint (layout {checkpoint.layout}) lacks {len(missing)} of the {len(needed)} entries of the '
-            f'backbone: {", ".join(missing[:3])}, ...')
+    if missing := [k for k in needed if k not in state]:
+        raise RuntimeError(f'the checkpoint (layout {checkpoint.layout}) lacks {len(missing)} of the {len(needed)} '
+                           f'entries of the backbone: {", ".join(missing[:3])}, ...')
     _logger.info(checkpoint.describe())
     return state
 
 
 def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
     """Returns 'simsiam_resnet50.TAG' and its row in WEIGHTS; None if the caller names another source of weights."""
-    given = {k: kwargs.get(k) for k in ('pretrained_cfg', 'pretrained_cfg_overlay')}
-    cfg = timm.models.resolve_pretrained_cfg(variant, **given)
+    cfg = timm.models.resolve_pretrained_cfg(
+        variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     weights = WEIGHTS.get(cfg.tag)
-    if weights is None or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
-        return None
-    return f'{variant}.{cfg.tag}', weights
+    own = not weights or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
+    return None if own else (f'{variant}.{cfg.tag}', weights)
 
 
 def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
@@ -113,12 +106,11 @@ def warn_of_licence(name: str, weights: Weights) -> None:
 @register_model
 def simsiam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-50 as in SimSiam: (B, 3, H, W) -> (B, 2048), or logits if `num_classes` is set."""
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
-    return _create_resnet(ResNet, NAME, pretrained, **dict(model_args, **kwargs))
+    return _create_resnet(ResNet, NAME, pretrained, **{'block': Bottleneck, 'layers': (3, 4, 6, 3), **kwargs})
 
 
 @register_model
 def simsiam_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 with the CIFAR stem (paper, appendix D): (B, 3, 32, 32) -> (B, 512), or logits."""
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **dict(model_args, **kwargs))
+    kwargs = {'block': BasicBlock, 'layers': (2, 2, 2, 2), **kwargs}
+    return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **kwargs)

@@ -28,13 +28,10 @@ def build_projector(in_dim: int, dim: int = 2048, layers: int = 3) -> nn.Sequent
     """
     if layers < 1:
         raise ValueError(f'proj_layers={layers}: the projector needs at least 1 layer (the paper uses 3, for CIFAR 2)')
-    widths = [in_dim] + [dim] * layers
     mlp = []
-    for i, (d_in, d_out) in enumerate(zip(widths[:-1], widths[1:], strict=True), 1):
-        last = i == layers
-        mlp += [nn.Linear(d_in, d_out, bias=False), nn.BatchNorm1d(d_out, affine=not last)]
-        mlp += [] if last else [nn.ReLU(inplace=True)]
-    return nn.Sequential(*mlp)
+    for width in [in_dim] + [dim] * (layers - 1):
+        mlp += [nn.Linear(width, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(inplace=True)]
+    return nn.Sequential(*mlp[:-2], nn.BatchNorm1d(dim, affine=False))
 
 
 def build_predictor(dim: int = 2048, pred_dim: int = 512) -> nn.Sequential:
@@ -44,24 +41,19 @@ def build_predictor(dim: int = 2048, pred_dim: int = 512) -> nn.Sequential:
 
 
 class SimSiam(nn.Module):
-    """SimSiam around any timm model created with `num_classes=0`.
+    """SimSiam around any timm model created with `num_classes=0`, which maps (B, 3, H, W) to pooled features (B, C).
 
     Args:
-        backbone: maps (B, 3, H, W) to pooled features (B, C).
         dim: width of z and p.
         pred_dim: hidden width of the predictor; the paper uses dim / 4.
         proj_layers: number of fully connected layers of the projector.
-
-    Raises:
-        ValueError: the backbone has a classifier, or no attribute for the width of its features.
     """
 
     def __init__(self, backbone: nn.Module, dim: int = 2048, pred_dim: int = 512, proj_layers: int = 3) -> None:
         super().__init__()
         if getattr(backbone, 'num_classes', 0) != 0:
-            raise ValueError(
-                f'the backbone has num_classes={backbone.num_classes}, SimSiam needs its features: create it with '
-                'num_classes=0')
+            raise ValueError(f'the backbone has num_classes={backbone.num_classes}, SimSiam needs its features: create '
+                             'it with num_classes=0')
         # Some timm models (MobileNetV3, VGG) keep a hidden layer after the pooling without a classifier.
         width = getattr(backbone, 'head_hidden_size', None) or getattr(backbone, 'num_features', None)
         if width is None:
@@ -74,9 +66,8 @@ class SimSiam(nn.Module):
         """Applies f: (B, 3, H, W) -> z (B, dim)."""
         f = self.backbone(x)  # (B, C)
         if f.ndim != 2:
-            raise ValueError(
-                f'the backbone returns shape {tuple(f.shape)}, SimSiam needs pooled features (B, C): create it with '
-                "num_classes=0 and without global_pool=''")
+            raise ValueError(f'the backbone returns shape {tuple(f.shape)}, SimSiam needs pooled features (B, C): '
+                             "create it with num_classes=0 and without global_pool=''")
         return self.projector(f)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,11 +95,9 @@ def create_simsiam(
     """Creates SimSiam around `timm.create_model(model_name, num_classes=0, **backbone_kwargs)`.
 
     The defaults give the paper's model with 38,199,360 parameters. timm initializes the last batch norm of each
-    residual block to zero, as the released recipes do.
-
-    `pretrained=True` loads backbone, projector and predictor of `simsiam_resnet50` (tags as for timm), of a checkpoint
-    file given by `pretrained_cfg_overlay=dict(file=...)`, or of a `local-dir:` folder. With other timm models the heads
-    start at random, with a warning.
+    residual block to zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
+    `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of
+    a `local-dir:` folder. With other timm models the heads start at random, with a warning.
 
     Raises:
         ValueError: the weights hold no heads, or heads that do not match dim, pred_dim and proj_layers.
@@ -119,7 +108,13 @@ def create_simsiam(
     heads = _find_heads(model_name, backbone_kwargs) if pretrained else {}
     model = SimSiam(timm.create_model(model_name, pretrained=pretrained, **backbone_kwargs), dim, pred_dim, proj_layers)
     if heads:
-        _load_heads(model, heads, f'dim={dim}, pred_dim={pred_dim}, proj_layers={proj_layers}')
+        own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith('backbone.')}
+        if wrong := [k for k in {*own, *heads} if k not in own or k not in heads or own[k] != heads[k].shape]:
+            raise ValueError(
+                f'the heads of these weights do not fit dim={dim}, pred_dim={pred_dim}, proj_layers={proj_layers} '
+                f'({len(wrong)} entries differ, first {min(wrong)}); published heads have dim=2048, pred_dim=512, '
+                'proj_layers=3')
+        model.load_state_dict(heads, strict=False)  # the comparison above covers every entry of the heads
     elif pretrained:
         _logger.warning(f'{model_name}: pretrained backbone; projector and predictor start at random')
     return model
@@ -143,13 +138,3 @@ def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
         raise ValueError(
             f'{full_name} holds a classifier and no heads; use its pretraining weights, {NAME}.{weights.counterpart}')
     return load_file(sources.fetch(full_name, weights, filename=HEADS, cache_dir=kwargs.get('cache_dir')))
-
-
-def _load_heads(model: SimSiam, heads: dict[str, Tensor], widths: str) -> None:
-    own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith('backbone.')}
-    wrong = [k for k in {*own, *heads} if k not in own or k not in heads or own[k] != heads[k].shape]
-    if wrong:
-        raise ValueError(
-            f'the heads of these weights do not fit {widths} ({len(wrong)} entries differ, first {min(wrong)}); '
-            'published heads have dim=2048, pred_dim=512, proj_layers=3')
-    model.load_state_dict(heads, strict=False)  # the comparison above covers every entry of the heads

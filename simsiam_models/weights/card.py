@@ -22,7 +22,9 @@ BENCHMARKS = {
                                      'COCO 2017'),
     'voc12aug_fcn_r50_d8_512_20k': ('VOC2012 segmentation', 'image-segmentation', 'voc2012', 'PASCAL VOC 2012 + SBD'),
 }
-CITATION = '''```bibtex
+CITATION = '''## Citation
+
+```bibtex
 @article{chen2020simsiam,
   title   = {Exploring Simple Siamese Representation Learning},
   author  = {Xinlei Chen and Kaiming He},
@@ -47,8 +49,6 @@ exactly this file.'''
 
 @dataclass
 class CardFacts:
-    """The facts that a card states."""
-
     tag: str  # a key of WEIGHTS; any other tag gets a card without published numbers
     repo: str  # the Hub id
     config: dict[str, Any]  # the content of config.json
@@ -62,34 +62,28 @@ class CardFacts:
         return WEIGHTS.get(self.tag)
 
     @property
-    def bgr(self) -> bool:
-        return self.weights is not None and self.weights.bgr
+    def needs_package(self) -> bool:  # timm and transformers alone lack the architecture
+        return self.config['architecture'].startswith('simsiam_')
 
     @property
-    def needs_package(self) -> bool:
-        """Whether timm and transformers lack the architecture without this package."""
-        return self.config['architecture'].startswith('simsiam_')
+    def name(self) -> str:
+        return self.repo.split('/')[-1]
 
 
 def format_card(facts: CardFacts) -> str:
     """Returns README.md with its front matter."""
-    sections = [_format_title(facts), _format_details(facts)]
-    if facts.bgr:
-        sections.append(BGR_NOTE.format(counterpart=facts.weights.counterpart))
-    sections += [_format_usage(facts), _format_results(facts.tag), f'## Citation\n\n{CITATION}']
-    front_matter = _make_metadata(facts).to_yaml(line_break='\n')
-    return '\n\n'.join([f'---\n{front_matter}\n---', *sections]) + '\n'
-
-
-def _make_metadata(facts: CardFacts) -> ModelCardData:
     weights = facts.weights
-    return ModelCardData(
+    metadata = ModelCardData(
         library_name='timm', license=facts.license,
         tags=['timm', *([] if facts.needs_package else ['transformers']), 'simsiam', 'self-supervised'],
         pipeline_tag='image-classification' if facts.config['num_classes'] else 'image-feature-extraction',
         datasets=['imagenet-1k'] if weights else None,
         base_model=facts.repo.replace(facts.tag, weights.counterpart) if weights and weights.linear else None,
-        model_name=facts.repo.split('/')[-1], eval_results=_list_eval_results(facts.tag) or None)
+        model_name=facts.name, eval_results=_list_eval_results(facts.tag) or None)
+    note = [BGR_NOTE.format(counterpart=weights.counterpart)] if weights and weights.bgr else []
+    return '\n\n'.join([
+        f'---\n{metadata.to_yaml()}\n---', _format_details(facts), *note, _format_usage(facts),
+        _format_results(facts.tag), CITATION]) + '\n'
 
 
 def _list_eval_results(tag: str) -> list[EvalResult]:
@@ -97,60 +91,46 @@ def _list_eval_results(tag: str) -> list[EvalResult]:
     results = []
     for entry in find_results(tag):
         title, task, dataset, dataset_name = BENCHMARKS[entry['benchmark']]
-        for metric, value in entry['metrics'].items():
-            if metric == 'mIoU_first_report':  # an earlier report of the same measurement
-                continue
-            # dataset_config: the Hub client merges results of one task, data set and config, and keeps one source.
-            results.append(EvalResult(
-                task_type=task, task_name=title, dataset_type=dataset, dataset_name=dataset_name,
-                dataset_config=entry['benchmark'], metric_value=value,
-                metric_type={'top-1': 'accuracy', 'mAP': 'mAP'}.get(title.split(', ')[-1], metric),
-                metric_name=title if metric == 'top1' else f'{title}: {metric}',
-                source_name=entry['source'], source_url=entry['url']))
+        metrics = {k: v for k, v in entry['metrics'].items() if k != 'mIoU_first_report'}  # reported again since
+        # dataset_config: the Hub client merges results of one task, data set and config, and keeps one source.
+        results += [EvalResult(
+            task_type=task, task_name=title, dataset_type=dataset, dataset_name=dataset_name,
+            dataset_config=entry['benchmark'], metric_value=value,
+            metric_type={'top-1': 'accuracy', 'mAP': 'mAP'}.get(title.split(', ')[-1], metric),
+            metric_name=title if metric == 'top1' else f'{title}: {metric}',
+            source_name=entry['source'], source_url=entry['url']) for metric, value in metrics.items()]
     return results
 
 
-def _format_title(facts: CardFacts) -> str:
-    config, weights = facts.config, facts.weights
-    network = 'ResNet-50' if config['architecture'] == 'resnet50' else config['architecture']
-    text = f'A {network} pretrained by SimSiam'
-    if weights:
-        text += f' on ImageNet-1k ({weights.epochs} epochs, batch {weights.batch})'
-    classes = config['num_classes']
-    text += f', with a linear classifier of {classes} classes on its frozen features' if classes else (
-        ', without a classifier')
-    return f'# {facts.repo.split("/")[-1]}\n\n{text}.'
-
-
 def _format_details(facts: CardFacts) -> str:
-    config, weights = facts.config, facts.weights
+    config, weights, classes = facts.config, facts.weights, facts.config['num_classes']
+    network = 'ResNet-50' if config['architecture'] == 'resnet50' else config['architecture']
+    training = f' on ImageNet-1k ({weights.epochs} epochs, batch {weights.batch})' if weights else ''
+    fc = f'with a linear classifier of {classes} classes on its frozen features' if classes else 'without a classifier'
     rows = [
-        ('Model type', f'image {"classifier" if config["num_classes"] else "feature backbone"}, '
+        ('Model type', f'image {"classifier" if classes else "feature backbone"}, '
                        f'{facts.parameters / 1e6:.1f}M parameters, {config["num_features"]} features'),
         ('Image size', f'{config["pretrained_cfg"]["input_size"][-1]} px'),
         ('Method', 'SimSiam, Exploring Simple Siamese Representation Learning, https://arxiv.org/abs/2011.10566'),
     ]
     if weights:
-        rows += [
-            ('Pretraining', f'ImageNet-1k without labels, {weights.epochs} epochs, batch {weights.batch}'),
-            ('Published by', weights.publisher),
-            ('Original file', weights.url),
-        ]
+        rows += [('Pretraining', f'ImageNet-1k without labels, {weights.epochs} epochs, batch {weights.batch}'),
+                 ('Published by', weights.publisher), ('Original file', weights.url)]
         if weights.publisher == MMSELFSUP_0:
             order = 'BGR with RGB statistics' if weights.bgr else 'RGB'
             rows.append(('Pixels in pretraining', f'{order} (inferred from the dates of the log and of a bug fix)'))
     terms = facts.license + (': **no commercial use**' if '-nc' in facts.license else '')
     rows += [('Origin of this file', facts.origin),
              ('License', terms + (', the license of the repository that published them' if weights else ''))]
-    return '## Model details\n\n' + '\n'.join(f'- **{name}:** {value}' for name, value in rows)
+    details = '\n'.join(f'- **{name}:** {value}' for name, value in rows)
+    return f'# {facts.name}\n\nA {network} pretrained by SimSiam{training}, {fc}.\n\n## Model details\n\n{details}'
 
 
 def _format_usage(facts: CardFacts) -> str:
-    config, repo, ours = facts.config, facts.repo, facts.needs_package
+    config, repo, name, ours = facts.config, facts.repo, facts.name, facts.needs_package
     out = f'(1, {config["num_classes"]}) logits' if config['num_classes'] else f'(1, {config["num_features"]}) features'
     auto = 'AutoModelForImageClassification' if config['num_classes'] else 'AutoModel'
-    name = repo.split('/')[-1]
-    pixels = 'blue channel first' if facts.bgr else 'RGB'
+    pixels = 'blue channel first' if facts.weights and facts.weights.bgr else 'RGB'
     blocks = [f'''{'With timm and simsiam_models' if ours else 'With timm alone'}:
 
 ```python
@@ -197,22 +177,22 @@ def _format_results(tag: str) -> str:
     own, others = find_results(tag), find_page_results(tag)
     if not own:
         return '## Results\n\nNo results are published for these weights.'
-    text = (
-        '## Published results\n\nThe numbers (percent) are published by the authors named as their source; they were '
-        'not measured again for this card.\n\n' + _format_table(own))
+    parts = [
+        '## Published results', 'The numbers (percent) are published by the authors named as their source; they were '
+        'not measured again for this card.', _format_table(own)]
     if others:
-        text += (
-            '\n\n### Numbers of other weights files on the same page\n\n'
-            "The authors' page lists these next to the ones above, but they were measured with the file named in the "
-            'first column, not with this one.\n\n' + _format_table(others))
-    return text
+        parts += [
+            '### Numbers of other weights files on the same page', "The authors' page lists these next to the ones "
+            'above, but they were measured with the file named in the first column, not with this one.',
+            _format_table(others)]
+    return '\n\n'.join(parts)
 
 
 def _format_table(entries: list[dict[str, Any]]) -> str:
     rows = ['| Weights | Benchmark | Result | Protocol | Source | Remark |', '|---|---|---|---|---|---|']
     for entry in entries:
-        certainty = [f'which weights: {entry["confidence"]}'] if 'confidence' in entry else []
-        remark = '; '.join([*certainty, *([entry['warning']] if 'warning' in entry else [])])
+        certainty = f'which weights: {entry["confidence"]}' if 'confidence' in entry else None
+        remark = '; '.join(filter(None, [certainty, entry.get('warning')]))
         rows.append(
             f'| `{entry["tag"]}` | {BENCHMARKS[entry["benchmark"]][0]} | {format_metrics(entry)} | '
             f'{entry.get("protocol", "")} | [{entry["source"]}]({entry["url"]}) | {remark} |')

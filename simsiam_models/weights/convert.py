@@ -19,23 +19,16 @@ from .reading import COUNTER
 
 TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
 SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # readers recognize these files by their suffix
-EPS = 1e-5  # of every batch norm in a ResNet-50
 
 
 def convert(source: str | Path, out: str | Path, to: str) -> str:
     """Writes the backbone of `source` and, if the target has a place for it, the linear classifier.
 
-    Args:
-        source: a checkpoint in any layout that `load_checkpoint` knows.
-        out: a new folder for timm, a new file for every other target.
-        to: one of TARGETS.
-
-    Returns:
-        A report of what was read, written and left out, and the code that uses the result.
+    `source` is a checkpoint in any layout that `load_checkpoint` knows; `out` is a new folder for timm, a new file for
+    the other TARGETS. Returns a report of what was read, written and left out, and the code that uses the result.
 
     Raises:
-        ValueError: the target or the layout is unknown, `out` exists, or the backbone is not a ResNet-50.
-        FileNotFoundError: `source` does not exist.
+        FileNotFoundError, ValueError: `source` does not exist or is not a ResNet-50, or `out` exists.
         RuntimeError: the target needs a package that is not installed.
     """
     source, out = Path(source), Path(out)
@@ -48,10 +41,13 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
     checkpoint = load_checkpoint(source)
-    _check_resnet50(checkpoint.backbone, source)
+    expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
+    if mismatch := describe_mismatch(checkpoint.backbone, expected):
+        raise ValueError(f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network '
+                         f'that convert writes: {mismatch}')
     if to == 'timm':
         tag = find_tag(source) if source.is_file() else None
-        export_checkpoint(checkpoint, out, pretrained_cfg={'tag': tag} if tag else None)
+        export_checkpoint(checkpoint, out, {'tag': tag} if tag else None)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda file: WRITERS[to](checkpoint, file))
@@ -60,20 +56,11 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
         _explain_use(checkpoint, out, to)])
 
 
-def _check_resnet50(backbone: dict[str, Tensor], source: Path) -> None:
-    expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
-    if mismatch := describe_mismatch(backbone, expected):
-        raise ValueError(
-            f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network that convert '
-            f'writes: {mismatch}')
-
-
 def _list_omissions(checkpoint: Checkpoint, to: str) -> list[str]:
     left = [name for name in ('projector', 'predictor') if getattr(checkpoint, name)]
-    if to == 'timm' and len(left) == 2:
-        left = []  # heads.safetensors takes both or none
+    left = [] if to == 'timm' and len(left) == 2 else left  # heads.safetensors takes both or none
     if checkpoint.classifier and (to in ('detectron2', 'mmdet') or 'fc.weight' not in checkpoint.model_state()):
-        left = [*left, 'classifier']
+        left += ['classifier']
     return [f'Left out: {", ".join(left)}.'] if left else []
 
 
@@ -82,17 +69,8 @@ def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in state.items()}
 
 
-def _write_torchvision(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    torch.save(_clone(checkpoint.model_state()), file)
-
-
-def _write_mmdet(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    torch.save({'meta': {}, 'state_dict': _clone(checkpoint.backbone)}, file)
-
-
 def _rename_for_detectron2(name: str) -> str:
-    if 'layer' not in name:
-        name = f'stem.{name}'
+    name = name if 'layer' in name else f'stem.{name}'
     name = re.sub(r'layer(\d)', lambda m: f'res{int(m[1]) + 1}', name)  # detectron2 counts the stem as stage 1
     name = re.sub(r'bn(\d)', r'conv\1.norm', name)
     return name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
@@ -145,7 +123,7 @@ def _build_onnx_nodes(state: dict[str, Tensor], make_node: Callable[..., Any]) -
         k = state[f'{conv}.weight'].shape[-1]
         x = add('Conv', x, f'{conv}.weight', to=conv, kernel_shape=[k] * 2, pads=[k // 2] * 4, strides=[stride] * 2)
         parts = [f'{bn}.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')]
-        return add('BatchNormalization', x, *parts, to=bn, epsilon=EPS)
+        return add('BatchNormalization', x, *parts, to=bn, epsilon=1e-5)
 
     x = add('Relu', conv_bn('images', 'conv1', 'bn1', 2), to='act1')
     x = add('MaxPool', x, to='maxpool', kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
@@ -167,32 +145,32 @@ def _build_onnx_nodes(state: dict[str, Tensor], make_node: Callable[..., Any]) -
 
 
 WRITERS = {
-    'torchvision': _write_torchvision, 'detectron2': _write_detectron2, 'mmdet': _write_mmdet, 'onnx': _write_onnx,
+    'torchvision': lambda checkpoint, file: torch.save(_clone(checkpoint.model_state()), file),
+    'detectron2': _write_detectron2,
+    'mmdet': lambda checkpoint, file: torch.save({'meta': {}, 'state_dict': _clone(checkpoint.backbone)}, file),
+    'onnx': _write_onnx,
 }
 
 
 def _explain_use(checkpoint: Checkpoint, out: Path, to: str) -> str:
-    file, fc = repr(str(out)), checkpoint.classifier and checkpoint.classifier.get('bias')
-    if to == 'timm':
-        return f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)'
-    if to == 'torchvision':
-        build = f'torchvision.models.resnet50(num_classes={len(fc)})' if fc is not None else (
-            'torchvision.models.resnet50(); model.fc = torch.nn.Identity()')
-        return (
+    file, fc = repr(str(out)), checkpoint.model_state().get('fc.bias')
+    output, build = 'features', 'torchvision.models.resnet50(); model.fc = torch.nn.Identity()'
+    if fc is not None:
+        output, build = 'logits', f'torchvision.models.resnet50(num_classes={len(fc)})'
+    return {
+        'timm': f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)',
+        'torchvision': (
             f'  model = {build}\n  model.load_state_dict(torch.load({file}, weights_only=True))\n'
-            f'In eval mode it gives the same {"features" if fc is None else "logits"} as the timm model.')
-    # Both detectors default to other pixel values, which raise no error but cost accuracy.
-    if to == 'detectron2':
-        return (
+            f'In eval mode it gives the same {output} as the timm model.'),
+        # Both detectors default to other pixel values, which raise no error but cost accuracy.
+        'detectron2': (
             f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]\n'
-            '  MODEL.PIXEL_STD: [58.395, 57.12, 57.375]\n  MODEL.RESNETS.STRIDE_IN_1X1: False\n'
-            '  INPUT.FORMAT: "RGB"')
-    if to == 'mmdet':
-        return (
+            '  MODEL.PIXEL_STD: [58.395, 57.12, 57.375]\n  MODEL.RESNETS.STRIDE_IN_1X1: False\n  INPUT.FORMAT: "RGB"'),
+        'mmdet': (
             "  backbone=dict(type='ResNet', depth=50, style='pytorch', "
             f"init_cfg=dict(type='Pretrained', checkpoint={file}))\n"
-            'with RGB images, mean [123.675, 116.28, 103.53] and std [58.395, 57.12, 57.375].')
-    output = 'features' if fc is None else 'logits'
-    return (
-        f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
-        'images: float32 (B, 3, H, W), RGB in 0..1 minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225).')
+            'with RGB images, mean [123.675, 116.28, 103.53] and std [58.395, 57.12, 57.375].'),
+        'onnx': (
+            f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
+            'images: float32 (B, 3, H, W), RGB in 0..1 minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225).'),
+    }[to]

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..runtime.files import write_json
 from . import tensorfile
 from .layouts import Checkpoint
+from .published import NAME
 from .tensorfile import CONFIG, HEADS, MODEL
 
-# Our name -> the name under which timm builds the same network without this package.
-PLAIN_TIMM = {'simsiam_resnet50': 'resnet50'}
+PLAIN_TIMM = {NAME: 'resnet50'}  # our name -> the name under which plain timm builds the same network
 BACKBONE = 'backbone_sha256'  # hash of the backbone's entries, which ties a tag to its weights
 
 
@@ -22,42 +22,30 @@ def export_backbone(
 ) -> None:
     """Writes a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
-    Args:
-        model_name: the timm name that built the backbone.
-        model_args: the keyword arguments that built it, apart from num_classes=0.
-        size, resize: crop and short side in pixels for evaluation.
+    timm built the backbone from `model_name` and `model_args`, apart from num_classes=0. `size` and `resize` are crop
+    and short side in pixels for evaluation.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     overlay = {'input_size': [3, size, size], 'crop_pct': size / resize}
-    config = make_timm_config(backbone, model_name, 0, overlay, model_args)
     tensorfile.write(folder / MODEL, backbone.state_dict())
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, make_timm_config(backbone, model_name, 0, overlay, model_args))
 
 
-def export_checkpoint(
-    checkpoint: Checkpoint, folder: str | Path, architecture: str = 'simsiam_resnet50',
-    pretrained_cfg: dict[str, Any] | None = None,
-) -> None:
-    """Writes config.json, model.safetensors and, if the checkpoint has both heads, heads.safetensors.
+def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, pretrained_cfg: dict[str, Any] | None = None) -> None:
+    """Writes a ResNet-50: config.json, model.safetensors and, if the checkpoint has both heads, heads.safetensors.
 
     model.safetensors holds the backbone and, if present, the linear classifier. timm rejects any other entry.
-
-    Args:
-        architecture: the timm name of the backbone.
-        pretrained_cfg: entries that override the defaults of config.json's pretrained_cfg (license, origin_url, ...).
-
-    Raises:
-        ValueError: backbone and classifier do not match the entries of the architecture.
+    `pretrained_cfg` overrides entries of config.json's pretrained_cfg (license, origin_url, ...). Raises ValueError if
+    backbone and classifier do not match the entries of a ResNet-50.
     """
-    folder = Path(folder)
-    weight = (checkpoint.classifier or {}).get('weight')  # multi-head classifiers have none; timm has no such model
-    num_classes = 0 if weight is None else weight.shape[0]
-    model = timm.create_model(architecture.split('.')[0], num_classes=num_classes, device='meta')
-    tensors, expected = checkpoint.model_state(), model.state_dict()
+    folder, tensors = Path(folder), checkpoint.model_state()
+    num_classes = len(tensors.get('fc.weight', ()))
+    model = timm.create_model('resnet50', num_classes=num_classes, device='meta')
+    expected = model.state_dict()
     if mismatch := describe_mismatch(tensors, expected):
         raise ValueError(
-            f'the checkpoint does not fill {architecture}, which has {len(expected)} entries: {mismatch}. '
+            f'the checkpoint does not fill {NAME}, which has {len(expected)} entries: {mismatch}. '
             'If train.py trained another network, use the folder OUTPUT/backbone')
     folder.mkdir(parents=True, exist_ok=True)
     tensorfile.write(folder / MODEL, tensors)
@@ -65,7 +53,7 @@ def export_checkpoint(
         tensorfile.write(folder / HEADS, checkpoint.heads_state())
     else:
         (folder / HEADS).unlink(missing_ok=True)  # heads of an earlier export would belong to another backbone
-    config = make_timm_config(model, architecture, num_classes, pretrained_cfg or {})
+    config = make_timm_config(model, NAME, num_classes, pretrained_cfg or {})
     config[BACKBONE] = tensorfile.hash_tensors(checkpoint.backbone)
     write_json(folder / CONFIG, config)
 
@@ -75,18 +63,14 @@ def make_timm_config(
 ) -> dict[str, Any]:
     """Returns config.json for plain timm and for transformers, which requires pretrained_cfg and passes num_classes.
 
-    Args:
-        overlay: entries that override the defaults of pretrained_cfg.
-        model_args: the keyword arguments that built `model`, apart from num_classes.
+    `overlay` overrides entries of pretrained_cfg; `model_args` built `model`, apart from num_classes.
     """
     name = name.split('.')[0]
     cfg = model.pretrained_cfg
     if cfg.get('fixed_input_size'):  # otherwise timm builds the model for its own default image size
         model_args = {'img_size': cfg['input_size'][-1], **(model_args or {})}
     return {
-        'architecture': PLAIN_TIMM.get(name, name),
-        'num_classes': num_classes,
-        'num_features': model.num_features,
+        'architecture': PLAIN_TIMM.get(name, name), 'num_classes': num_classes, 'num_features': model.num_features,
         'pretrained_cfg': {
             'tag': 'simsiam', 'custom_load': False, 'input_size': [3, 224, 224], 'fixed_input_size': False,
             'interpolation': 'bilinear', 'crop_pct': 0.875, 'crop_mode': 'center',

@@ -1,7 +1,7 @@
 """Key layouts of published SimSiam checkpoints -> backbone, projector, predictor and classifier under our names.
 
-A layout is a row of `LAYOUTS`: the keys that identify it, and the part that each prefix belongs to. Our names are those
-of timm and torchvision for the backbone, and the entries of `SimSiam.projector` and `SimSiam.predictor` for the heads.
+Our names are those of timm and torchvision for the backbone, and the entries of `SimSiam.projector` and
+`SimSiam.predictor` for the heads.
 """
 import re
 from collections import Counter
@@ -18,6 +18,7 @@ from .reading import read, read_onnx
 from .tensorfile import HEADS, MODEL
 
 State = dict[str, Tensor]
+PARTS = ('backbone', 'projector', 'predictor', 'classifier')
 
 
 @dataclass
@@ -38,18 +39,16 @@ class Checkpoint:
 
     def heads_state(self) -> State:
         """Returns projector and predictor under the names of `SimSiam`."""
-        return {
-            f'{name}.{k}': v for name in ('projector', 'predictor') for k, v in (getattr(self, name) or {}).items()}
+        heads = {'projector': self.projector or {}, 'predictor': self.predictor or {}}
+        return {f'{name}.{k}': v for name, head in heads.items() for k, v in head.items()}
 
     def describe(self) -> str:
         """Returns one line with the layout, the size of each part, and what was dropped or changed."""
-        parts = [
-            f'{name} {len(part)} entries' if part else f'no {name}' for name in
-            ('backbone', 'projector', 'predictor', 'classifier') for part in [getattr(self, name)]]
+        sizes = {name: len(getattr(self, name) or ()) for name in PARTS}
+        parts = ', '.join(f'{name} {n} entries' if n else f'no {name}' for name, n in sizes.items())
         dropped = ', '.join(f'{group} ({n})' for group, n in self.info.get('dropped', {}).items())
-        return '; '.join([
-            f'layout {self.layout}: {", ".join(parts)}', *([f'dropped {dropped}'] if dropped else []),
-            *self.info.get('notes', [])])
+        dropped = [f'dropped {dropped}'] if dropped else []
+        return '; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])])
 
 
 def _rename_mm_head(key: str) -> str:
@@ -68,15 +67,12 @@ def _rename_old_lightly_head(key: str) -> str:
     """Renames heads of lightly before 1.2, one Sequential per layer: 0.0 0.1 1.0 -> 0 1 3; a bare layer 1 -> 3."""
     if m := re.match(r'(\d+)\.(\d+)\.(.+)', key):
         return f'{3 * int(m[1]) + int(m[2])}.{m[3]}'
-    if key.startswith('layers.'):  # an intermediate version
-        return key.removeprefix('layers.')
     number, _, rest = key.partition('.')
-    return f'{3 * int(number)}.{rest}'
+    return rest if number == 'layers' else f'{3 * int(number)}.{rest}'  # 'layers.': an intermediate version
 
 
 def _rename_detectron2(key: str) -> str:
-    """Renames detectron2's stem, res2 to res5, norms inside convolutions, and shortcuts."""
-    key = key.removeprefix('stem.')
+    """Renames detectron2's res2 to res5, norms inside convolutions, and shortcuts."""
     key = re.sub(r'^res(\d)', lambda m: f'layer{int(m[1]) - 1}', key)
     key = key.replace('shortcut.norm.', 'downsample.1.').replace('shortcut.', 'downsample.0.')
     return re.sub(r'conv(\d)\.norm\.', r'bn\1.', key)
@@ -85,78 +81,66 @@ def _rename_detectron2(key: str) -> str:
 class Layout(NamedTuple):
     name: str
     patterns: tuple[str, ...]  # regular expressions; each must match the start of some key
-    parts: dict[str, tuple[str, Callable[[str], str] | None]]  # prefix -> part, function that renames the rest
+    prefixes: dict[str, str]  # prefix of a key -> part and prefix under our names
+    renames: dict[str, Callable[[str], str]] = {}  # part -> function that renames what follows the part
 
 
-MM_PRETRAIN = {
-    'backbone.': ('backbone', None), 'neck.': ('projector', _rename_mm_head),
-    'head.predictor.': ('predictor', _rename_mm_head)}
-MM_MULTIHEAD = {'backbone.': ('backbone', None), 'head.fcs.': ('classifier', 'fcs.{}'.format),
-                'head.norms.': ('classifier', 'norms.{}'.format)}
-OURS = {'backbone.': ('backbone', None), 'projector.': ('projector', None), 'predictor.': ('predictor', None)}
-D2 = _rename_detectron2
+MM_PRETRAIN = (
+    {'backbone.': 'backbone.', 'neck.': 'projector.', 'head.predictor.': 'predictor.'},
+    {'projector': _rename_mm_head, 'predictor': _rename_mm_head})
+MM_MULTIHEAD = {'backbone.': 'backbone.', 'head.fcs.': 'classifier.fcs.', 'head.norms.': 'classifier.norms.'}
+OURS = {'backbone.': 'backbone.', 'projector.': 'projector.', 'predictor.': 'predictor.'}
 
 # The first row that fits wins, and in it the first prefix. Source: the published code of each project.
 LAYOUTS = [
-    Layout('vissl', (r'trunk\._feature_blocks\.conv1',), {'trunk._feature_blocks.': ('backbone', None)}),
+    Layout('vissl', (r'trunk\._feature_blocks\.conv1',), {'trunk._feature_blocks.': 'backbone.'}),
     Layout('fair', (r'encoder\.conv1\.weight', r'encoder\.fc\.0\.'), {
-        'encoder.fc.': ('projector', None), 'encoder.': ('backbone', None), 'predictor.': ('predictor', None)}),
-    Layout('mmselfsup_0x', (r'backbone\.conv1', r'neck\.fc0', r'encoder\.0\.'), MM_PRETRAIN),
-    Layout('mmselfsup_1x', (r'backbone\.conv1', r'neck\.fc0'), MM_PRETRAIN),
+        'encoder.fc.': 'projector.', 'encoder.': 'backbone.', 'predictor.': 'predictor.'}),
+    Layout('mmselfsup_0x', (r'backbone\.conv1', r'neck\.fc0', r'encoder\.0\.'), *MM_PRETRAIN),
+    Layout('mmselfsup_1x', (r'backbone\.conv1', r'neck\.fc0'), *MM_PRETRAIN),
     Layout('mmselfsup_0x_multihead', (r'backbone\.conv1', r'head\.fcs\.4\.'), MM_MULTIHEAD),
     Layout('mmselfsup_1x_multihead', (r'backbone\.conv1', r'head\.fcs\.0\.'), MM_MULTIHEAD),  # 1.x has four heads
     Layout('mmselfsup_0x_linear', (r'backbone\.conv1', r'head\.fc_cls\.'), {
-        'backbone.': ('backbone', None), 'head.fc_cls.': ('classifier', None)}),
+        'backbone.': 'backbone.', 'head.fc_cls.': 'classifier.'}),
     Layout('mmselfsup_1x_linear', (r'backbone\.conv1', r'head\.fc\.'), {
-        'backbone.': ('backbone', None), 'head.fc.': ('classifier', None)}),
+        'backbone.': 'backbone.', 'head.fc.': 'classifier.'}),
     Layout('lightly', (r'backbone\.0\.weight', r'projection_head\.layers\.0\.'), {
-        'backbone.': ('backbone', _rename_lightly_backbone), 'projection_head.layers.': ('projector', None),
-        'prediction_head.layers.': ('predictor', None)}),
+        'backbone.': 'backbone.', 'projection_head.layers.': 'projector.', 'prediction_head.layers.': 'predictor.'},
+        {'backbone': _rename_lightly_backbone}),
     Layout('lightly_old', (r'backbone\.0\.weight', r'projection_mlp\.'), {
-        'backbone.': ('backbone', _rename_lightly_backbone), 'projection_mlp.': ('projector', _rename_old_lightly_head),
-        'prediction_mlp.': ('predictor', _rename_old_lightly_head)}),
+        'backbone.': 'backbone.', 'projection_mlp.': 'projector.', 'prediction_mlp.': 'predictor.'}, {
+        'backbone': _rename_lightly_backbone, 'projector': _rename_old_lightly_head,
+        'predictor': _rename_old_lightly_head}),
     Layout('detectron2', (r'(backbone\.(bottom_up\.)?)?stem\.conv1\.weight', r'(backbone\.(bottom_up\.)?)?res2\.'), {
-        'backbone.bottom_up.stem.': ('backbone', D2), 'backbone.bottom_up.res': ('backbone', lambda k: D2(f'res{k}')),
-        'backbone.stem.': ('backbone', D2), 'backbone.res': ('backbone', lambda k: D2(f'res{k}')),
-        'roi_heads.res5.': ('backbone', lambda k: D2(f'res5.{k}')), 'stem.': ('backbone', D2),
-        'res': ('backbone', lambda k: D2(f'res{k}'))}),
+        'backbone.bottom_up.stem.': 'backbone.', 'backbone.bottom_up.res': 'backbone.res',
+        'backbone.stem.': 'backbone.', 'backbone.res': 'backbone.res', 'roi_heads.res5.': 'backbone.res5.',
+        'stem.': 'backbone.', 'res': 'backbone.res'}, {'backbone': _rename_detectron2}),
     Layout('mmdet', (r'backbone\.conv1', r'(rpn_head|roi_head|bbox_head|decode_head|auxiliary_head|neck\.lateral)'), {
-        'backbone.': ('backbone', None), 'roi_head.shared_head.layer4.': ('backbone', 'layer4.{}'.format)}),
+        'backbone.': 'backbone.', 'roi_head.shared_head.layer4.': 'backbone.layer4.'}),
     Layout('solo_learn', (r'(backbone|encoder)\.conv1', r'projector\.0\.', r'predictor\.0\.',
-                          r'(classifier\.|projector\.6\.bias|encoder\.)'), {'encoder.': ('backbone', None), **OURS}),
+                          r'(classifier\.|projector\.6\.bias|encoder\.)'), {'encoder.': 'backbone.', **OURS}),
     Layout('simsiam_models', (r'backbone\.', r'projector\.0\.', r'predictor\.0\.'), OURS),
-    Layout('backbone', (r'backbone\.conv1\.weight',), {'backbone.': ('backbone', None)}),
+    Layout('backbone', (r'backbone\.conv1\.weight',), {'backbone.': 'backbone.'}),
     Layout('torchvision', (r'conv1\.weight', r'bn1\.', r'layer1\.0\.'), {
-        'conv1.': ('backbone', 'conv1.{}'.format), 'bn1.': ('backbone', 'bn1.{}'.format),
-        'layer': ('backbone', 'layer{}'.format), 'fc.': ('classifier', None)}),
+        'conv1.': 'backbone.conv1.', 'bn1.': 'backbone.bn1.', 'layer': 'backbone.layer', 'fc.': 'classifier.'}),
 ]
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a SimSiam checkpoint of any known layout without running code from the file.
 
-    Known layouts: FAIR (pretraining, linear), MMSelfSup 0.x and 1.x and MMPretrain (pretraining, linear, multi-head),
-    lightly, solo-learn, VISSL, torchvision and timm, mmdet and mmseg, detectron2, ONNX files from `simsiam convert`,
-    checkpoints of this package, and the folders that it exports for timm.
-
-    Returns:
-        The parts under our names, in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists
-        the changes: FAIR's frozen random bias before the projector's last batch norm moves into its running mean.
+    Known are the rows of LAYOUTS, ONNX files from `simsiam convert`, and folders exported for timm. The parts are
+    returned in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists the changes.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        OSError: the disk failed or refused to read the file.
+        FileNotFoundError, OSError: the file does not exist, or the disk failed or refused to read it.
         ValueError: the file is damaged, or its keys fit no known layout; the message shows the first keys.
     """
     path = Path(path)
-    if path.is_dir():
-        raw = read(path / MODEL)
-        if (heads := path / HEADS).exists():
-            raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
-    elif path.suffix == '.onnx':
-        raw = read_onnx(path)
-    else:
-        raw = read(path)
+    file = path / MODEL if path.is_dir() else path
+    raw = read_onnx(file) if file.suffix == '.onnx' else read(file)
+    if (heads := path / HEADS).exists():
+        raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
     try:
         return recognize(raw)
     except ValueError as e:
@@ -164,11 +148,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def recognize(raw: Any) -> Checkpoint:
-    """Splits the contents of a checkpoint file into its parts under our names.
-
-    Raises:
-        ValueError: the layout is unknown; the message shows the first keys.
-    """
+    """Splits the contents of a checkpoint file into its parts under our names. Raises as `load_checkpoint`."""
     if not isinstance(raw, Mapping):
         raise ValueError(f'holds a {type(raw).__name__}, not a dictionary of tensors')
     try:
@@ -181,20 +161,20 @@ def _recognize(raw: Mapping) -> Checkpoint:
     state, outer = _unwrap(raw)
     layout = next((x for x in LAYOUTS if all(any(re.match(r, k) for k in state) for r in x.patterns)), None)
     if layout is None:
-        keys = [repr(str(k))[1:-1][:80] for k in (state or raw)]
-        raise ValueError(
-            f'no known checkpoint layout ({len(state)} tensors); the first keys are '
-            f'{", ".join(keys[:8]) or "none: it is empty"}')
-    parts: dict[str, State] = {'backbone': {}, 'projector': {}, 'predictor': {}, 'classifier': {}}
-    dropped, notes = Counter(), []
+        keys = ', '.join([repr(str(k))[1:-1][:80] for k in (state or raw)][:8]) or 'none: it is empty'
+        raise ValueError(f'no known checkpoint layout ({len(state)} tensors); the first keys are {keys}')
+    parts: dict[str, State] = {part: {} for part in PARTS}
+    dropped, converted = Counter(), Counter()
     for key, value in state.items():
-        for prefix, (part, rename) in layout.parts.items():
-            if key.startswith(prefix):
-                rest = key[len(prefix):]
-                parts[part][rename(rest) if rename else rest] = value
-                break
-        else:
+        prefix = next((p for p in layout.prefixes if key.startswith(p)), None)
+        if prefix is None:
             dropped[key.split('.')[0]] += 1
+            continue
+        part, _, name = (layout.prefixes[prefix] + key[len(prefix):]).partition('.')
+        if value.is_floating_point() and value.dtype != torch.float32:
+            converted[str(value.dtype).removeprefix('torch.')] += 1
+            value = value.float()
+        parts[part][layout.renames.get(part, str)(name)] = value
     info = {k: raw[k] for k in ('epoch', 'arch', 'best_acc1') if isinstance(raw.get(k), int | float | str)}
     for key, value in outer.items():
         if key not in info:
@@ -204,28 +184,21 @@ def _recognize(raw: Mapping) -> Checkpoint:
         name = 'fair_linear'
     if name == 'simsiam_models' and {'pytorch-lightning_version', 'hyper_parameters'} & set(outer):
         name = 'solo_learn'
-    _to_float32(parts, notes)
-    _fill_counts(parts, notes)
-    for head in ('projector', 'predictor'):
-        _fold_biases(parts[head], head, notes)
-    _drop_identity(parts['projector'], notes)
+    notes = [f'{n} tensors converted from {dtype} to float32' for dtype, n in converted.items()]
+    _fix_norms(parts, notes)
     return Checkpoint(
-        parts['backbone'], parts['projector'] or None, parts['predictor'] or None, parts['classifier'] or None, name,
-        {**info, 'dropped': dict(dropped), 'notes': notes})
+        parts.pop('backbone'), **{part: entries or None for part, entries in parts.items()}, layout=name,
+        info={**info, 'dropped': dict(dropped), 'notes': notes})
 
 
 def _unwrap(raw: Mapping) -> tuple[State, dict[str, Any]]:
     """Returns the tensors by name, without the prefixes of wrappers, and everything else in the file."""
-    state, outer = raw, {}
-    if isinstance(raw.get('classy_state_dict'), Mapping):  # VISSL
-        model = raw['classy_state_dict'].get('base_model', {}).get('model', {})
+    wrapper = next((k for k in ('classy_state_dict', 'state_dict', 'model') if isinstance(raw.get(k), Mapping)), None)
+    state = raw[wrapper] if wrapper else raw
+    outer = {k: v for k, v in raw.items() if k != wrapper} if wrapper else {}
+    if wrapper == 'classy_state_dict':  # VISSL
+        model = state.get('base_model', {}).get('model', {})
         state = {f'{part}.{k}': v for part, entries in model.items() for k, v in entries.items()}
-        outer = {k: v for k, v in raw.items() if k != 'classy_state_dict'}
-    else:
-        for key in ('state_dict', 'model'):
-            if isinstance(raw.get(key), Mapping):
-                state, outer = raw[key], {k: v for k, v in raw.items() if k != key}
-                break
     tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
     outer |= {k: v for k, v in state.items() if not isinstance(v, Tensor)}
     for prefix in ('module.', '_orig_mod.', 'module.', '_orig_mod.'):  # DDP and torch.compile, in either order
@@ -234,46 +207,31 @@ def _unwrap(raw: Mapping) -> tuple[State, dict[str, Any]]:
     return tensors, outer
 
 
-def _to_float32(parts: dict[str, State], notes: list[str]) -> None:
-    found = Counter()
-    for part in parts.values():
-        for k, v in part.items():
-            if v.is_floating_point() and v.dtype != torch.float32:
-                found[str(v.dtype).removeprefix('torch.')] += 1
-                part[k] = v.float()
-    notes += [f'{n} tensors converted from {dtype} to float32' for dtype, n in found.items()]
-
-
-def _fill_counts(parts: dict[str, State], notes: list[str]) -> None:
-    filled = 0
-    for part in parts.values():
-        for key in [k for k in part if k.endswith('running_mean')]:
-            count = key.replace('running_mean', 'num_batches_tracked')
-            if count not in part:
-                part[count] = torch.tensor(0)
-                filled += 1
-    if filled:
-        notes.append(f'{filled} missing num_batches_tracked set to 0')
-
-
-def _fold_biases(head: State, name: str, notes: list[str]) -> None:
-    """Moves a bias directly before a batch norm, which subtracts any constant, into the norm's running mean."""
-    for key in [k for k in head if re.fullmatch(r'\d+\.bias', k)]:
-        n = int(key.split('.')[0])
-        mean = f'{n + 1}.running_mean'
-        if mean in head and f'{n}.running_mean' not in head:
-            head[mean] = head[mean] - head.pop(key)
-            notes.append(f'{name}.{key} folded into {mean}')
-
-
-def _drop_identity(projector: State, notes: list[str]) -> None:
-    """Drops scale 1 and shift 0 of the last batch norm: in SimSiam it has neither (paper, section 4.4)."""
-    norms = [int(k.split('.')[0]) for k in projector if k.endswith('running_mean')]
-    weight, bias = f'{max(norms, default=0)}.weight', f'{max(norms, default=0)}.bias'
-    if not norms or weight not in projector or bias not in projector:
-        return
-    if bool((projector[weight] == 1).all()) and not projector[bias].any():
-        del projector[weight], projector[bias]
-        notes.append(f'projector.{weight} and {bias} were 1 and 0 and were left out')
-    else:
-        notes.append(f'projector.{weight} and {bias} are not 1 and 0: SimSiam has no place for them')
+def _fix_norms(parts: dict[str, State], notes: list[str]) -> None:
+    """Makes the batch norms those of `SimSiam`, without a change of the outputs, and notes what was changed."""
+    counts = [
+        (part, count) for part in parts.values() for key in part if key.endswith('running_mean')
+        if (count := key.replace('running_mean', 'num_batches_tracked')) not in part]
+    for part, count in counts:
+        part[count] = torch.tensor(0)
+    if counts:
+        notes.append(f'{len(counts)} missing num_batches_tracked set to 0')
+    # A batch norm subtracts any constant, so a bias right before it (FAIR's) moves into its running mean.
+    for name in ('projector', 'predictor'):
+        head = parts[name]
+        for key in [k for k in head if re.fullmatch(r'\d+\.bias', k)]:
+            n = int(key.split('.')[0])
+            mean = f'{n + 1}.running_mean'
+            if mean in head and f'{n}.running_mean' not in head:
+                head[mean] = head[mean] - head.pop(key)
+                notes.append(f'{name}.{key} folded into {mean}')
+    # The projector's last batch norm has neither scale nor shift (paper, section 4.4): 1 and 0 are dropped.
+    projector = parts['projector']
+    last = max((int(k.split('.')[0]) for k in projector if k.endswith('running_mean')), default=-1)
+    weight, bias = f'{last}.weight', f'{last}.bias'
+    if weight in projector and bias in projector:
+        if bool((projector[weight] == 1).all()) and not projector[bias].any():
+            del projector[weight], projector[bias]
+            notes.append(f'projector.{weight} and {bias} were 1 and 0 and were left out')
+        else:
+            notes.append(f'projector.{weight} and {bias} are not 1 and 0: SimSiam has no place for them')

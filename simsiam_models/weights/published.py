@@ -1,24 +1,17 @@
 """Published weights as data: a table of the files, and the numbers that their authors report for them.
 
-None of the numbers was measured here. published.json holds one entry per weights file and benchmark: 'tag',
-'benchmark', 'metrics' (percent), 'source' and 'url'; if known, 'protocol', 'confidence', 'warning', and 'pages', the
-pages that list the entry: its own page first, then those that copied it.
+None was measured here. published.json holds one entry per weights file and benchmark: 'tag', 'benchmark', 'metrics'
+(percent), 'source', 'url'; if known, 'protocol', 'confidence', 'warning', and 'pages': its own, then copies.
 """
 import json
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import sources, tensorfile
 
 NAME = 'simsiam_resnet50'  # the model of all published weights
-FAIR = 'Facebook AI Research (facebookresearch/simsiam)'
 MMSELFSUP_0 = 'OpenMMLab (MMSelfSup 0.x)'
-MMSELFSUP_1 = 'OpenMMLab (MMSelfSup 1.x, MMPretrain)'
-FAIR_URL = 'https://dl.fbaipublicfiles.com/simsiam/models/'
-MM0_URL = 'https://download.openmmlab.com/mmselfsup/simsiam/simsiam_resnet50_8xb32-coslr-'
-MM1_URL = 'https://download.openmmlab.com/mmselfsup/1.x/simsiam/simsiam_resnet50_8xb32-coslr-'
-MM1_LINEAR = '_in1k/resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-'
 
 
 class Weights(NamedTuple):
@@ -41,50 +34,46 @@ class Weights(NamedTuple):
         return self.num_classes > 0
 
 
-_mm0 = partial(Weights, layout='mmselfsup_0x', publisher=MMSELFSUP_0, license='apache-2.0', batch=256)
-_mm1 = partial(Weights, layout='mmselfsup_1x', publisher=MMSELFSUP_1, license='apache-2.0', batch=256)
-_mm1_linear = partial(_mm1, layout='mmselfsup_1x_linear', num_classes=1000)
-_fair = partial(Weights, layout='fair', publisher=FAIR, license='cc-by-nc-4.0')
+def _openmmlab(folder: str, name: str, **facts: Any) -> Weights:
+    url = f'https://download.openmmlab.com/mmselfsup/{folder}simsiam/simsiam_resnet50_8xb32-coslr-{name}.pth'
+    return Weights(url, license='apache-2.0', batch=256, sha256_prefix=name[-8:], **facts)
+
+
+def _fair(name: str, layout: str = 'fair', **facts: Any) -> Weights:
+    url = f'https://dl.fbaipublicfiles.com/simsiam/models/{name}.pth.tar'
+    return Weights(
+        url, layout, publisher='Facebook AI Research (facebookresearch/simsiam)', license='cc-by-nc-4.0', **facts)
+
+
+_mm0 = partial(_openmmlab, '', layout='mmselfsup_0x', publisher=MMSELFSUP_0)
+_mm0_bgr = partial(_mm0, bgr=True)
+_mm1 = partial(_openmmlab, '1.x/', layout='mmselfsup_1x', publisher='OpenMMLab (MMSelfSup 1.x, MMPretrain)')
+_mm1_lin = partial(_mm1, layout='mmselfsup_1x_linear', num_classes=1000)
 _fair_linear = partial(_fair, layout='fair_linear', num_classes=1000)
+MM1_LINEAR = '_in1k/resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-'
 
 # The first tag is the default: the best reported linear accuracy under a licence that allows commercial use.
 # Half of the numbers on the MMSelfSup page belong to the two BGR files.
 WEIGHTS = {
-    'mm_ep200_in1k': _mm0(
-        f'{MM0_URL}200e_in1k_20220225-2f488143.pth', epochs=200, top1=69.84, sha256_prefix='2f488143'),
-    'mm_ep100_in1k': _mm0(
-        f'{MM0_URL}100e_in1k_20220225-68a88ad8.pth', epochs=100, top1=68.28, sha256_prefix='68a88ad8'),
+    'mm_ep200_in1k': _mm0('200e_in1k_20220225-2f488143', epochs=200, top1=69.84),
+    'mm_ep100_in1k': _mm0('100e_in1k_20220225-68a88ad8', epochs=100, top1=68.28),
     'mm1x_ep200_in1k': _mm1(
-        f'{MM1_URL}200e_in1k/simsiam_resnet50_8xb32-coslr-200e_in1k_20220825-efe91299.pth',
-        epochs=200, top1=69.8, sha256_prefix='efe91299'),
+        '200e_in1k/simsiam_resnet50_8xb32-coslr-200e_in1k_20220825-efe91299', epochs=200, top1=69.8),
     'mm1x_ep100_in1k': _mm1(
-        f'{MM1_URL}100e_in1k/simsiam_resnet50_8xb32-coslr-100e_in1k_20220825-d07cb2e6.pth',
-        epochs=100, top1=68.3, sha256_prefix='d07cb2e6'),
-    'mm1x_ep200_lin_in1k': _mm1_linear(
-        f'{MM1_URL}200e{MM1_LINEAR}519b5135.pth', epochs=200, top1=69.8, sha256_prefix='519b5135',
-        counterpart='mm1x_ep200_in1k'),
-    'mm1x_ep100_lin_in1k': _mm1_linear(
-        f'{MM1_URL}100e{MM1_LINEAR}f53ba400.pth', epochs=100, top1=68.3, sha256_prefix='f53ba400',
-        counterpart='mm1x_ep100_in1k'),
-    'mm_ep200_bgr_in1k': _mm0(
-        f'{MM0_URL}200e_in1k_20211213-b605f9f1.pth', epochs=200, top1=69.8, sha256_prefix='b605f9f1',
-        bgr=True, counterpart='mm_ep200_in1k'),
-    'mm_ep100_bgr_in1k': _mm0(
-        f'{MM0_URL}100e_in1k_20211230-65a0eff4.pth', epochs=100, top1=68.2, sha256_prefix='65a0eff4',
-        bgr=True, counterpart='mm_ep100_in1k'),
-    'fb_bs512_ep100_in1k': _fair(
-        f'{FAIR_URL}100ep/pretrain/checkpoint_0099.pth.tar', epochs=100, batch=512, top1=68.1),
-    'fb_bs256_ep100_in1k': _fair(
-        f'{FAIR_URL}100ep-256bs/pretrain/checkpoint_0099.pth.tar', epochs=100, batch=256, top1=68.3),
-    'fb_bs256_ep200_in1k': _fair(
-        f'{FAIR_URL}200ep-256bs/pretrain/checkpoint_0199.pth.tar', epochs=200, batch=256, top1=None),
+        '100e_in1k/simsiam_resnet50_8xb32-coslr-100e_in1k_20220825-d07cb2e6', epochs=100, top1=68.3),
+    'mm1x_ep200_lin_in1k': _mm1_lin(f'200e{MM1_LINEAR}519b5135', epochs=200, top1=69.8, counterpart='mm1x_ep200_in1k'),
+    'mm1x_ep100_lin_in1k': _mm1_lin(f'100e{MM1_LINEAR}f53ba400', epochs=100, top1=68.3, counterpart='mm1x_ep100_in1k'),
+    'mm_ep200_bgr_in1k': _mm0_bgr('200e_in1k_20211213-b605f9f1', epochs=200, top1=69.8, counterpart='mm_ep200_in1k'),
+    'mm_ep100_bgr_in1k': _mm0_bgr('100e_in1k_20211230-65a0eff4', epochs=100, top1=68.2, counterpart='mm_ep100_in1k'),
+    'fb_bs512_ep100_in1k': _fair('100ep/pretrain/checkpoint_0099', epochs=100, batch=512, top1=68.1),
+    'fb_bs256_ep100_in1k': _fair('100ep-256bs/pretrain/checkpoint_0099', epochs=100, batch=256, top1=68.3),
+    'fb_bs256_ep200_in1k': _fair('200ep-256bs/pretrain/checkpoint_0199', epochs=200, batch=256, top1=None),
     'fb_bs512_ep100_lin_in1k': _fair_linear(
-        f'{FAIR_URL}100ep/linear/model_best.pth.tar', epochs=100, batch=512, top1=68.1,
-        counterpart='fb_bs512_ep100_in1k'),
+        '100ep/linear/model_best', epochs=100, batch=512, top1=68.1, counterpart='fb_bs512_ep100_in1k'),
     'fb_bs256_ep100_lin_in1k': _fair_linear(
-        f'{FAIR_URL}100ep-256bs/linear/model_best.pth.tar', epochs=100, batch=256, top1=68.3,
-        counterpart='fb_bs256_ep100_in1k'),
+        '100ep-256bs/linear/model_best', epochs=100, batch=256, top1=68.3, counterpart='fb_bs256_ep100_in1k'),
 }
+RESULTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8'))
 
 
 def find_tag(path: str | Path) -> str | None:
@@ -93,14 +82,9 @@ def find_tag(path: str | Path) -> str | None:
     return next((t for t, w in WEIGHTS.items() if w.sha256_prefix and sha256.startswith(w.sha256_prefix)), None)
 
 
-@cache
-def _load_results() -> list[dict[str, Any]]:
-    return json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8'))
-
-
 def find_results(tag: str) -> list[dict[str, Any]]:
     """Returns the published entries of exactly this file; an empty list for unpublished weights."""
-    return [entry for entry in _load_results() if entry['tag'] == tag]
+    return [entry for entry in RESULTS if entry['tag'] == tag]
 
 
 def find_page_results(tag: str) -> list[dict[str, Any]]:
@@ -109,15 +93,11 @@ def find_page_results(tag: str) -> list[dict[str, Any]]:
     The MMSelfSup page mixes two generations of weights, and its 1.x page copies all but the linear result.
     """
     pages = {entry['pages'][0] for entry in find_results(tag) if 'pages' in entry}
-    return [entry for entry in _load_results() if entry['tag'] != tag and pages & set(entry.get('pages', []))]
+    return [entry for entry in RESULTS if entry['tag'] != tag and pages & set(entry.get('pages', []))]
 
 
 def describe(tag: str) -> str:
-    """Describes the origin of a published file and lists every number published for it.
-
-    Raises:
-        ValueError: the tag is unknown.
-    """
+    """Describes the origin of a published file and lists every number published for it."""
     tag = tag.removeprefix(f'{NAME}.')
     if tag not in WEIGHTS:
         raise ValueError(f'{tag!r} is not a published tag: choose one of {", ".join(WEIGHTS)}')
@@ -137,8 +117,7 @@ def describe(tag: str) -> str:
 
 def _format_entry(entry: dict[str, Any]) -> str:
     remarks = [entry[key] for key in ('protocol', 'source', 'warning') if key in entry]
-    if 'confidence' in entry:
-        remarks.append(f'which weights: {entry["confidence"]}')
+    remarks += [f'which weights: {entry["confidence"]}'] if 'confidence' in entry else []
     return f'  {entry["tag"]}  {entry["benchmark"]}: {format_metrics(entry)} ({"; ".join(remarks)})'
 
 

@@ -1,10 +1,9 @@
 """A checkpoint file -> plain containers of tensors, without running any code from the file.
 
-torch.load(weights_only=True) reads torch's current format unless the file holds objects of its training code next to
-the tensors (OpenMMLab's `meta`, numpy scalars). Such files, torch's older format and bare pickles go through the
-restricted reader of this module. Its unpickler knows tensors, numpy arrays and plain containers, and imports nothing:
-every other name in the file becomes an inert `Opaque`. A hostile file can still exhaust memory or the stack, which ends
-the process.
+torch.load(weights_only=True) reads torch's current format unless the file holds objects of its training code, such as
+OpenMMLab's `meta`. Such files, torch's older format and bare pickles go through the restricted reader of this module.
+Its unpickler knows tensors, numpy arrays and plain containers, and imports nothing: every other name becomes an inert
+`Opaque`. A hostile file can still exhaust memory or the stack, which ends the process.
 """
 import errno
 import functools
@@ -36,13 +35,10 @@ PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.
 
 
 def read(path: str | Path) -> Any:
-    """Reads a .safetensors, torch or pickle file: dict, list, tuple, numbers, strings and CPU tensors.
-
-    numpy arrays become tensors, and objects of unknown classes become `Opaque`.
+    """Reads a .safetensors, torch or pickle file into plain containers, numbers, strings, CPU tensors and `Opaque`.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        OSError: the disk failed or refused to read the file.
+        FileNotFoundError, OSError: the file does not exist, or the disk failed or refused to read it.
         ValueError: the file is not a checkpoint or is damaged, or memory ran out; the message says which.
     """
     path = Path(path)
@@ -55,9 +51,8 @@ def read(path: str | Path) -> Any:
         try:
             return _read_contents(file, path)
         except MemoryError:
-            raise ValueError(
-                f'{path} cannot be read as a checkpoint: it needs more memory than is free; free some memory, or name '
-                'a smaller file') from None
+            raise ValueError(f'{path} cannot be read as a checkpoint: it needs more memory than is free; free some '
+                             'memory, or name a smaller file') from None
         except Exception as e:  # pickle, zipfile, torch and safetensors raise whatever damaged bytes lead to
             failure = disk.error or e
             if isinstance(failure, OSError) and failure.errno != errno.EINVAL:  # EINVAL: a wrong offset in the file
@@ -96,7 +91,12 @@ def _read_contents(file: BinaryIO, path: Path) -> Any:
     if head.lstrip()[:1] == b'<':
         raise ValueError(f'a web page: it begins with {head.lstrip()[:30]!r}')
     if not head.startswith(b'PK\x03\x04'):
-        return _read_pickle(file, size)
+        first = RestrictedUnpickler(file).load()
+        if first == LEGACY_MAGIC:
+            return _read_legacy(file, size)
+        if isinstance(first, Opaque) or file.read(1):
+            raise ValueError('not a checkpoint of a known format')
+        return _to_plain(first, {})
     with zipfile.ZipFile(file) as archive:
         prefix = _check_zip(archive, size)
         file.seek(0)
@@ -109,25 +109,16 @@ def _read_contents(file: BinaryIO, path: Path) -> Any:
 class Opaque:
     """Stands for an object of an unknown class, and keeps nothing of it."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
     def __new__(cls, *args: Any, **kwargs: Any) -> 'Opaque':
         return object.__new__(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> 'Opaque':
         return Opaque()
 
-    def __setstate__(self, state: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
-        pass
-
-    def append(self, value: Any) -> None:
-        pass
-
-    extend = add = append
+    __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class AllowedCall:
@@ -176,9 +167,15 @@ class PickledArray:
         raw = self.raw.encode('latin1') if isinstance(self.raw, str) else self.raw
         if not isinstance(raw, bytes | bytearray):
             return Opaque()
-        flat = np.frombuffer(raw, np.dtype(self.dtype.code).newbyteorder(self.dtype.order))
-        array = flat.reshape(self.shape, order='F' if self.fortran else 'C')
+        array = np.frombuffer(raw, np.dtype(self.dtype.code).newbyteorder(self.dtype.order))
+        array = array.reshape(self.shape, order='F' if self.fortran else 'C')
         return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), order='C'))
+
+
+def make_array(raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> PickledArray:
+    array = PickledArray()
+    array.__setstate__((1, shape, dtype, order == 'F', raw))
+    return array
 
 
 class Storage:
@@ -199,23 +196,19 @@ class RestrictedUnpickler(pickle.Unpickler):
         if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
             return name
         short = module.removeprefix('numpy._core.').removeprefix('numpy.core.').replace('__builtin__', 'builtins')
-        allowed = {
-            ('torch._utils', '_rebuild_tensor'): self.rebuild_tensor,
-            ('torch._utils', '_rebuild_tensor_v2'): self.rebuild_tensor,
-            ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
-            ('torch._utils', '_rebuild_parameter_with_state'): lambda data, *_: data,
-            ('torch._tensor', '_rebuild_from_type_v2'): lambda build, kind, args, state: build(*args),
-            ('torch', 'Size'): tuple,
-            ('collections', 'OrderedDict'): lambda *_: PickledDict(),
-            ('collections', 'defaultdict'): lambda *_: PickledDict(),
-            ('builtins', 'set'): set,
-            ('builtins', 'bytes'): lambda *args: Opaque() if args else b'',
-            ('_codecs', 'encode'): lambda text, *_: text.encode('latin1'),
-            ('numpy', 'dtype'): lambda code, *_: PickledDtype(code),
-            ('multiarray', '_reconstruct'): lambda *_: PickledArray(),
-            ('numeric', '_frombuffer'): self.make_array,
-        }
-        found = allowed.get((short, name))
+        found = {
+            'torch._utils _rebuild_tensor': self.rebuild_tensor,
+            'torch._utils _rebuild_tensor_v2': self.rebuild_tensor,
+            'torch._utils _rebuild_parameter': lambda data, *_: data,
+            'torch._utils _rebuild_parameter_with_state': lambda data, *_: data,
+            'torch._tensor _rebuild_from_type_v2': lambda build, kind, args, state: build(*args),
+            'torch Size': tuple, 'builtins set': set,
+            'builtins bytes': lambda *args: Opaque() if args else b'',
+            'collections OrderedDict': lambda *_: PickledDict(), 'collections defaultdict': lambda *_: PickledDict(),
+            '_codecs encode': lambda text, *_: text.encode('latin1'),
+            'numpy dtype': lambda code, *_: PickledDtype(code),
+            'multiarray _reconstruct': lambda *_: PickledArray(), 'numeric _frombuffer': make_array,
+        }.get(f'{short} {name}')
         return AllowedCall(found) if found else type('Opaque', (Opaque,), {})
 
     def persistent_load(self, pid: Any) -> Any:
@@ -229,27 +222,14 @@ class RestrictedUnpickler(pickle.Unpickler):
     def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
         if not isinstance(storage, Storage):
             raise ValueError('a tensor has no storage')
-        if offset < 0 or min(size, default=0) < 0 or min(stride, default=0) < 0:
+        if min(0, offset, *size, *stride) < 0:
             raise ValueError('a tensor has a negative extent')
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        numel, available = math.prod(size), len(storage.flat)
         # An expanded tensor (stride 0) may have more elements than its storage; few files have a reason for that.
-        if math.prod(size) and (last >= len(storage.flat) or math.prod(size) > max(len(storage.flat), 2**24)):
+        if numel and (last >= available or numel > max(available, 2**24)):
             raise ValueError('a tensor is larger than its storage')
-        return storage.flat.as_strided(size, stride, offset) if math.prod(size) else storage.flat.new_empty(size)
-
-    def make_array(self, raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> PickledArray:
-        array = PickledArray()
-        array.__setstate__((1, shape, dtype, order == 'F', raw))
-        return array
-
-
-def _read_pickle(file: BinaryIO, size: int) -> Any:
-    first = RestrictedUnpickler(file).load()
-    if first == LEGACY_MAGIC:
-        return _read_legacy(file, size)
-    if isinstance(first, Opaque) or file.read(1):
-        raise ValueError('not a checkpoint of a known format')
-    return _to_plain(first, {})
+        return storage.flat.as_strided(size, stride, offset) if numel else storage.flat.new_empty(size)
 
 
 def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
@@ -270,28 +250,24 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
 
 def _read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
     """Reads torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
-    buffers: dict[str, bytearray] = {}
     if f'{prefix}byteorder' in archive.namelist() and archive.read(f'{prefix}byteorder') != b'little':
         raise ValueError('the file comes from a big-endian machine')
 
-    def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
-        if key not in buffers:
-            buffers[key] = bytearray(archive.read(f'{prefix}data/{key}'))
-        return Storage(buffers[key], dtype)
+    @functools.cache
+    def read_buffer(key: str) -> bytearray:
+        return bytearray(archive.read(f'{prefix}data/{key}'))
 
     with archive.open(f'{prefix}data.pkl') as f:
-        return _to_plain(RestrictedUnpickler(f, storage).load(), {})
+        unpickler = RestrictedUnpickler(f, lambda dtype, key, *_: Storage(read_buffer(key), dtype))
+        return _to_plain(unpickler.load(), {})
 
 
-def _read_legacy(f: BinaryIO, size: int) -> Any:
+def _read_legacy(f: BinaryIO, left: int) -> Any:
     """Reads torch's older format: pickles of protocol, system, contents, storage keys; then each storage."""
     buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
-    left = size
 
     def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
         nonlocal left
-        if numel * dtype.itemsize > size:
-            raise ValueError('a storage is larger than the file')
         if view is not None:
             raise ValueError('it holds views of storages, which torch wrote before 0.4')
         if key not in buffers:
@@ -346,10 +322,7 @@ def _to_plain(x: Any, seen: dict[int, Any]) -> Any:
 def read_onnx(path: str | Path) -> dict[str, Tensor]:
     """Returns the state dict of an ONNX file: its initializers, and the batch norms' counters from its metadata.
 
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: the file is damaged, or is not an ONNX file with weights.
-        RuntimeError: the onnx package is not installed.
+    Raises FileNotFoundError, ValueError if it is damaged or holds no weights, RuntimeError if onnx is not installed.
     """
     require('an ONNX file', onnx='onnx')
     import onnx

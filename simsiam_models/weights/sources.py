@@ -1,14 +1,14 @@
 """Finds published weights in the caches, on the Hugging Face Hub, or on their authors' servers, in this order.
 
-From any source, the caller gets a local safetensors file in our layout whose hash was checked. A file from an author's
-server is converted once and kept next to torch.hub's other checkpoints, under a name that contains a hash of its
-address (FAIR calls two files checkpoint_0099.pth.tar).
+The caller gets a local safetensors file in our layout whose hash was checked. A file from an author's server is kept
+next to torch.hub's other checkpoints, its name with a hash of its address: FAIR has two checkpoint_0099.pth.tar.
 """
 import hashlib
 import http.client
 import json
 import logging
 import os
+import re
 import threading
 import time
 import urllib.error
@@ -49,15 +49,9 @@ def hub_id(name: str) -> str:
 def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path | None = None) -> Path:
     """Returns the local path of a published file; downloads and converts it if necessary.
 
-    Args:
-        name: 'simsiam_resnet50.TAG'.
-        weights: the row of `published.WEIGHTS`; url and sha256_prefix are used.
-        filename: MODEL (backbone and, if present, classifier) or HEADS (projector and predictor).
-        cache_dir: replaces the caches of the Hub client and of torch.hub.
-
-    Raises:
-        RuntimeError: no source has the file, and the message names each with its reason; or a cached file cannot be
-            read.
+    `name` is 'simsiam_resnet50.TAG', `weights` its row of `published.WEIGHTS`, and `filename` MODEL (backbone and, if
+    present, classifier) or HEADS. `cache_dir` replaces the caches of the Hub client and of torch.hub. Raises
+    RuntimeError if a cached file cannot be read, or no source has the file; the message names each with its reason.
     """
     converted = _name_converted(weights.url, filename, cache_dir)
     reasons: list[str] = []
@@ -69,12 +63,11 @@ def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path 
         with _lock_download(converted):
             if path := _find_in_caches(name, filename, converted, cache_dir, []):  # another process was faster
                 return path
-            for source, get in (
-                (f'Hugging Face Hub ({hub_id(name)})', lambda: _fetch_from_hub(name, filename, cache_dir)),
-                (weights.url, lambda: _fetch_from_url(weights, filename, cache_dir)),
-            ):
+            for source in (f'Hugging Face Hub ({hub_id(name)})', weights.url):
                 try:
-                    return get()
+                    if source == weights.url:
+                        return _fetch_from_url(weights, filename, cache_dir)
+                    return _fetch_from_hub(name, filename, cache_dir)
                 except MemoryError:
                     raise
                 except Exception as e:  # the network errors of the Hub client's versions have no common base class
@@ -85,9 +78,9 @@ def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path 
         'pretrained_cfg_overlay=dict(file=PATH); pretrained=False starts from random weights.')
 
 
-def find_cached(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path | None = None) -> Path | None:
-    """Returns the local path if a cache has the file, else None. Makes no request."""
-    return _find_in_caches(name, filename, _name_converted(weights.url, filename, cache_dir), cache_dir, [])
+def find_cached(name: str, weights: Any) -> Path | None:
+    """Returns the local path of a published backbone if a cache has it, else None. Makes no request."""
+    return _find_in_caches(name, MODEL, _name_converted(weights.url, MODEL, None), None, [])
 
 
 def read_pin(name: str) -> dict[str, Any]:
@@ -108,8 +101,8 @@ def _explain(e: Exception) -> str:
 def _name_converted(url: str, filename: str, cache_dir: str | Path | None) -> Path:
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     stem = url.rsplit('/', 1)[1].removesuffix('.tar').removesuffix('.pth')
-    stem = f'simsiam-{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}'
-    return folder / (f'{stem}.safetensors' if filename == MODEL else f'{stem}.heads.safetensors')
+    suffix = 'safetensors' if filename == MODEL else 'heads.safetensors'
+    return folder / f'simsiam-{hashlib.sha256(url.encode()).hexdigest()[:12]}-{stem}.{suffix}'
 
 
 def _find_in_caches(
@@ -135,21 +128,18 @@ def _find_in_caches(
 def _is_intact(path: Path, name: str, filename: str) -> bool:
     """Checks a Hub file by its pinned hash or by the hash that names its blob, a converted file by its own hash."""
     expected = read_pin(name).get('files', {}).get(filename) if path.name == filename else None
-    blob = path.resolve().name
-    if not expected and len(blob) == 64 and not set(blob) - set('0123456789abcdef'):
-        expected = blob
-    if expected:
-        return tensorfile.hash_file(path) == expected
-    return tensorfile.is_whole(path)
+    if not expected and re.fullmatch('[0-9a-f]{64}', path.resolve().name):
+        expected = path.resolve().name
+    return tensorfile.hash_file(path) == expected if expected else tensorfile.is_whole(path)
 
 
 def _lock_download(converted: Path) -> AbstractContextManager:
     """Lets one process of the machine download; the others wait, and then find the file in the cache."""
-    stem = converted.name.split('.')[0]
+    folder, stem = converted.parent, converted.name.split('.')[0]
     try:
-        converted.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(converted.with_name(f'{stem}.lock')).acquire()
-        for left in converted.parent.glob(f'{stem}.*.download'):  # left by killed processes
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / f'{stem}.lock').acquire()
+        for left in folder.glob(f'{stem}.*.download'):  # left by killed processes
             left.unlink(missing_ok=True)
         return held
     except (OSError, NotImplementedError):  # no write access, which the download will report, or no locks
@@ -163,34 +153,30 @@ def _fetch_from_hub(name: str, filename: str, cache_dir: str | Path | None) -> P
     path = Path(hf_hub_download(repo, filename, revision=revision, cache_dir=cache_dir, force_download=True))
     if _is_intact(path, name, filename):
         return path
-    blob = path.resolve()
-    path.unlink(missing_ok=True)
-    blob.unlink(missing_ok=True)
+    for file in (path.resolve(), path):  # the blob, and the link to it
+        file.unlink(missing_ok=True)
     raise Unavailable('the downloaded file has another hash than promised, and was deleted')
 
 
 def _probe(url: str) -> None:
-    """Checks by one HEAD request in the Hub client's session (its proxies, certificates, token) that the file exists.
+    """Checks by a HEAD request in the Hub client's session (its proxies, certificates, token) that the file exists.
 
-    The client itself would retry a dead Hub for 20 seconds and a silent one for minutes. A Retry-After is honoured up
-    to PATIENCE.
+    The client itself would retry a dead Hub for 20 seconds and a silent one for minutes. One Retry-After is honoured.
     """
-    for last in (False, True):
-        status, headers = _head(url)
-        if status < 400:
-            return
-        wait = headers.get('Retry-After', '')
-        if status != 429 or last or not wait.isdigit() or int(wait) > PATIENCE:
-            break
+    status, headers = _head(url)
+    wait = headers.get('Retry-After', '')
+    if status == 429 and wait.isdigit() and int(wait) <= PATIENCE:
         time.sleep(int(wait))
-    code, message = headers.get('X-Error-Code', ''), headers.get('X-Error-Message', '')
-    known = {
-        'RepoNotFound': 'no such repository, or it is private', 'EntryNotFound': 'the repository has no such file',
-        'RevisionNotFound': 'the repository has no such revision',
-        'GatedRepo': 'access must be granted on its page first; then log in with `hf auth login`'}
-    text = known.get(code) or {401: 'not authorised', 403: 'forbidden', 404: 'not found'}.get(status, '')
-    text = text or (f'too many requests, retry after {wait or "a while"} s' if status == 429 else message or 'failed')
-    raise Unavailable(f'{text} (HTTP {status})')
+        status, headers = _head(url)
+    if status >= 400:
+        known = {
+            'RepoNotFound': 'no such repository, or it is private', 'EntryNotFound': 'the repository has no such file',
+            'RevisionNotFound': 'the repository has no such revision',
+            'GatedRepo': 'access must be granted on its page first; then log in with `hf auth login`',
+            401: 'not authorised', 403: 'forbidden', 404: 'not found',
+            429: f'too many requests, retry after {headers.get("Retry-After") or "a while"} s'}
+        text = known.get(headers.get('X-Error-Code')) or known.get(status) or headers.get('X-Error-Message') or 'failed'
+        raise Unavailable(f'{text} (HTTP {status})')
 
 
 def _head(url: str) -> tuple[int, Any]:
@@ -222,10 +208,9 @@ def _fetch_from_url(weights: Any, filename: str, cache_dir: str | Path | None) -
     raw = target.with_name(f'{target.stem}.{os.getpid()}.download')
     try:
         sha256 = download(weights.url, raw, weights.sha256_prefix)
-        try:
-            checkpoint = load_checkpoint(raw)
-        except ValueError as e:
-            raise Unavailable(f'the download cannot be used: {str(e).replace(str(raw), "it")}') from None
+        checkpoint = load_checkpoint(raw)
+    except ValueError as e:
+        raise Unavailable(f'the download cannot be used: {str(e).replace(str(raw), "it")}') from None
     finally:
         raw.unlink(missing_ok=True)
     known = {'url': weights.url, 'upstream_sha256': sha256, 'layout': checkpoint.layout}
@@ -241,27 +226,21 @@ def _fetch_from_url(weights: Any, filename: str, cache_dir: str | Path | None) -
 def download(url: str, target: Path, sha256_prefix: str | None) -> str:
     """Downloads a file and returns its SHA-256. A broken connection is resumed up to three times.
 
-    Raises:
-        Unavailable: the server refuses, is silent, or sends an incomplete file, a web page, or another hash than the
-            name promises.
-        OSError: the file cannot be written.
+    Raises Unavailable if the server refuses or is silent, or the file is incomplete or has another hash than promised.
     """
-    name = None  # the server's name for the contents (ETag); without one, a second try starts over
+    name = ''  # the server's name for the contents (ETag); without one, a second try starts over
     with open(target, 'wb') as f, tqdm(
             desc=url.rsplit('/', 1)[1], unit='B', unit_scale=True, disable=None, leave=False) as bar:
         for wait in (1, 1, 1, 0):
-            if not name:
-                f.seek(0)
-                f.truncate()
             headers = {'User-Agent': 'simsiam_models', 'Accept-Encoding': 'identity'}
-            if f.tell():
+            if name and f.tell():
                 headers |= {'Range': f'bytes={f.tell()}-', 'If-Range': name}
             try:
                 with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=URL_TIMEOUT) as r:
                     name, problem = _receive(r, name, f, bar)
             except urllib.error.HTTPError as e:
                 after = e.headers.get('Retry-After', '')
-                name, problem = None, f'HTTP {e.code} {e.reason}'
+                name, problem = '', f'HTTP {e.code} {e.reason}'
                 if e.code not in (416, 429) and e.code < 500 or after.isdigit() and int(after) > PATIENCE:
                     break
                 time.sleep(int(after) if wait and after.isdigit() else wait)
@@ -278,35 +257,27 @@ def download(url: str, target: Path, sha256_prefix: str | None) -> str:
     return sha256
 
 
-def _receive(response: Any, name: str | None, f: Any, bar: tqdm) -> tuple[str | None, str]:
-    """Appends an answer to the file, or starts over; returns the contents' name, and the problem or ''."""
+def _receive(response: Any, name: str, f: Any, bar: tqdm) -> tuple[str, str]:
+    """Appends an answer to the file, or starts over; returns the contents' name, and the network's problem or ''."""
     headers = response.headers
     if 'html' in headers.get('Content-Type', ''):
-        return None, 'the server answers with a web page'
-    now = headers.get('ETag') or headers.get('Last-Modified')
+        return '', 'the server answers with a web page'
+    now = headers.get('ETag') or headers.get('Last-Modified') or ''
+    now = '' if now.startswith('W/') else now
     if response.status != 206:
         f.seek(0)
         f.truncate()
     elif now != name or not headers.get('Content-Range', '').startswith(f'bytes {f.tell()}-'):
-        return None, 'the file changed during the download'  # never join parts of two files
+        return '', 'the file changed during the download'  # never join parts of two files
     length = headers.get('Content-Length')
-    total = f.tell() + int(length) if length else None
-    bar.total = total
-    bar.update(f.tell() - bar.n)
-    problem = _copy(response, f, bar)
-    if not problem and total is not None and f.tell() != total:
-        problem = f'the connection was cut after {f.tell()} of {total} bytes'
-    return None if now and now.startswith('W/') else now, problem
-
-
-def _copy(response: Any, f: Any, bar: tqdm) -> str:
-    """Copies an answer to its end; returns the problem of the network, or ''. Disk errors are raised."""
-    while True:
+    bar.total = f.tell() + int(length) if length else None
+    chunk = None
+    while chunk != b'':
+        bar.update(f.tell() - bar.n)
         try:
             chunk = response.read(1 << 20)
         except (OSError, http.client.HTTPException) as e:
-            return f'the connection broke ({type(e).__name__})'
-        if not chunk:
-            return ''
+            return now, f'the connection broke ({type(e).__name__})'
         f.write(chunk)
-        bar.update(len(chunk))
+    cut = bar.total is not None and f.tell() != bar.total
+    return now, f'the connection was cut after {f.tell()} of {bar.total} bytes' if cut else ''

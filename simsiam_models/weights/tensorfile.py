@@ -57,10 +57,9 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def is_whole(path: str | Path) -> bool:
-    """Returns whether the contents match the hash in the header. A file without a hash needs only a valid header.
+    """Returns whether the contents match the hash in the header; a file without a hash needs only a valid header.
 
-    Raises:
-        OSError: the file cannot be read, which says nothing about its contents.
+    Raises OSError if the file cannot be read, which says nothing about its contents.
     """
     with open(path, 'rb'):  # safetensors reports every failure to open a file as "No such file"
         pass

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..runtime.messages import one_line
 from . import sources, tensorfile
-from .layouts import Checkpoint, load_checkpoint
+from .layouts import load_checkpoint
 from .published import NAME, WEIGHTS
 from .tensorfile import MODEL
 
@@ -33,9 +33,8 @@ def make_test_image(size: int = 224) -> Tensor:
 def compute_fingerprint(model: nn.Module) -> dict[str, Any]:
     """Returns mean, std and 16 of the outputs of `model`, in evaluation mode, for the test image."""
     training = model.training
-    weight = next(model.parameters())
     with torch.inference_mode():
-        y = model.eval()(make_test_image().to(weight)).flatten().double().cpu()
+        y = model.eval()(make_test_image().to(next(model.parameters()))).flatten().double().cpu()
     model.train(training)
     picked = y[torch.linspace(0, len(y) - 1, 16).long()]
     return {'mean': y.mean().item(), 'std': y.std().item(), 'outputs': picked.tolist()}
@@ -54,32 +53,11 @@ def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
     return [k for k, v in tensors.items() if not v.isfinite().all()]
 
 
-def build_resnet50(checkpoint: Checkpoint) -> nn.Module:
-    """Builds the ResNet-50 of a checkpoint, with its linear classifier if it has one, and loads it strictly.
-
-    Raises:
-        RuntimeError: the checkpoint holds another network, or entries are missing, left over or of another shape.
-    """
-    state = checkpoint.model_state()
-    if 'layer1.0.conv3.weight' not in state:
-        raise RuntimeError('the entries belong to another network than ResNet-50, the only one that is verified')
-    classes = len(state['fc.weight']) if 'fc.weight' in state else 0
-    model = timm.create_model(NAME, num_classes=classes)
-    model.load_state_dict(state, strict=True)
-    return model
-
-
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
-    """Checks a tag, which is downloaded if no cache has it, or the path of a checkpoint.
+    """Checks hash, keys, values and fingerprint of a tag, which is downloaded if no cache has it, or of a checkpoint.
 
-    Args:
-        dtype: float32, float16 or bfloat16, the type in which the outputs are computed.
-
-    Returns:
-        Whether all checks passed, and a line for each: hash, keys, values, fingerprint.
-
-    Raises:
-        FileNotFoundError, ValueError, RuntimeError: there is nothing to check; the message is one sentence.
+    `dtype` (float32, float16, bfloat16) is the type in which the outputs are computed. Returns whether all checks
+    passed, and a line for each. Raises FileNotFoundError, ValueError or RuntimeError if there is nothing to check.
     """
     tag = target.removeprefix(f'{NAME}.')
     if tag in WEIGHTS and not Path(target).exists():
@@ -89,28 +67,37 @@ def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
         path, findings, expected = Path(target), _check_file(Path(target)), None
     checkpoint = load_checkpoint(path)
     findings.append((None, checkpoint.describe()))
+    state = checkpoint.model_state()
     try:
-        model = build_resnet50(checkpoint)
+        if 'layer1.0.conv3.weight' not in state:
+            raise RuntimeError('the entries belong to another network than ResNet-50, the only one that is verified')
+        model = timm.create_model(NAME, num_classes=len(state.get('fc.weight', ())))
+        model.load_state_dict(state, strict=True)
     except RuntimeError as e:
         findings.append((False, f'keys: {one_line(e)}'))
     else:
         findings.append((True, f'keys: all {len(model.state_dict())} entries are there and fit'))
-        bad = find_nonfinite({**checkpoint.model_state(), **checkpoint.heads_state()})
+        bad = find_nonfinite({**state, **checkpoint.heads_state()})
         findings.append((not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite'))
-        findings += _check_outputs(
-            model.to(getattr(torch, dtype)), expected or _read_fingerprint(path), TOLERANCE[dtype])
+        file = (path / MODEL if path.is_dir() else path).with_name(FINGERPRINT)
+        if not expected and (path.is_dir() or path.name == MODEL) and file.exists():
+            expected = json.loads(file.read_text())
+        found = compute_fingerprint(model.to(getattr(torch, dtype)))
+        text = f'outputs: mean {found["mean"]:.4g}, std {found["std"]:.4g} for a generated image'
+        comparison = None, 'fingerprint: none was published to compare with'
+        if expected is not None:
+            d, tolerance = compare_fingerprints(expected, found), TOLERANCE[dtype]
+            comparison = d <= tolerance, f'fingerprint: {d:.1e} from the published one (tolerance {tolerance:g})'
+        findings += [(found['std'] > 0, text), comparison]
     return all(ok is not False for ok, _ in findings), [f'{MARKS[ok]} {text}' for ok, text in findings]
 
 
 def _check_published(tag: str) -> tuple[Path, list[Finding]]:
-    name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
-    path = sources.fetch(name, weights)  # checks the hash, and raises if it is wrong
+    path = sources.fetch(f'{NAME}.{tag}', WEIGHTS[tag])  # checks the hash, and raises if it is wrong
     if path.name == MODEL:
         return path, [(True, f'hash: from the Hub, {path}')]
-    known = tensorfile.read_metadata(path)
-    promise = (
-        f', its name promises {weights.sha256_prefix}' if weights.sha256_prefix else
-        ' (its authors publish none to compare with)')
+    known, prefix = tensorfile.read_metadata(path), WEIGHTS[tag].sha256_prefix
+    promise = f', its name promises {prefix}' if prefix else ' (its authors publish none to compare with)'
     return path, [
         (True, f'hash: converted from {known.get("url", "?")}, {path}'),
         (None, f'sha256 of the upstream file {known.get("upstream_sha256")}{promise}')]
@@ -126,20 +113,3 @@ def _check_file(path: Path) -> list[Finding]:
         return [(False, 'hash: the contents do not match the header')]
     has_hash = tensorfile.CONTENT in tensorfile.read_metadata(file)
     return [(True, f'hash: the {"contents match the hash in the header" if has_hash else "header holds none"}')]
-
-
-def _read_fingerprint(path: Path) -> dict[str, Any] | None:
-    """Returns the fingerprint next to model.safetensors, if there is one."""
-    file = (path if path.is_dir() else path.parent) / FINGERPRINT
-    return json.loads(file.read_text()) if (path.is_dir() or path.name == MODEL) and file.exists() else None
-
-
-def _check_outputs(model: nn.Module, expected: dict[str, Any] | None, tolerance: float) -> list[Finding]:
-    found = compute_fingerprint(model)
-    text = f'outputs: mean {found["mean"]:.4g}, std {found["std"]:.4g} for a generated image'
-    if expected is None:
-        return [(found['std'] > 0, text), (None, 'fingerprint: none was published to compare with')]
-    d = compare_fingerprints(expected, found)
-    return [
-        (found['std'] > 0, text),
-        (d <= tolerance, f'fingerprint: {d:.1e} from the published one (tolerance {tolerance:g})')]
