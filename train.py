@@ -8,13 +8,13 @@
                                                             that divides the batch
   python train.py CIFAR10_FOLDER --recipe cifar10_ep800     paper, appendix D (91.8 published)
 
-`simsiam preflight DATA` looks at the data first and recommends a command.
+`simsiam preflight DATA` inspects the data first and recommends a command.
 
 The same command continues a run that was stopped or killed. On SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) a run finishes its
-step, writes a checkpoint and exits with 128 + the signal's number: 143, 138, 130. Exit code 1: one line says why the
-run cannot go on.
+step, writes a checkpoint and exits with 128 + the signal's number: 143, 138, 130. Exit code 1 means that the run
+cannot continue as it is; one line says why.
 
-OUTPUT/ ends with checkpoint.pth (model, optimizer, position), log.jsonl (a line per interval), args.json (all
+At the end OUTPUT/ holds checkpoint.pth (model, optimizer, position), log.jsonl (a line per interval), args.json (all
 arguments, resolved) and backbone/, which plain timm loads:
   timm.create_model('local-dir:OUTPUT/backbone', pretrained=True)
 """
@@ -62,7 +62,7 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     with life:
         record, state = claim(args, name, recipe, model, views.images, life)
         trainer = make_trainer(args, recipe, model, record, life, state is not None)
-        journal = Journal(log, trainer, len(views), knn, log_every=args.log_every, on_collapse=args.on_collapse)
+        journal = Journal(log, trainer, len(views), knn, on_collapse=args.on_collapse)
         log.say(describe(name, trainer, views, knn, folder))
         run = Pretraining(args, trainer, views, journal, life, record)
         epoch, step = begin(run, state)
@@ -81,14 +81,14 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
 
 
 class Pretraining(NamedTuple):
-    """The parts of a run. Where it is stands in `epoch` and `step`, the number of steps done in this epoch."""
+    """The parts of a run. Functions pass its position separately: `epoch`, and `step`, the steps done in this epoch."""
 
     args: argparse.Namespace
     trainer: Trainer
     views: TwoViews
     journal: Journal
     life: Lifecycle
-    record: dict[str, Any]  # the arguments as args.json has them
+    record: dict[str, Any]  # the arguments, as in args.json
 
 
 def begin(run: Pretraining, state: dict[str, Any] | None) -> tuple[int, int]:
@@ -120,7 +120,7 @@ def train(run: Pretraining, epoch: int, step: int) -> tuple[int, int]:
     """Trains to the end, or to --max-steps; returns the epoch and step reached.
 
     Raises:
-        Stopped: a signal came; a checkpoint holds every step.
+        Stopped: a signal arrived; a checkpoint holds every step.
         RunError, FloatingPointError: the run failed; the last good checkpoint is kept.
     """
     steps, max_steps = len(run.views), math.inf if run.args.max_steps is None else run.args.max_steps
@@ -176,7 +176,7 @@ def finish_epoch(run: Pretraining, epoch: int) -> None:
 
 
 def save(run: Pretraining, epoch: int, step: int) -> bool:
-    """Writes a checkpoint; returns False if that fails for now, in which case the one before is kept.
+    """Writes a checkpoint; returns False if that fails for now; the previous one is then kept.
 
     Raises:
         FloatingPointError: a weight is not a finite number.
@@ -195,7 +195,7 @@ def save(run: Pretraining, epoch: int, step: int) -> bool:
 
 
 def another_is_gone(e: RuntimeError) -> bool:
-    """Whether this process stopped because it lost one of the others."""
+    """Returns whether this process stopped because another one is gone."""
     return int(os.environ.get('WORLD_SIZE', 1)) > 1 and (
         isinstance(e, dist.DistError) or any(word in str(e) for word in ('gloo', 'NCCL', 'Connection')))
 
@@ -213,7 +213,7 @@ if __name__ == '__main__':
         sys.exit(1)
     except Stopped as e:
         if os.environ.get('RANK', '0') == '0':
-            print(f'train.py: {e}; the same command goes on from the last checkpoint', file=sys.stderr)
+            print(f'train.py: {e}; the same command continues from the last checkpoint', file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(e.code)  # a thread that waits for a stream would delay a plain exit
@@ -221,5 +221,5 @@ if __name__ == '__main__':
         if not another_is_gone(e):
             raise
         why = str(e).splitlines()[0]
-        print(f'train.py: another process of this run is gone; this one ends too ({why})', file=sys.stderr)
+        print(f'train.py: another process of this run is gone, so this one ends too ({why})', file=sys.stderr)
         sys.exit(1)

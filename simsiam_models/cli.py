@@ -53,34 +53,34 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', type=Path, metavar='IN')
     parser.add_argument('out', type=Path, metavar='OUT')
-    text = 'timm is a folder that timm and transformers load; the others are one file'
+    text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
     parser.add_argument('--tag', required=True, help=f'the repository is NAMESPACE/{NAME}.TAG')
-    parser.add_argument('--license', help='licence of your own weights; published tags have theirs')
+    parser.add_argument('--license', help='licence of your own weights; published tags keep theirs')
     parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
 
 
 def add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data', metavar='DATA', help="as for train.py; 'demo' is the built-in demonstration data")
     parser.add_argument(
-        '--recipe', metavar='NAME', help="one of train.py's (default: the one that suits data and device)")
+        '--recipe', metavar='NAME', help="a recipe of train.py (default: the one that suits the data and device)")
     parser.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less if necessary")
     parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
     parser.add_argument(
         '--seconds', type=float, default=120.0, metavar='S',
-        help='time limit; at most half of it is for reading (default: 120)')
+        help='time limit; at most half of it goes into reading (default: 120)')
     parser.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: train.py's)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        '--sample', type=int, metavar='N', help='images to read (default: as many as half of the seconds allow)')
+        '--sample', type=int, metavar='N', help='images to read (default: as many as half of --seconds allows)')
     which.add_argument('--all', action='store_true', help='read every image, however long it takes')
     parser.add_argument(
         '--images-per-epoch', type=int, metavar='N', help='length of an epoch, for a stream that does not state it')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the report there, as a record')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='also write the report to FILE, as a record')
 
 
 class Command(NamedTuple):
@@ -94,7 +94,7 @@ COMMANDS = {
         lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds'),
     'weights info': Command(
         lambda parser: parser.add_argument('tag', metavar='TAG'), lambda args: print(describe(args.tag)),
-        'show the origin of a file and its published numbers'),
+        'show the origin of published weights and their numbers'),
     'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
     'convert': Command(
         add_convert, lambda args: print(convert(args.source, args.out, args.to)),
@@ -104,25 +104,25 @@ COMMANDS = {
         'write a Hub repository from a checkpoint, and upload it'),
     'preflight': Command(
         add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a command for train.py'),
-    'knn': Command(knn.add_arguments, knn.run, 'weighted nearest neighbours on frozen features'),
+    'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features'),
     'linear': Command(
         linear.add_arguments, linear.run,
-        'a linear classifier on frozen features: published protocols, or a grid on cached features'),
+        'train a linear classifier on frozen features: published protocols, or a grid on cached features'),
     'svm': Command(
-        svm.add_arguments, svm.run, 'VOC07: linear SVMs on five feature maps, from all images or from a few'),
+        svm.add_arguments, svm.run, 'train linear SVMs on five feature maps of VOC07, from all images or from a few'),
     'finetune': Command(
         finetune.add_arguments, finetune.run,
-        'a classifier from a backbone and a labelled folder, and the semi-supervised protocols'),
-    'embed': Command(embed.add_arguments, embed.run, 'features of any images in a file; t-SNE'),
+        'fine-tune a backbone on a labelled folder, or by the semi-supervised protocols'),
+    'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE'),
     'report': Command(
-        report.add_arguments, report.run, 'records of benchmarks in one table, next to the published numbers'),
+        report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers'),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser('simsiam', description='SimSiam weights and benchmarks.')
     top = parser.add_subparsers(required=True, metavar='COMMAND')
-    weights = top.add_parser('weights', help='published weights: list, info, verify').add_subparsers(
+    weights = top.add_parser('weights', help='published weights: list them, show one, verify one').add_subparsers(
         required=True, metavar='COMMAND')
     for name, command in COMMANDS.items():
         parent = weights if name.startswith('weights ') else top

@@ -164,7 +164,7 @@ def test_a_signal_is_one_line_that_says_what_is_kept(command, name, code, few_di
     before = signal.getsignal(signal.SIGTERM)
     assert main(args) == code
     assert capsys.readouterr().err == (
-        f'simsiam: stopped by {name}; finished features are kept, the same command goes on\n')
+        f'simsiam: stopped by {name}; finished features are kept; the same command continues\n')
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -185,7 +185,8 @@ def test_weights_that_cannot_be_had_and_files_that_are_none_name_the_way_on(few_
     for model, words in {
         'simsiam_resnet50': 'Do this. --model PATH takes a checkpoint that you have, and NAME:random untrained weights',
         'simsiam_resnet18_cifar': 'random init. --model PATH takes a checkpoint',
-        f'{tmp_path / "notes.txt"}': 'notes.txt cannot be read as a checkpoint: it is a text; name a file of weights',
+        f'{tmp_path / "notes.txt"}':
+            'notes.txt cannot be read as a checkpoint: it is a text file; name a file of weights',
     }.items():
         assert main(['knn', str(tmp_path), '--model', model, '--device', 'cpu', '--out', str(tmp_path / 'out')]) == 1
         said = capsys.readouterr().err

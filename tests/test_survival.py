@@ -189,7 +189,7 @@ def test_a_signal_ends_the_step_saves_it_and_exits_with_its_number(few_digits, t
     args = few_digits, output, '--checkpoint-steps', '2', '--workers', '0'
     got, out, err = run(*args, accident=(name, 6))
     assert got == code and err.splitlines() == [
-        f'train.py: stopped by {name}; the same command goes on from the last checkpoint']
+        f'train.py: stopped by {name}; the same command continues from the last checkpoint']
     state = read(output / 'checkpoint.pth')
     assert (state['epoch'], state['step']) == (1, 2)
     got, out, err = run(*args)

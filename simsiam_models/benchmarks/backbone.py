@@ -49,7 +49,7 @@ class Backbone:
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal characters of all that determines the features: weights, network, channels, scaling."""
+        """Hashes weights, network, channels and scaling, which determine the features, to 16 hexadecimal characters."""
         pooling = getattr(self.model, 'global_pool', None)  # a string if the network has no module for it
         return digest(self.digest, f'{self.model} {pooling}', json.dumps([self.bgr, self.mean, self.std]))
 
@@ -63,7 +63,7 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
         model_kwargs: for timm's create_model.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: no such weights, or they fill no network; in one sentence.
+        FileNotFoundError, ValueError, RuntimeError: there are no such weights, or they fill no network.
         OSError: the weights cannot be read.
     """
     if 'num_classes' in model_kwargs:
@@ -123,7 +123,7 @@ def _parse_three(values: Any, what: str, least: float = -math.inf) -> tuple[floa
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hexadecimal characters of the names and bytes of all parameters and buffers, persistent or not."""
+    """Hashes to 16 hexadecimal characters the names and bytes of all parameters and buffers, persistent or not."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return tensorfile.hash_tensors({k: v.detach().cpu() for k, v in tensors.items()})[:16]
 
@@ -199,7 +199,7 @@ def _load_file(path: Path, kwargs: dict[str, Any]) -> nn.Module:
         if not _is_text(path):
             raise
         raise ValueError(
-            f'{path} cannot be read as a checkpoint: it is a text; name a file of weights, or the folder of a '
+            f'{path} cannot be read as a checkpoint: it is a text file; name a file of weights, or the folder of a '
             'run') from None
     return _build_model(checkpoint, path, kwargs)
 
@@ -248,7 +248,7 @@ def _get_dict(values: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def compute_maps(backbone: Backbone, x: Tensor) -> list[Tensor]:
-    """(B, 3, S, S) normalised pixels -> the feature maps of the stages, first to last.
+    """Maps (B, 3, S, S) normalised pixels to the feature maps of the stages, first to last.
 
     ResNets have five: after the stem's convolution, batch norm and ReLU, before max-pool; then after layer1 to layer4.
     Other networks return the last five maps of timm's forward_intermediates, or fewer if they have fewer.
@@ -276,7 +276,7 @@ def pool_stages(maps: list[Tensor], adaptive: bool = False) -> list[Tensor]:
 
     ResNet-50's five maps become 9216, 9216, 8192, 9216 and 8192 values. `adaptive` is for other sizes and networks: it
     averages each map over side x side areas, with the largest side that gives at most 9216 values (and is no larger
-    than the map). For ResNet-50 at 224 px the result has as many values as the protocol's, but of other areas.
+    than the map). For ResNet-50 at 224 px the result has as many values as the protocol's, but from other areas.
 
     Raises:
         ValueError: the maps are not those of a ResNet at 224 px, and `adaptive` is not set.
@@ -293,7 +293,7 @@ def pool_stages(maps: list[Tensor], adaptive: bool = False) -> list[Tensor]:
 
 
 def has_protocol_sizes(maps: list[Tensor]) -> bool:
-    """Whether the maps have the sizes that the protocol pools."""
+    """Returns whether the maps have the sizes that the protocol pools."""
     return [tuple(x.shape[-2:]) for x in maps] == [(side, side) for side, *_ in POOLS]
 
 

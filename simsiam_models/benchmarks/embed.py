@@ -1,4 +1,4 @@
-"""Features of any images as NumPy files, and their t-SNE.
+"""Writes features of any images as NumPy files, and draws their t-SNE.
 
     simsiam embed PHOTOS --out photos.npz                        average pool, paths and labels
     simsiam embed PHOTOS --what avgpool feat4 --out FOLDER       one .npy file each, for more than memory holds
@@ -98,7 +98,7 @@ def _open_images(args: argparse.Namespace) -> Images:
 
 
 def list_paths(images: Images, rows: np.ndarray) -> list[str]:
-    """Paths of the files; numbers for images that are not files."""
+    """Returns the paths of the files, or numbers for images that are not files."""
     if not hasattr(images, 'path'):
         return [str(i) for i in rows]
     # Bytes that are text in no encoding become replacement characters.
@@ -138,7 +138,7 @@ class _Seekless:
         return memoryview(data).nbytes
 
     def read(self, n: int = -1) -> bytes:
-        raise OSError('the file is only written')
+        raise OSError('the file is write-only')
 
     def flush(self) -> None:
         self.file.flush()
@@ -153,12 +153,12 @@ def check_count(n: int) -> None:
 
 
 def select_shown(labels: np.ndarray | None, n: int) -> np.ndarray:
-    """Indices of the images, among n, that a picture shows."""
+    """Returns the indices of the images, among n, that a picture shows."""
     return np.arange(n) if labels is None else np.flatnonzero(np.asarray(labels) < CLASSES)
 
 
 def compute_tsne(x: np.ndarray) -> np.ndarray:
-    """(N, D) -> (N, 2), by scikit-learn with the parameters TSNE."""
+    """Embeds (N, D) features as (N, 2) points, by scikit-learn with the parameters TSNE."""
     from sklearn.manifold import TSNE as Embedding
 
     check_count(len(x))  # again: some may be unreadable

@@ -17,7 +17,7 @@ HEAD = 4096  # bytes before the first row: shards begin on pages, so two process
 
 
 def shard_rows(rows: int) -> int:
-    """Rows of a shard, the most that a stopped process loses; small files have smaller shards.
+    """Returns the rows of a shard, the most that a stopped process loses; small files have smaller shards.
 
     128 rows fill whole pages if a row has a multiple of 8 values, as the features of networks have.
     """

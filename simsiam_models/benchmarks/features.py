@@ -56,7 +56,7 @@ class Extraction:
         batch_size: images in one forward pass, at most a shard's (128 or 1024) and on a CPU CPU_BATCH.
         workers: threads that read images; None: one per core of the process, at most 16; 0: the caller's own.
         amp: 'auto' is 'off', since the published benchmarks ran in float32; or 'bfloat16', 'float16' (CUDA).
-        partial: continue if images cannot be read; `Features.readable` lists the others.
+        partial: continue if images cannot be read; `Features.readable` lists the images that can be read.
     """
 
     cache: Path | str | None = None
@@ -80,7 +80,7 @@ class Extraction:
 
 
 class Features:
-    """Rows of features in the order of the images. `unreadable` (index -> reason) names the rows without meaning."""
+    """Features, a row per image in their order. `unreadable` (index -> reason) names the rows without meaning."""
 
     def __init__(
         self, folder: Path, images: Images, names: Sequence[str], key: str, unreadable: dict[int, str], made: int,
@@ -94,24 +94,24 @@ class Features:
 
     @property
     def readable(self) -> np.ndarray:
-        """Indices of the images that could be read: all, unless a partial set was allowed."""
+        """Returns the indices of the images that could be read: all, unless a partial set was allowed."""
         keep = np.ones(len(self), bool)
         keep[list(self.unreadable)] = False
         return np.flatnonzero(keep)
 
     def array(self, name: str) -> np.ndarray:
-        """(N, D) float32, mapped from its file and read only."""
+        """Returns (N, D) float32, mapped from its file, read-only."""
         if name not in self.names:
             raise ValueError(f'{name}: not among the extracted features, {", ".join(self.names)}')
         return np.load(self.folder / f'{name}.npy', mmap_mode='r')
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
-        """(len(indices), D) float32 in memory."""
+        """Returns (len(indices), D) float32 in memory."""
         return np.array(self.array(name)[indices])
 
 
 class FeatureModel:
-    """uint8 pixels (B, S, S, 3) -> the named features, float32 (B, D) each, computed in a precision of AMP."""
+    """Maps uint8 pixels (B, S, S, 3) to the named features, float32 (B, D) each, computed in a precision of AMP."""
 
     def __init__(self, backbone: Backbone, precision: str, size: int) -> None:
         self.backbone, self.precision, self.size = backbone, precision, size
@@ -161,7 +161,7 @@ def extract(
     backbone: Backbone, images: Images, what: Sequence[str] = ('avgpool',), transform: Transform = CENTRE,
     extraction: Extraction = Extraction(), world: World | None = None,
 ) -> Features:
-    """Returns the features of all images, from the cache as far as it has them.
+    """Returns the features of all images, as many as possible from the cache.
 
     Under torchrun, the processes share the shards in turn; all of them must see the same cache folder.
 
@@ -169,8 +169,8 @@ def extract(
         what: of NAMES. At sizes other than 224 px, and for other networks than ResNets, maps are pooled adaptively.
 
     Raises:
-        DataError: an image cannot be read and `partial` is not set; all others are in the cache then.
-        ValueError, RuntimeError, OSError: the request cannot be fulfilled; one sentence says why.
+        DataError: an image cannot be read and `partial` is not set; the cache then holds all others.
+        ValueError, RuntimeError, OSError: the request cannot be fulfilled; the message says why.
     """
     device = next(backbone.model.parameters()).device
     world = world or World(0, 1, device)
@@ -211,7 +211,7 @@ def _check_request(images: Images, what: Sequence[str], extraction: Extraction, 
     """Returns the features in the order of NAMES; raises ValueError if the request is impossible."""
     names = [name for name in NAMES if name in what]
     if not names or set(what) - set(NAMES):
-        raise ValueError(f'features {", ".join(what) or "(none)"}: choose of {", ".join(NAMES)}')
+        raise ValueError(f'features {", ".join(what) or "(none)"}: choose from {", ".join(NAMES)}')
     if hasattr(images, 'samples'):
         raise ValueError(f'{images.name} is a stream, which has no random access: name files for a benchmark')
     if extraction.precision not in AMP or (extraction.precision == 'float16' and device.type == 'cpu'):
@@ -254,7 +254,7 @@ def _prepare(
 
 
 def _hash_sizes(images: Images, start: int, stop: int) -> str | None:
-    """Digest of the sizes of these images' files, which shows most replacements; None if they are not files."""
+    """Hashes the sizes of these images' files, which shows most replacements; None if they are not files."""
     sizes = stored_sizes(images, np.arange(start, stop))
     return None if sizes is None else digest(sizes.astype('<i8'))
 

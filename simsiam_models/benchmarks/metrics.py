@@ -1,4 +1,4 @@
-"""Average precision of one class by VOC's two definitions, and top-k accuracy.
+"""Computes the average precision of one class by VOC's two definitions, and top-k accuracy.
 
 Average precision ranks images of equal score together, so it does not depend on the order of the rows.
 """
@@ -13,7 +13,7 @@ def _rank(scores: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     scores, positive = np.asarray(scores, np.float64), np.asarray(positive, bool)
     if not positive.any():
-        raise ValueError('average precision needs at least one positive image, and there is none; leave the class out')
+        raise ValueError('average precision needs at least one positive image, but there is none; leave the class out')
     if np.isnan(scores).any():
         raise ValueError('average precision needs scores that are numbers, but some are NaN; check the features')
     order = np.argsort(-scores, kind='stable')

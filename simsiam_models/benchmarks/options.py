@@ -36,7 +36,7 @@ def add_extraction(
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
         help='precision of the forward pass (default: auto, which is off, as published)')
     add('--cache', type=Path, metavar='DIR', help="folder that keeps the features (default: the package's cache)")
-    parser.set_defaults(kept='finished features are kept, the same command goes on')  # cli prints it after Ctrl-C
+    parser.set_defaults(kept='finished features are kept; the same command continues')  # cli prints it after Ctrl-C
 
 
 def read_extraction(args: argparse.Namespace) -> Extraction:
@@ -44,19 +44,22 @@ def read_extraction(args: argparse.Namespace) -> Extraction:
 
 
 def is_small(dataset: str) -> bool:
-    """Whether the images of a data set have 32 px and keep that size."""
+    """Returns whether the images of a data set have 32 px and keep that size."""
     return dataset.startswith('cifar')
 
 
 def choose_sizes(dataset: str, size: int | None, resize: int | None, own: int = SIZE) -> tuple[int, int]:
-    """Pixels of the crop and of the short side before it. None stands for the default; `own` is the model's size."""
+    """Returns the sizes of the crop and of the short side before it, in pixels.
+
+    None stands for the default; `own` is the model's size.
+    """
     small = is_small(dataset)
     size = (32 if small else own) if size is None else size
     return size, (size if small else round(size * 8 / 7)) if resize is None else resize
 
 
 def read_sizes(args: argparse.Namespace, own: int = SIZE) -> tuple[int, int]:
-    """`choose_sizes` for a command's flags; a command without --dataset has no small images."""
+    """Calls `choose_sizes` for a command's flags; a command without --dataset has no small images."""
     return choose_sizes(getattr(args, 'dataset', ''), args.image_size, args.resize, own)
 
 
@@ -68,7 +71,7 @@ def check_sizes(size: int, resize: int) -> None:
 
 
 def check_extraction(args: argparse.Namespace, size: int, resize: int) -> None:
-    """Raises ValueError for a flag outside its range. Before the model is known, pass the sizes that LEAST gives."""
+    """Raises ValueError for a flag outside its range. Before the model is known, pass the sizes for LEAST."""
     check_sizes(size, resize)
     check_flags([
         ('--batch-size', args.batch_size, args.batch_size is None or args.batch_size >= 1, 'at least 1'),
@@ -83,7 +86,7 @@ def report_size(args: argparse.Namespace, backbone: Backbone, say: Callable[[str
 
 
 def make_transform(args: argparse.Namespace, backbone: Backbone, say: Callable[[str], Any]) -> Transform:
-    """Raises ValueError if --resize is less than the model's own size."""
+    """Returns the transform that the flags ask for; raises ValueError if --resize is below the model's own size."""
     size, resize = read_sizes(args, backbone.image_size)
     check_extraction(args, size, resize)
     report_size(args, backbone, say)

@@ -1,4 +1,4 @@
-"""The published evaluation protocols. Every number stands here once; the comments name its source.
+"""The published evaluation protocols. Every number appears here once; the comments name its source.
 
 MMSelfSup is open-mmlab/mmselfsup v0.9.1; paths are relative to that repository.
 """
@@ -43,12 +43,12 @@ class LinearProtocol:
 
     @property
     def scaled_lr(self) -> float:
-        """The learning rate at the first step."""
+        """Returns the learning rate at the first step."""
         return self.lr * self.batch_size / 256 if self.lr_per_256 else self.lr
 
     @property
     def idle(self) -> set[str]:
-        """Names of the numbers that this protocol does not use."""
+        """Returns the names of the numbers that this protocol does not use."""
         steps, colour = self.schedule == 'steps', self.augmentation == 'resized_crop_colour'
         used = {
             'lr_steps': steps, 'lr_gamma': steps, 'jitter': colour, 'lighting': colour,

@@ -49,7 +49,7 @@ class Subset:
 
 
 def subset(images: Images, indices: Sequence[int] | np.ndarray) -> Subset:
-    """Returns the images at `indices`, in that order; raises ValueError if an index is not that of an image."""
+    """Returns the images at `indices`, in that order; raises ValueError if an index is out of range."""
     indices = np.asarray(indices)
     if indices.ndim != 1 or indices.size and indices.dtype.kind not in 'iu':
         raise ValueError(f'{images.name}: a subset is a list of integers, not {indices.dtype} {indices.shape}')

@@ -43,7 +43,7 @@ class Augmentation:
     flip_p: float = 0.5
 
     def rule(self) -> np.ndarray:
-        """(4,) float64, the limits of the crop for kernel.c: shares of the area, then width / height."""
+        """Returns (4,) float64, the limits of the crop for kernel.c: shares of the area, then width / height."""
         return np.array([*self.crop_scale, *self.crop_ratio])
 
 
@@ -59,7 +59,7 @@ class Finish:
     flip: np.ndarray  # bool
 
     def table(self) -> np.ndarray:
-        """(B, 12) float32: jitter, order, factors, gray, sigma, flip, as kernel.c reads them."""
+        """Returns (B, 12) float32: jitter, order, factors, gray, sigma, flip, as kernel.c reads them."""
         columns = [self.jitter, *self.order.T, *self.factors.T, self.gray, self.sigma, self.flip]
         return np.stack([c.astype(np.float32) for c in columns], 1)
 
@@ -83,7 +83,7 @@ def draw(aug: Augmentation, seed: int, epoch: int, indices: np.ndarray, view: in
 
 
 def crop_box(aug: Augmentation, u: np.ndarray, width: int, height: int) -> tuple[int, int, int, int]:
-    """22 uniform numbers and the size of an image -> (left, top, right, bottom), as torchvision's RandomResizedCrop."""
+    """Maps 22 uniform numbers and an image size to (left, top, right, bottom), as torchvision's RandomResizedCrop."""
     log_low, log_high = math.log(aug.crop_ratio[0]), math.log(aug.crop_ratio[1])
     for t in range(CROP_TRIES):
         area = width * height * (aug.crop_scale[0] + (aug.crop_scale[1] - aug.crop_scale[0]) * u[2 * t])
@@ -108,7 +108,7 @@ def cut_crops(
     images: list[np.ndarray], u: np.ndarray, aug: Augmentation, out: np.ndarray, rows: np.ndarray,
     table: np.ndarray | None = None,
 ) -> None:
-    """Cuts image i by the numbers u[i] and writes the crop to out[rows[i]]; by kernel.c if it is there, else by PIL.
+    """Cuts image i by the numbers u[i] and writes the crop to out[rows[i]]; by kernel.c if available, else by PIL.
 
     Args:
         images: n of (H, W, 3) uint8.
@@ -133,8 +133,8 @@ def short_side(image: np.ndarray, resize: int) -> tuple[int, int]:
 def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:
     """Resizes to width x height (bilinear, antialiased) and writes the window at (left, top) to `out` (h, w, 3).
 
-    Bit for bit PIL's result along the rows first, then along the columns, as in its releases up to 12. PIL 13 resizes
-    some images in the other order, which changes pixels by one level.
+    The result equals PIL's bit for bit if PIL resizes the rows first, then the columns, as its releases up to 12 do.
+    PIL 13 resizes some images in the other order, which changes pixels by one level.
     """
     if kernel.load_library() is not None:
         return kernel.resize(image, width, height, left, top, out)
@@ -144,7 +144,7 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
 
 
 def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
-    """(B, 3, S, S) uint8 on any device -> (B, 3, S, S) float32, jittered, grayed, blurred, flipped, normalised.
+    """Jitters, grays, blurs, flips and normalises (B, 3, S, S) uint8 on any device -> (B, 3, S, S) float32.
 
     The host does not wait for the device. `colours` may be a compiled `jitter_and_gray`.
     """
@@ -157,7 +157,7 @@ def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], T
 
 
 def normalize(x: Tensor) -> Tensor:
-    """[0, 1] colours -> ImageNet mean 0, standard deviation 1, per channel."""
+    """Normalises colours in [0, 1] to mean 0 and standard deviation 1 per channel, by ImageNet's statistics."""
     mean, std = send(np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], np.float32).reshape(2, 3, 1, 1), x)
     return (x - mean) / std
 
@@ -174,10 +174,10 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
-    """(B, 3, S, S) uint8 and (B, 12), `Finish.table` -> colours in [0, 1], computed as torchvision does on floats.
+    """Maps (B, 3, S, S) uint8 and a (B, 12) `Finish.table` to colours in [0, 1], as torchvision does on floats.
 
     Each sample has its own order of the four operators, yet no branch depends on it: the three operators that blend
-    (brightness, contrast, saturation) have three places before hue and three after it, of which unused ones do nothing.
+    (brightness, contrast, saturation) have three places before hue and three after it; unused places do nothing.
     """
     x = images.float() / 255
     jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9] > 0

@@ -57,7 +57,7 @@ def _generate(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _height(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """The relief of a material at (u, v), about -1 to 1; one stroke per unit of length."""
+    """Computes the relief of a material at (u, v), about -1 to 1; one stroke per unit of length."""
     if kind in STROKES:
         return _wave(u, v, STROKES[kind])
     if kind in CROSSED:

@@ -17,10 +17,11 @@ SHARE = 8  # images that a thread takes at a time
 
 @dataclass(frozen=True)
 class Transform:
-    """'center': short side to `resize`, then the centre crop x crop. 'squash' (VOC07): the whole image to crop x crop.
+    """Resizes images and crops them at the centre.
 
-    Both match torchvision's operators on PIL images, bilinear (see `augment.resize`). 'squash' resizes the short side
-    to `resize` first, too.
+    'center' resizes the short side to `resize` and crops the central crop x crop pixels. 'squash' (VOC07) resizes the
+    short side to `resize`, too, and then the whole image to crop x crop. Both match torchvision's bilinear operators on
+    PIL images (see `augment.resize`).
     """
 
     resize: int = 256
@@ -45,11 +46,11 @@ class Transform:
 
 
 class EvalImages:
-    """The loader of evaluation images: yields (rows, pixels), one pair for each array of indices in `batches`.
+    """Loads evaluation images: yields (rows, pixels), one pair for each array of indices in `batches`.
 
     rows is that array; pixels are the crops of its images, (B, S, S, 3) uint8 on the CPU (pinned for CUDA).
     The pixels of an unreadable image are zeros. `unreadable` (index -> reason) names it before its batch is yielded, so
-    that the caller leaves it out of the result or stops: it is never measured as a black image.
+    that the caller can leave it out of the result, or stop: it is never measured as a black image.
 
     Args:
         workers: threads that read and resize; with 0, the caller's own thread does.

@@ -1,7 +1,7 @@
 """Compiles kernel.c with the machine's C compiler at first use and keeps it; NumPy, PIL and torch are the fallback.
 
-So the package installs without a compiler, and the code is built for the processor that runs it. SIMSIAM_KERNEL=0
-turns the kernel off.
+The package therefore installs without a compiler, and the code is built for the processor that runs it.
+SIMSIAM_KERNEL=0 turns the kernel off.
 """
 import ctypes
 import functools
@@ -61,7 +61,7 @@ def _load_or_compile() -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError('no C compiler found: neither cc, gcc nor clang')
     folder = cache_folder()
-    # Code from a folder where other users can write is not loaded.
+    # No code is loaded from a folder that other users can write to.
     if folder is None or hasattr(os, 'getuid') and (
             folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
         with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
@@ -95,7 +95,7 @@ def _processor_flags() -> str:
 
 
 def philox_words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
-    """(n,) indices -> (n, 4 blocks) random 32-bit words, see philox.py."""
+    """Maps (n,) indices to (n, 4 blocks) random 32-bit words, see philox.py."""
     indices = np.ascontiguousarray(indices, np.int64)
     out = np.empty((len(indices), 4 * blocks), np.uint32)
     load_library().philox_words(

@@ -1,6 +1,6 @@
 """Batches of two views, in an order and with an augmentation that depend on (seed, epoch, index) alone.
 
-A stream has an order of its own: there the index is the position in the epoch.
+A stream has an order of its own; its index is the position in the epoch.
 
 Threads fill each batch in place: decoding and kernel.c release the interpreter lock, so nothing is pickled, copied or
 collated, and the images are in memory once.
@@ -73,7 +73,7 @@ class TwoViews:
     Raises:
         ValueError: the batch does not fit the data or the processes.
         UnreadableError: more unreadable images than allowed, while iterating.
-        DataError: a stream breaks off or ends within an epoch.
+        DataError: a stream breaks off, or ends in the middle of an epoch.
 
     `unreadable` holds the reasons by index; for a stream, by epoch * length + position.
     """
@@ -124,7 +124,7 @@ class TwoViews:
 
     def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and finishes its views there."""
-        # Only pinned memory may be copied asynchronously: the other kind is soon filled again.
+        # Only pinned memory may be copied asynchronously: other memory is soon filled again.
         x = batch.tensor.to(self.device, non_blocking=batch.tensor.is_pinned())
         x1, x2 = x.permute(0, 1, 4, 2, 3)  # (B, 3, S, S) each, channels last
         if self.whole:
@@ -133,7 +133,7 @@ class TwoViews:
 
     def judge(self, unreadable: dict[int, str], epoch: int) -> None:
         """Raises UnreadableError if there are more unreadable images than allowed."""
-        # Each epoch of a stream counts for itself: its images may come at other positions in the next.
+        # Each epoch of a stream counts separately: its images may come at other positions in the next.
         found = [text for at, text in unreadable.items() if not self.stream or at // len(self.images) == epoch]
         if len(found) > self._allowed:
             raise UnreadableError(
@@ -141,14 +141,14 @@ class TwoViews:
                 'or remove it, or allow a share of them with --max-unreadable 0.01')
 
     def _shuffle(self, epoch: int, start: int) -> Iterator[Job]:
-        """A global batch is a run of the epoch's permutation. Every process takes its own slice."""
+        """Yields batches in the order of the epoch's permutation. Every process takes its slice of each."""
         order = permutation(self.seed, epoch, len(self.images))
         for b in range(start, len(self)):
             first = b * self.batch + self.rank * self.share
             yield self._make_job(epoch, order[first:first + self.share])
 
     def _read_stream(self, epoch: int, start: int) -> Iterator[Job]:
-        """A global batch is a run of the stream. Every process reads all of it and decodes its own slice."""
+        """Yields batches in the order of the stream. Every process reads all of it and decodes its own slices."""
         samples = self.images.samples(self.seed, epoch, start * self.batch)
 
         def take(b: int, raw: list[bytes | np.ndarray]) -> None:
@@ -171,7 +171,7 @@ class TwoViews:
                 self._reader.submit(getattr(samples, 'close', int))
 
     def _make_job(self, epoch: int, indices: np.ndarray, raw: list[bytes | np.ndarray] | None = None) -> Job:
-        """An empty batch, and the calls that fill it."""
+        """Returns an empty batch, and the calls that fill it."""
         u, params = zip(*(draw(self.aug, self.seed, epoch, indices, view) for view in (0, 1)), strict=True)
         table = np.concatenate([p.table() for p in params]) if self.whole else None
         batch = Batch(epoch, indices, self.buffers.take(), np.concatenate(u), params, table, raw)
@@ -189,7 +189,7 @@ class TwoViews:
                 images, first = [], i + 1
 
     def _read(self, index: int, batch: Batch) -> np.ndarray:
-        """Reads a sample, or the next readable one (in a stream: of its global batch), or else returns black."""
+        """Reads a sample, or the next readable one (in a stream: of its global batch); black if there is none."""
         n = len(self.images) if batch.raw is None else len(batch.raw)
         first = 0 if batch.raw is None else index - index % n
         for step in range(n):
@@ -203,7 +203,7 @@ class TwoViews:
             except UnreadableError as e:
                 batch.bad[at if batch.raw is None else batch.epoch * len(self.images) + at] = str(e)
             if batch.raw is None and len(batch.bad) > self._allowed:
-                break  # `judge` will end the run: do not try every file of a folder that has gone
+                break  # `judge` will end the run: do not try every file of a folder that is gone
         return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
 

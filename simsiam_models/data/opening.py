@@ -30,7 +30,7 @@ def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> t
         images_per_epoch: the length of a stream; by default the one that the stream reports.
 
     Raises:
-        FileNotFoundError, ValueError, DataError, OSError: one sentence says what is wrong.
+        FileNotFoundError, ValueError, DataError, OSError: the data cannot be opened; the message says why.
     """
     text = 'demo' if spec is None else str(spec)
     if images_per_epoch is not None and images_per_epoch < 1:

@@ -13,7 +13,7 @@ _ORDER_BLOCK = 1 << 16  # a block number that no view uses
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """(..., 4) counters of 32 bits (uint64 array) and a key of two 32-bit words -> (..., 4) random 32-bit words."""
+    """Maps (..., 4) 32-bit counters (uint64 array) and a key of two 32-bit words to (..., 4) random 32-bit words."""
     c, k = [counter[..., i].astype(np.uint64) for i in range(4)], key
     for _ in range(10):
         a, b = c[0] * _ROUND[0], c[2] * _ROUND[1]
@@ -25,7 +25,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
 
 
 def _words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks: int) -> np.ndarray:
-    """(len(indices), 4 blocks) random 32-bit words. The kernel computes the same words faster."""
+    """Returns (len(indices), 4 blocks) random 32-bit words. The kernel computes the same words faster."""
     if kernel.load_library() is not None:
         return kernel.philox_words(seed, epoch, indices, first_block, blocks)
     index = np.asarray(indices, np.uint64)[:, None]
@@ -36,12 +36,12 @@ def _words(seed: int, epoch: int, indices: np.ndarray, first_block: int, blocks:
 
 
 def uniforms(seed: int, epoch: int, indices: np.ndarray, view: int, n: int) -> np.ndarray:
-    """(len(indices), n) float64 numbers in [0, 1)."""
+    """Returns (len(indices), n) float64 numbers in [0, 1)."""
     return _words(seed, epoch, indices, view * 256, -(-n // 4))[:, :n] * 2.0**-32
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The order in which `epoch` visits n samples: indices sorted by a random 64-bit number each."""
+    """Returns the order in which `epoch` visits n samples: indices sorted by a random 64-bit number each."""
     keys = np.empty(n, np.uint64)
     for first in range(0, n, 1 << 20):  # in pieces: the words of millions of samples at once would take gigabytes
         rows = np.arange(first, min(first + (1 << 20), n))

@@ -23,39 +23,31 @@ Line = tuple[str, str]  # kind, text
 class Plan:
     """train.py's arguments for these data, and the reasons for them.
 
-    Args:
-        name, batch: the recipe and the batch size, if the user gives them.
-        flags: other flags that the user gives, by name.
-        batch_reason: why `batch` was chosen, if the user did not.
-
-    Attributes:
-        args, recipe: what train.py makes of the command.
+    `name` and `batch` are the recipe and the batch size if the user gives them (otherwise `batch_reason` says why
+    `batch` was chosen); `flags` are other flags of the user, by name.
     """
 
     def __init__(
         self, data: str, s: Survey, device: torch.device, name: str | None = None, batch: int | None = None, *,
         flags: dict[str, Any] | None = None, batch_reason: str = '',
     ) -> None:
-        given, self.reasons = flags or {}, []
-        short = s.short_side[1]
-        flags = [data]
+        short, self.reasons = s.short_side[1], []
         chosen = name or self._choose_recipe(short, device)
         recipe = RECIPES[chosen]
-        flags += ['--recipe', chosen, '--batch-size', str(self._choose_batch(s, recipe, batch, batch_reason))]
         size = recipe.augmentation.size
+        self.flags = [data, '--recipe', chosen, '--batch-size', str(self._choose_batch(s, recipe, batch, batch_reason))]
         fitting = min(max(size, SMALL), max(32, short // 32 * 32))
         if name is None and fitting != size:
-            flags += ['--image-size', str(fitting)]
+            self.flags += ['--image-size', str(fitting)]
             self.reasons.append((THUMB, f'views of {fitting} px, not {size}: the median short side is {short} px'))
         epochs = self._choose_epochs(chosen, s.images // self.batch)
         if epochs != recipe.epochs:
-            flags += ['--epochs', str(epochs)]
+            self.flags += ['--epochs', str(epochs)]
         if self.batch >= 1024 and not recipe.warmup_epochs and epochs > 10:
-            flags += ['--warmup-epochs', '10']
+            self.flags += ['--warmup-epochs', '10']
             self.reasons.append((PUBLISHED, 'warm-up of 10 epochs at batches of 1024 and more (paper)'))
-        flags += [str(x) for flag, value in given.items() if value is not None for x in (flag, value)]
-        self.flags = flags
-        self.args = build_parser('').parse_args(flags)
+        self.flags += [str(x) for flag, value in (flags or {}).items() if value is not None for x in (flag, value)]
+        self.args = build_parser('').parse_args(self.flags)
         self.name, self.recipe = resolve_recipe(self.args)
         self.steps_per_epoch = s.images // self.recipe.batch_size
         self.steps = self.steps_per_epoch * self.recipe.epochs
@@ -66,22 +58,20 @@ class Plan:
 
     def _choose_recipe(self, short: int, device: torch.device) -> str:
         if device.type == 'cpu':
-            self.reasons.append((THUMB, 'recipe demo: its narrow network is the only one that a CPU trains in hours'))
-            return 'demo'
-        if short <= SMALL:
-            self.reasons.append((THUMB, f'recipe cifar10_ep800: images of up to {SMALL} px need its 3x3 stem'))
-            return 'cifar10_ep800'
-        self.reasons.append((THUMB, 'recipe in1k_bs512_ep100: the paper on ImageNet'))
-        return 'in1k_bs512_ep100'
+            name, why = 'demo', 'its narrow network is the only one that a CPU trains in hours'
+        elif short <= SMALL:
+            name, why = 'cifar10_ep800', f'images of up to {SMALL} px need its 3x3 stem'
+        else:
+            name, why = 'in1k_bs512_ep100', 'the paper on ImageNet'
+        self.reasons.append((THUMB, f'recipe {name}: {why}'))
+        return name
 
     def _choose_batch(self, s: Survey, recipe: Recipe, batch: int | None, why: str) -> int:
         self.batch = batch or recipe.batch_size
-        while batch is None and self.batch > 64 and 4 * self.batch > s.images:
-            self.batch //= 2
-            why = 'at least 4 steps per epoch'
-        while batch is None and self.batch > s.images:
-            self.batch //= 2
-            why = 'no more than there are images'
+        for least, steps, text in ((64, 4, 'at least 4 steps per epoch'), (0, 1, 'no more than there are images')):
+            while batch is None and self.batch > least and steps * self.batch > s.images:
+                self.batch //= 2
+                why = text
         if why:
             self.reasons.append((THUMB, f'batch {self.batch}: {why}'))
         if 64 <= self.batch <= 512 and recipe.augmentation.size > SMALL:
@@ -90,7 +80,7 @@ class Plan:
         return self.batch
 
     def _choose_epochs(self, name: str, steps: int) -> int:
-        """Few images get more epochs, and never fewer than the recipe has."""
+        """Chooses the epochs: few images get more, and never fewer than the recipe has."""
         own, target = RECIPES[name].epochs, DEMO_STEPS if name == 'demo' else STEPS
         epochs = max(own, min(LONGEST, math.ceil(target / steps)))
         if epochs != own:

@@ -30,141 +30,108 @@ FAR = 0.2  # from ImageNet's mean and standard deviation of a channel
 
 def list_warnings(
     s: Survey, plan: Plan, t: Trial, device: torch.device, used: int, cost: dict[str, Any]) -> list[str]:
-    """What is in the way, and what to do about it; `used`: data threads."""
+    """Lists the problems, and what to do about each; `used`: data threads."""
+    slow, waiting = device.type == 'cpu' and cost['hours'] > 24 and plan.name != 'demo', t.waiting or 0.0
+    warnings = [
+        *_check_images(s, plan), (slow, f'{cost["hours"]:,.0f} hours on this CPU: use a GPU, or --recipe demo'),
+        (not slow and cost['hours'] > 24 * 7,
+         f'{cost["hours"] / 24:,.0f} days here: use more GPUs, or fewer --epochs'),
+        (waiting > 0.1, f'training waits for data {100 * waiting:.0f} % of the time: use more --workers (now {used}), '
+                        'or smaller files'),
+        (cost['disk_bytes'] > cost['disk_free_bytes'],
+         f'the run needs {size_text(cost["disk_bytes"])} and {size_text(cost["disk_free_bytes"])} are free in '
+         f'{Path.cwd()}: put --output on another disk'),
+        (t.diagnosis is not None, f'after {t.steps} steps: {t.diagnosis}')]
+    return [text for applies, text in warnings if applies]
+
+
+def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
+    """Returns warnings about the data, each with whether it applies."""
+    aug, batch, allowed = plan.recipe.augmentation, plan.recipe.batch_size, plan.args.max_unreadable
+    share, repeated = s.unreadable / s.read, s.duplicates / s.decoded
+    imagenet = *IMAGENET_DEFAULT_MEAN, *IMAGENET_DEFAULT_STD
     return [
-        *_warn_of_data(s, plan), *_warn_of_images(s, plan), *_warn_of_cost(plan, t, device, used, cost),
-        *([] if t.diagnosis is None else [f'after {t.steps} steps: {t.diagnosis}'])]
-
-
-def _warn_of_data(s: Survey, plan: Plan) -> list[str]:
-    warnings, share, allowed = [], s.unreadable / s.read, plan.args.max_unreadable
-    if share > allowed:
-        warnings.append(
-            f'{100 * share:.1f} % of the images are unreadable, and train.py stops above {100 * allowed:g} %: repair '
-            f'or remove them, or add --max-unreadable {math.ceil(100 * share + 1) / 100:g}')
-    if s.duplicates > 0.01 * s.decoded:
-        warnings.append(
-            f'{100 * s.duplicates / s.decoded:.1f} % of the images repeat another one: remove them, they cost time and '
-            'inflate the kNN accuracy (rule of thumb: above 1 %)')
-    if s.constant:
-        warnings.append(
-            f'{s.constant} of {s.decoded} images are of one colour or nearly so, and their views teach nothing: remove '
-            f'them{", or the outputs may collapse" if s.constant > 0.1 * s.decoded else ""}')
-    if s.images < FEW_IMAGES:
-        warnings.append(
-            f'{s.images:,} images are few: fine-tuning published weights will likely work better (rule of thumb: below '
-            f'{FEW_IMAGES:,})')
-    return warnings
-
-
-def _warn_of_images(s: Survey, plan: Plan) -> list[str]:
-    r, warnings = plan.recipe, []
-    size = r.augmentation.size
-    if s.smaller_than(size) > 0.5:
-        least = max(32, s.short_side[1] // 32 * 32)
-        warnings.append(
-            f'most images are smaller than the {size} px views and will be enlarged: use --image-size {least}')
-    if s.turned:
-        warnings.append(f'{s.turned} images are turned by EXIF, which training does not apply: rotate the files')
-    if s.grayscale > 0.9 and r.augmentation.brightness < 0.8:
-        warnings.append(
-            'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness '
-            '0.8 --contrast 0.8 (rule of thumb)')
-    if _is_far(s):
-        warnings.append(
-            "the channels are far from ImageNet's statistics, with which all recipes normalise; the first batch norm "
-            'corrects most of it, so change nothing unless training fails (rule of thumb)')
-    if r.batch_size < 64:
-        warnings.append(
-            f'batch norm sees {r.batch_size} samples; the paper tried no batch below 64: '
-            + ('more images help most' if s.images < 256 else 'use --batch-size 64 or more'))
-    return warnings
-
-
-def _warn_of_cost(plan: Plan, t: Trial, device: torch.device, used: int, cost: dict[str, Any]) -> list[str]:
-    warnings = []
-    if device.type == 'cpu' and cost['hours'] > 24 and plan.name != 'demo':
-        warnings.append(f'{cost["hours"]:,.0f} hours on this CPU: use a GPU, or --recipe demo')
-    elif cost['hours'] > 24 * 7:
-        warnings.append(f'{cost["hours"] / 24:,.0f} days here: use more GPUs, or fewer --epochs')
-    if t.waiting is not None and t.waiting > 0.1:
-        warnings.append(
-            f'training waits for data {100 * t.waiting:.0f} % of the time: use more --workers (now {used}), or smaller '
-            'files')
-    if cost['disk_bytes'] > cost['disk_free_bytes']:
-        warnings.append(
-            f'the run needs {size_text(cost["disk_bytes"])} and {size_text(cost["disk_free_bytes"])} are free in '
-            f'{Path.cwd()}: put --output on another disk')
-    return warnings
-
-
-def _is_far(s: Survey) -> bool:
-    pairs = [*zip(s.mean, IMAGENET_DEFAULT_MEAN, strict=True), *zip(s.std, IMAGENET_DEFAULT_STD, strict=True)]
-    return any(abs(a - b) > FAR for a, b in pairs)
+        (share > allowed,
+         f'{100 * share:.1f} % of the images are unreadable, and train.py stops above {100 * allowed:g} %: repair or '
+         f'remove them, or add --max-unreadable {math.ceil(100 * share + 1) / 100:g}'),
+        (repeated > 0.01, f'{100 * repeated:.1f} % of the images repeat another one: remove them, they cost time and '
+                          'inflate the kNN accuracy (rule of thumb: above 1 %)'),
+        (s.constant > 0, f'{s.constant} of {s.decoded} images are of one colour or nearly so, and their views teach '
+            f'nothing: remove them{", or the outputs may collapse" if s.constant > 0.1 * s.decoded else ""}'),
+        (s.images < FEW_IMAGES, f'{s.images:,} images are few: fine-tuning published weights will likely work better '
+                                f'(rule of thumb: below {FEW_IMAGES:,})'),
+        (s.smaller_than(aug.size) > 0.5, f'most images are smaller than the {aug.size} px views and will be enlarged: '
+                                         f'use --image-size {max(32, s.short_side[1] // 32 * 32)}'),
+        (bool(s.turned), f'{s.turned} images are turned by EXIF, which training does not apply: rotate the files'),
+        (s.grayscale > 0.9 and aug.brightness < 0.8,
+         'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness 0.8 '
+         '--contrast 0.8 (rule of thumb)'),
+        (any(abs(a - b) > FAR for a, b in zip((*s.mean, *s.std), imagenet, strict=True)),
+         "the channels are far from ImageNet's statistics, which all recipes normalise with; the first batch norm "
+         'corrects most of it, so change nothing unless training fails (rule of thumb)'),
+        (batch < 64, f'batch norm sees {batch} samples; the paper tried no batch below 64: '
+                     + ('more images help most' if s.images < 256 else 'use --batch-size 64 or more'))]
 
 
 def data_lines(s: Survey, size: int) -> list[Line]:
-    """What the survey counted; `size`: of a view, in pixels."""
+    """Lists the findings of the survey; `size`: of a view, in pixels."""
     classes = 'no labels'
     if s.classes is not None:
         (low, least), (high, most) = s.smallest_class, s.largest_class
-        classes = f'{s.classes} classes of {least:,} ({low}) to {most:,} ({high})'
-        if least == most:
-            classes = f'{s.classes} classes of {least:,}'
-    more = '' if s.complete else '; everything below is about these (--all reads every image)'
+        span = f'{least:,}' if least == most else f'{least:,} ({low}) to {most:,} ({high})'
+        classes = f'{s.classes} classes of {span}'
+    more = '' if s.complete else '; everything below is about these images (--all reads every image)'
     repeats = ', '.join(f'{a} = {b}' for a, b in s.duplicates_first[:2])
     turned = '' if s.turned is None else f', turned by EXIF {s.turned:,}'
     (w0, w1, w2), (h0, h1, h2) = s.width, s.height
-    return [
-        (MEASURED, f'{s.images:,} images, {classes}'),
-        (MEASURED, f'read {"the first " if s.stream else ""}{s.read:,} of {s.images:,} in {s.seconds:.1f} s{more}'),
-        (MEASURED, f'unreadable {s.unreadable:,}, duplicates {s.duplicates:,}{f" ({repeats})" if repeats else ""}'
-                   f'{turned}, of one colour {s.constant:,}'),
-        *((MEASURED, f'unreadable: {text}') for text in s.unreadable_first),
-        (MEASURED, f'pixels, min / median / max: width {w0} / {w1} / {w2}, height {h0} / {h1} / {h2}'),
-        (MEASURED, f'smaller than the {size} px views {percent(s.smaller_than(size))}, longer than {ELONGATED:g} : 1 '
-                   f'{percent(s.elongated / s.decoded)}, grayscale {percent(s.grayscale)}'),
-        (MEASURED, f'{size_text(s.bytes)} {"of files" if s.files else "of pixels"}'
-                   f'{"" if s.complete else f", so about {size_text(s.bytes / s.decoded * s.images)} in all"}'),
-        (MEASURED, f'channels R G B: mean {numbers(s.mean)}, std {numbers(s.std)}'),
-        (PUBLISHED, f'ImageNet, as all recipes normalise: mean {numbers(IMAGENET_DEFAULT_MEAN)}, std '
-                    f'{numbers(IMAGENET_DEFAULT_STD)}')]
+    texts = [
+        f'{s.images:,} images, {classes}',
+        f'read {"the first " if s.stream else ""}{s.read:,} of {s.images:,} in {s.seconds:.1f} s{more}',
+        f'unreadable {s.unreadable:,}, duplicates {s.duplicates:,}{f" ({repeats})" if repeats else ""}{turned}, of one '
+        f'colour {s.constant:,}',
+        *(f'unreadable: {text}' for text in s.unreadable_first),
+        f'pixels, min / median / max: width {w0} / {w1} / {w2}, height {h0} / {h1} / {h2}',
+        f'smaller than the {size} px views {percent(s.smaller_than(size))}, longer than {ELONGATED:g} : 1 '
+        f'{percent(s.elongated / s.decoded)}, grayscale {percent(s.grayscale)}',
+        f'{size_text(s.bytes)} {"of files" if s.files else "of pixels"}'
+        f'{"" if s.complete else f", so about {size_text(s.bytes / s.decoded * s.images)} in all"}',
+        f'channels R G B: mean {numbers(s.mean)}, std {numbers(s.std)}']
+    return [*((MEASURED, text) for text in texts), (
+        PUBLISHED, f'ImageNet, as all recipes normalise: mean {numbers(IMAGENET_DEFAULT_MEAN)}, std '
+                   f'{numbers(IMAGENET_DEFAULT_STD)}')]
 
 
 def trial_lines(t: Trial) -> list[Line]:
-    """What the trial measured."""
-    lines = [(MEASURED, note) for note in t.notes]
-    if t.data_rate is not None:
-        lines.append((MEASURED, f'data alone: {t.data_rate:,.0f} images/s'))
+    """Lists the measurements of the trial."""
     scaled = '' if t.timed_batch == t.batch else f', estimated from {t.timed_batch} samples'
-    lines.append((MEASURED, f'step alone: {t.batch / t.step_seconds:,.1f} images/s ({t.step_seconds:.3g} s{scaled})'))
+    texts = [
+        *t.notes, f'data alone: {t.data_rate:,.0f} images/s',
+        f'step alone: {t.batch / t.step_seconds:,.1f} images/s ({t.step_seconds:.3g} s{scaled})']
     if t.rate is not None:
-        lines.append((MEASURED, f'both: {t.rate:,.1f} images/s, waiting for data {percent(t.waiting)}'))
+        texts.append(f'both: {t.rate:,.1f} images/s, waiting for data {percent(t.waiting)}')
     if t.memory is not None:
-        lines.append((MEASURED, f'peak memory {size_text(t.memory)} ({t.memory_of})'))
+        texts.append(f'peak memory {size_text(t.memory)} ({t.memory_of})')
     if t.steps < 2:
-        lines.append((MEASURED, f'one step took {t.step_seconds:.3g} s, too long to train here: nothing is known about '
-                                'collapse; use more --seconds'))
-        return lines
-    found = 'no collapse so far' if t.steps >= MIN_STEPS else 'too few steps to judge'
-    if t.diagnosis is not None:
-        found = 'COLLAPSED' if t.collapsed else 'at risk, see the warnings'
-    a, b = t.first, t.last
-    lines.append((
-        MEASURED, f'{t.steps} steps: loss {a["loss"]:.2f} -> {b["loss"]:.2f}, std x sqrt(d) {a["std"]:.2f} -> '
-                  f'{b["std"]:.2f}, effective rank {a["rank"]:.0f} -> {b["rank"]:.0f}: {found}'))
-    return lines
+        texts.append(f'one step took {t.step_seconds:.3g} s, too long to train here, so nothing is known about '
+                     'collapse; use more --seconds')
+    else:
+        found = 'no collapse so far' if t.steps >= MIN_STEPS else 'too few steps to judge'
+        if t.diagnosis is not None:
+            found = 'COLLAPSED' if t.collapsed else 'at risk, see the warnings'
+        a, b = t.first, t.last
+        texts.append(f'{t.steps} steps: loss {a["loss"]:.2f} -> {b["loss"]:.2f}, std x sqrt(d) {a["std"]:.2f} -> '
+                     f'{b["std"]:.2f}, effective rank {a["rank"]:.0f} -> {b["rank"]:.0f}: {found}')
+    return [(MEASURED, text) for text in texts]
 
 
 def cost_lines(plan: Plan, t: Trial, cost: dict[str, Any]) -> list[Line]:
-    """Time and disk of the whole run."""
-    per_epoch = plan.steps_per_epoch * t.run_seconds
+    """Lists time and disk of the whole run."""
     return [
         (MEASURED, f'{duration(3600 * cost["hours"])}: {plan.steps:,} steps of {t.run_seconds:.3g} s; '
-                   f'{plan.recipe.epochs} epochs of {duration(per_epoch)}; the kNN monitor is not included'),
+                   f'{plan.recipe.epochs} epochs of {duration(plan.steps_per_epoch * t.run_seconds)}; the kNN monitor '
+                   'is not included'),
         (MEASURED, f'{size_text(cost["disk_bytes"])} of disk: {plan.args.keep_last} checkpoints and one being written, '
-                   f'{size_text(t.state_bytes)} each, backbone {size_text(t.backbone_bytes)}, log'),
-    ]
+                   f'{size_text(t.state_bytes)} each, backbone {size_text(t.backbone_bytes)}, log')]
 
 
 def preflight(
@@ -172,11 +139,9 @@ def preflight(
     seconds: float = 120.0, workers: int | None = None, sample: int | None = None, file: Path | None = None,
     images_per_epoch: int | None = None, say: Callable[[str], Any] = print,
 ) -> dict[str, Any]:
-    """Surveys the data, tries to train, prints a report, and returns the record that `file` gets.
+    """Surveys the data, tries to train, prints a report, and returns the record that it writes to `file`.
 
-    Raises:
-        ValueError: a wrong argument, or data that cannot be trained on.
-        OSError: there is no such data, or `file` cannot be written.
+    Raises ValueError for a wrong argument or useless data, OSError for missing data or an unwritable `file`.
     """
     began = time.perf_counter()
     check_flags([
@@ -194,22 +159,21 @@ def preflight(
     _check_survey(s, batch)
     plan = Plan(data, s, where, recipe, batch, flags=flags)
     used = default_workers(where) if workers is None else workers
-    report = Report(say)
-    report.show(f'DATA   {s.name}', data_lines(s, plan.recipe.augmentation.size))
+    lines = _show(say, f'DATA   {s.name}', data_lines(s, plan.recipe.augmentation.size))
     t = run_trial(train, plan.recipe, where, used, max(seconds / 2, seconds - (time.perf_counter() - began)))
     if t.batch != plan.recipe.batch_size:
         plan = Plan(data, s, where, recipe, t.batch, flags=flags, batch_reason='what fits into memory')
     cost = estimate_cost(plan, t)
-    report.show(
-        f'TRIAL  {plan.name}, {plan.recipe.model} with {t.parameters:,} parameters, batch {t.batch}, {where}, amp '
-        f'{t.amp}, {used} data threads, {t.seconds:.0f} s', trial_lines(t))
-    report.show('PLAN', [*plan.reasons, *cost_lines(plan, t, cost)])
+    lines += _show(
+        say, f'TRIAL  {plan.name}, {plan.recipe.model} with {t.parameters:,} parameters, batch {t.batch}, {where}, '
+        f'amp {t.amp}, {used} data threads, {t.seconds:.0f} s', trial_lines(t))
+    lines += _show(say, 'PLAN', [*plan.reasons, *cost_lines(plan, t, cost)])
     warnings = list_warnings(s, plan, t, where, used, cost)
     record = {
         'command': plan.command, 'recipe': plan.name, 'batch_size': t.batch, 'epochs': plan.recipe.epochs,
         'image_size': plan.recipe.augmentation.size, 'device': str(where), 'workers': used,
         'survey': s.record(plan.recipe.augmentation.size), 'trial': asdict(t), 'cost': cost, 'warnings': warnings,
-        'lines': report.lines, 'seconds': time.perf_counter() - began, 'python': platform.python_version(),
+        'lines': lines, 'seconds': time.perf_counter() - began, 'python': platform.python_version(),
         'torch': torch.__version__}
     if file is not None:
         write_json(file, record)
@@ -221,22 +185,16 @@ def preflight(
     return record
 
 
-class Report:
-    """Prints sections as they are ready, and keeps their lines for the record."""
-
-    def __init__(self, say: Callable[[str], Any]) -> None:
-        self.say, self.lines = say, []
-
-    def show(self, title: str, lines: list[Line]) -> None:
-        section = title.split()[0].lower()
-        self.lines += [{'section': section, 'kind': kind, 'text': text} for kind, text in lines]
-        self.say('\n'.join([title, *(f'  {kind:15}{text}' for kind, text in lines)]))
+def _show(say: Callable[[str], Any], title: str, lines: list[Line]) -> list[dict[str, str]]:
+    """Prints a section as soon as it is ready, and returns its lines for the record."""
+    say('\n'.join([title, *(f'  {kind:15}{text}' for kind, text in lines)]))
+    return [{'section': title.split()[0].lower(), 'kind': kind, 'text': text} for kind, text in lines]
 
 
 def _check_survey(s: Survey, batch: int | None) -> None:
     """Raises ValueError if the data cannot be trained on."""
     if s.images < 2 or batch is not None and batch > s.images:
-        raise ValueError(f'{s.name} has {s.images} images, a batch takes {batch or 2}: use more images'
+        raise ValueError(f'{s.name} has {s.images} images, but a batch takes {batch or 2}: use more images'
                          + (f', or --batch-size {s.images} or less' if s.images >= 2 else ''))
     if s.unreadable > s.read / 2:
         raise ValueError(

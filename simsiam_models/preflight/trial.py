@@ -1,11 +1,14 @@
-"""A trial of a run: the speed of data and steps, memory, and whether the outputs collapse, in about a minute."""
+"""Tries a run for about a minute: measures data and step speed, memory, and whether the outputs collapse."""
 import copy
+import functools
 import gc
 import itertools
 import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,21 +25,21 @@ from ..training.monitor import Reading
 from ..training.recipes import Recipe
 from ..training.schedule import set_lr
 from ..training.setup import make_model
-from ..training.step import Trainer, train_step
+from ..training.step import Trainer, time_step, train_step
 
 PROBE = 2  # samples of the first, careful steps
 
 
 @dataclass
 class Trial:
-    """What a short training showed; None: not measured."""
+    """The results of a short training; None: not measured."""
 
     parameters: int
     batch: int  # that fits
     state_bytes: int  # of a checkpoint: weights, statistics, momentum
     backbone_bytes: int
     amp: str = 'off'
-    data_rate: float | None = None  # images/s of the data alone
+    data_rate: float = math.nan  # images/s of the data alone
     step_seconds: float = math.nan  # of the step alone
     timed_batch: int = 0  # below `batch`: the step was timed with fewer samples, and scaled up
     rate: float | None = None  # images/s of both together
@@ -53,30 +56,18 @@ class Trial:
 
     @property
     def run_seconds(self) -> float:
-        """Seconds per step of a run."""
-        if self.rate:
-            return self.batch / self.rate
-        return max(self.step_seconds, self.batch / self.data_rate if self.data_rate else 0.0)
+        """Returns the seconds per step of a run."""
+        return self.batch / self.rate if self.rate else max(self.step_seconds, self.batch / self.data_rate)
 
 
 def make_trainer(model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> Trainer:
-    """A trainer as train.py has it, in a single process."""
-    model = model.to(device, memory_format=torch.channels_last).train()
+    """Returns a trainer like that of train.py, in a single process."""
+    model.to(device, memory_format=torch.channels_last).train()
     return Trainer(model, recipe, World(0, 1, device), amp)
 
 
-def time_step(trainer: Trainer, views: tuple[Tensor, Tensor]) -> float:
-    """Returns the seconds of one training step."""
-    device = trainer.world.device
-    synchronize(device)
-    start = time.perf_counter()
-    train_step(trainer, *views)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: what torch held on a CUDA card; elsewhere the largest size of this process."""
+    """Returns the peak bytes that torch held on a CUDA card; elsewhere the largest size of this process."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -87,17 +78,14 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory() -> float:
-    """Bytes of host memory that this process may still allocate; infinite if the system does not say."""
+    """Returns the bytes of host memory that this process may still allocate; infinite if the system does not say."""
     free = math.inf
-    try:
+    with suppress(OSError, StopIteration, ValueError):
         lines = Path('/proc/meminfo').read_text().splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
         group = Path('/sys/fs/cgroup')  # of a container
         limit, used = ((group / name).read_text().strip() for name in ('memory.max', 'memory.current'))
-        if limit != 'max':
-            free = min(free, int(limit) - int(used))
-    except (OSError, StopIteration, ValueError):
-        pass
+        free = min(free, int(limit) - int(used))  # ValueError: the limit is 'max'
     return free
 
 
@@ -116,19 +104,14 @@ def saved_bytes(trainer: Trainer, views: tuple[Tensor, Tensor]) -> int:
 
 
 def run_trial(images: Images, recipe: Recipe, device: torch.device, workers: int, seconds: float) -> Trial:
-    """Measures a run of `recipe` for about `seconds`; the batch is halved until it fits into memory.
-
-    Raises:
-        ValueError: not even 2 samples fit.
-    """
+    """Measures a run of `recipe` for about `seconds`; halves the batch until it fits, or raises ValueError."""
     began = time.perf_counter()
     end = began + seconds
     model = make_model(recipe, 0)
-    backbone = model.backbone
     t = Trial(
         sum(p.numel() for p in model.parameters()), recipe.batch_size,
         sum(x.nbytes for x in [*model.parameters(), *model.buffers(), *model.parameters()]),  # the last: momentum
-        sum(x.nbytes for x in [*backbone.parameters(), *backbone.buffers()]))
+        sum(x.nbytes for x in [*model.backbone.parameters(), *model.backbone.buffers()]))
     trainer = _probe(t, copy.deepcopy(model), recipe, device, end)
     t.data_rate = _measure_data(images, trainer, workers, t.batch, 0.2 * (end - time.perf_counter()))
     left = end - time.perf_counter()
@@ -137,18 +120,17 @@ def run_trial(images: Images, recipe: Recipe, device: torch.device, workers: int
     del trainer
     gc.collect()
     if device.type == 'cuda':
+        t.memory_of = 'held by torch on the card'
         torch.cuda.empty_cache()
     first = t.batch / t.data_rate + t.step_seconds
     while t.timed_batch >= t.batch and 2 * first < end - time.perf_counter():
         recipe = replace(recipe, batch_size=t.batch)  # the learning rate follows
         try:
             _train(t, make_trainer(copy.deepcopy(model), recipe, device, t.amp), images, workers, end)
+            break
         except torch.cuda.OutOfMemoryError:  # the batch that is being fetched needs memory, too
             _halve(t)
             t.step_seconds /= 2
-        else:
-            break
-    t.memory_of = 'held by torch on the card' if device.type == 'cuda' else 'of this process'
     t.memory, t.seconds = peak_memory(device), time.perf_counter() - began
     return t
 
@@ -158,14 +140,13 @@ def _probe(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: 
     trainer, n, size = make_trainer(model, recipe, device, 'off'), min(PROBE, t.batch), recipe.augmentation.size
     views = make_noise(n, size, device)
     per_sample = saved_bytes(trainer, views) / n
-    spent, most = [time_step(trainer, views)], 0.05 * (end - time.perf_counter())
-    while len(spent) < 3 and sum(spent) < most:  # a busy moment of the machine must not decide what follows
-        spent.append(time_step(trainer, views))
+    step, spent, most = functools.partial(train_step, trainer), [], 0.05 * (end - time.perf_counter())
+    while not spent or len(spent) < 3 and sum(spent) < most:  # one busy moment must not decide what follows
+        spent.append(time_step(step, views))
     once = min(spent)
-    t.step_seconds, t.timed_batch = once * t.batch / n, n
     if device.type == 'cpu':
         _halve_to_fit(t, per_sample)
-        t.step_seconds = once * t.batch / n
+    t.step_seconds, t.timed_batch = once * t.batch / n, n
     # What choose_amp takes on a CPU: two precisions, at least four times, with this many samples.
     needed = max(5.0, 8 * once / n * min(t.batch, max(8, 2**18 // size**2)))
     if device.type != 'cpu' or needed < (end - time.perf_counter()) / 4:
@@ -176,33 +157,32 @@ def _probe(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: 
 
 
 def make_noise(n: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Two views of n random samples, (n, 3, size, size) each."""
+    """Returns two views of n random samples, (n, 3, size, size) each."""
     x = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     return x, x.flip(3)
 
 
 def _halve_to_fit(t: Trial, per_sample: float) -> None:
-    """Halves the batch until it fits: a CPU process that runs out of memory is killed, so nothing can be tried."""
+    """Halves the batch until it fits: a CPU process that runs out of memory is killed, so this must be computed."""
     free = 0.9 * free_memory()
     while t.batch * per_sample + t.state_bytes > free:
         if t.batch <= 2:
             raise ValueError(
                 f'one step of 2 samples needs {(2 * per_sample + t.state_bytes) / 1e9:.1f} GB, and {free / 1e9:.1f} GB '
                 'is free: choose another --recipe')
-        t.batch = t.batch // 2
-        t.notes.append(f'batch {2 * t.batch} does not fit into {free / 1e9:.1f} GB of free memory: halved')
+        t.notes.append(f'batch {t.batch} does not fit into {free / 1e9:.1f} GB of free memory: halved')
+        t.batch //= 2
 
 
 def _measure_data(images: Images, trainer: Trainer, workers: int, batch: int, seconds: float) -> float:
-    """Images/s of reading, cropping and finishing, with nothing else running."""
+    """Measures images/s of reading, cropping and finishing, with nothing else running."""
     device = trainer.world.device
-    if device.type == 'cpu':
-        batch = min(batch, 64)
-    # The survey has judged the unreadable ones; here they must not end the measurement.
+    # The survey has judged the unreadable images; here they must not end the measurement.
     views = TwoViews(
-        images, trainer.recipe.augmentation, batch, device=device, workers=workers, max_unreadable=1.0)
+        images, trainer.recipe.augmentation, min(batch, 64) if device.type == 'cpu' else batch, device=device,
+        workers=workers, max_unreadable=1.0)
     done, began, cold = 0, time.perf_counter(), device.type == 'cuda'
-    for x1, _ in itertools.chain.from_iterable(views.epoch(e) for e in itertools.count()):
+    for x1, _ in itertools.chain.from_iterable(map(views.epoch, itertools.count())):
         if cold:  # the first batch compiles the augmentation
             synchronize(device)
             began, cold = time.perf_counter(), False
@@ -227,19 +207,19 @@ def _halve(t: Trial) -> None:
 
 def _time_steps(t: Trial, trainer: Trainer, seconds: float, repeating: float) -> None:
     """Times the step: on a CPU with more and more samples, as time allows; on a card with the whole batch at once."""
-    device, size, began = trainer.world.device, trainer.recipe.augmentation.size, time.perf_counter()
+    device, began, step = trainer.world.device, time.perf_counter(), functools.partial(train_step, trainer)
     n = t.batch if device.type != 'cpu' else t.timed_batch
     while device.type != 'cpu' or 2 * t.step_seconds * n / t.batch < seconds - (time.perf_counter() - began):
-        views = make_noise(n, size, device)
+        views = make_noise(n, trainer.recipe.augmentation.size, device)
         try:
-            spent = [time_step(trainer, views) for _ in range(2)]
+            spent = [time_step(step, views) for _ in range(2)]
         except torch.cuda.OutOfMemoryError:
             trainer.optimizer.zero_grad(set_to_none=True)
             _halve(t)
             n = t.batch
             continue
         while n == t.batch and len(spent) < 30 and sum(spent) < repeating:
-            spent.append(time_step(trainer, views))
+            spent.append(time_step(step, views))
         t.step_seconds, t.timed_batch = statistics.median(spent[1:]) * t.batch / n, n
         if n == t.batch:
             return
@@ -250,22 +230,24 @@ def _train(t: Trial, trainer: Trainer, images: Images, workers: int, end: float)
     """Trains the first steps of the run itself until `end`; the first one is not timed."""
     recipe, device = trainer.recipe, trainer.world.device
     views = TwoViews(images, recipe.augmentation, t.batch, device=device, workers=workers, max_unreadable=1.0)
-    waited = began = clock = 0.0
-    with tqdm(total=recipe.epochs * len(views), unit='step', leave=False, disable=not sys.stderr.isatty()) as bar:
+
+    def load_batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in range(recipe.epochs):
             set_lr(trainer.optimizer, epoch, recipe)
-            for x1, x2 in views.epoch(epoch):
-                if t.steps:
-                    waited += time.perf_counter() - clock
-                loss, p1, z1 = train_step(trainer, x1, x2)
-                t.steps += 1
-                if t.steps == 1:
-                    t.first = Reading(loss, x1, p1, z1, trainer.model).read()  # waits for the device
-                    began = time.perf_counter()
-                bar.update()
-                clock = time.perf_counter()
-                if clock > end:
-                    break
+            yield from views.epoch(epoch)
+
+    waited = began = clock = 0.0
+    with tqdm(total=recipe.epochs * len(views), unit='step', leave=False, disable=not sys.stderr.isatty()) as bar:
+        for x1, x2 in load_batches():
+            if t.steps:
+                waited += time.perf_counter() - clock
+            loss, p1, z1 = train_step(trainer, x1, x2)
+            t.steps += 1
+            if t.steps == 1:
+                t.first = Reading(loss, x1, p1, z1, trainer.model).read()  # waits for the device
+                began = time.perf_counter()
+            bar.update()
+            clock = time.perf_counter()
             if clock > end:
                 break
     synchronize(device)
@@ -273,6 +255,6 @@ def _train(t: Trial, trainer: Trainer, images: Images, workers: int, end: float)
     t.last = Reading(loss, x1, p1, z1, trainer.model).read()
     diagnosis = Doctor(recipe.lr, t.batch).examine(t.last)
     t.collapsed = diagnosis is not None and diagnosis.collapsed
-    t.diagnosis = None if diagnosis is None else str(diagnosis)
+    t.diagnosis = diagnosis and str(diagnosis)
     if t.steps > 1:
         t.rate, t.waiting = (t.steps - 1) * t.batch / spent, waited / spent

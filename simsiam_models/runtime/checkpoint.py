@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent.
+"""Reads and writes checkpoints, which are always complete or absent.
 
 checkpoint.pth is the newest, checkpoint_previous.pth the one before it (then checkpoint_previous_2.pth, ... with
 --keep-last), and checkpoint_epoch0010.pth the one after epoch 10 with --keep-every 10. Only rank 0 touches them.
@@ -20,7 +20,7 @@ import torch
 from .files import replacing, write_synced
 
 LAST = 'checkpoint.pth'
-# What zipfile raises on bytes that are not those that were written.
+# What zipfile raises if the bytes are not those that were written.
 DAMAGE = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, LookupError, OverflowError, NotImplementedError,
     RuntimeError)
@@ -31,7 +31,7 @@ class DamagedError(ValueError):
 
 
 def checkpoint_names(newest: Path, n: int) -> list[Path]:
-    """The n newest checkpoints, newest first."""
+    """Returns the names of the n newest checkpoints, newest first."""
     older = [newest.with_stem(f'{newest.stem}_previous' + (f'_{i}' if i > 1 else '')) for i in range(1, n)]
     return [newest, *older]
 
@@ -42,7 +42,7 @@ def save(newest: Path, state: dict[str, Any], keep_last: int = 2, keep_as_epoch:
     A kill at any moment loses at most this checkpoint.
 
     Raises:
-        OSError: it cannot be written; the others stay as they are.
+        OSError: it cannot be written; the older ones stay as they are.
     """
     with replacing(newest) as part:
         write_synced(part, lambda f: torch.save(state, f))
@@ -68,7 +68,7 @@ def read(path: Path, keys: set[str]) -> dict[str, Any]:
     """Reads a checkpoint and verifies every byte of it.
 
     Args:
-        keys: the entries that it must have.
+        keys: entries that the checkpoint must have.
 
     Raises:
         DamagedError: it is torn or damaged.
@@ -78,20 +78,20 @@ def read(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         with open(path, 'rb') as f:
             if damage := _find_damage(f):
-                raise DamagedError(f'{path} cannot be read, it is damaged ({damage})')
+                raise DamagedError(f'{path} is damaged and cannot be read ({damage})')
             f.seek(0)
             state = _load(f)
     except OSError as e:
         raise type(e)(f'{path} cannot be read ({e.strerror or e}); nothing is changed, so try again later') from None
     except MemoryError:
-        raise MemoryError(f'there is not enough memory to read {path}; nothing is changed') from None
+        raise MemoryError(f'not enough memory to read {path}; nothing is changed') from None
     if not isinstance(state, dict) or not state.keys() >= keys:
-        raise ValueError(f'{path} is no checkpoint of this program')
+        raise ValueError(f'{path} is not a checkpoint of this program')
     return state
 
 
 class _Reader:
-    """A file that remembers why reading it failed: zipfile takes some errors of the disk for damage."""
+    """A file that remembers why reading it failed: zipfile mistakes some disk errors for damage."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.error = file, None
@@ -108,7 +108,7 @@ class _Reader:
 
 
 def _find_damage(f: BinaryIO) -> str:
-    """What shows that the archive is damaged, or ''. torch.load alone may accept damaged numbers."""
+    """Describes the damage in the archive; returns '' if there is none. torch.load alone may accept damaged numbers."""
     reader = _Reader(f)
     try:
         with zipfile.ZipFile(reader) as archive:
@@ -125,7 +125,7 @@ def _find_damage(f: BinaryIO) -> str:
 
 
 def _load(f: BinaryIO) -> Any:
-    """The contents of an archive whose bytes are right; None if torch cannot make anything of them."""
+    """Loads an archive whose bytes are intact; returns None if torch cannot read it."""
     try:
         return torch.load(f, map_location='cpu', weights_only=True)
     except (OSError, MemoryError):
@@ -139,15 +139,15 @@ def _load(f: BinaryIO) -> Any:
 def load(
     newest: Path, keys: set[str], say: Callable[[str], Any] = print, start_over: str = 'give another --output',
 ) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the newest checkpoint that is whole with its path, or None if there is none.
+    """Returns the path and the content of the newest undamaged checkpoint, or None if there is no checkpoint.
 
     Damaged ones are reported and set aside (.torn), so that no later rename puts one in the place of a good one.
 
     Args:
-        start_over: how the user begins again, for the error.
+        start_over: what the error tells users to do to start again.
 
     Raises:
-        ValueError: there are checkpoints, and all of them are damaged; or one is of another program.
+        ValueError: all checkpoints are damaged, or one is of another program.
         OSError, MemoryError: one cannot be read now; nothing is set aside.
     """
     stem, suffix = glob.escape(newest.stem), newest.suffix
@@ -184,14 +184,14 @@ def _set_aside(path: Path) -> None:
 
 
 def find_differences(old: dict[str, Any], new: dict[str, Any], free: set[str] = frozenset()) -> str:
-    """'key: old there, new here; ...' for the keys outside `free` that differ; '' if none does."""
+    """Returns 'key: old there, new here; ...' for the keys outside `free` that differ, or '' if none do."""
     old, new = _flatten(old), _flatten(new)
     keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]
     return '; '.join(f'{k}: {old.get(k)} there, {new.get(k)} here' for k in keys)
 
 
 def _flatten(record: dict[str, Any]) -> dict[str, Any]:
-    """The record as JSON returns it, with the augmentation's numbers beside the others."""
+    """Returns the record as JSON would, with the augmentation's numbers moved to the top level."""
     record = json.loads(json.dumps(record))
     augmentation = record.pop('augmentation', None) or {}
     return {**record, **augmentation}

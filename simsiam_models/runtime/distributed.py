@@ -34,7 +34,7 @@ class World:
         return self.rank == 0
 
     def all_reduce_max(self, values: Sequence[int]) -> list[int]:
-        """The element-wise maximum over the processes."""
+        """Returns the element-wise maximum over the processes."""
         if self.size == 1:
             return list(values)
         table = torch.tensor(values, dtype=torch.int32)
@@ -42,7 +42,7 @@ class World:
         return table.tolist()
 
     def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
-        """Calls `make` on rank 0 and returns its result on every process; raises there what it raises."""
+        """Calls `make` on rank 0 and returns its result on every process; every process raises its error, too."""
         if self.size == 1:
             return make()
         box = [None, None]
@@ -74,7 +74,7 @@ class World:
         return made
 
     def gather(self, mine: Any) -> list[Any]:
-        """The objects of all processes, ordered by rank."""
+        """Returns the objects of all processes, ordered by rank."""
         if self.size == 1:
             return [mine]
         table = [None] * self.size
@@ -89,7 +89,7 @@ def default_device() -> str:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name; None: CUDA, MPS or the CPU, whichever is available first.
+    """Returns the device of that name; for None, the first available of CUDA, MPS and the CPU.
 
     Raises:
         ValueError: torch cannot use this device here.
@@ -106,7 +106,7 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def cores() -> int:
-    """The CPU cores that this process may use: its share of the machine under torchrun."""
+    """Returns the number of CPU cores that this process may use: its share of the machine under torchrun."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, found // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
 
@@ -120,7 +120,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """Threads for data: one if the CPU also trains, else one per core, at most 8."""
+    """Returns the number of threads for data: one if the CPU also trains, else one per core, at most 8."""
     return 1 if device.type == 'cpu' else min(8, cores())
 
 
@@ -151,9 +151,9 @@ def join_world(device: str | None = None) -> Iterator[World]:
 
 
 def _meet(store: dist.Store, rank: int, size: int) -> str:
-    """Agrees on a name for this start of the processes, which no earlier start had.
+    """Agrees with the other processes on a name for this start that no earlier start had.
 
-    torchrun may keep its store over restarts, and new processes would read the addresses of dead ones from it.
+    torchrun may keep its store across restarts, and new processes would find the addresses of dead ones in it.
 
     Raises:
         RuntimeError: a process does not arrive within ten minutes.
@@ -219,7 +219,7 @@ def parallel(model: nn.Module, loss: Callable[[nn.Module], Tensor], world: World
 def _settle_buckets(net: nn.Module, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
     """Takes a step that leaves no trace, after which DDP sorts its buckets once and for all.
 
-    Otherwise the first step after a restart would sum the gradients of the processes in another order.
+    Otherwise the first step after a restart would sum the gradients of the processes in a different order.
     """
     before = copy.deepcopy(model.state_dict())
     training = model.training

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, locks between processes, and the folder for caches."""
+"""Writes files that are complete or absent, locks folders between processes, and finds the cache folder."""
 import errno
 import json
 import math
@@ -19,7 +19,7 @@ ABANDONED = 3600  # seconds after which a temporary file counts as left over by 
 
 
 def cache_folder() -> Path | None:
-    """$SIMSIAM_CACHE, else simsiam_models in the user's cache folder; None if it is not writable."""
+    """Returns $SIMSIAM_CACHE, else simsiam_models in the user's cache folder; None if it is not writable."""
     try:
         base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
         folder = Path(os.environ.get('SIMSIAM_CACHE') or Path(base) / 'simsiam_models')
@@ -101,7 +101,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any], shared: bool = Fal
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in `folder` durable, where the file system supports it."""
+    """Makes renames in `folder` durable if the file system supports it."""
     with suppress(OSError):
         at = os.open(folder, os.O_RDONLY)
         try:
@@ -111,7 +111,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: None replaces them."""
+    """Replaces NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -12,19 +12,19 @@ from .files import hold_lock, write_json
 from .signals import Signals, Stopped
 
 ARGS = 'args.json'
-# What runs leave in their folders.
+# Files that runs leave in their folders.
 OUTPUTS = (
     'checkpoint.pth', 'checkpoint_previous.pth', 'log.jsonl', 'backbone', 'config.json', 'model.safetensors',
     'record.json')
-PATIENCE = 3  # a run stops if its newest checkpoint is older than so many times `minutes`
+PATIENCE = 3  # a run stops if its newest checkpoint is older than this many times `minutes`
 
 
 class RunError(RuntimeError):
-    """The run cannot go on as it is."""
+    """The run cannot continue as it is."""
 
 
 class Pause(NamedTuple):
-    """What all processes agree on after a step; all zero: go on."""
+    """The decision that all processes share after a step; if all fields are 0, the run continues."""
 
     signal: int = 0  # number of the signal that stops the run
     due: int = 0  # 1: write a checkpoint
@@ -44,16 +44,16 @@ class Lifecycle:
                 life.stop_if_signalled()
 
     Processes take every decision together, and only rank 0 touches files. Between `claim` and the end of the block no
-    other process can claim the folder. While a checkpoint cannot be written (disk full, folder gone) the run goes on
-    and keeps the one before.
+    other process can claim the folder. While a checkpoint cannot be written (disk full, folder gone) the run
+    continues and keeps the previous one.
 
     Args:
         newest: path of the newest checkpoint.
         keys: the entries that a checkpoint of this run has.
         minutes, every_steps: when a checkpoint is due.
-        keep_last: checkpoints that are kept; from 2 on, a damaged one falls back to the one before.
-        keep_every: keep the checkpoint after every so many epochs for good; 0: none.
-        start_over: how the user begins again, for errors.
+        keep_last: checkpoints that are kept; with 2 or more, the run falls back from a damaged one to the one before.
+        keep_every: keep the checkpoint of every N-th epoch for good; 0: none.
+        start_over: what errors tell the user to do to start again.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Lifecycle:
         self._stack.enter_context(hold_lock(path or self.folder / 'lock', self.world))
 
     def resume(self, run: dict[str, Any], free: set[str] = frozenset()) -> dict[str, Any] | None:
-        """Returns the newest checkpoint that is whole, on every process, or None.
+        """Returns the newest undamaged checkpoint on every process, or None if there is no checkpoint.
 
         Args:
-            run: what the checkpoint's entry 'run' must equal, apart from the keys in `free`.
+            run: must equal the checkpoint's entry 'run', except for the keys in `free`.
 
         Raises:
             ValueError: it belongs to another run; the differing keys are named. Or all checkpoints are damaged.
@@ -124,13 +124,13 @@ class Lifecycle:
         return self.world.broadcast_from_main(load)
 
     def begin(self, epoch: int = 0, step: int = 0) -> None:
-        """From here on a signal waits until a checkpoint holds the steps that are done."""
+        """Starts the run at this position: from here on, a signal waits until a checkpoint holds all steps done."""
         self.position = self.saved = epoch, step
         self._saved_at = self._tried_at = time.monotonic()
         self.signals.deferred = True
 
     def agree(self, steps: int, failed: bool = False) -> Pause:
-        """What is to be done after so many steps of the run, the same on all processes."""
+        """Decides what to do after `steps` steps of the run; all processes get the same answer."""
         due = False
         if self.world.main:
             due = time.monotonic() - self._tried_at > 60 * self.minutes
@@ -138,13 +138,13 @@ class Lifecycle:
         return Pause(*self.world.all_reduce_max([self.signals.number, int(due), int(failed)]))
 
     def save(self, make_state: Callable[[], dict[str, Any]], epoch: int, step: int = 0) -> bool:
-        """Writes a checkpoint, whose entries `make_state` returns on rank 0.
+        """Writes a checkpoint of the entries that `make_state` returns on rank 0.
 
         Args:
             epoch, step: the position that it holds.
 
         Returns:
-            Whether it is written; if not, the one before is kept.
+            Whether it was written; if not, the previous one is kept.
 
         Raises:
             RunError: none could be written for PATIENCE times `minutes`.
@@ -172,10 +172,10 @@ class Lifecycle:
         if self._tried_at - self._saved_at > 60 * minutes:
             raise RunError(
                 f'no checkpoint could be written for {minutes:g} minutes ({e.strerror or e}); make room in '
-                f'{self.folder}, and the same command goes on from the newest one')
+                f'{self.folder}, and the same command continues from the newest one')
         self.say(
-            f'no checkpoint written to {self.folder} ({e.strerror or e}); the one before is kept, the next try is in '
-            f'{self.minutes:g} minutes or after this epoch')
+            f'no checkpoint written to {self.folder} ({e.strerror or e}); the one before is kept, and the next try is '
+            f'in {self.minutes:g} minutes or after this epoch')
 
     def stop_if_signalled(self) -> None:
         """Raises Stopped on all processes if one of them got a signal; call it after `save`."""
@@ -187,15 +187,16 @@ class Lifecycle:
         raise Stopped(number)
 
     def finish(self) -> None:
-        """Raises RunError if the last checkpoint is not written."""
+        """Raises RunError if the last checkpoint could not be written."""
         self.signals.deferred = False
         if self.saved != self.position:
             raise RunError(
-                'the last checkpoint could not be written; make room, and the same command goes on from the one before')
+                'the last checkpoint could not be written; make room, and the same command continues from '
+                'the one before')
 
 
 def _read_claim(folder: Path, args: dict[str, Any], free: set[str], fresh: bool) -> dict[str, Any] | None:
-    """The arguments of the run in `folder`, which is this one, or None if nobody claimed it."""
+    """Returns the arguments recorded in `folder` if it holds this run, or None if no run has claimed it."""
     record = folder / ARGS
     if folder.exists() and not folder.is_dir():
         raise ValueError(f'{folder} is a file; give another --output')
@@ -204,11 +205,11 @@ def _read_claim(folder: Path, args: dict[str, Any], free: set[str], fresh: bool)
             raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; give another --output')
         return None
     if fresh:
-        raise ValueError(f'{folder} holds a run, and --resume never does not continue it; give another --output')
+        raise ValueError(f'{folder} holds a run, and --resume never forbids continuing it; give another --output')
     try:
         old = json.loads(record.read_text())
     except ValueError:
-        raise ValueError(f'{record} is not readable; give another --output, or remove the folder') from None
+        raise ValueError(f'{record} cannot be read; give another --output, or remove the folder') from None
     if not isinstance(old, dict) or old.get('benchmark') != args.get('benchmark'):
         raise ValueError(f'{folder} holds a run of another kind; give another --output')
     if said := checkpoint.find_differences(old, args, free):

@@ -23,7 +23,7 @@ def check_extras(tensorboard: bool, wandb: str | None) -> None:
 
 
 class RunLog:
-    """The log of a run. Only rank 0 writes; a full disk costs lines, not the run."""
+    """The log of a run. Only rank 0 writes; a full disk costs lines, but does not end the run."""
 
     def __init__(self, folder: Path, main: bool) -> None:
         self.path, self.main = folder / LOG, main
@@ -82,7 +82,7 @@ class RunLog:
             pass
 
     def figures(self, where: str, figures: dict[str, Any], text: str, step: int = 0) -> None:
-        """Writes one JSON line; `text` goes into the bar, or onto a line of its own without a terminal."""
+        """Writes one JSON line; shows `text` in the bar, or on a line of its own if there is no terminal."""
         if not self.main:
             return
         before = None
@@ -94,7 +94,7 @@ class RunLog:
         except OSError as e:
             self._truncate(before)
             if not self._broken:
-                self.say(f'{self.path} cannot be written ({e.strerror}); the run goes on without it')
+                self.say(f'{self.path} cannot be written ({e.strerror}); the run continues without it')
             self._broken = True
         self._send(figures, step)
         if self.bar is not None and where:
@@ -103,7 +103,7 @@ class RunLog:
             self.say(f'{where}{text}')
 
     def _truncate(self, size: int | None) -> None:
-        """Removes half a line, which is not JSON."""
+        """Removes an incomplete last line, which is not JSON."""
         try:
             if size is not None and self.path.exists():
                 os.truncate(self.path, size)
@@ -126,7 +126,7 @@ class RunLog:
                 self._wandb.log(numbers, step=step)
         except Exception as e:  # tensorboard and wandb raise errors of their own, and OSError on a full disk
             self._writer = self._wandb = None
-            self.say(f'TensorBoard or W&B failed ({one_line(e)}); the run goes on without it')
+            self.say(f'TensorBoard or W&B failed ({one_line(e)}); the run continues without it')
 
     def close(self) -> None:
         if self.bar is not None:

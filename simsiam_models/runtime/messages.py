@@ -1,4 +1,4 @@
-"""What users read: errors in one line, rules for flags, lengths of time."""
+"""Text for users: errors in one line, rules for flags, lengths of time."""
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -22,12 +22,12 @@ def require(what: str, **packages: str) -> None:
 
 
 def one_line(error: Any, most: int = 200) -> str:
-    """The text of an error without line breaks, at most `most` characters; its type if it has no text."""
+    """Returns the text of an error without line breaks, at most `most` characters; its type if it has no text."""
     return ' '.join(str(error).split())[:most] or type(error).__name__
 
 
 def short(value: Any, most: int = 80) -> str:
-    """A value from a file as printable text in one line, cut to `most` characters."""
+    """Returns a value from a file as printable text in one line, cut to `most` characters."""
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
     return text if len(text) <= most else text[:most - 3] + '...'

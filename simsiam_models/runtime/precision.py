@@ -41,8 +41,8 @@ def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequenc
 def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15, seconds: float = 5.0) -> bool:
     """Compares the median times of forward and backward of a copy of the model, with both precisions in turn.
 
-    A part of a batch of large images is enough, but at least 8: the heads' weights cost the same for any batch. There
-    are at least 3 rounds, then as many as the seconds allow.
+    For large images a part of the batch is enough, but at least 8 samples: the heads' weights cost the same for any
+    batch. At least 3 rounds run, then as many as the seconds allow.
     """
     trial = copy.deepcopy(model).to('cpu', memory_format=torch.channels_last)
     batch, *image = shape
@@ -63,7 +63,7 @@ def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15
 
 
 def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:
-    """Returns seconds."""
+    """Returns the time in seconds."""
     start = time.perf_counter()
     with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
         outputs = model(x, x)
@@ -74,7 +74,7 @@ def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Computes float32 convolutions in float32, where CUDA would use TF32."""
+    """Computes float32 convolutions in float32, although CUDA would use TF32 by default."""
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

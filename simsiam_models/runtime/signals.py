@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """Inside the `with` block a signal raises Stopped, or only sets `number` while `deferred` is set.
 
-    `deferred` is set while there are steps that no checkpoint holds. A second signal always raises Stopped.
+    The run sets `deferred` while no checkpoint holds its last steps. A second signal always raises Stopped.
     """
 
     def __init__(self) -> None:

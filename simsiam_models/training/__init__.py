@@ -1,1 +1,1 @@
-"""Loss -> trained weights: recipes, schedule, distributed, checkpoints, monitors, run log."""
+"""Pretraining: recipes, options, the training step, journal, kNN monitor and doctor."""

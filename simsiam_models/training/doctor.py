@@ -1,7 +1,7 @@
-"""Is this run collapsing, and why: a named diagnosis with its cause and one suggestion.
+"""Diagnoses whether a run collapses and why, and names the cause and a remedy.
 
-The symptom comes from the figures of a reading; the cause from evidence: the pictures, the batch, the learning rate.
-Without evidence the cause is called unknown.
+The symptom comes from the figures of a reading, the cause from evidence: the pictures, the batch, the learning rate.
+Without evidence the doctor calls the cause unknown.
 """
 import math
 from dataclasses import dataclass
@@ -30,20 +30,15 @@ class Diagnosis:
 
 
 class Doctor:
-    """Examines reading after reading.
+    """Examines readings one by one; `lr`: per 256 samples, `batch`: what a batch norm sees, over all processes."""
 
-    Args:
-        lr: the learning rate per 256 samples.
-        batch_per_norm: samples that a batch norm sees, over all processes.
-    """
-
-    def __init__(self, lr: float, batch_per_norm: int) -> None:
-        self.lr, self.batch = lr, batch_per_norm
+    def __init__(self, lr: float, batch: int) -> None:
+        self.lr, self.batch = lr, batch
         self.in_a_row = 0  # collapsed readings
 
     @property
     def confirmed(self) -> bool:
-        """Collapsed in CONFIRMATIONS readings in a row, or not finite: worth acting on."""
+        """Returns whether to act: CONFIRMATIONS readings in a row were collapsed, or one was not finite."""
         return self.in_a_row >= CONFIRMATIONS
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +65,7 @@ class Doctor:
         if f['pixels'] < BLANK_STD:
             return Diagnosis(
                 'constant images', 'the pictures of the batch are blank, each of a single colour',
-                'look at the image files and at how they are read', collapsed)
+                'check the image files and how they are read', collapsed)
         if self.batch < MIN_SAMPLES:
             return Diagnosis(
                 'batch too small', f'batch norm makes {self.batch} samples differ whatever the network does, so std '

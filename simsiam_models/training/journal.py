@@ -1,4 +1,4 @@
-"""What a run reports: figures of its steps, unreadable images, kNN accuracy, and the first signs of a collapse."""
+"""Reports on a run: figures of its steps, unreadable images, kNN accuracy, and the first signs of a collapse."""
 import math
 import os
 import time
@@ -23,19 +23,14 @@ UNREADABLE = 'unreadable.txt'
 class Journal:
     """Collects the figures of an interval, and writes them once the step after it is launched.
 
-    Reading a figure waits for the device, so the device always gets its next step first.
-
-    Attributes:
-        figures: the newest ones, by name; 'knn' has the accuracies in percent.
-        diagnosis: what the doctor found at the last reading, or None.
-        failed: the run is to stop, because --on-collapse says so.
+    Reading a figure waits for the device, so the device always gets its next step first. `figures` holds the newest
+    figures by name ('knn': accuracies in percent), `diagnosis` what the doctor found at the last reading. `failed`
+    means that the run must stop, because --on-collapse says so.
     """
 
     def __init__(
-        self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, log_every: int, on_collapse: str,
-    ) -> None:
-        self.log, self.trainer, self.steps, self.knn = log, trainer, steps, knn
-        self.log_every, self.on_collapse = log_every, on_collapse
+        self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, on_collapse: str) -> None:
+        self.log, self.trainer, self.steps, self.knn, self.on_collapse = log, trainer, steps, knn, on_collapse
         self.doctor = Doctor(trainer.recipe.lr, trainer.recipe.batch_size)
         self.figures: dict[str, Any] = {'knn': {}}
         self.diagnosis: Diagnosis | None = None
@@ -75,29 +70,22 @@ class Journal:
         self._losses, self._waited, self._began = [], 0.0, reading.moment
 
     def flush(self) -> None:
-        """Writes the figures of the last interval, if they are not written yet.
-
-        Raises:
-            FloatingPointError: the loss is not finite.
-        """
+        """Writes the last interval's figures if that is still due; FloatingPointError if the loss is not finite."""
         if self._pending is None:
             return
         reading, began, n, waited, where = self._pending
         self._pending, f = None, self.figures
-        measured = reading.read()
+        f.update(where, **reading.read())
         seconds = reading.moment.since(began)
-        f.update(
-            where, **measured, images_per_second=n * self.trainer.recipe.batch_size / seconds,
-            waiting=min(1.0, waited / seconds))
+        f.update(images_per_second=n * self.trainer.recipe.batch_size / seconds, waiting=min(1.0, waited / seconds))
         if not math.isfinite(f['loss']):
             raise FloatingPointError(
                 f'the loss is {f["loss"]} at epoch {f["epoch"]}, step {f["step"]}: lower --lr '
                 f'({self.trainer.recipe.lr:g}), or use --amp off (now {self.trainer.amp}); the last checkpoint is kept')
         f['collapsed'] = is_collapsed(f['std'], f['rank'], f['samples'])
-        before, self.diagnosis = self.diagnosis, self.doctor.examine(f)
-        f['diagnosis'] = self.diagnosis and self.diagnosis.name
+        before, now = self.diagnosis, self.doctor.examine(f)
+        self.diagnosis, f['diagnosis'] = now, now and now.name
         self._write(seconds / n)
-        now = self.diagnosis
         if now and (before is None or (before.name, before.collapsed) != (now.name, now.collapsed)):
             self.log.say(str(now))
         self.failed = self.log.main and self.doctor.confirmed and self.on_collapse == 'stop'
@@ -107,9 +95,8 @@ class Journal:
         done = f['epoch'] * self.steps + f['step']
         text = (f'loss {f["loss"]:.4f}  std {f["std"]:.2f}  rank {f["rank"]:.0f}  lr {f["lr"]:.3g}  '
                 f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %  '
-                f'left {clock_time((epochs * self.steps - done) * seconds_per_step)}')
-        if f['collapsed']:
-            text += '  COLLAPSED'
+                f'left {clock_time((epochs * self.steps - done) * seconds_per_step)}'
+                f'{"  COLLAPSED" if f["collapsed"] else ""}')
         figures = {k: v for k, v in f.items() if k != 'knn'}
         self.log.figures(f'epoch {f["epoch"] + 1}/{epochs} step {f["step"]}/{self.steps}  ', figures, text, done)
 
@@ -120,9 +107,9 @@ class Journal:
         before = {'random': self.knn.measure(self.trainer.model.backbone)}
         if self.trainer.recipe.augmentation.size <= 64:
             before['pixels'] = self.knn.measure_pixels()
+        self.figures['knn'] = before
         text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
         self.log.figures('', {'epoch': 0, 'knn': before}, f'before training, {self.knn.describe()}: {text}')
-        self.figures['knn'] = before
 
     def measure_knn(self, epoch: int) -> None:
         """Measures the kNN accuracy of the backbone after `epoch` epochs."""
@@ -141,23 +128,20 @@ class Journal:
                 f'{self.log.path.with_name(UNREADABLE)} names them', epoch * self.steps)
 
     def gather_unreadable(self, views: TwoViews, epoch: int) -> None:
-        """Merges what any process could not read into `views.unreadable` of all; rank 0 writes the names down.
+        """Merges `views.unreadable` of all processes; rank 0 writes the names to the file.
 
-        Raises:
-            UnreadableError: there are more than --max-unreadable allows.
+        Raises UnreadableError if there are more than --max-unreadable allows.
         """
-        found: dict[int, str] = {}
-        for part in self.trainer.world.gather(views.unreadable):
-            found.update(part)
+        found = {k: v for part in self.trainer.world.gather(views.unreadable) for k, v in part.items()}
         views.unreadable = found
         if len(found) == self._named:
             return
         self._named = len(found)
         if self.log.main:
             path = self.log.path.with_name(UNREADABLE)
-            text = ''.join(f'{found[i]}\n' for i in sorted(found))
+            text = os.fsencode(''.join(f'{found[i]}\n' for i in sorted(found)))
             try:
-                write_atomically(path, lambda f: f.write(os.fsencode(text)))
+                write_atomically(path, lambda f: f.write(text))
             except OSError as e:
                 self.log.say(f'{path} cannot be written ({e.strerror})')
         views.judge(found, epoch)

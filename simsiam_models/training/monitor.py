@@ -1,4 +1,4 @@
-"""Figures of a run: output std and effective rank, which show a collapse, and the kNN accuracy of the features."""
+"""Measures output std and effective rank, which show a collapse, and the kNN accuracy of the features."""
 import math
 import time
 from collections.abc import Callable
@@ -12,31 +12,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..data import DataError, EvalImages, Images, Transform
 from ..data.augment import normalize
 from ..data.philox import permutation
+from ..data.threads import split_range
 from ..runtime.distributed import World, gather_rows
 from .recipes import Recipe
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
-MIN_SAMPLES = 8  # fewer have no rank to speak of
+MIN_SAMPLES = 8  # the rank of fewer means little
 RANK_ROWS = 256  # rows of p whose rank is computed: an eighth of the time of 512
 PICTURES, GRID = 64, 32  # of a batch, for `measure_pixel_std`
+MAX_BANK, MAX_QUERIES = 50_000, 10_000
 
 
 @torch.no_grad()
 def output_std(z: Tensor) -> Tensor:
-    """(B, d) -> std x sqrt(d) of z / ||z|| (paper, section 4.1), averaged over the channels: 1 healthy, 0 collapsed.
-
-    A scalar on the same device.
-    """
-    z = F.normalize(z.float(), dim=1)  # (B, d)
-    return z.std(0).mean() * z.shape[1] ** 0.5
+    """Returns std x sqrt(d) of z / ||z|| for z (B, d), mean over channels (paper, 4.1): 1 healthy, 0 collapsed."""
+    return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 
 @torch.no_grad()
 def effective_rank(z: Tensor) -> float:
-    """The number of directions that outputs use: exp of the entropy of their singular values (Roy & Vetterli, 2007).
+    """Returns the effective rank: exp of the entropy of the outputs' singular values (Roy & Vetterli, 2007).
 
-    The rows of z (B, d) are normalised and centred first. The result lies between 1 and min(B - 1, d).
+    The rows of z (B, d) are normalised and centred first. The result is between 1 and min(B - 1, d); NaN for a NaN.
     """
+    if not z.isfinite().all():
+        return math.nan
     z = F.normalize(z.float(), dim=1)
     z = (z - z.mean(0)).double().cpu()
     gram = z @ z.T if len(z) <= z.shape[1] else z.T @ z  # several times faster than the singular values of z
@@ -46,9 +46,9 @@ def effective_rank(z: Tensor) -> float:
 
 
 def is_collapsed(std: float, rank: float, samples: float = math.inf) -> bool:
-    """Whether the outputs shrink towards one point (std), or differ only along a line (rank); true for NaN.
+    """Returns whether outputs shrink towards one point (std) or differ only along a line (rank); True for NaN.
 
-    The rank is below the number of samples, so it counts only from 8 samples on. tests/perf/collapse.py saw std 0.747
+    The rank is below the number of samples, so it counts only with 8 or more. tests/perf/collapse.py saw std 0.747
     and rank 11.7 or more in 60 healthy runs; without stop-gradient 10 of 12 runs fall below std 0.6 before step 120.
     """
     return not (std > COLLAPSED_STD and (rank > COLLAPSED_RANK or samples < MIN_SAMPLES))
@@ -56,10 +56,7 @@ def is_collapsed(std: float, rank: float, samples: float = math.inf) -> bool:
 
 @torch.no_grad()
 def measure_pixel_std(x: Tensor) -> Tensor:
-    """How much pictures (B, 3, S, S) differ from each other beyond their mean colour; 0 for blank ones.
-
-    Looks at PICTURES of them, and at about GRID x GRID pixels of each.
-    """
+    """Returns how much PICTURES of (B, 3, S, S) vary around their mean colour at GRID x GRID pixels; blank: 0."""
     step = max(1, x.shape[-1] // GRID)
     x = x[:PICTURES, :, ::step, ::step].float()
     return (x - x.mean((2, 3), keepdim=True)).std(0).mean()
@@ -67,9 +64,8 @@ def measure_pixel_std(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def constant_channels(model: nn.Module) -> Tensor:
-    """The share of batch norm channels with a running variance below 1e-5 (the usual eps): they pass nothing on."""
-    variances = [
-        m.running_var for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
+    """Returns the share of batch norm channels with a running variance below 1e-5 (the usual eps): dead ones."""
+    variances = [m.running_var for m in model.modules() if isinstance(m, _BatchNorm) and m.running_var is not None]
     if not variances:
         return torch.zeros((), device=next(model.parameters()).device)
     return (torch.cat(variances) < 1e-5).float().mean()
@@ -79,7 +75,7 @@ def constant_channels(model: nn.Module) -> Tensor:
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor, k: int, t: float, *, chunk: int = 1024,
 ) -> float:
-    """Weighted kNN (MMSelfSup's protocol): percent of queries whose class has the largest sum of exp(cosine / T).
+    """Computes MMSelfSup's weighted kNN: percent of queries whose class has the largest sum of exp(cosine / T).
 
     bank (N, d) with labels (N,), queries (M, d) with labels (M,); k is at most N.
     """
@@ -118,11 +114,8 @@ class Reading:
     """Figures of a step on their way to the host: output std and rank, and the evidence that `doctor` needs.
 
     The copies start behind the step and are read after the next one is launched, so the device stays busy. Only CUDA
-    can say when a copy has arrived; elsewhere it is made at once.
-
-    Args:
-        x1: the normalised view, (B, 3, S, S).
-        p1, z1: (B, d), as the model returned them.
+    can say when a copy has arrived; elsewhere it is made at once. x1 is the normalised view, (B, 3, S, S); p1 and z1,
+    (B, d), are as the model returned them.
     """
 
     @torch.no_grad()
@@ -133,100 +126,88 @@ class Reading:
             'cosine': F.cosine_similarity(p1.float(), z1.float()).mean(), 'constant_channels': constant_channels(model)}
         self._names = list(scalars)
         together = torch.stack([x.to(z1.device, torch.float32) for x in scalars.values()])
-        self._host = [self._copy(x) for x in (together, z1, p1[:RANK_ROWS])]
+        self._host = [
+            torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=x.is_cuda)
+            for x in (together, z1, p1[:RANK_ROWS])]
         self.moment = Moment(z1.device)
-
-    @staticmethod
-    def _copy(x: Tensor) -> Tensor:
-        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-        return host.copy_(x, non_blocking=x.is_cuda)
 
     def read(self) -> dict[str, float]:
         """Returns loss, std, rank, p_std, p_rank, pixels, cosine, constant_channels and samples."""
         self.moment.wait()
         scalars, z, p = self._host
         figures = dict(zip(self._names, scalars.tolist(), strict=True))
-        return {**figures, 'rank': _rank_or_nan(z), 'p_rank': _rank_or_nan(p), 'samples': self._samples}
-
-
-def _rank_or_nan(z: Tensor) -> float:
-    return effective_rank(z) if bool(z.isfinite().all()) else math.nan  # a NaN has no singular values
+        return {**figures, 'rank': effective_rank(z), 'p_rank': effective_rank(p), 'samples': self._samples}
 
 
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 
-    With validation images the training images are the bank, and the validation images the queries. Without them every
-    fifth image is a query. At most `max_bank` and `max_queries` images, chosen by a fixed permutation: a monitor, not
-    the benchmark. Unreadable images are left out of both.
-
-    Args:
-        recipe: its image size, eval_resize, knn_k and knn_t are used.
-        max_unreadable: share of the bank, and of the queries, that may be unreadable.
+    The training images are the bank, and the validation images the queries. Without validation images every fifth image
+    is a query. A fixed permutation chooses at most MAX_BANK and MAX_QUERIES images: this is no benchmark. Unreadable
+    images are left out of both; `max_unreadable` is the share of each data set that may be unreadable.
     """
 
     def __init__(
         self, train: Images, val: Images | None, recipe: Recipe, world: World, *, workers: int = 0,
-        max_unreadable: float = 0.1, max_bank: int = 50_000, max_queries: int = 10_000,
+        max_unreadable: float = 0.1,
     ) -> None:
         order = permutation(0, 0, len(train))
         held = len(order) // 5
-        bank, queries = (order, permutation(0, 0, len(val))) if val is not None else (order[held:], order[:held])
+        bank, queries = (order[held:], order[:held]) if val is None else (order, permutation(0, 0, len(val)))
         self.k, self.t, self.world, self.max_unreadable = recipe.knn_k, recipe.knn_t, world, max_unreadable
-        self.sets = [(train, bank[:max_bank]), (val if val is not None else train, queries[:max_queries])]
+        self.sets = [(train, bank[:MAX_BANK]), (train if val is None else val, queries[:MAX_QUERIES])]
         self.unreadable: list[dict[int, str]] = [{}, {}]  # of bank and queries, at the last measurement
         transform = Transform(recipe.eval_resize, recipe.augmentation.size)
         self.loaders = []
         for images, rows in self.sets:
             mine = rows[world.rank::world.size]
-            batches = [mine[i:i + 256] for i in range(0, len(mine), 256)]
+            batches = [mine[part] for part in split_range(len(mine), 256)]
             self.loaders.append(EvalImages(images, batches, transform, workers, world.device))
 
     @property
     def queries(self) -> int:
-        """The number of queries that were readable at the last measurement."""
+        """Returns the number of queries that were readable at the last measurement."""
         return len(self.sets[1][1]) - len(self.unreadable[1])
 
     def describe(self) -> str:
         bank = len(self.sets[0][1]) - len(self.unreadable[0])
         text = f'kNN (k={self.k}, T={self.t:g}; {bank} bank images, {self.queries} queries)'
-        if n := sum(map(len, self.unreadable)):
-            first = next(iter((self.unreadable[1] or self.unreadable[0]).values()))
-            text += f', {n} unreadable images left out (the first: {first}),'
-        return text
+        bad = [reason for part in reversed(self.unreadable) for reason in part.values()]
+        return f'{text}, {len(bad)} unreadable images left out (the first: {bad[0]}),' if bad else text
 
     def _measure(self, extract: Callable[[Tensor], Tensor]) -> float:
-        tables = [self._extract(i, extract) for i in range(2)]
-        (bank, bank_labels), (queries, labels) = tables
-        return knn_accuracy(bank, bank_labels, queries, labels, self.k, self.t)
+        tables = [self._extract(part, extract) for part in (0, 1)]
+        self._judge_unreadable()
+        kept = []
+        for (images, rows), table, bad in zip(self.sets, tables, self.unreadable, strict=True):
+            keep = np.array([row not in bad for row in rows.tolist()])
+            labels = torch.from_numpy(images.labels[rows[keep]].astype(np.int64)).to(self.world.device)
+            kept += [table[torch.from_numpy(keep).to(self.world.device)], labels]
+        return knn_accuracy(*kept, self.k, self.t)
 
-    def _extract(self, part: int, extract: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Features and labels of the readable images of the bank (0) or the queries (1).
+    def _extract(self, part: int, extract: Callable[[Tensor], Tensor]) -> Tensor:
+        """Returns features of the bank (0) or the queries (1), and notes which images are unreadable."""
+        loader, device = self.loaders[part], self.world.device
+        features = [extract(normalize(x.to(device).permute(0, 3, 1, 2).float() / 255)) for _, x in loader]
+        self.unreadable[part] = {k: v for found in self.world.gather(loader.unreadable) for k, v in found.items()}
+        return gather_rows(torch.cat(features), len(self.sets[part][1]), self.world)
 
-        Raises:
-            DataError: too many images are unreadable.
-        """
-        (images, rows), loader, device = self.sets[part], self.loaders[part], self.world.device
-        loader.unreadable.clear()
-        features = [
-            extract(normalize(x.to(device).permute(0, 3, 1, 2).float() / 255)) for _, x in loader]
-        table = gather_rows(torch.cat(features), len(rows), self.world)
-        bad: dict[int, str] = {}
-        for found in self.world.gather(loader.unreadable):
-            bad.update(found)
-        self.unreadable[part] = bad
-        if len(bad) > self.max_unreadable * len(rows) or len(bad) == len(rows):
-            raise DataError(
-                f'{images.name}: {len(bad)} of {len(rows)} images for the kNN monitor cannot be read (the first: '
-                f'{next(iter(bad.values()))}), more than --max-unreadable {self.max_unreadable:g} allows: repair or '
-                'remove them')
-        keep = torch.from_numpy(np.array([row not in bad for row in rows.tolist()])).to(device)
-        labels = torch.from_numpy(images.labels[rows].astype(np.int64)).to(device)
-        return table[keep], labels[keep]
+    def _judge_unreadable(self) -> None:
+        """Raises DataError if too many images of a data set, or all of the bank or the queries, are unreadable."""
+        (train, bank), (val, queries) = self.sets
+        for images, rows, bad in ((train, bank, self.unreadable[0]), (val, queries, self.unreadable[1])):
+            n, found = len(rows), len(bad)
+            if train is val:  # bank and queries are parts of one data set
+                n, found = len(bank) + len(queries), sum(map(len, self.unreadable))
+            if found > self.max_unreadable * n or len(bad) == len(rows):
+                raise DataError(
+                    f'{images.name}: {found} of {n} images for the kNN monitor cannot be read (the first: '
+                    f'{next(iter((bad or self.unreadable[1]).values()))}), more than --max-unreadable {self.max_unreadable:g} allows: '
+                    'repair or remove them')
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float:
-        """Returns percent; the backbone is in evaluation mode meanwhile, and then in its former mode."""
+        """Returns percent; puts the backbone into evaluation mode meanwhile, and then back into its former mode."""
         training = backbone.training
         backbone.eval()
         try:
@@ -235,5 +216,5 @@ class KnnMonitor:
             backbone.train(training)
 
     def measure_pixels(self) -> float:
-        """Returns percent for the normalised pixels themselves, less each image's mean (without that they do worse)."""
+        """Returns percent for the normalised pixels minus each image's mean (without the subtraction they do worse)."""
         return self._measure(lambda x: x.flatten(1) - x.mean((1, 2, 3))[:, None])

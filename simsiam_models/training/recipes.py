@@ -1,4 +1,4 @@
-"""The pretraining recipes as literal numbers: hold each against its source."""
+"""The pretraining recipes as literal numbers, to be checked against their sources."""
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,12 +32,10 @@ class Recipe:
 RECIPES = {
     'in1k_bs512_ep100': Recipe(
         'FAIR, released weights: 68.1 linear top-1 (published); --fix-pred-lr as in its README command'),
-    'in1k_bs256_ep100': Recipe(
-        'MMSelfSup (and FAIR): 68.28 linear top-1 (published)', batch_size=256),
-    'in1k_bs256_ep200': Recipe(
-        'MMSelfSup: 69.84 linear top-1 (published)', batch_size=256, epochs=200),
-    # Paper, appendix D. It does not state the predictor's learning rate rule, the crop scale, k and T: the first two are
-    # those for ImageNet, k and T those of the usual CIFAR monitors.
+    'in1k_bs256_ep100': Recipe('MMSelfSup (and FAIR): 68.28 linear top-1 (published)', batch_size=256),
+    'in1k_bs256_ep200': Recipe('MMSelfSup: 69.84 linear top-1 (published)', batch_size=256, epochs=200),
+    # Paper, appendix D. It does not state the predictor's learning rate rule, the crop scale, k and T: the first two
+    # are those for ImageNet, k and T those of the usual CIFAR monitors.
     'cifar10_ep800': Recipe(
         'paper, appendix D: 91.8 linear top-1 (published)', model='simsiam_resnet18_cifar', proj_layers=2, epochs=800,
         batch_size=512, lr=0.03, weight_decay=5e-4, augmentation=Augmentation(size=32, blur_p=0.0),

@@ -9,18 +9,17 @@ from .recipes import Recipe
 
 
 def scaled_lr(recipe: Recipe) -> float:
-    """The linear scaling rule: `lr` is per 256 samples."""
+    """Applies the linear scaling rule: `lr` is per 256 samples."""
     return recipe.lr * recipe.batch_size / 256
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """SGD over all parameters. The predictor is a group of its own; `fix_lr` says that its rate does not decay."""
-    named = list(model.named_parameters())
+    """Builds SGD over all parameters. The predictor is a group of its own; `fix_lr` keeps its rate from decaying."""
     groups = [
-        dict(params=[p for n, p in named if not n.startswith('predictor.')], fix_lr=False),
-        dict(params=[p for n, p in named if n.startswith('predictor.')], fix_lr=recipe.fix_pred_lr)]
+        dict(params=[p for n, p in model.named_parameters() if n.startswith('predictor.') == predictor], fix_lr=fix_lr)
+        for predictor, fix_lr in ((False, False), (True, recipe.fix_pred_lr))]
     # One kernel for all parameters. With a GradScaler it also skips overflowed steps without waiting for the host.
-    fused = True if all(p.device.type in ('cuda', 'cpu') for _, p in named) else None
+    fused = all(p.device.type in ('cuda', 'cpu') for p in model.parameters()) or None
     optimizer = torch.optim.SGD(
         groups, scaled_lr(recipe), recipe.momentum, weight_decay=recipe.weight_decay, fused=fused)
     lay_out_momentum(optimizer)
@@ -28,7 +27,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
 
 
 def load_optimizer(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
-    """Loads the state of a checkpoint, perhaps from another device; the implementation stays this run's."""
+    """Loads the state of a checkpoint, perhaps from another device; keeps this run's implementation."""
     own = [{k: group[k] for k in ('fused', 'foreach')} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, ours in zip(optimizer.param_groups, own, strict=True):
@@ -50,9 +49,8 @@ def lay_out_momentum(optimizer: torch.optim.SGD) -> None:
 
 
 def lr_at(epoch: int, recipe: Recipe) -> float:
-    """Linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), epochs from 0."""
-    warm = recipe.warmup_epochs
-    if epoch < warm:
+    """Returns linear warm-up, then the published cosine per epoch: lr 0.5 (1 + cos(pi epoch / epochs)), from 0."""
+    if epoch < (warm := recipe.warmup_epochs):
         return scaled_lr(recipe) * (epoch + 1) / warm
     return scaled_lr(recipe) * 0.5 * (1 + math.cos(math.pi * (epoch - warm) / (recipe.epochs - warm)))
 

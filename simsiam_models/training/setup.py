@@ -1,7 +1,9 @@
-"""What a run needs before its first step: data, model, the claim of its folder, and how it steps."""
+"""Prepares a run for its first step: data, model, the claim of its folder, and the way to compute a step."""
 import argparse
 import copy
 import dataclasses
+import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,10 +32,9 @@ FREE = {
 
 
 def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[TwoViews, KnnMonitor | None, SimSiam]:
-    """Opens the data and builds the model; nothing is written.
+    """Opens the data and builds the model; writes nothing.
 
-    Raises:
-        ValueError, FileNotFoundError, DataError: the data, the batch or the model cannot be used.
+    Raises ValueError, FileNotFoundError or DataError if the data, the batch or the model cannot be used.
     """
     train, val = open_data(args.data, args.images_per_epoch)
     workers = default_workers(world.device) if args.workers is None else args.workers
@@ -44,40 +45,28 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
         train, val = open_data(args.knn_data)
         if train.labels is None:
             raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
-    return views, make_monitor(args, recipe, train, val, world, workers=workers), make_model(recipe, args.seed)
-
-
-def make_monitor(
-    args: argparse.Namespace, recipe: Recipe, train: Images, val: Images | None, world: World, *, workers: int,
-) -> KnnMonitor | None:
-    """The kNN monitor, or None if there are no labels, or too few images for one query per process."""
-    queries = len(train) // 5 if val is None else len(val)
-    if train.labels is None or queries < world.size:
-        return None
-    return KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
+    knn = None  # without labels, or with too few images for one query per process
+    if train.labels is not None and (len(train) // 5 if val is None else len(val)) >= world.size:
+        knn = KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
+    return views, knn, make_model(recipe, args.seed)
 
 
 def make_model(recipe: Recipe, seed: int) -> SimSiam:
-    """Builds the recipe's model with weights from `seed`.
-
-    Raises:
-        ValueError: timm has no such model, or the model has no such argument.
-    """
+    """Builds the recipe's model with weights from `seed`; raises ValueError if timm has no such model or argument."""
     torch.manual_seed(seed)
     try:
         return create_simsiam(
             recipe.model, dim=recipe.dim, pred_dim=recipe.pred_dim, proj_layers=recipe.proj_layers, **recipe.model_args)
     except (RuntimeError, TypeError) as e:
-        raise ValueError(
-            f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
+        raise ValueError(f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
 
 
 def name_output(args: argparse.Namespace, recipe_name: str) -> Path:
-    """The run's folder: --output, or runs/RECIPE-DATA."""
+    """Returns the run's folder: --output, or runs/RECIPE-DATA."""
     if args.output:
         return Path(args.output)
-    data = 'demo' if args.data is None else Path(args.data).resolve().name if Path(args.data).exists() else ''.join(
-        c if c.isalnum() else '-' for c in args.data)
+    data = 'demo' if args.data is None else Path(args.data).resolve().name if Path(args.data).exists() else re.sub(
+        r'[\W_]', '-', args.data)
     return Path(f'runs/{recipe_name}-{data}')
 
 
@@ -86,24 +75,28 @@ def claim(
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Claims the run's folder; returns its recorded arguments, and the checkpoint that it continues from, or None.
 
-    A continued run keeps its recorded precision.
-
-    Raises:
-        ValueError: the folder, or the checkpoint, belongs to another run.
+    A continued run keeps its recorded precision. Raises ValueError if the folder or checkpoint is another run's.
     """
-    world, continued = life.world, (life.folder / ARGS).exists()
-    size = recipe.augmentation.size
+    world, continued, data = life.world, (life.folder / ARGS).exists(), args.data
     amp = 'off' if args.amp == 'auto' and continued else choose_amp(
-        args.amp, world.device, model, (recipe.batch_size // world.size, 3, size, size))
+        args.amp, world.device, model, _view_shape(recipe, world))
     numbers = dataclasses.asdict(recipe)
     del numbers['about']
     record = {
-        'recipe': name, 'data': args.data and str(Path(args.data).resolve() if Path(args.data).exists() else args.data),
+        'recipe': name, 'data': data and str(Path(data).resolve() if Path(data).exists() else data),
         'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp, **numbers,
         **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None}
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
-    given = world.broadcast_from_main(lambda: _read_given(args.resume, record, free))
-    if given is not None:
+
+    def read_given() -> dict[str, Any]:
+        given = checkpoint.read(Path(args.resume), KEYS)
+        if differing := checkpoint.find_differences(given['run'], record, free):
+            raise ValueError(f'--resume {args.resume} belongs to another run ({differing})')
+        return {**given, 'log_bytes': 0}
+
+    given = None
+    if args.resume not in ('auto', 'never'):
+        given = world.broadcast_from_main(read_given)
         record['amp'] = given['run']['amp']
     record = life.claim(record, free, fresh=args.resume == 'never')
     if continued:
@@ -114,74 +107,64 @@ def claim(
     return record, state or given
 
 
-def _read_given(resume: str, record: dict[str, Any], free: set[str]) -> dict[str, Any] | None:
-    """The checkpoint that --resume FILE names."""
-    if resume in ('auto', 'never'):
-        return None
-    given = checkpoint.read(Path(resume), KEYS)
-    if said := checkpoint.find_differences(given['run'], record, free):
-        raise ValueError(f'--resume {resume} belongs to another run ({said})')
-    return {**given, 'log_bytes': 0}
+def _view_shape(recipe: Recipe, world: World) -> tuple[int, int, int, int]:
+    """Returns the shape of the views of a step on one process, (B, 3, S, S)."""
+    size = recipe.augmentation.size
+    return recipe.batch_size // world.size, 3, size, size
 
 
 def make_trainer(
-    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle,
-    continued: bool,
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle, continued: bool,
 ) -> Trainer:
-    """Moves the model to the device, as --amp, --compile and --auto-perf say, and wraps it for several processes."""
-    world, size = life.world, recipe.augmentation.size
-    shape = (recipe.batch_size // world.size, 3, size, size)
+    """Moves the model to the device, follows --amp, --compile and --auto-perf, and wraps it for several processes."""
+    world, shape = life.world, _view_shape(recipe, life.world)
     amp, perf = decide_perf(args, recipe, model, record, life, continued)
     model.to(world.device, memory_format=perf.memory_format)
     synchronize_batchnorm(model, world)
     if perf.compile:
-        compile_or_not(model, shape, amp, perf, world.device, life.say)
+        x = torch.zeros(shape, device=world.device).contiguous(memory_format=perf.memory_format)
+        _compile_or_not(model, x, amp, life.say)
     blank = torch.zeros(2, *shape[1:], device=world.device)
     net = parallel(model, lambda net: simsiam_loss(*net(blank, blank)), world)
     return Trainer(model, recipe, world, amp, perf, net=net, seed=args.seed)
 
 
 def decide_perf(
-    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle,
-    continued: bool,
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle, continued: bool,
 ) -> tuple[str, Perf]:
-    """Precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
-    amp, world, size = record['amp'], life.world, recipe.augmentation.size
+    """Chooses precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
+    amp, world = record['amp'], life.world
     if record.get('perf'):
         perf = Perf(**record['perf'])
         return amp, dataclasses.replace(perf, compile=perf.compile or args.compile and not args.auto_perf)
     if not args.auto_perf:
         return amp, Perf(compile=args.compile)
 
-    def make_step(trial: SimSiam, amp: str, perf: Perf) -> Callable[[torch.Tensor, torch.Tensor], Any]:
+    def make_step(trial: SimSiam, amp: str, perf: Perf) -> Callable[..., Any]:
         trainer = Trainer(trial.train(), recipe, World(0, 1, world.device), amp, perf, seed=args.seed)
-        return lambda x1, x2: train_step(trainer, x1, x2)
+        return functools.partial(train_step, trainer)
 
     def choose() -> tuple[str, Perf]:
         amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
-        shape = (recipe.batch_size // world.size, 3, size, size)
-        chosen = choose_perf(model, shape, world.device, amps, make_step, life.say)
+        chosen = choose_perf(model, _view_shape(recipe, world), world.device, amps, make_step, life.say)
         amend_claim(life.folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
         return chosen
 
     return world.broadcast_from_main(choose)
 
 
-def compile_or_not(
-    model: SimSiam, shape: tuple[int, ...], amp: str, perf: Perf, device: torch.device, say: Callable[[str], None],
-) -> None:
+def _compile_or_not(model: SimSiam, x: torch.Tensor, amp: str, say: Callable[[str], None]) -> None:
     """Compiles the model in place if that works; a trial on a copy leaves the batch norm statistics unchanged.
 
-    The trial has the run's own shape and precision, so the run reuses what was compiled for it.
+    `x` has the run's own shape and memory format, so the run reuses what was compiled for it.
     """
     try:
         trial = copy.deepcopy(model)
         trial.compile()
-        x = torch.zeros(shape, device=device).contiguous(memory_format=perf.memory_format)
-        with autocast(device, amp):
+        with autocast(x.device, amp):
             outputs = trial(x, x)
         simsiam_loss(*(y.float() for y in outputs)).backward()
     except Exception as e:  # torch.compile and the C++ compiler behind it raise errors of many kinds
-        say(f'--compile does not work here ({type(e).__name__}); the run goes on without it')
+        say(f'--compile does not work here ({type(e).__name__}); the run continues without it')
         return
     model.compile()

@@ -1,11 +1,13 @@
 """The training step: what train.py, --auto-perf and `simsiam preflight` all run."""
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..runtime.distributed import World
+from ..runtime.distributed import World, synchronize
 from ..runtime.precision import autocast, make_scaler
 from ..simsiam import SimSiam, simsiam_loss
 from .recipes import Recipe
@@ -30,11 +32,8 @@ class Perf:
 class Trainer:
     """The model with its optimizer and loss scaler, on the device of `world`.
 
-    Args:
-        model: SimSiam, on the device, in the memory format of `perf`.
-        amp: precision of the forward pass, a key of precision.AMP.
-        net: the model wrapped for several processes; None: the model itself.
-        seed: of dropout and stochastic depth, in backbones that have them.
+    `model` is on the device, in the memory format of `perf`; `net` is the model wrapped for several processes. `amp` is
+    a key of precision.AMP. `seed` is for dropout and stochastic depth, in backbones that have them.
     """
 
     def __init__(
@@ -46,9 +45,7 @@ class Trainer:
         self.optimizer, self.scaler = make_optimizer(model, recipe), make_scaler(world.device, amp)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            'model': self.model.state_dict(), 'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict()}
+        return {k: getattr(self, k).state_dict() for k in ('model', 'optimizer', 'scaler')}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state['model'])
@@ -56,19 +53,18 @@ class Trainer:
         self.scaler.load_state_dict(state['scaler'])
 
     def is_finite(self) -> bool:
-        """Whether all weights are finite numbers; waits for the device once."""
+        """Returns whether all weights are finite numbers; waits for the device once."""
         return bool(torch.stack([p.isfinite().all() for p in self.model.parameters()]).all())
 
 
 def train_step(trainer: Trainer, x1: Tensor, x2: Tensor, step: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step on two views, (B, 3, S, S) each; `step` counts the steps of the run from 1.
+    """Takes an optimizer step on two views, (B, 3, S, S) each; `step` counts the steps of the run from 1.
 
-    Returns:
-        The loss, p1 and z1, (B, dim) each. They stay on the device, so the host does not wait.
+    Returns the loss, p1 and z1, (B, dim) each. They stay on the device, so the host does not wait.
     """
     world, memory_format = trainer.world, trainer.perf.memory_format
     x1, x2 = x1.contiguous(memory_format=memory_format), x2.contiguous(memory_format=memory_format)
-    torch.manual_seed((trainer.seed * 1_000_003 + step) * world.size + world.rank)  # dropout, as the step's number says
+    torch.manual_seed((trainer.seed * 1_000_003 + step) * world.size + world.rank)  # for dropout
     with autocast(world.device, trainer.amp):
         p1, p2, z1, z2 = trainer.net(x1, x2)
     loss = simsiam_loss(p1.float(), p2.float(), z1.float(), z2.float())
@@ -77,3 +73,13 @@ def train_step(trainer: Trainer, x1: Tensor, x2: Tensor, step: int = 0) -> tuple
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     return loss.detach(), p1.detach(), z1
+
+
+def time_step(step: Callable[[Tensor, Tensor], Any], views: tuple[Tensor, Tensor], n: int = 1) -> float:
+    """Returns the seconds per call of `step` on two views, which is called `n` times without waiting in between."""
+    synchronize(views[0].device)
+    start = time.perf_counter()
+    for _ in range(n):
+        step(*views)
+    synchronize(views[0].device)
+    return (time.perf_counter() - start) / n

@@ -1,4 +1,4 @@
-"""What a run says about itself at its start and at its end."""
+"""Describes a run at its start and at its end."""
 import math
 from pathlib import Path
 
@@ -11,12 +11,11 @@ from .step import Trainer
 BACKBONE = 'backbone'  # folder of the exported backbone, in the run's
 
 
-def describe(
-    name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | None, folder: Path) -> str:
-    """What a run says at its start."""
+def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | None, folder: Path) -> str:
+    """Describes the data, the recipe and the device of a run, with advice about them."""
     r, images, world = trainer.recipe, views.images, trainer.world
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    kind = f'{len(images.classes)} classes' if images.labels is not None else 'no labels'
+    kind = 'no labels' if images.labels is None else f'{len(images.classes)} classes'
     lines = [
         f'{images.name}: {len(images)} images, {kind}; {len(views)} steps per epoch',
         f'recipe {name}: {r.model}, {parameters:,} parameters, {r.epochs} epochs, batch {r.batch_size} '
@@ -34,19 +33,16 @@ def describe(
 
 
 def describe_continuation(epoch: int, step: int, processes: int, before: int) -> str:
-    """`before`: how many processes the run had when the checkpoint was written."""
-    text = f'continuing after epoch {epoch}, step {step}'
-    if processes != before:
-        text += (
-            f', now with {processes} processes, before with {before}: each global batch still holds the same samples '
-            'and views')
-    return text
+    """Describes a continued run; `before`: how many processes it had when the checkpoint was written."""
+    more = '' if processes == before else (
+        f', now with {processes} processes, before with {before}: each global batch still holds the same samples and '
+        'views')
+    return f'continuing after epoch {epoch}, step {step}{more}'
 
 
 def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
-    """The result of a finished run."""
-    f, lines, bad = journal.figures, [], views.unreadable
-    knn = f['knn']
+    """Describes the result of a finished run."""
+    f, lines, bad, knn = journal.figures, [], views.unreadable, journal.figures['knn']
     if journal.diagnosis is not None:
         lines.append(f'{journal.diagnosis} (std x sqrt(d) {f["std"]:.2f}, effective rank {f["rank"]:.1f})')
     if bad:
@@ -58,8 +54,7 @@ def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
         lines.append(
             f'{journal.knn.describe()}: trained backbone {knn["trained"]:.1f} %, random backbone {knn["random"]:.1f} %'
             f'{raw}: {gain}')
-    lines.append(
-        f"The backbone is ready for timm: timm.create_model('local-dir:{folder / BACKBONE}', pretrained=True)")
+    lines.append(f"The backbone is ready for timm: timm.create_model('local-dir:{folder / BACKBONE}', pretrained=True)")
     return '\n'.join(lines)
 
 
@@ -67,7 +62,7 @@ def describe_gain(trained: float, before: float, queries: int) -> str:
     """Compares two accuracies in percent; a difference within two standard errors counts as none."""
     difference, p = trained - before, [x / 100 for x in (trained, before)]
     if abs(difference) <= 200 * math.sqrt(sum(x * (1 - x) for x in p) / queries):
-        return f'no difference to the better of them that {queries} queries could show.'
+        return f'no difference from the better of them that {queries} queries could show.'
     if difference < 0:
         return f'{-difference:.1f} points below the better of them; these features are of no use yet.'
     return f'{difference:+.1f} points over the better of them, learned without labels.'

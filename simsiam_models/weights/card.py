@@ -43,7 +43,7 @@ model.conv1.weight.data = model.conv1.weight.data.flip(1)
 mean, std = mean[::-1], std[::-1]
 ```
 
-Their published transfer results were measured with RGB pixels nevertheless. Prefer `{counterpart}`, unless you need
+Even so, their published transfer results were measured with RGB pixels. Prefer `{counterpart}`, unless you need
 exactly this file.'''
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint of any layout -> the file that timm, torchvision, detectron2, mmdet or an ONNX runtime loads."""
+"""Converts a checkpoint of any layout to the file that timm, torchvision, detectron2, mmdet or ONNX runtimes load."""
 import json
 import pickle
 import re
@@ -37,7 +37,7 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
     if not source.exists():
         raise FileNotFoundError(f'{source} does not exist: name a checkpoint to convert')
     if out.exists() and not (to == 'timm' and out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f'{out} exists already: name a new {"folder" if to == "timm" else "file"}, or remove it first')
+        raise ValueError(f'{out} already exists: name a new {"folder" if to == "timm" else "file"}, or remove it first')
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
     checkpoint = load_checkpoint(source)

@@ -1,4 +1,4 @@
-"""A trained backbone, or the parts of a checkpoint -> a folder that timm and transformers load."""
+"""Exports a trained backbone, or the parts of a checkpoint, to a folder that timm and transformers load."""
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ def export_backbone(
 ) -> None:
     """Writes a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
-    timm built the backbone from `model_name` and `model_args`, apart from num_classes=0. `size` and `resize` are crop
-    and short side in pixels for evaluation.
+    timm built the backbone from `model_name` and `model_args`, apart from num_classes=0. For evaluation, `size` is the
+    side of the crop and `resize` the short side before it, in pixels.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

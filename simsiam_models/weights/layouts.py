@@ -1,4 +1,4 @@
-"""Key layouts of published SimSiam checkpoints -> backbone, projector, predictor and classifier under our names.
+"""Splits published SimSiam checkpoints into backbone, projector, predictor and classifier under our names.
 
 Our names are those of timm and torchvision for the backbone, and the entries of `SimSiam.projector` and
 `SimSiam.predictor` for the heads.
@@ -129,7 +129,7 @@ LAYOUTS = [
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a SimSiam checkpoint of any known layout without running code from the file.
 
-    Known are the rows of LAYOUTS, ONNX files from `simsiam convert`, and folders exported for timm. The parts are
+    It knows the rows of LAYOUTS, ONNX files from `simsiam convert`, and folders exported for timm. The parts are
     returned in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists the changes.
 
     Raises:
@@ -208,7 +208,7 @@ def _unwrap(raw: Mapping) -> tuple[State, dict[str, Any]]:
 
 
 def _fix_norms(parts: dict[str, State], notes: list[str]) -> None:
-    """Makes the batch norms those of `SimSiam`, without a change of the outputs, and notes what was changed."""
+    """Converts the batch norms to those of `SimSiam` without changing the outputs, and notes the changes."""
     counts = [
         (part, count) for part in parts.values() for key in part if key.endswith('running_mean')
         if (count := key.replace('running_mean', 'num_batches_tracked')) not in part]

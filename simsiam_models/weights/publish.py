@@ -1,4 +1,4 @@
-"""A checkpoint -> a Hub repository that timm, transformers and this package load, with a card and recorded hashes."""
+"""Publishes a checkpoint as a Hub repository that timm, transformers and this package load, with a card and hashes."""
 import json
 import shutil
 import tempfile

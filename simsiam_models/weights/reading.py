@@ -1,4 +1,4 @@
-"""A checkpoint file -> plain containers of tensors, without running any code from the file.
+"""Reads checkpoint files into plain containers of tensors, without running any code from them.
 
 torch.load(weights_only=True) reads torch's current format unless the file holds objects of its training code, such as
 OpenMMLab's `meta`. Such files, torch's older format and bare pickles go through the restricted reader of this module.

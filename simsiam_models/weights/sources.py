@@ -51,7 +51,7 @@ def fetch(name: str, weights: Any, filename: str = MODEL, cache_dir: str | Path 
 
     `name` is 'simsiam_resnet50.TAG', `weights` its row of `published.WEIGHTS`, and `filename` MODEL (backbone and, if
     present, classifier) or HEADS. `cache_dir` replaces the caches of the Hub client and of torch.hub. Raises
-    RuntimeError if a cached file cannot be read, or no source has the file; the message names each with its reason.
+    RuntimeError if a cached file cannot be read, or no source has the file; the message says why each source failed.
     """
     converted = _name_converted(weights.url, filename, cache_dir)
     reasons: list[str] = []
@@ -155,7 +155,7 @@ def _fetch_from_hub(name: str, filename: str, cache_dir: str | Path | None) -> P
         return path
     for file in (path.resolve(), path):  # the blob, and the link to it
         file.unlink(missing_ok=True)
-    raise Unavailable('the downloaded file has another hash than promised, and was deleted')
+    raise Unavailable('the hash of the downloaded file differs from the promised one; the file was deleted')
 
 
 def _probe(url: str) -> None:
@@ -226,7 +226,7 @@ def _fetch_from_url(weights: Any, filename: str, cache_dir: str | Path | None) -
 def download(url: str, target: Path, sha256_prefix: str | None) -> str:
     """Downloads a file and returns its SHA-256. A broken connection is resumed up to three times.
 
-    Raises Unavailable if the server refuses or is silent, or the file is incomplete or has another hash than promised.
+    Raises Unavailable if the server refuses or is silent, the file is incomplete, or its hash is not the promised one.
     """
     name = ''  # the server's name for the contents (ETag); without one, a second try starts over
     with open(target, 'wb') as f, tqdm(

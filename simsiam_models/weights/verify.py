@@ -1,4 +1,4 @@
-"""Are weights whole, complete and finite, and do they compute what they computed when they were published?"""
+"""Checks that weights are undamaged, complete and finite, and compute the outputs recorded at their publication."""
 import json
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
     except RuntimeError as e:
         findings.append((False, f'keys: {one_line(e)}'))
     else:
-        findings.append((True, f'keys: all {len(model.state_dict())} entries are there and fit'))
+        findings.append((True, f'keys: all {len(model.state_dict())} entries are present and fit'))
         bad = find_nonfinite({**state, **checkpoint.heads_state()})
         findings.append((not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite'))
         file = (path / MODEL if path.is_dir() else path).with_name(FINGERPRINT)

@@ -101,12 +101,12 @@ def test_any_name_of_the_newest_one_names_those_before_it(tmp_path):
 
 def test_a_file_of_another_program_is_no_checkpoint_and_stays_where_it_is(tmp_path):
     torch.save({'weights': torch.ones(2)}, tmp_path / LAST)
-    with pytest.raises(ValueError, match='no checkpoint of this program') as e:
+    with pytest.raises(ValueError, match='not a checkpoint of this program') as e:
         load(tmp_path)
     assert not isinstance(e.value, DamagedError) and (tmp_path / LAST).exists()
     with zipfile.ZipFile(tmp_path / LAST, 'w') as archive:
         archive.writestr('letter.txt', 'whole, but not of torch')
-    with pytest.raises(ValueError, match='no checkpoint of this program'):
+    with pytest.raises(ValueError, match='not a checkpoint of this program'):
         load(tmp_path)
     assert (tmp_path / LAST).exists()
 
@@ -125,9 +125,9 @@ def test_any_change_of_its_bytes_is_damage(tmp_path):
         try:
             found = checkpoint.read(tmp_path / 'x.pth', KEYS)
         except DamagedError as e:
-            assert 'cannot be read, it is damaged' in str(e)
+            assert 'is damaged and cannot be read' in str(e)
         except ValueError as e:  # the name of a record was changed, whose checksum covers only its contents
-            assert 'no checkpoint of this program' in str(e)
+            assert 'not a checkpoint of this program' in str(e)
         else:
             assert torch.equal(found['model']['w'], state(1)['model']['w'])
 

@@ -77,8 +77,8 @@ def test_compiling_is_not_tried_on_a_cpu_without_time():
     choice, said = choose(sleeping(lambda *key: 0.001), amps=('off',), budget=0.0)
     assert choice == ('off', EAGER_LAST)
     assert [line for line in said if 'compiled' in line] == [
-        'auto-perf: channels_last, compiled, amp off: not tried, no time is left',
-        'auto-perf: contiguous, compiled, amp off: not tried, no time is left']
+        'auto-perf: channels_last, compiled, amp off: not tried, as no time is left',
+        'auto-perf: contiguous, compiled, amp off: not tried, as no time is left']
 
 
 def test_model_buffers_and_random_state_stay_the_same_bits():

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
 from simsiam_models.data import DataError, FolderImages, demo_images
+from simsiam_models.data.philox import permutation
 from simsiam_models.runtime.distributed import World
 from simsiam_models.training.monitor import (
     KnnMonitor,
@@ -178,6 +179,20 @@ def test_unreadable_images_are_left_out_of_the_monitor_and_named(parts, tmp_path
     assert pixel_monitor(train, val).measure_pixels() == pytest.approx(accuracy, abs=1e-9)
 
 
+def test_the_share_of_a_folder_without_validation_images_is_that_of_the_folder(parts):
+    """One of its eight queries is more than a tenth of them, and not of the folder."""
+    train, _ = parts
+    files = [FolderImages(train).path(int(i)) for i in permutation(0, 0, 40)]
+    files[0].write_bytes(b'no image')
+    monitor = pixel_monitor(train, None)
+    monitor.measure_pixels()
+    assert '32 bank images, 7 queries' in monitor.describe() and str(files[0]) in monitor.describe()
+    for path in files[8:13]:
+        path.write_bytes(b'no image')
+    with pytest.raises(DataError, match='6 of 40 images'):
+        monitor.measure_pixels()
+
+
 def test_a_monitor_of_mostly_unreadable_images_is_refused(parts):
     train, val = parts
     files = sorted(val.rglob('*.*'))
@@ -240,7 +255,7 @@ def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ()
 
 @pytest.mark.parametrize('trained, before, queries, said', [
     (98.4, 41.5, 768, '+56.9 points over the better of them, learned without labels.'),
-    (29.2, 25.0, 24, 'no difference to the better of them that 24 queries could show.'),
+    (29.2, 25.0, 24, 'no difference from the better of them that 24 queries could show.'),
     (29.2, 25.0, 24_000, '+4.2 points over the better of them, learned without labels.'),
     (56.3, 94.7, 300, '38.4 points below the better of them; these features are of no use yet.')])
 def test_a_gain_is_one_only_beyond_what_chance_gives(trained: float, before: float, queries: int, said: str):

@@ -253,7 +253,7 @@ def test_an_existing_result_is_never_overwritten(tmp_path):
     (tmp_path / 'full' / 'notes.txt').write_text('mine')
     (tmp_path / 'bare').mkdir()
     for out, to in [('a.pth', 'torchvision'), ('full', 'timm'), ('a.pth', 'timm'), ('bare', 'mmdet')]:
-        with pytest.raises(ValueError, match='exists already'):
+        with pytest.raises(ValueError, match='already exists'):
             convert(source, tmp_path / out, to)
     assert (tmp_path / 'full' / 'notes.txt').read_text() == 'mine'
 

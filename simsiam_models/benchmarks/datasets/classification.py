@@ -9,8 +9,8 @@ inat18      train2018.json and val2018.json, or meta/train.txt and meta/val.txt,
 cifar10, cifar100   the binary version
 folder      train/ and one of val/, valid/, validation/, test/ with a folder per class
 
-All but places205 and inat18 may have any form that data.open_data takes instead, such as hf:ILSVRC/imagenet-1k. A data
-set whose counts are not those of the complete set (see `sizes`) is an error, unless `partial` is set.
+All but places205 and inat18 also take any form that data.open_data opens, such as hf:ILSVRC/imagenet-1k. A data set
+whose counts are not those of the complete set (see `sizes`) is an error, unless `partial` is set.
 """
 import logging
 import os
@@ -38,8 +38,8 @@ _logger = logging.getLogger('simsiam_models')
 def open_pair(kind: str, root: str | Path, partial: bool = False) -> Pair:
     """Opens the training and test images of a data set; `kind` is one of KINDS.
 
-    Raises FileNotFoundError if a file or folder is missing, and ValueError if images have no labels, or if their number
-    or that of the classes is not that of the complete set, unless `partial`.
+    Raises FileNotFoundError if a file or folder is missing, and ValueError if images have no labels, or, unless
+    `partial`, if the number of images or classes is not that of the complete set.
     """
     if kind not in KINDS:
         raise ValueError(f'--dataset {kind}: no such data set; choose one of {", ".join(KINDS)}')
@@ -120,7 +120,7 @@ def _open_class_folders(root: Path) -> FileImages:
     if folders and loose:
         raise ValueError(
             f'{root}: the image {loose[0]} lies beside the folder {folders[0]}, but with a folder per class each image '
-            'belongs in one of them; move away what does not belong there')
+            'belongs in one of them; move away whatever does not belong there')
     index = open_index(root, EXTENSIONS)
     if loose or index.labels is not None and not any(name.startswith('.') for name in index.classes):
         return FolderImages(root)

@@ -1,4 +1,4 @@
-"""The number of images and classes of each data set, and the messages for data that differ from it.
+"""The numbers of images and classes of each data set, and the messages for data with other numbers.
 
 The sizes of Places205, iNaturalist 2018 and the lists of labelled ImageNet images are common knowledge; no paper or
 code on SimSiam states them.
@@ -31,7 +31,7 @@ LABELLED = {'1pct': 12811, '10pct': 128116}
 
 
 def deviation(kind: str, counts: Mapping[str, Any], labelled: int | None = None) -> str | None:
-    """Describes how a data set's size differs from that of the complete set; None if it does not or is unknown.
+    """Describes how a data set's size differs from that of the complete set; None if it does not, or is unknown.
 
     `counts`: train, test (images), classes (in the training part) and perhaps test_classes. `labelled`: the number of
     training images if a list of them is the complete training part.
@@ -54,4 +54,4 @@ def refusal(kind: str, root: str, found: str) -> str:
     """Returns the error message for a data set that is not the complete one; `found` says how it differs."""
     size = SIZES[kind]
     return (f'{root} is not the complete {size.title}: {found}; complete it ({size.source}), or pass --allow-partial '
-            'to measure what is there, which cannot be compared with published numbers')
+            'to measure the part that is there; its numbers cannot be compared with published ones')

@@ -1,4 +1,4 @@
-"""VOC07 classification: an image has each of 20 classes, lacks it, or shows it only as a difficult object."""
+"""VOC07 classification: for each of 20 classes, an image shows it, lacks it, or shows it only as a difficult object."""
 import logging
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Fine-tune a backbone on labelled images; the result is a classifier that plain timm loads.
+"""Fine-tunes a backbone on labelled images; the result is a classifier that plain timm loads.
 
     simsiam finetune my_photos --output runs/my_photos          # one subfolder per class, also below train/ and val/
     torchrun --nproc-per-node 8 -m simsiam_models.cli finetune my_photos --output runs/my_photos
@@ -6,7 +6,7 @@
 
 The first layers learn more slowly than the last (--layer-decay). RandAugment varies the images; in large data sets
 mixup and cutmix blend them. A running average of the weights is validated and kept. The same command continues a run
-that was stopped or killed, also inside an epoch.
+that was stopped or killed, even in the middle of an epoch.
 
 Semi-supervised ImageNet with 1 % or 10 % of the labels, by MMSelfSup's protocol and its literal numbers:
 
@@ -16,7 +16,6 @@ Semi-supervised ImageNet with 1 % or 10 % of the labels, by MMSelfSup's protocol
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from ...runtime.checkpoint import LAST
 from ...runtime.distributed import default_workers, join_world
@@ -28,13 +27,14 @@ from ...runtime.signals import Signals
 from ..backbone import load_backbone
 from ..options import add_model, report_size
 from ..protocols import LEAST, RESIZE, SEMI_WEIGHT_DECAY, SIZE
-from .data import Loader, Samples, make_eval_transform, make_train_transform
+from ..samples import Pair
+from .data import Loader, Samples, make_eval_transform, make_train_transform, open_source
 from .model import Classifier
-from .optimizer import make_optimizer
 from .result import format_grid, write_result
 from .settings import MIXED, PLAIN, RATE, STEPS, Settings, fit_batch, resolve_plain, resolve_semi
-from .source import Source, open_source
 from .training import KEYS, ClassifierTrainer, Finetuning, fit, resume
+
+COUNT, NUMBER = dict(type=int, metavar='N'), dict(type=float, metavar='X')  # kinds of flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,50 +47,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run and its classifier; the same command continues the run')
     add('--protocol', choices=['plain', *SEMI_WEIGHT_DECAY], default='plain', help='default: plain')
-    add('--val-share', type=float, default=0.2, metavar='X',
+    add('--val-share', **NUMBER, default=0.2,
         help='share of each class to hold out if DATA has no val folder (default: 0.2)')
-    add('--seed', type=int, default=0, metavar='N',
+    add('--seed', **COUNT, default=0,
         help='seed of the classifier, the order, the augmentation and the held-out images (default: 0)')
-    add('--device', metavar='D', help='cuda, mps or cpu (default: the first that is available)')
-    add('--workers', type=int, metavar='N',
-        help='processes that read images; 0: the main one does (default: by device and cores)')
+    add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
+    add('--workers', **COUNT, help='processes that read images; 0: the main one does (default: by device and cores)')
     add('--amp', choices=['auto', 'off', 'bfloat16'], default='auto',
         help='precision (default: auto; off on a CPU and with --protocol)')
-    add('--image-size', type=int, metavar='N',
-        help=f"side of a crop in pixels (default: the model's own; with --protocol {SIZE})")
-    add('--resize', type=int, metavar='N',
-        help=f'short side in validation in pixels (default: image size x {RESIZE} / {SIZE})')
+    add('--image-size', **COUNT, help=f"side of a crop in pixels (default: the model's own; with --protocol {SIZE})")
+    add('--resize', **COUNT, help=f'short side in validation in pixels (default: image size x {RESIZE} / {SIZE})')
     add_training_arguments(parser.add_argument_group('optimization and augmentation'))
     add = parser.add_argument_group('semi-supervised protocol').add_argument
     add('--list', type=Path, metavar='FILE', help='names of the labelled images, one per line')
-    add('--head-multiplier', type=float, metavar='X',
-        help="the classifier's learning rate / --lr: 1, 10 or 100 (default: 10)")
+    add('--head-multiplier', **NUMBER, help="the classifier's learning rate / --lr: 1, 10 or 100 (default: 10)")
     add('--grid', action='store_true', help='run all nine pairs of --lr .1 .01 .001 and --head-multiplier 1 10 100')
     add('--dataset', choices=['imagenet', 'folder'], default='imagenet', help='default: imagenet')
     add('--allow-partial', action='store_true', help='accept fewer images than the data set has')
-    parser.set_defaults(kept='the same command goes on from the last checkpoint')
+    parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
 def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add('--epochs', type=int, metavar='N',
-        help=f'default: 30; for few images as many as make {STEPS} steps, at most 100')
-    add('--batch-size', type=int, metavar='N',
-        help='over all processes (default: 64; below 1000 images 32, below 200 images 16)')
+    add('--epochs', **COUNT, help=f'default: 30; for few images as many as make {STEPS} steps, at most 100')
+    add('--batch-size', **COUNT, help='over all processes (default: 64; below 1000 images 32, below 200 images 16)')
     add('--opt', dest='optimizer', metavar='NAME', help=f"optimizer, as timm names it (default: {PLAIN['optimizer']})")
-    add('--lr', type=float, metavar='X', help='learning rate of the last layer per 256 samples: lr * batch / 256 is '
+    add('--lr', **NUMBER, help='learning rate of the last layer per 256 samples: lr * batch / 256 is '
         f'used (default: {RATE:g} is used, times the root of {STEPS} / steps beyond {STEPS} steps); with --protocol '
         'the rate of the backbone, unscaled')
-    add('--weight-decay', type=float, metavar='X', help=f'default: {PLAIN["weight_decay"]}')
-    add('--layer-decay', type=float, metavar='X',
+    add('--weight-decay', **NUMBER, help=f'default: {PLAIN["weight_decay"]}')
+    add('--layer-decay', **NUMBER,
         help=f"each layer's rate is the next one's times this (default: {PLAIN['layer_decay']}; 1: the same rate)")
-    add('--warmup-epochs', type=int, metavar='N', help='linear; then cosine to 0 (default: a tenth of --epochs)')
-    add('--smoothing', type=float, metavar='X', help=f'label smoothing (default: {PLAIN["smoothing"]})')
+    add('--warmup-epochs', **COUNT, help='linear; then cosine to 0 (default: a tenth of --epochs)')
+    add('--smoothing', **NUMBER, help=f'label smoothing (default: {PLAIN["smoothing"]})')
     add('--mixup', type=float, metavar='ALPHA', help=f'0: none (default: 0.2 from {MIXED} images on, else 0)')
     add('--cutmix', type=float, metavar='ALPHA', help=f'0: none (default: 1 from {MIXED} images on, else 0)')
-    add('--ema-decay', type=float, metavar='X',
-        help=f'decay of the averaged weights; 0: none (default: {PLAIN["ema_decay"]})')
-    add('--patience', type=int, metavar='N', help='stop after N epochs without a better validation top-1; 0: never '
+    add('--ema-decay', **NUMBER, help=f'decay of the averaged weights; 0: none (default: {PLAIN["ema_decay"]})')
+    add('--patience', **COUNT, help='stop after N epochs without a better validation top-1; 0: never '
         '(default: a third of --epochs, at least 10)')
     add('--crop-scale', type=float, nargs=2, metavar=('MIN', 'MAX'), help='share of the area (default: 0.25 1)')
     add('--flip-p', dest='flip', type=float, metavar='P', help=f'probability of a flip (default: {PLAIN["flip"]})')
@@ -105,50 +98,50 @@ def run(args: argparse.Namespace) -> int:
         plain = args.protocol == 'plain'
         # Refuses wrong flags before the data are opened.
         runs = [(args.output, resolve_plain(args, MIXED, LEAST))] if plain else resolve_semi(args)
-        source = open_source(args)
-        say(f'{len(source.train)} training images of {len(source.classes)} classes; validation: {source.validation}')
+        images, validation = open_source(args)
+        say(f'{len(images.train)} training images of {images.classes} classes; validation: {validation}')
         if plain:
             own = SIZE
             if args.image_size is None:
                 backbone = load_backbone(args.model, **args.model_args)
                 own = backbone.image_size
                 report_size(args, backbone, say)
-            runs = [(args.output, resolve_plain(args, len(source.train), own, world.size))]
+            runs = [(args.output, resolve_plain(args, len(images.train), own, world.size))]
         records = []
         for folder, s in runs:
             with Lifecycle(folder / LAST, KEYS, world, signals, say) as life:
-                records.append(finetune(args, source, s, life))
+                records.append(finetune(args, images, validation, s, life))
         if args.grid and world.main:
             say(format_grid([s for _, s in runs], records))
     return 0
 
 
-def finetune(args: argparse.Namespace, source: Source, s: Settings, life: Lifecycle) -> dict[str, Any] | None:
+def finetune(args: argparse.Namespace, images: Pair, validation: str, s: Settings, life: Lifecycle) -> dict | None:
     """Trains a new run, or the rest of one, and exports the classifier; returns the record on rank 0."""
-    world = life.world
-    s = fit_batch(s, len(source.train), world.size, life.say)
-    full = args.amp == 'auto' and (world.device.type == 'cpu' or args.protocol != 'plain')
-    amp = 'off' if full else choose_amp(args.amp, world.device, None, ())
-    classifier = Classifier(args.model, args.model_args, world.device, source.classes, s, life.folder)
+    world, device, n = life.world, life.world.device, len(images.train)
+    s = fit_batch(s, n, world.size, life.say)
+    full = args.amp == 'auto' and (device.type == 'cpu' or args.protocol != 'plain')
+    amp = 'off' if full else choose_amp(args.amp, device, None, ())
+    names = [str(c) for c in images.train.classes]
+    classifier = Classifier(args.model, args.model_args, device, names, s, life.folder)
     classifier.check()
-    make_optimizer(classifier.model, s)  # refuses an unknown --opt before anything is written
-    workers = default_workers(world.device) if args.workers is None else args.workers
+    trainer = ClassifierTrainer(classifier.model, len(names), s, n, world, amp)
+    workers = default_workers(device) if args.workers is None else args.workers
     train_transform = make_train_transform(s, classifier.mean, classifier.std)
     eval_transform = make_eval_transform(s.image_size, s.resize, classifier.mean, classifier.std)
-    train = Loader(Samples(source.train, train_transform, s.seed, True), workers, world.device)
-    val = Loader(Samples(source.val, eval_transform, s.seed, False), workers, world.device)
+    train = Loader(Samples(images.train, train_transform, s.seed, True), workers, device)
+    val = Loader(Samples(images.test, eval_transform, s.seed, False), workers, device)
     identity = {
         'benchmark': 'finetune', 'protocol': args.protocol, 'model': args.model, 'model_args': args.model_args,
-        'weights': classifier.identity, 'images': len(source.train), 'digest': source.digest,
-        'validation': source.validation, 'amp': amp, 'processes': world.size, **dataclasses.asdict(s)}
+        'weights': classifier.identity, 'images': n, 'digest': images.digest, 'validation': validation, 'amp': amp,
+        'processes': world.size, **dataclasses.asdict(s)}
     # Paths may be spelled in another way, and --amp auto may choose another precision on another machine.
     free = {'model', 'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}
     life.claim(identity, free)
-    trainer = ClassifierTrainer(classifier.model, len(source.classes), s, len(source.train), world, amp)
     run = Finetuning(trainer, train, val, life, classifier, identity)
     resume(run, free)
     life.say(
         f'{args.model}: protocol {args.protocol}, {s.epochs} epochs of {trainer.steps} steps, batch {s.batch_size}, '
-        f'{s.optimizer}, lr {s.lr:.3g}, {s.image_size} px, {world.device.type}, amp {amp} -> {life.folder}')
+        f'{s.optimizer}, lr {s.lr:.3g}, {s.image_size} px, {device.type}, amp {amp} -> {life.folder}')
     fit(run)
-    return write_result(args, source, run) if world.main else None
+    return write_result(run, images) if world.main else None

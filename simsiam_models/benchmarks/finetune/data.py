@@ -1,13 +1,14 @@
-"""Fine-tuning batches: each image is a pure function of (seed, epoch, index).
+"""The training and validation images of a fine-tuning run; each is a function of (seed, epoch, index).
 
 timm's transforms draw from the generators of Python, NumPy and torch. All three are seeded with (seed, epoch, index)
-before each image, so neither the number of workers nor a restart changes what becomes of an image.
+before each image, so neither the number of workers nor a restart changes the result for an image.
 """
+import argparse
 import math
 import random
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,17 +17,67 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ...data import DataError, UnreadableError
+from ...data import DataError, UnreadableError, open_data
 from ...data.philox import permutation, uniforms
 from ...data.readers.images import Images
 from ...runtime import signals
 from ...runtime.distributed import World
+from ..datasets.classification import open_pair
+from ..datasets.lists import labelled_subset
+from ..samples import Pair, check_every_class_trains, split, subset
 from .settings import Settings
 
 MAX_UNREADABLE = 0.1  # share of the images
 
 ImageTransform = Callable[[Image.Image], Tensor]
 Key = tuple[int, int]  # epoch, index
+
+
+def open_source(args: argparse.Namespace) -> tuple[Pair, str]:
+    """Opens the user's images or those of --protocol; the string says where the validation images come from."""
+    if args.protocol == 'plain':
+        name, (train, val, validation) = args.data, open_labelled(args.data, args.val_share, args.seed)
+    else:
+        pair = open_pair(args.dataset, args.data, args.allow_partial)
+        name, train, val = args.dataset, pair.train, pair.test
+        validation = f"the data set's {len(val)} test images"
+        if args.list is not None:
+            train = labelled_subset(train, args.protocol.removeprefix('semi_'), args.list, args.allow_partial)
+        if not args.allow_partial:
+            check_every_class_trains(train)
+    classes = len(train.classes)
+    return Pair(train, val, name, classes, {'train': len(train), 'test': len(val), 'classes': classes}), validation
+
+
+def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, str]:
+    """Opens training and validation images; the latter are beside the former, or a seeded `share` of each class.
+
+    The string says which. Raises ValueError if there are no labels or only one class, a val folder has other classes,
+    or a class has no training image.
+    """
+    images, val = open_data(spec)
+    if hasattr(images, 'samples') or images.labels is None:
+        raise ValueError(f'{spec}: no labels; fine-tuning needs one subfolder per class, or a list with labels')
+    top = Path(spec, 'train')
+    for folder in (Path(spec, part) for part in ('val', 'valid', 'validation')):
+        if val is None and top.is_dir() and folder.is_dir():
+            odd = sorted({p.name for p in folder.iterdir() if p.is_dir()}.symmetric_difference(images.classes))
+            reason = f'{odd[0]!r} is in one of them only' if odd else 'the folder is not called val'
+            raise ValueError(
+                f'{folder}: not the {len(images.classes)} classes of {top}: {reason}; give both the same class folders '
+                'under train and val')
+    if len(np.unique(images.labels)) < 2:
+        raise ValueError(f'{spec}: one class only; a classifier needs at least two')
+    check_every_class_trains(images)
+    if val is not None:
+        return images, val, f'{len(val)} images of {val.name}'
+    train, held = split(np.asarray(images.labels), share, seed)
+    if not len(held):
+        raise ValueError(f'{spec}: no class has two images, so none can be held out; add images, or a val folder')
+    text = f'{len(held)} of {len(images)} images, {share:g} of each class, held out by seed {seed}'
+    if single := sum(np.bincount(images.labels) == 1):
+        text += f'; {single} classes have one image and are not validated'
+    return subset(images, train), subset(images, held), text
 
 
 def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:
@@ -38,7 +89,9 @@ def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:
 
 
 class Samples(Dataset):
-    """(epoch, index) -> image (3, S, S), label, and '' or the reason why the image cannot be read.
+    """Maps batches of keys (epoch, index) to images (B, 3, S, S), labels (B,), and reasons (B,).
+
+    A reason says why an image cannot be read; it is '' for readable images.
 
     In training, the next readable image replaces an unreadable one, with its own label. In validation, a black image
     fills the row of an unreadable one, and `training.predict` leaves the row out of every number.
@@ -51,19 +104,18 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[Tensor, int, str]:
-        epoch, index = key
-        image, label, reason = self._read(index)
-        if self.training:
-            seed_generators(self.seed, epoch, index)
-        return self.transform(Image.fromarray(image)), label, reason
-
-    def __getitems__(self, keys: list[Key]) -> list[tuple[Tensor, int, str]] | DataError:
+    def __getitem__(self, keys: list[Key]) -> list | DataError:
         """Returns a batch, or a DataError: a worker process would raise it as a traceback."""
+        items = []
         try:
-            return [self[key] for key in keys]
+            for epoch, index in keys:
+                image, label, reason = self._read(index)
+                if self.training:
+                    seed_generators(self.seed, epoch, index)
+                items.append((self.transform(Image.fromarray(image)), label, reason))
         except DataError as e:
             return e
+        return default_collate(items)
 
     def _read(self, index: int) -> tuple[np.ndarray, int, str]:
         reason = ''
@@ -79,11 +131,7 @@ class Samples(Dataset):
 
 
 def make_train_transform(s: Settings, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageTransform:
-    """Returns random resized crop, flip, RandAugment, normalization and random erasing.
-
-    Raises:
-        ValueError: timm does not know the RandAugment.
-    """
+    """Returns crop, flip, RandAugment, normalization and erasing as a transform; ValueError for a wrong RandAugment."""
     try:
         return create_transform(
             s.image_size, is_training=True, scale=s.crop_scale, hflip=s.flip, color_jitter=None,
@@ -94,14 +142,9 @@ def make_train_transform(s: Settings, mean: tuple[float, ...], std: tuple[float,
             'none') from None
 
 
-def make_eval_transform(
-    size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...],
-) -> ImageTransform:
-    """Returns short side to `resize`, bilinear, then centre crop `size`.
-
-    This is the transform that timm builds from the exported config.json, not data.evaluation's: the validation top-1 is
-    that of the exported classifier, to the digit.
-    """
+def make_eval_transform(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageTransform:
+    """Returns the transform that resizes the short side to `resize`, bilinear, and crops the centre to `size`."""
+    # As timm builds it from the exported config.json, so that the top-1 equals the exported classifier's exactly.
     return create_transform(size, interpolation='bilinear', crop_pct=find_crop_pct(size, resize), mean=mean, std=std)
 
 
@@ -125,7 +168,7 @@ def plan_train_batches(n: int, batch: int, epoch: int, seed: int, world: World, 
         least = max(2 * world.size, -(-rest // world.size) * world.size)
         order = np.concatenate([order, np.resize(order, least - rest)])
         whole += 1
-    parts = [order[i * batch:(i + 1) * batch][world.rank::world.size] for i in range(whole)]
+    parts = (order[k * batch:(k + 1) * batch][world.rank::world.size] for k in range(whole))
     return [[(epoch, int(i)) for i in part] for part in parts]
 
 
@@ -133,10 +176,6 @@ def plan_eval_batches(n: int, batch: int, world: World) -> list[list[Key]]:
     """Returns the batches of the rows rank, rank + world, ..., as `distributed.gather_rows` takes them."""
     mine = range(world.rank, n, world.size)
     return [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
-
-
-def _collate(items: list[tuple[Tensor, int, str]] | DataError) -> list | DataError:
-    return items if isinstance(items, DataError) else default_collate(items)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -154,17 +193,12 @@ class Loader:
         self.unreadable: dict[int, str] = {}
 
     def load(self, keys: list[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (B, 3, S, S) and (B,).
-
-        Raises:
-            DataError: more than MAX_UNREADABLE of the images cannot be read.
-        """
-        options: dict[str, Any] = {}
-        if self.workers and 'fork' in torch.multiprocessing.get_all_start_methods():
-            options['multiprocessing_context'] = 'fork'  # the images need not be copied into each process
+        """Yields (B, 3, S, S) and (B,); raises DataError if more than MAX_UNREADABLE of the images cannot be read."""
+        fork = self.workers and 'fork' in torch.multiprocessing.get_all_start_methods()
         loader = DataLoader(
-            self.samples, batch_sampler=keys, num_workers=self.workers, pin_memory=self.device.type == 'cuda',
-            collate_fn=_collate, generator=torch.Generator(), worker_init_fn=_ignore_signals, **options)
+            self.samples, batch_size=None, sampler=keys, num_workers=self.workers,
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator(), worker_init_fn=_ignore_signals,
+            multiprocessing_context='fork' if fork else None)  # fork: no process needs a copy of the images
         for batch, items in zip(keys, loader, strict=True):
             if isinstance(items, DataError):
                 raise items
@@ -174,11 +208,7 @@ class Loader:
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def join(self, world: World) -> None:
-        """Gathers `unreadable` from all processes.
-
-        Raises:
-            DataError: these are more than MAX_UNREADABLE of the images.
-        """
+        """Gathers `unreadable` from all processes; raises DataError like `load`."""
         for found in world.gather(self.unreadable):
             self.unreadable |= found
         self._check_unreadable()

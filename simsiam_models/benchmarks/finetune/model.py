@@ -21,27 +21,20 @@ from .settings import Settings
 
 
 class Classifier:
-    """A backbone with a new last layer for `classes`; `folder` takes it in timm's form.
-
-    It is a network of RGB pixels, whose mean and standard deviation are `mean` and `std`. `identity` is the backbone's.
-    """
+    """A backbone of RGB pixels, scaled by `mean` and `std`, with a new last layer; `folder` takes it in timm's form."""
 
     def __init__(
         self, name: str, kwargs: dict[str, Any], device: torch.device, classes: list[str], s: Settings, folder: Path,
     ) -> None:
         self.backbone = load_backbone(name, device, **kwargs)
-        self.model, self.identity = self.backbone.model, self.backbone.identity
+        self.model, self.identity = self.backbone.model, self.backbone.identity  # before the model changes
         self.name, self.args = find_architecture(name, self.model, kwargs)
         self.mean, self.std = convert_to_rgb(self.backbone)
         self.classes, self.settings, self.folder = classes, s, folder
         replace_last_layer(self.model, len(classes), s.seed)
 
     def check(self) -> None:
-        """Checks, before hours of training, that the network takes the images, and that config.json describes it.
-
-        Raises:
-            ValueError: it does not take them, or timm builds another network from config.json.
-        """
+        """Raises ValueError if the network does not take the images, or timm builds another one from config.json."""
         size, classes = self.settings.image_size, len(self.classes)
         takes = self.model.pretrained_cfg.get('fixed_input_size') or 'img_size' in self.args
         hint = f', or --model-args \'{{"img_size": {size}}}\'' if takes else ''
@@ -62,7 +55,10 @@ class Classifier:
                 plain = timm.create_model(f'local-dir:{folder}')
         except (RuntimeError, TypeError, ValueError, AssertionError) as e:
             raise ValueError(f'{self.name}: timm cannot build it ({one_line(e, 150)})') from None
-        if _list_shapes(plain) != _list_shapes(self.model):
+        # The shapes of all parameters and buffers, whether checkpoints hold them or not.
+        ours, theirs = (
+            {k: v.shape for k, v in (*m.named_parameters(), *m.named_buffers())} for m in (self.model, plain))
+        if ours != theirs:
             raise ValueError(
                 f'{self.name} {self.args or ""}: timm builds another network by this name, whose shapes differ from '
                 'those of the weights; give --model-args')
@@ -80,11 +76,6 @@ class Classifier:
         """Writes a state dict of `model` for `timm.create_model('local-dir:FOLDER', pretrained=True)`."""
         tensorfile.write(self.folder / MODEL, weights)
         write_json(self.folder / CONFIG, self.make_config())
-
-
-def _list_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Returns the shapes of all parameters and buffers, whether checkpoints hold them or not."""
-    return {k: v.shape for k, v in (*model.named_parameters(), *model.named_buffers())}
 
 
 def find_architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -109,10 +100,7 @@ def find_architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tu
 
 
 def convert_to_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Makes a network of BGR pixels one of RGB pixels, with the same outputs; returns mean and std of its pixels.
-
-    The input channels of the first layer are reversed, and so are mean and std. A network of RGB pixels stays the same.
-    """
+    """Converts a network for BGR pixels to RGB pixels, with the same outputs; returns mean and std of its pixels."""
     if not backbone.bgr:
         return backbone.mean, backbone.std
     conv = backbone.model.get_submodule(backbone.model.pretrained_cfg['first_conv'])
@@ -126,11 +114,9 @@ def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     for layer in find_last_layers(model).modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            weight = torch.empty(layer.weight.shape).normal_(0, 0.01, generator=rng)
-            with torch.no_grad():
-                layer.weight.copy_(weight)
-                if layer.bias is not None:
-                    layer.bias.zero_()
+            layer.weight.data.copy_(torch.empty(layer.weight.shape).normal_(0, 0.01, generator=rng))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     model.requires_grad_(True)
 
 

@@ -17,8 +17,8 @@ PLAIN = {
 BY_SIZE = ('epochs', 'batch_size', 'lr', 'warmup_epochs', 'mixup', 'cutmix', 'patience')
 FLAGS = {'optimizer': 'opt', 'flip': 'flip-p', 'erase': 'erase-p'}  # the flags that are not named after their setting
 STEPS, RATE = 1000, 2e-3  # small data sets train for this many steps, at this learning rate
-MIXED = 20_000  # images from which on mixup and cutmix help (as in BiT's rule, Kolesnikov et al., 2020)
-# Settings, whether a value of theirs is allowed, and the rule in words.
+MIXED = 20_000  # mixup and cutmix help with this many images or more (as in BiT's rule, Kolesnikov et al., 2020)
+# Settings, the test that their values must pass, and the rule in words.
 RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (('epochs',), lambda x: x >= 1, 'at least 1'),
     (('batch_size',), lambda x: x >= 2, 'at least 2'),
@@ -64,7 +64,6 @@ class Settings:
 
 
 def name_flag(name: str) -> str:
-    """Returns the flag that sets `name`."""
     return '--' + FLAGS.get(name, name).replace('_', '-')
 
 
@@ -76,23 +75,15 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def resolve_plain(args: argparse.Namespace, images: int, own: int = protocols.SIZE, processes: int = 1) -> Settings:
-    """Returns the settings of --protocol plain.
-
-    Args:
-        images: number of training images.
-        own: image size of the model in pixels.
-
-    Raises:
-        ValueError: a number is outside its range, or a flag belongs to the other protocols.
-    """
+    """Returns the settings of --protocol plain, or raises ValueError; `own` is the model's image size in pixels."""
     for name in ('list', 'head_multiplier', 'grid'):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a value that was given
             raise ValueError(f'{name_flag(name)} belongs to --protocol semi_1pct or semi_10pct; add one of them')
     check_ranges(args)
     given = {k: getattr(args, k) for k in (*PLAIN, *BY_SIZE) if getattr(args, k) is not None}
     numbers = {**PLAIN, **choose_by_size(images, given, processes), **given}
-    epochs, warmup = numbers['epochs'], numbers['warmup_epochs']
-    check_flags([('--warmup-epochs', warmup, 0 <= warmup < epochs, '0 .. --epochs - 1')])
+    warmup = numbers['warmup_epochs']
+    check_flags([('--warmup-epochs', warmup, 0 <= warmup < numbers['epochs'], '0 .. --epochs - 1')])
     size, resize = read_sizes(args, own)
     check_extraction(args, size, resize)
     numbers |= {
@@ -103,14 +94,9 @@ def resolve_plain(args: argparse.Namespace, images: int, own: int = protocols.SI
 
 
 def choose_by_size(n: int, given: dict[str, Any], processes: int = 1) -> dict[str, Any]:
-    """Returns the defaults for n training images.
-
-    With few images, 30 epochs of the usual batches are over before anything is learned. So batches are smaller, there
-    are more epochs at a higher rate, and images are not mixed.
-
-    Args:
-        given: the settings that the user gave.
-    """
+    """Returns the defaults for n training images, if the user gave the settings `given`."""
+    # With few images, 30 epochs of the usual batches are over before anything is learned. So batches are smaller, there
+    # are more epochs at a higher rate, and images are not mixed.
     mixed = n >= MIXED
     each = max(2 if mixed else 1, min(64 if n >= 1000 else 32 if n >= 200 else 16, n) // processes)
     batch = given.get('batch_size') or max(2, (each - each % 2 * mixed) * processes)
@@ -123,11 +109,7 @@ def choose_by_size(n: int, given: dict[str, Any], processes: int = 1) -> dict[st
 
 
 def fit_batch(s: Settings, n: int, processes: int, say: Callable[[str], Any]) -> Settings:
-    """Lowers the batch to the n training images. All processes get the same share of it, an even one with mixup.
-
-    Raises:
-        ValueError: the batch does not divide.
-    """
+    """Lowers the batch to the n training images. All processes get the same share of it, an even one with mixup."""
     multiple = processes * (2 if s.mixup or s.cutmix else 1)
     if s.batch_size % multiple:
         raise ValueError(
@@ -144,11 +126,7 @@ def fit_batch(s: Settings, n: int, processes: int, say: Callable[[str], Any]) ->
 
 
 def resolve_semi(args: argparse.Namespace) -> list[tuple[Path, Settings]]:
-    """Returns the folder and settings of each run of a semi-supervised protocol: one pair of rates, or all nine.
-
-    Raises:
-        ValueError: the protocol fixes a flag, or a number is outside its range.
-    """
+    """Returns folder and settings of each semi-supervised run, one or all nine; ValueError for a wrong flag."""
     for name in (*PLAIN, *BY_SIZE):
         if name not in (*protocols.SEMI, 'lr') and getattr(args, name) is not None:
             raise ValueError(f'{name_flag(name)} is fixed by --protocol {args.protocol}; leave it out')

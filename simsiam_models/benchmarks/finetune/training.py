@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
@@ -14,25 +15,48 @@ from ...runtime.distributed import World, gather_rows, mean_over_processes, para
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.messages import one_line
 from ...runtime.precision import autocast, make_scaler
+from ..protocols import SEMI_LR_GAMMA
 from .data import Loader, plan_eval_batches, plan_train_batches, seed_generators
-from .model import Classifier
-from .optimizer import make_optimizer, set_lr
+from .model import Classifier, find_last_layers
 from .settings import Settings
 
 # The entries of a checkpoint.
-KEYS = {
-    'model', 'ema', 'optimizer', 'scaler', 'epoch', 'step', 'losses', 'seconds', 'history', 'best', 'unreadable', 'run'}
-UNREADABLE = -1  # takes the place of a predicted class
+KEYS = set('model ema optimizer scaler epoch step losses seconds history best unreadable run'.split())
+UNREADABLE = -1  # stands for the predicted class of an unreadable image
+
+
+def make_optimizer(model: nn.Module, s: Settings) -> torch.optim.Optimizer:
+    """Returns the optimizer, or raises ValueError; the `lr_scale` of each group is a factor of its learning rate."""
+    if s.head_multiplier is not None:
+        head = {id(p) for p in find_last_layers(model).parameters()}
+        groups = [
+            dict(params=[p for p in model.parameters() if id(p) not in head], lr_scale=1.0),
+            dict(params=[p for p in model.parameters() if id(p) in head], lr_scale=s.head_multiplier)]
+        return torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay)
+    try:
+        optimizer = create_optimizer_v2(model, s.optimizer, s.lr, s.weight_decay, s.momentum, layer_decay=s.layer_decay)
+        if getattr(optimizer, 'is_second_order', False):
+            raise ValueError('it needs second derivatives, which this loop does not compute')
+    except (ValueError, TypeError, ImportError, AssertionError) as e:
+        raise ValueError(f'--opt {s.optimizer}: cannot be used ({one_line(e, 150)}); use adamw or sgd') from None
+    return optimizer
+
+
+def compute_lr_factor(s: Settings, step: int, steps: int) -> float:
+    """Returns the rate's factor, with `steps` per epoch: warm-up, then cosine to 0; or drops after epochs `s.steps`."""
+    if s.steps is not None:
+        return SEMI_LR_GAMMA ** sum(step // steps >= e for e in s.steps)
+    warm = s.warmup_epochs * steps
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, s.epochs * steps - warm)))
 
 
 class ClassifierTrainer:
     """A classifier with its optimizer, loss scaler and averaged weights, on the device of `world`.
 
     `measured` is the network that is validated and exported: the average of the weights, or `model` itself without one.
-
-    Args:
-        images: number of training images.
-        amp: precision of the forward pass, a key of precision.AMP.
+    `images` is the number of training images; `amp`, the precision of the forward pass, is a key of precision.AMP.
     """
 
     def __init__(self, model: nn.Module, classes: int, s: Settings, images: int, world: World, amp: str) -> None:
@@ -82,17 +106,9 @@ class Finetuning:
         self.loss = torch.zeros((), device=self.life.world.device)  # sum over these steps, on this process
 
 
-def resume(run: Finetuning, free: set[str] = frozenset()) -> None:
-    """Restores the newest checkpoint if there is one.
-
-    Args:
-        free: entries of `identity` that may differ.
-
-    Raises:
-        ValueError: the checkpoint belongs to another run, or does not fit this one.
-    """
-    state = run.life.resume(run.identity, free)
-    if state is None:
+def resume(run: Finetuning, free: set[str]) -> None:
+    """Restores the newest checkpoint if there is one, or raises ValueError; `free` entries of `identity` may differ."""
+    if (state := run.life.resume(run.identity, free)) is None:
         return
     world = run.life.world
     try:
@@ -110,19 +126,17 @@ def resume(run: Finetuning, free: set[str] = frozenset()) -> None:
 
 
 def fit(run: Finetuning) -> None:
-    """Trains to the last epoch, or until the validation top-1 has not risen for `patience` epochs.
-
-    Raises:
-        Stopped: a signal came; a checkpoint holds every step.
-        RunError: no checkpoint can be written; the last one is kept.
-        RuntimeError: the loss is not finite; the last checkpoint is kept.
-    """
-    s, life = run.trainer.settings, run.life
+    """Trains to the last epoch or the end of the patience. After Stopped or RuntimeError there is a checkpoint."""
+    s, life, train, val = run.trainer.settings, run.life, run.train, run.val
     life.begin(run.epoch, run.step)
-    while not is_over(run):
-        known = len(run.train.unreadable), len(run.val.unreadable)
+    while run.epoch < s.epochs and not (s.patience and run.best and run.epoch - run.best['epoch'] >= s.patience):
+        known = len(train.unreadable) + len(val.unreadable)
         finish_epoch(run, train_one_epoch(run))
-        report_unreadable(run, *known)
+        reasons = [*train.unreadable.values(), *val.unreadable.values()]
+        if len(reasons) > known:
+            life.say(
+                f'so far {len(train.unreadable)} training and {len(val.unreadable)} validation images cannot be read: '
+                f'others replace the former, the accuracy leaves out the latter; the first: {reasons[0]}')
         life.stop_if_signalled()
     life.finish()
     if (loss := run.history[-1]['loss']) > 0.9 * (guess := math.log(len(run.classifier.classes))):
@@ -133,19 +147,8 @@ def fit(run: Finetuning) -> None:
         life.say(f'stopped early: validation top-1 did not rise for {s.patience} epochs')
 
 
-def is_over(run: Finetuning) -> bool:
-    """Returns whether the last epoch, or the end of the patience, is reached."""
-    s = run.trainer.settings
-    impatient = s.patience and run.best is not None and run.epoch - run.best['epoch'] >= s.patience
-    return run.epoch >= s.epochs or bool(impatient)
-
-
 def train_one_epoch(run: Finetuning) -> float:
-    """Trains the rest of this epoch; returns the mean loss of all its steps.
-
-    Raises:
-        RuntimeError: the loss is not finite.
-    """
+    """Trains the rest of this epoch; returns the mean loss of all its steps."""
     trainer, world = run.trainer, run.life.world
     s, start = trainer.settings, time.monotonic() - run.seconds
     trainer.net.train()
@@ -163,23 +166,21 @@ def train_one_epoch(run: Finetuning) -> float:
 
 
 def train_step(trainer: ClassifierTrainer, x: Tensor, y: Tensor, epoch: int, step: int) -> Tensor:
-    """One optimizer step on images (B, 3, S, S) and labels (B,); `step` counts the steps of the epoch from 0.
-
-    Returns:
-        The loss. It stays on the device, so the host does not wait.
-    """
-    s, world = trainer.settings, trainer.world
+    """Takes a step on images (B, 3, S, S), labels (B,); returns the loss on the device, so the host does not wait."""
+    s, world, optimizer = trainer.settings, trainer.world, trainer.optimizer
     total = epoch * trainer.steps + step
     seed_generators(s.seed, epoch, step * world.size + world.rank, view=1)  # of mixup and dropout
     if trainer.mixup:
         x, y = trainer.mixup(x, y)
-    set_lr(trainer.optimizer, s, total, trainer.steps)
+    lr = s.lr * compute_lr_factor(s, total, trainer.steps)
+    for group in optimizer.param_groups:
+        group['lr'] = lr * group.get('lr_scale', 1.0)
     with autocast(world.device, trainer.amp):
         out = trainer.net(x.contiguous(memory_format=torch.channels_last))
     loss = trainer.loss(out.float(), y)
-    trainer.optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     trainer.scaler.scale(loss).backward()
-    trainer.scaler.step(trainer.optimizer)
+    trainer.scaler.step(optimizer)
     trainer.scaler.update()
     if trainer.ema:
         trainer.ema.update(trainer.model, total + 1)
@@ -188,7 +189,7 @@ def train_step(trainer: ClassifierTrainer, x: Tensor, y: Tensor, epoch: int, ste
 
 def finish_epoch(run: Finetuning, loss: float) -> None:
     """Validates if it is due, keeps the best weights, saves, exports them, and logs the epoch."""
-    s, epoch = run.trainer.settings, run.epoch + 1
+    s, life, epoch = run.trainer.settings, run.life, run.epoch + 1
     speed = run.trainer.steps * s.batch_size / run.seconds if run.seconds else 0.0
     start = time.monotonic() - run.seconds
     row, text, improved = {'epoch': epoch, 'loss': loss}, f'epoch {epoch}/{s.epochs}: loss {loss:.4f}', False
@@ -205,33 +206,24 @@ def finish_epoch(run: Finetuning, loss: float) -> None:
     run.epoch, run.step, run.seconds = epoch, 0, 0.0
     run.loss.zero_()
     save(run)
-    if improved and run.life.world.main:
-        export_best(run)
-    run.life.say(f'{text}, {speed:.0f} images/s in training')
-
-
-def export_best(run: Finetuning) -> None:
-    """Exports the best weights so far. A failure is only reported: the end of the run exports them again."""
-    try:
-        run.classifier.export(run.best['weights'])
-    except OSError as e:
-        run.life.say(f'the best weights so far cannot be exported to {run.life.folder} ({e.strerror or e}); the run '
-                     'goes on and exports them at its end')
+    if improved and life.world.main:
+        try:
+            run.classifier.export(weights)
+        except OSError as e:
+            life.say(
+                f'the best weights so far cannot be exported to {life.folder} ({e.strerror or e}); the run continues '
+                'and exports them at its end')
+    life.say(f'{text}, {speed:.0f} images/s in training')
 
 
 @torch.no_grad()
 def predict(run: Finetuning) -> Tensor:
-    """Measures the validation images.
-
-    Returns:
-        (N, 2) on the CPU of every process: the predicted class, and whether the label is among the first 5; UNREADABLE
-        in both for images that cannot be read.
-    """
+    """Returns (N, 2), on every process: the predicted class of each image, and whether the label is in the first 5."""
     trainer, val, world = run.trainer, run.val, run.life.world
     n, batch = len(val.samples), trainer.settings.batch_size
     common = -(-(n // world.size) // batch)  # batches that every process has
     trainer.measured.eval()
-    rows = []
+    rows = [torch.zeros(0, 2, dtype=torch.long, device=world.device)]  # all that a process without images has
     for i, (x, y) in enumerate(val.load(plan_eval_batches(n, batch, world))):
         with autocast(world.device, trainer.amp):
             out = trainer.measured(x.contiguous(memory_format=torch.channels_last)).float()
@@ -240,8 +232,7 @@ def predict(run: Finetuning) -> Tensor:
         if i < common:  # validation may take longer than a scheduler waits after its signal
             save_if_due(run)
     val.join(world)
-    mine = torch.cat(rows) if rows else torch.zeros(0, 2, dtype=torch.long, device=world.device)
-    predicted = gather_rows(mine, n, world).cpu()
+    predicted = gather_rows(torch.cat(rows), n, world).cpu()
     predicted[list(val.unreadable)] = UNREADABLE
     return predicted
 
@@ -250,8 +241,7 @@ def measure_accuracy(predicted: Tensor, labels: Any) -> dict[str, float]:
     """Returns top-1 and top-5 in percent of the readable images, from `predict`."""
     readable = predicted[:, 0] != UNREADABLE
     right = predicted[readable, 0] == torch.as_tensor(labels)[readable]
-    return {
-        'top1': 100 * right.double().mean().item(), 'top5': 100 * predicted[readable, 1].double().mean().item()}
+    return {'top1': 100 * right.double().mean().item(), 'top5': 100 * predicted[readable, 1].double().mean().item()}
 
 
 def save_if_due(run: Finetuning) -> None:
@@ -263,14 +253,11 @@ def save_if_due(run: Finetuning) -> None:
 
 
 def save(run: Finetuning) -> None:
-    """Writes a checkpoint. If that fails for now, the one before is kept.
-
-    Raises:
-        RuntimeError: the loss is not finite, or no checkpoint could be written for too long.
-    """
-    for loader in (run.train, run.val):
-        loader.join(run.life.world)
-    losses = run.life.world.gather(run.loss.item())
+    """Writes a checkpoint, unless the loss is not finite. If that fails for now, the previous one is kept."""
+    world = run.life.world
+    run.train.join(world)
+    run.val.join(world)
+    losses = world.gather(run.loss.item())
     check_loss(run, sum(losses))
     run.life.save(lambda: {
         **run.trainer.state_dict(), 'epoch': run.epoch, 'step': run.step, 'losses': losses, 'seconds': run.seconds,
@@ -279,15 +266,5 @@ def save(run: Finetuning) -> None:
 
 
 def check_loss(run: Finetuning, loss: float) -> None:
-    """Raises RuntimeError if the loss is not finite."""
     if not math.isfinite(loss):
         raise RuntimeError(f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr, or use --amp off')
-
-
-def report_unreadable(run: Finetuning, train: int, val: int) -> None:
-    """Reports unreadable images if there are more than `train` and `val` of them."""
-    reasons = [*run.train.unreadable.values(), *run.val.unreadable.values()]
-    if len(reasons) > train + val:
-        run.life.say(
-            f'so far {len(run.train.unreadable)} training and {len(run.val.unreadable)} validation images cannot be '
-            f'read: others replace the former, the accuracy leaves out the latter; the first: {reasons[0]}')

@@ -43,10 +43,10 @@ def evaluate(
     bank: Features, queries: Features, ks: Sequence[int] = KNN_KS, t: float = KNN_T, classes: int | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-    """Percentage of correct queries for each k: 'k=10' (top-1) and 'k=10 top-5' (among min(5, k) classes).
+    """Returns the percentage of correct queries for each k: 'k=10' (top-1) and 'k=10 top-5' (among min(5, k) classes).
 
     Images that could not be read are left out. A k larger than the bank takes all of it. With several processes, each
-    takes a share of the queries.
+    classifies a share of the queries.
 
     Raises:
         ValueError: ks or t are outside their range, or no image of the bank or of the queries could be read.
@@ -56,7 +56,7 @@ def evaluate(
         if not len(features.readable):
             raise ValueError(
                 f'none of the {len(features)} {part} images can be read, the first: '
-                f'{next(iter(features.unreadable.values()), "there is none")}; repair them, as without them there is '
+                f'{next(iter(features.unreadable.values()), "there is none")}; repair them: without them there is '
                 'nothing to measure')
     world = world or World(0, 1, torch.device('cpu'))
     bank_labels = np.asarray(bank.labels)[bank.readable]

@@ -44,17 +44,17 @@ class Rows:
 
 
 def dot(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """Products (n,) of rows (n, D) with a query (D,), all float64. Equal rows have equal products, bit for bit."""
+    """Multiplies rows (n, D) with a query (D,) to (n,), all float64. Equal rows have equal products, bit for bit."""
     return np.einsum('nd,d->n', rows, query)  # unlike a matrix product, it adds every row in the same order
 
 
 def length(rows: np.ndarray) -> np.ndarray:
-    """Euclidean lengths (n,) of rows (n, D), all float64. Equal rows have equal lengths, bit for bit."""
+    """Returns the Euclidean lengths (n,) of rows (n, D), all float64. Equal rows have equal lengths, bit for bit."""
     return np.maximum(np.sqrt(np.einsum('nd,nd->n', rows, rows)), SHORTEST)
 
 
 def error_bound(width: int) -> float:
-    """How far a float32 product of two normalised rows of `width` numbers can be from their cosine."""
+    """Returns how far a float32 product of two normalised rows of `width` numbers can be from their cosine."""
     return (width + 8) * ROUNDING  # each of the factors is off by one rounding, and the sum by one for each addition
 
 
@@ -90,7 +90,7 @@ def full_matmul_precision() -> Iterator[None]:
 def find_candidates(
     bank: Rows, queries: Rows, kept: int, device: torch.device, *, chunk: int | None = None, block: int = QUERIES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The rows of the bank whose float32 products with a query are the `kept` largest.
+    """Finds the rows of the bank whose float32 products with a query are the `kept` largest.
 
     Returns:
         The products (M, kept) float32 and their rows (M, kept) int64, in no order; the lengths of the bank's rows (N,)
@@ -118,9 +118,10 @@ def find_candidates(
 
 
 def select_largest(products: torch.Tensor, limit: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values above `limit` (m, 1) in each row of `products` (m, c), at least the `kept` largest, and their columns.
+    """Selects the values above `limit` (m, 1) in each row of `products` (m, c), at least the `kept` largest.
 
-    topk over all columns would take up to half the time of the product itself; few values exceed the limit.
+    Returns the values and their columns. topk over all columns would take up to half the time of the product itself,
+    while few values exceed the limit.
     """
     above = products > limit
     counts = above.sum(1, dtype=torch.int32)
@@ -136,7 +137,7 @@ def select_largest(products: torch.Tensor, limit: torch.Tensor, kept: int) -> tu
 
 
 def rank(rows: np.ndarray, cosines: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest; `rows` ascend, so the stable order puts the lower index first among equal cosines."""
+    """Returns the k nearest; `rows` ascend, so the stable order puts the lower index first among equal cosines."""
     order = np.argsort(-cosines, kind='stable')[:k]
     return rows[order], cosines[order]
 
@@ -145,7 +146,7 @@ def find_neighbours(
     bank: Rows | np.ndarray, queries: Rows | np.ndarray, k: int, device: torch.device | str = 'cpu', *,
     chunk: int | None = None, block: int = QUERIES, extra: int = EXTRA,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k nearest rows of the bank for each query: indices (M, k) int64 and cosines (M, k) float64, nearest first.
+    """Finds the k nearest rows of the bank for each query, nearest first: indices (M, k) int64, cosines (M, k) float64.
 
     Bank and queries may be mapped from files. For N and M rows of d numbers the memory beyond them is at most
     4 M d + 12 M kept + 16 M k + 8 N + 4 chunk d + block (16 chunk + 128 kept) bytes, where kept = k + extra, and each
@@ -196,7 +197,7 @@ def find_neighbours(
 def multiply_with_all(
     bank: Rows, queries: Rows, which: Sequence[int], threads: ThreadPoolExecutor,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields each query in `which` and its float64 products (N,) with the whole bank. Prints a line, as it is slow."""
+    """Yields each query in `which` and its float64 products (N,) with the whole bank; prints a line if there is any."""
     if which:
         print(
             f'knn: {len(which)} of {len(queries)} queries have more neighbours than float32 can tell apart (collapsed '
@@ -215,10 +216,10 @@ def count_hits(
     found: np.ndarray, cosines: np.ndarray, bank_labels: np.ndarray, labels: np.ndarray, *, ks: Sequence[int], t: float,
     classes: int,
 ) -> np.ndarray:
-    """How many queries each k classifies correctly: (len(ks), 2), top-1 and top-min(5, k), by MMSelfSup's protocol.
+    """Counts the queries that each k classifies correctly, by MMSelfSup's protocol.
 
-    Each of the k nearest adds exp(s / t) to its class; a class without neighbours has the sum 0. Among equal sums the
-    lower class comes first.
+    Returns (len(ks), 2): top-1 and top-min(5, k). Each of the k nearest adds exp(s / t) to its class; a class without
+    neighbours has the sum 0. Among equal sums the lower class comes first.
 
     Args:
         found, cosines: (M, K), nearest first; a larger k counts as K.

@@ -17,16 +17,15 @@ class MmselfsupLars(torch.optim.Optimizer):
     if a norm is 0. Both are equal at a constant rate. When the rate falls, this buffer keeps the rates of past steps.
     """
 
-    def __init__(
-        self, params: Any, lr: float, momentum: float, weight_decay: float, trust: float, eps: float = 1e-8) -> None:
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust, eps=eps))
+    def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float, trust: float) -> None:
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
             for p in group['params']:
                 w, g = p.norm(), p.grad.norm()
-                ratio = group['trust'] * w / (g + group['weight_decay'] * w + group['eps'])
+                ratio = group['trust'] * w / (g + group['weight_decay'] * w + 1e-8)
                 ratio = torch.where((w > 0) & (g > 0), ratio, torch.ones_like(ratio))
                 update = p.grad.add(p, alpha=group['weight_decay']) * (ratio * group['lr'])
                 buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
@@ -34,15 +33,12 @@ class MmselfsupLars(torch.optim.Optimizer):
 
 
 def make_optimizer(heads: nn.Module, p: LinearProtocol) -> torch.optim.Optimizer:
-    """Returns the protocol's optimizer for the parameters of the heads."""
+    common = dict(params=heads.parameters(), lr=p.scaled_lr, momentum=p.momentum, weight_decay=p.weight_decay)
     if p.optimizer == 'larc':  # without always_adapt, timm's Lars does not adapt at weight decay 0
-        return Lars(
-            heads.parameters(), p.scaled_lr, p.momentum, weight_decay=p.weight_decay, trust_coeff=p.trust, eps=1e-8,
-            always_adapt=True)
+        return Lars(**common, trust_coeff=p.trust, eps=1e-8, always_adapt=True)
     if p.optimizer == 'lars_mmselfsup':
-        return MmselfsupLars(heads.parameters(), p.scaled_lr, p.momentum, p.weight_decay, p.trust)
-    return torch.optim.SGD(
-        heads.parameters(), p.scaled_lr, p.momentum, weight_decay=p.weight_decay, nesterov=p.nesterov)
+        return MmselfsupLars(**common, trust=p.trust)
+    return torch.optim.SGD(**common, nesterov=p.nesterov)
 
 
 def compute_lr(epoch: int, p: LinearProtocol) -> float:
@@ -53,26 +49,19 @@ def compute_lr(epoch: int, p: LinearProtocol) -> float:
 
 
 class Heads(nn.Module):
-    """Linear classifiers, one per feature map; weights N(0, std), biases 0.
-
-    Args:
-        shapes: (channels, values per channel) of each pooled feature map.
-        norm: precede each classifier by a batch norm, without affine, over the channels of its feature map.
-    """
+    """A linear classifier per (channels, values per channel), with `norm` after a batch norm (no affine) by channel."""
 
     def __init__(self, shapes: Sequence[tuple[int, int]], classes: int, norm: bool, std: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.shapes = list(shapes)
-        self.norms = nn.ModuleList(
-            nn.BatchNorm1d(c, affine=False) if norm else nn.Identity() for c, _ in shapes)
+        self.norms = nn.ModuleList(nn.BatchNorm1d(c, affine=False) if norm else nn.Identity() for c, _ in shapes)
         self.linears = nn.ModuleList(nn.Linear(c * n, classes) for c, n in shapes)
-        with torch.no_grad():
-            for linear in self.linears:
-                linear.weight.normal_(0, std, generator=generator)
-                linear.bias.zero_()
+        for linear in self.linears:
+            nn.init.normal_(linear.weight, 0, std, generator)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(B, channels x values) per feature map -> (B, classes) per classifier."""
+        """Maps (B, channels x values) per feature map to (B, classes) per classifier."""
         parts = zip(features, self.shapes, self.norms, self.linears, strict=True)
         return [linear(norm(x.reshape(len(x), c, n)).flatten(1)) for x, (c, n), norm, linear in parts]

@@ -1,12 +1,11 @@
 """The images of a linear protocol: threads cut crops on the CPU, and the device finishes the augmentation.
 
-As in pretraining, the augmentation of an image depends on (seed, epoch, index) alone. No batch is dropped: the last one
-of an epoch is short.
+As in pretraining, the augmentation of an image depends on (seed, epoch, index) alone. No batch is dropped, so the last
+one of an epoch may be short.
 """
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import DataError, Images, UnreadableError
+from ...data import DataError, EvalImages, Images, Transform, UnreadableError
 from ...data.augment import Augmentation, cut_crops, draw, jitter_and_gray, resize, send, short_side
 from ...data.evaluation import SHARE
 from ...data.philox import permutation, uniforms
@@ -23,13 +22,12 @@ from ...runtime.distributed import World
 from ..protocols import LinearProtocol
 from ..samples import Pair, subset
 
-LIGHTING_VIEW = 2  # a view's number for Philox that no view has
+LIGHTING_VIEW = 2  # a view number for Philox that no view uses
 # PCA of ImageNet's colours (Krizhevsky et al., 2012), as in MMSelfSup's Lighting: it adds
 # sum_j PCA_VECTORS[i, j] alpha_j PCA_VALUES[j] to channel i of colours in [0, 1].
 PCA_VALUES = np.array([0.2175, 0.0188, 0.0045])
 PCA_VECTORS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
-ADVICE = (
-    'a benchmark on other images is another benchmark: repair or remove it, or leave it out with --allow-partial')
+ADVICE = 'a benchmark on other images is another benchmark: repair or remove it, or leave it out with --allow-partial'
 
 
 @dataclass
@@ -47,13 +45,10 @@ class Piece:
 
 
 class TrainCrops:
-    """The loader of augmented training images: yields this process's share of each step in pieces of `micro_batch`.
+    """Loads augmented training images: yields this process's share of each step in pieces of `micro_batch`.
 
-    A step is a slice of the epoch's permutation, and process r of n takes its rows r, r + n, ... In a short step no row
-    may be left for a process, which then gets an empty piece.
-
-    Args:
-        workers: threads that read and cut; with 0, the caller's own thread does.
+    A step is a slice of the epoch's permutation, and process r of n takes its rows r, r + n, ... In a short step a
+    process may have no row left; it then gets an empty piece. `workers` threads read and cut; 0: the caller's own does.
     """
 
     def __init__(
@@ -71,85 +66,59 @@ class TrainCrops:
         return -(-len(self.images) // self.protocol.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Piece, np.ndarray]]:
-        """Yields pieces from step `start` on, each with the rows of all processes in its step.
-
-        Raises:
-            UnreadableError: an image cannot be read.
-        """
+        """Yields pieces from step `start` on, each with the rows of all processes in its step."""
         order, batch = permutation(self.seed, epoch, len(self.images)), self.protocol.batch_size
         steps = [order[i:i + batch] for i in range(0, len(order), batch)]
-        for piece in run_in_order(self._threads, self._jobs(steps, epoch, start)):
-            yield piece, steps[piece.step]
+        try:
+            for piece in run_in_order(self._threads, self._jobs(steps, epoch, start)):
+                yield piece, steps[piece.step]
+        except UnreadableError as e:
+            raise UnreadableError(f'{e}; {ADVICE}') from None
 
     def _jobs(self, steps: list[np.ndarray], epoch: int, start: int) -> Iterator[Job]:
+        p, pin = self.protocol, self.world.device.type == 'cuda'
         for step in range(start, len(steps)):
             mine = steps[step][self.world.rank::self.world.size]
             firsts = range(0, max(1, len(mine)), self.micro_batch)
             for first in firsts:
-                piece = self._draw(mine[first:first + self.micro_batch], epoch)
-                piece.step, piece.last = step, first == firsts[-1]
-                parts = split_range(len(piece.rows), SHARE)
-                yield piece, [functools.partial(self._fill, piece, part) for part in parts]
-
-    def _draw(self, rows: np.ndarray, epoch: int) -> Piece:
-        """Draws the random parameters of these images; their pixels are not filled yet."""
-        p = self.protocol
-        pixels = torch.empty(
-            len(rows), p.image_size, p.image_size, 3, dtype=torch.uint8, pin_memory=self.world.device.type == 'cuda')
-        if p.augmentation == 'random_crop':
-            u = uniforms(self.seed, epoch, rows, 0, 3)
-            return Piece(rows, pixels, u=u, flip=u[:, 2] < p.flip_p)
-        u, rest = draw(self.augmentation, self.seed, epoch, rows, 0)
-        piece = Piece(rows, pixels, u=u, flip=rest.flip)
-        if p.augmentation == 'resized_crop_colour':
-            piece.table = rest.table() if self.augmentation.jitter_p else None
-            piece.light = draw_lighting(p.lighting, self.seed, epoch, rows)
-        return piece
+                rows = mine[first:first + self.micro_batch]
+                pixels = torch.empty(len(rows), p.image_size, p.image_size, 3, dtype=torch.uint8, pin_memory=pin)
+                piece = Piece(rows, pixels, step, first == firsts[-1])
+                if p.augmentation == 'random_crop':
+                    piece.u = uniforms(self.seed, epoch, rows, 0, 3)
+                    piece.flip = piece.u[:, 2] < p.flip_p
+                else:
+                    piece.u, rest = draw(self.augmentation, self.seed, epoch, rows, 0)
+                    piece.flip, piece.table = rest.flip, rest.table() if self.augmentation.jitter_p else None
+                if p.augmentation == 'resized_crop_colour':
+                    piece.light = draw_lighting(p.lighting, self.seed, epoch, rows)
+                yield piece, [functools.partial(self._fill, piece, s) for s in split_range(len(rows), SHARE)]
 
     def _fill(self, piece: Piece, part: slice) -> None:
-        images, out = [self._read(row) for row in piece.rows[part]], piece.pixels.numpy()
-        if self.protocol.augmentation == 'random_crop':
-            for image, u, place in zip(images, piece.u[part], out[part], strict=True):
-                self._cut_from_centre(image, u, place)
-        else:
-            cut_crops(images, piece.u[part], self.augmentation, out, np.arange(part.start, part.stop))
-
-    def _cut_from_centre(self, image: np.ndarray, u: np.ndarray, out: np.ndarray) -> None:
-        """Places205: Resize and CenterCrop to a square of `resize` pixels, and a RandomCrop of that."""
-        p = self.protocol
-        width, height = short_side(image, p.resize)
-        room = p.resize - p.image_size + 1
-        left, top = round((width - p.resize) / 2) + int(u[0] * room), round((height - p.resize) / 2) + int(u[1] * room)
-        resize(image, width, height, left, top, out)
-
-    def _read(self, row: int) -> np.ndarray:
-        try:
-            return self.images.read(int(row))
-        except UnreadableError as e:
-            raise UnreadableError(f'{e}; {ADVICE}') from None
+        p, out = self.protocol, piece.pixels.numpy()
+        images = [self.images.read(int(row)) for row in piece.rows[part]]
+        if p.augmentation != 'random_crop':
+            return cut_crops(images, piece.u[part], self.augmentation, out, np.arange(part.start, part.stop))
+        room = p.resize - p.image_size + 1  # Places205: a RandomCrop of the centre square of `resize` pixels
+        for image, u, place in zip(images, piece.u[part], out[part], strict=True):
+            size = short_side(image, p.resize)
+            left, top = (round((size[i] - p.resize) / 2) + int(u[i] * room) for i in (0, 1))
+            resize(image, *size, left, top, place)
 
 
 def draw_lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
     """Returns the PCA noise of each image, (n, 3) float32; alpha ~ N(0, std) by Box and Muller from Philox numbers."""
     u = uniforms(seed, epoch, rows, LIGHTING_VIEW, 4)
-    radius = np.sqrt(-2 * np.log1p(-u[:, :2]))  # u < 1
-    angle = 2 * np.pi * u[:, 2:]
+    radius, angle = np.sqrt(-2 * np.log1p(-u[:, :2])), 2 * np.pi * u[:, 2:]  # u < 1
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], 1)  # (n, 3)
     return ((std * normal * PCA_VALUES) @ PCA_VECTORS.T).astype(np.float32)
 
 
 def finish(
     piece: Piece, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], bgr: bool = False) -> Tensor:
-    """Moves the pixels to the device and applies channel order, colour jitter, flip, lighting and normalization.
-
-    Weights of the BGR generation saw BGR pixels in every transform, so their channels are swapped first.
-
-    Returns:
-        (n, 3, S, S) float32, channels last.
-    """
-    x = piece.pixels.to(device, non_blocking=piece.pixels.is_pinned())  # asynchronous copies need pinned memory
-    x = x.permute(0, 3, 1, 2)
-    if bgr:
+    """Jitters, flips, lights and normalizes on the device; returns (n, 3, S, S) float32, channels last."""
+    x = piece.pixels.to(device, non_blocking=piece.pixels.is_pinned()).permute(0, 3, 1, 2)
+    if bgr:  # these weights saw BGR pixels in every transform
         x = x.flip(1)
     x = x.float() / 255 if piece.table is None else jitter_and_gray(x, send(piece.table, x))
     if piece.flip is not None:
@@ -160,41 +129,22 @@ def finish(
     return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def leave_out_unreadable(pair: Pair, workers: int, world: World, say: Callable[[str], Any]) -> Pair:
-    """Reads all images once, each process its share, and returns the pair without those that cannot be read.
-
-    Raises:
-        DataError: most of them cannot be read.
-    """
+def leave_out_unreadable(
+    pair: Pair, workers: int, world: World, say: Callable[[str], Any]) -> tuple[Pair, int]:
+    """Returns the pair without unreadable images, and their number; raises DataError if they are the majority."""
     say('reading all images once to leave out those that cannot be read (--allow-partial)')
-    threads = make_threads(workers)
     kept, reasons = {}, []
-    for name in ('train', 'test'):
-        images: Images = getattr(pair, name)
-        bad = _find_unreadable(images, threads, world)
+    for name, images in (('train', pair.train), ('test', pair.test)):
+        mine = np.arange(world.rank, len(images), world.size)
+        loader = EvalImages(images, np.split(mine, range(256, len(mine), 256)), Transform(1, 1), workers)
+        world.all_or_none(functools.partial(list, loader))
+        bad = {row: reason for found in world.gather(loader.unreadable) for row, reason in found.items()}
         if 2 * len(bad) > len(images):
             raise DataError(
                 f'{bad[min(bad)]}; {len(bad)} of {len(images)} images cannot be read: is the data still there?')
         if bad:
             kept[name] = subset(images, np.setdiff1d(np.arange(len(images)), list(bad)))
             reasons += [bad[row] for row in sorted(bad)]
-    if not kept:
-        return pair
-    say(f'{len(reasons)} images cannot be read and are left out, the first: {reasons[0]}')
-    return dataclasses.replace(pair, **kept)
-
-
-def _find_unreadable(images: Images, threads: ThreadPoolExecutor | None, world: World) -> dict[int, str]:
-    bad: dict[int, str] = {}
-
-    def read(rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            try:
-                images.read(row)
-            except UnreadableError as e:
-                bad[row] = str(e)
-
-    mine = np.arange(world.rank, len(images), world.size)
-    jobs = ((None, [functools.partial(read, mine[part])]) for part in split_range(len(mine), SHARE))
-    world.all_or_none(lambda: list(run_in_order(threads, jobs)))
-    return {row: reason for found in world.gather(bad) for row, reason in found.items()}
+    if kept:
+        say(f'{len(reasons)} images cannot be read and are left out, the first: {reasons[0]}')
+    return dataclasses.replace(pair, **kept) if kept else pair, len(reasons)

@@ -9,23 +9,17 @@ from torch import Tensor
 class ScaledFeatures:
     """Features (N, D) on disk or in memory, and labels (N,); `take` returns standardized rows on the device.
 
-    Features that take less than a third of a GPU's free memory are copied to it.
-
-    Args:
-        resident: copy the features to the device; None: decide by its free memory.
-        rows: the rows that count (default: all); every other index counts among these.
+    `rows` are those in use (default: all); every other index refers to these. `resident` features are copied to the
+    device; by default, those that take less than a third of a GPU's free memory.
     """
 
     def __init__(
         self, array: np.ndarray, labels: np.ndarray, device: torch.device, dtype: torch.dtype = torch.float32, *,
         resident: bool | None = None, rows: np.ndarray | None = None,
     ) -> None:
-        if array.ndim != 2 or len(array) != len(labels):
-            raise ValueError(f'features {array.shape} and {len(labels)} labels: must be (N, D) and N labels')
-        self.array, self.device, self.dtype = array, device, dtype
+        self.array, self.dim, self.device, self.dtype = array, array.shape[1], device, dtype
         self.rows = np.arange(len(array)) if rows is None else rows
         self.labels = torch.from_numpy(np.asarray(labels, np.int64)[self.rows]).to(device)
-        self.mean = self.scale = None
         if resident is None:  # on a CPU, a mapped file is as good as a copy
             resident = device.type != 'cpu' and (
                 device.type != 'cuda' or 3 * array.nbytes < torch.cuda.mem_get_info(device)[0])
@@ -33,10 +27,6 @@ class ScaledFeatures:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def dim(self) -> int:
-        return self.array.shape[1]
 
     def scale_by(self, mean: np.ndarray, std: np.ndarray) -> None:
         """Standardizes: x' = (x - mean) / (std sqrt(D)), so |x'| is about 1. A feature whose std is 0 becomes 0."""
@@ -46,14 +36,10 @@ class ScaledFeatures:
     def take(self, rows: np.ndarray) -> Tensor:
         """(n,) -> (n, D)."""
         rows = self.rows[rows]
-        if self.held is not None:
-            x = self.held[torch.from_numpy(rows).to(self.device)]
-        else:
-            x = torch.from_numpy(np.asarray(self.array[rows])).to(self.device)
-        return (x.to(self.dtype) - self.mean) * self.scale
+        x = self.array[rows] if self.held is None else self.held[torch.from_numpy(rows).to(self.device)]
+        return (torch.as_tensor(x, device=self.device).to(self.dtype) - self.mean) * self.scale
 
     def take_labels(self, rows: np.ndarray) -> Tensor:
-        """(n,) -> (n,)."""
         return self.labels[torch.from_numpy(rows).to(self.device)]
 
 
@@ -61,10 +47,8 @@ def compute_moments(
     array: np.ndarray, rows: np.ndarray | None = None, chunk: int = 8192) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of each feature over `rows` (default: all), float64, in one pass.
 
-    The update is that of Chan et al. (1979). The standard deviation that rounding leaves of a constant feature is 0.
-
-    Raises:
-        ValueError: a feature is not finite.
+    The update is that of Chan et al. (1979). A constant feature has the standard deviation 0, despite rounding.
+    Raises ValueError if a feature is not finite.
     """
     rows = np.arange(len(array)) if rows is None else np.sort(rows)
     n, mean, square = 0, np.zeros(array.shape[1]), np.zeros(array.shape[1])
@@ -75,6 +59,6 @@ def compute_moments(
         mean += (own - mean) * m / (n + m)
         n += m
     if not np.isfinite(square).all():
-        raise ValueError('some features are not finite: the weights are damaged, or --amp off is needed')
+        raise ValueError('some features are not finite: check the weights, or use --amp off')
     std = np.sqrt(square / n)
     return mean, np.where(std > 1e-6 * np.abs(mean), std, 0.0)

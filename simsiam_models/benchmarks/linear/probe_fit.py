@@ -40,26 +40,27 @@ class Fit:
     bias: Tensor
     losses: np.ndarray
 
+    @property
+    def diverged(self) -> list[bool]:
+        """Returns whether each member's last loss is not finite, or above log C, the loss of uniform scores."""
+        highest = math.log(self.bias.shape[1]) + 1e-6
+        return [not (math.isfinite(x) and x <= highest) for x in self.losses[-1]]
+
     def scores(self, x: Tensor) -> Tensor:
-        """(B, D) -> (B, G, C)."""
+        """Maps features (B, D) to scores (B, G, C)."""
         return torch.addmm(self.bias.flatten(), x, self.weight.flatten(1)).view(len(x), *self.bias.shape)
 
 
 def count_rows(g: int, classes: int, dtype: torch.dtype) -> int:
-    """Returns how many rows of scores (G, C) fit into MAX_SCORE_BYTES, at least 1."""
     return max(1, MAX_SCORE_BYTES // (g * classes * dtype.itemsize))
 
 
 def choose_batch_size(n: int, p: AutoProbe) -> int:
-    """Returns the protocol's batch size, or for few images a 32nd of them, at least 64."""
     return min(p.batch_size, max(64, n // 32))
 
 
 def differentiate(fit: Fit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the cross-entropy (G,), summed over the batch, and its gradients by weight (D, G, C) and bias (G, C).
-
-    Scores are computed in chunks of bounded memory.
-    """
+    """Returns the cross-entropy (G,), summed over the batch, and its gradients by weight (D, G, C) and bias (G, C)."""
     chunk = count_rows(*fit.bias.shape, x.dtype)
     total, weight, bias = x.new_zeros(len(fit.bias)), None, torch.zeros_like(fit.bias)
     for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
@@ -80,16 +81,13 @@ def train_grid(
 ) -> Fit:
     """Trains a classifier for each member (lr, weight decay) on `rows`, all in one matrix product per step.
 
-    SGD with momentum from zero weights, with a cosine schedule over the steps. Members are independent, even if one
-    diverges.
+    SGD with momentum from zero weights, with a cosine schedule. Members are independent, even if one diverges.
     """
-    g, d = len(members), features.dim
-    make = dict(device=features.device, dtype=features.dtype)
+    g, make = len(members), dict(device=features.device, dtype=features.dtype)
     lr, wd = (torch.tensor(x, **make)[:, None] for x in zip(*members, strict=True))  # (G, 1)
-    fit = Fit(torch.zeros(d, g, classes, **make), torch.zeros(g, classes, **make), np.zeros((p.epochs, g)))
+    fit = Fit(torch.zeros(features.dim, g, classes, **make), torch.zeros(g, classes, **make), np.zeros((p.epochs, g)))
     weight_m, bias_m = torch.zeros_like(fit.weight), torch.zeros_like(fit.bias)
-    batch = choose_batch_size(len(features), p)  # the same for the grid and for the final fit
-    steps = -(-len(rows) // batch)
+    steps = -(-len(rows) // choose_batch_size(len(features), p))  # the same batch for the grid and for the final fit
     for epoch in range(p.epochs):
         started, total = time.perf_counter(), torch.zeros(g, **make)
         # In equal parts: at the rates of the grid, a last batch of two images can undo an epoch.
@@ -110,17 +108,8 @@ def train_grid(
     return fit
 
 
-def has_diverged(fit: Fit) -> list[bool]:
-    """Whether each member's last loss is not finite, or above log C, the loss of uniform scores."""
-    highest = math.log(fit.bias.shape[1]) + 1e-6
-    return [not (math.isfinite(x) and x <= highest) for x in fit.losses[-1]]
-
-
 def evaluate(fit: Fit, features: ScaledFeatures, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Returns loss (G,), and top1 and top5 (G,) in percent, on `rows` (default: all).
-
-    A tie counts as wrong. Up to 5 classes there is no top5.
-    """
+    """Returns loss (G,), and top1 and, from 6 classes on, top5 (G,) in percent, on `rows` (default: all)."""
     rows = np.arange(len(features)) if rows is None else np.sort(rows)
     g, classes = fit.bias.shape
     chunk = min(4096, count_rows(g, classes, fit.bias.dtype))
@@ -137,24 +126,19 @@ def evaluate(fit: Fit, features: ScaledFeatures, rows: np.ndarray | None = None)
 
 def compute_objective(fit: Fit, features: ScaledFeatures, rows: np.ndarray, weight_decay: float) -> float:
     """Returns mean cross-entropy + (wd / 2) |W|^2 of the first member."""
-    penalty = 0.5 * weight_decay * float(fit.weight.double().square().sum())
-    return float(evaluate(fit, features, rows)['loss'][0]) + penalty
+    loss = float(evaluate(fit, features, rows)['loss'][0])
+    return loss + 0.5 * weight_decay * float(fit.weight.double().square().sum())
 
 
 def find_optimum(
     features: ScaledFeatures, rows: np.ndarray, weight_decay: float, start: Fit, iterations: int,
 ) -> tuple[Fit, float, float]:
-    """Minimizes mean cross-entropy + (wd / 2) |W|^2 by L-BFGS, from `start` (one member).
-
-    Returns:
-        The fit, its objective, and the largest entry of the objective's gradient.
-    """
-    weight, bias = start.weight.clone(), start.bias.clone()
+    """Minimizes `compute_objective` by L-BFGS from `start`; returns the fit, its objective, and its largest slope."""
+    weight, bias, rows = start.weight.clone(), start.bias.clone(), np.sort(rows)
     fit = Fit(weight, bias, start.losses)
     optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=iterations, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12,
         line_search_fn='strong_wolfe')
-    rows = np.sort(rows)
 
     @torch.no_grad()
     def compute() -> Tensor:

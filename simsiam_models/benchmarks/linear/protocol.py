@@ -28,16 +28,17 @@ OVERRIDES: dict[str, tuple[type, str]] = {
     'eval_every': (int, 'epochs between evaluations'),
     'report_epochs': (int, 'epochs that are reported in addition to the last'),
 }
+POSITIVE = ('batch_size', 'epochs', 'eval_every', 'lr', 'init_std')
+NOT_NEGATIVE = ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma')
 
 
 def flag_of(name: str) -> str:
-    """Returns the flag that overrides this number."""
     return f'--{name.replace("_", "-")}'
 
 
 @dataclass(frozen=True)
 class ChosenProtocol:
-    """A protocol, and what was changed in it: field -> (published, used)."""
+    """A protocol, and its changed fields: field -> (published, used)."""
 
     protocol: LinearProtocol
     changed: dict[str, tuple[Any, Any]]
@@ -47,34 +48,26 @@ class ChosenProtocol:
         return f'{self.protocol.name} (changed)' if self.changed else self.protocol.name
 
     def describe(self) -> str:
-        if not self.changed:
-            return f'protocol {self.label}, as published'
         changes = ', '.join(f'{k} {old} -> {new}' for k, (old, new) in self.changed.items())
-        return f'protocol {self.label}: differs from the published one in {changes}'
+        how = f': differs from the published one in {changes}' if changes else ', as published'
+        return f'protocol {self.label}{how}'
 
     def record(self) -> dict[str, Any]:
-        """Returns the protocol's entry in a record."""
-        idle = self.protocol.idle
-        numbers = {k: v for k, v in dataclasses.asdict(self.protocol).items() if k not in idle}
-        return {
-            **numbers, 'name': self.label, 'base': self.protocol.name, 'scaled_lr': self.protocol.scaled_lr,
+        p = self.protocol
+        return {k: v for k, v in dataclasses.asdict(p).items() if k not in p.idle} | {
+            'name': self.label, 'base': p.name, 'scaled_lr': p.scaled_lr,
             'changed': {k: {'published': old, 'used': new} for k, (old, new) in self.changed.items()}}
 
 
 def choose_protocol(
     name: str, dataset: str, overrides: dict[str, Any], amp: str = 'off', own_size: int = SIZE,
 ) -> ChosenProtocol:
-    """Returns the protocol `name` for a kind of data set, with the numbers that flags override.
+    """Returns the protocol `name` for a kind of data set, with the numbers that flags override (None: not given).
 
-    Args:
-        overrides: field -> value, or None if the flag is not given.
-        own_size: the image size of the model, in pixels, which applies if no flag gives one.
-
-    Raises:
-        ValueError: there is no such protocol, or a number is not possible.
+    The default image size is the model's `own_size`, in pixels. Raises ValueError if a number is out of range.
     """
-    if name == 'mhead' and f'mhead_{dataset}' in LINEAR:
-        name = f'mhead_{dataset}'
+    if f'{name}_{dataset}' in LINEAR:
+        name = f'{name}_{dataset}'
     if name not in LINEAR:
         raise ValueError(f'--protocol {name} is not known; use one of {", ".join(LINEAR)}, or auto')
     base = LINEAR[name]
@@ -82,32 +75,22 @@ def choose_protocol(
     given['image_size'], given['resize'] = choose_sizes(dataset, given.get('image_size'), given.get('resize'), own_size)
     if unused := sorted(base.idle & set(given)):
         raise ValueError(f'{", ".join(map(flag_of, unused))}: protocol {name} has no such number; leave it out')
-    protocol = dataclasses.replace(base, **given)
-    if 'report_epochs' not in given:  # fewer epochs than published may leave some of them out
-        reported = tuple(epoch for epoch in protocol.report_epochs if epoch <= protocol.epochs)
-        protocol = dataclasses.replace(protocol, report_epochs=reported)
-    check_numbers(protocol)
-    old, new = dataclasses.asdict(base), dataclasses.asdict(protocol)
-    changed = {k: (old[k], new[k]) for k in new if new[k] != old[k]}
-    return ChosenProtocol(protocol, changed | ({'amp': ('off', amp)} if amp != 'off' else {}))
-
-
-def check_numbers(p: LinearProtocol) -> None:
-    """Raises ValueError if a number of the protocol is not possible."""
-    positive = ('batch_size', 'epochs', 'eval_every', 'lr', 'init_std')
-    not_negative = ('momentum', 'weight_decay', 'trust', 'jitter', 'lighting', 'lr_gamma')
-    check_flags([
-        *((flag_of(k), getattr(p, k), getattr(p, k) > 0, 'above 0') for k in positive),
-        *((flag_of(k), getattr(p, k), getattr(p, k) >= 0, 'at least 0') for k in not_negative)])
+    if 'report_epochs' not in given:  # a run of fewer epochs than published may not reach all of them
+        given['report_epochs'] = tuple(e for e in base.report_epochs if e <= given.get('epochs', base.epochs))
+    p = dataclasses.replace(base, **given)
     check_sizes(p.image_size, p.resize)
-    smallest, largest = p.crop_scale
     check_flags([
-        ('--crop-scale', f'{smallest} {largest}', 0 < smallest <= largest <= 1,
+        *((flag_of(k), getattr(p, k), getattr(p, k) > 0, 'above 0') for k in POSITIVE),
+        *((flag_of(k), getattr(p, k), getattr(p, k) >= 0, 'at least 0') for k in NOT_NEGATIVE),
+        ('--crop-scale', ' '.join(map(str, p.crop_scale)), 0 < p.crop_scale[0] <= p.crop_scale[1] <= 1,
          'two shares of the area, above 0 and at most 1, the larger one last'),
         ('--flip-p', p.flip_p, 0 <= p.flip_p <= 1, 'a probability, from 0 to 1'),
         ('--momentum', p.momentum, p.momentum > 0 or not p.nesterov, 'above 0, which Nesterov momentum needs'),
         ('--report-epochs', ' '.join(map(str, p.report_epochs)), all(1 <= e <= p.epochs for e in p.report_epochs),
          f'epochs from 1 to {p.epochs}; name some of these, or raise --epochs')])
+    old, new = dataclasses.asdict(base), dataclasses.asdict(p)
+    changed = {k: (old[k], new[k]) for k in new if new[k] != old[k]}
+    return ChosenProtocol(p, changed | ({'amp': ('off', amp)} if amp != 'off' else {}))
 
 
 def benchmark_name(chosen: ChosenProtocol, dataset: str) -> str:
@@ -115,6 +98,5 @@ def benchmark_name(chosen: ChosenProtocol, dataset: str) -> str:
     name = chosen.protocol.name
     if name.startswith('mhead'):
         return f'{dataset}_mhead_linear'
-    if dataset == 'imagenet' and name in ('fair', 'mmselfsup'):
-        return 'imagenet_linear' if name == 'fair' else 'imagenet_linear_avgpool'
-    return f'{dataset}_linear_{name}'
+    published = {'imagenet_linear_fair': 'imagenet_linear', 'imagenet_linear_mmselfsup': 'imagenet_linear_avgpool'}
+    return published.get(f'{dataset}_linear_{name}', f'{dataset}_linear_{name}')

@@ -1,8 +1,8 @@
 """Trains linear classifiers on a frozen backbone.
 
 Each process sends its share of a batch through the backbone. Then all processes gather the features of the whole batch
-and take the same step. So N processes compute what one does, including the batch norm of the heads and the short last
-batch, and no gradient is exchanged: the features of a batch are smaller than the heads of five feature maps.
+and take the same step. N processes therefore compute what one does, including the batch norm of the heads and the
+short last batch, and no gradient is exchanged: the features of a batch are smaller than the heads of five feature maps.
 """
 import math
 import time
@@ -33,15 +33,11 @@ KEYS = {'heads', 'optimizer', 'sums', 'history', 'seconds', 'epoch', 'step', 'ru
 
 
 class LinearRun:
-    """The parts of a run, and its results so far. Its position is `epoch` and `step`, the steps done in this epoch.
+    """The parts of a run, and its results so far.
 
     `history` holds an entry per epoch: epoch, loss, lr, train_top1, and if it was evaluated, top1 and, from 6 classes
-    on, top5. Accuracies are lists, in percent, with a number for each classifier.
-
-    Args:
-        workers: threads that read images.
-        micro_batch: images in one pass through the backbone; None: 256, on a CPU 8.
-        identity: what a checkpoint must agree with to continue this run.
+    on, top5. Accuracies are lists, in percent, with a number for each classifier. `micro_batch` images go through the
+    backbone in one pass (default: 256, on a CPU 8). A checkpoint must agree with `identity` to continue this run.
     """
 
     def __init__(
@@ -68,30 +64,30 @@ class LinearRun:
         self.history: list[dict[str, Any]] = []
         self.started = time.perf_counter()  # of a continued run: earlier by the seconds of the sessions before
 
-    @property
-    def seconds(self) -> float:
-        """The time that training and evaluation have taken, in all sessions."""
-        return time.perf_counter() - self.started
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
+    def save(self, epoch: int, step: int) -> None:
+        """Writes a checkpoint; if that fails for now, keeps the previous one."""
+        self.life.save(lambda: {
             'heads': self.heads.state_dict(), 'optimizer': self.optimizer.state_dict(), 'sums': self.sums.cpu(),
-            'history': self.history, 'seconds': self.seconds, 'run': self.identity}
+            'history': self.history, 'seconds': time.perf_counter() - self.started, 'run': self.identity,
+            'epoch': epoch, 'step': step,
+        }, epoch, step)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any]) -> tuple[int, int]:
+        """Restores a checkpoint; returns its epoch and the number of steps done in it."""
         self.heads.load_state_dict(state['heads'])
         self.optimizer.load_state_dict(state['optimizer'])
         self.sums.copy_(state['sums'])
-        self.history = state['history']
-        self.started = time.perf_counter() - state['seconds']
+        self.history, self.started = state['history'], time.perf_counter() - state['seconds']
+        epoch, step = state['epoch'], state['step']
+        done = f'is finished after {epoch} epochs; --fresh trains again'
+        if epoch < self.chosen.protocol.epochs:
+            done = f'continues after {epoch} epochs' + f' and {step} steps' * bool(step)
+        self.life.say(f'{self.chosen.label}: {self.life.newest} {done}')
+        return epoch, step
 
 
 def check_batches(n: int, batch: int, single: bool) -> None:
-    """Raises ValueError if n images end in a batch that leaves the batch norm of the heads one value per channel.
-
-    Args:
-        single: one of the pooled feature maps has one value per channel.
-    """
+    """Raises ValueError if a batch of 1 image is too small for batch norm; `single`: a map has 1 value per channel."""
     if batch > 1 and not (single and 1 in (n, n % batch)):
         return
     if n < 2:
@@ -103,60 +99,50 @@ def check_batches(n: int, batch: int, single: bool) -> None:
 
 
 def train(run: LinearRun, state: dict[str, Any] | None = None) -> None:
-    """Trains and evaluates until the last epoch.
+    """Trains and evaluates until the last epoch, from the checkpoint `state` if there is one.
 
-    Args:
-        state: the checkpoint to continue from.
-
-    Raises:
-        Stopped: a signal came; a checkpoint holds every step.
-        RuntimeError: the loss is not finite, an image cannot be read, or no checkpoint could be written for too long.
+    Raises Stopped after a signal; RuntimeError if the loss is not finite, or an image or a checkpoint fails.
     """
     p, label, life = run.chosen.protocol, run.chosen.label, run.life
-    epoch, step = restore(run, state)
+    epoch, step = (0, 0) if state is None else run.restore(state)
+    life.begin(epoch, step)
     while epoch < p.epochs:
         speed = train_one_epoch(run, epoch, step)
-        run.history.append(finish_epoch(run, epoch))
-        run.sums.zero_()
+        lr, (loss, *right) = compute_lr(epoch, p), (run.sums / len(run.train_labels)).tolist()
         epoch, step = epoch + 1, 0
-        save(run, epoch, step)
-        life.say(format_epoch(run.history[-1], p, label, speed))
+        entry = {'epoch': epoch, 'loss': loss, 'lr': lr, 'train_top1': [100 * r for r in right]}
+        if epoch % p.eval_every == 0 or epoch == p.epochs or epoch in p.report_epochs:
+            entry |= evaluate(run)
+        run.history.append(entry)
+        run.sums.zero_()
+        run.save(epoch, step)
+        columns = {'train_top1': 'train top-1', 'top1': 'top-1', 'top5': 'top-5'}.items()
+        figures = (f'  {name} {" ".join(f"{v:.2f}" for v in entry[k])} %' for k, name in columns if k in entry)
+        life.say(f'{label}: epoch {epoch}/{p.epochs}  loss {loss:.4f}{"".join(figures)}  lr {lr:.3g}  '
+                 f'{speed:.0f} images/s')
         life.stop_if_signalled()
     life.finish()
 
 
-def restore(run: LinearRun, state: dict[str, Any] | None) -> tuple[int, int]:
-    """Restores a checkpoint if there is one; returns epoch and step."""
-    epoch = step = 0
-    if state is not None:
-        run.load_state_dict(state)
-        epoch, step = state['epoch'], state['step']
-        what = f'{run.chosen.label}: {run.life.newest}'
-        if epoch == run.chosen.protocol.epochs:
-            run.life.say(f'{what} is finished after {epoch} epochs; --fresh trains again')
-        else:
-            run.life.say(f'{what} continues after {epoch} epochs' + f' and {step} steps' * bool(step))
-    run.life.begin(epoch, step)
-    return epoch, step
-
-
 def train_one_epoch(run: LinearRun, epoch: int, step: int) -> float:
     """Trains this epoch from `step` on; returns the images per second."""
-    life, steps = run.life, len(run.train_images)
+    p, life, steps = run.chosen.protocol, run.life, len(run.train_images)
     run.heads.train()
     run.frozen.model.eval()
     for group in run.optimizer.param_groups:
-        group['lr'] = compute_lr(epoch, run.chosen.protocol)
+        group['lr'] = compute_lr(epoch, p)
     started, images, batches = time.perf_counter(), 0, extract_batches(run, epoch, step)
     while (batch := life.world.all_or_none(lambda: next(batches, None))) is not None:
         train_step(run, *batch)
         step += 1
         images += len(batch[1])
-        pause = life.agree(epoch * steps + step)
-        if step == steps or step % CHECK_EVERY == 0 or any(pause):
-            check_loss(run, epoch, step)
-        if step < steps and any(pause):
-            save(run, epoch, step)
+        pause = any(life.agree(epoch * steps + step))
+        if (pause or step == steps or step % CHECK_EVERY == 0) and not math.isfinite(run.sums[0]):
+            raise RuntimeError(
+                f'protocol {run.chosen.label}: the loss is not finite in epoch {epoch + 1}, by step {step}; lower --lr '
+                f'({p.lr:g}), or use --amp off (now {run.frozen.amp})')
+        if pause and step < steps:
+            run.save(epoch, step)
             life.stop_if_signalled()
     return images / (time.perf_counter() - started)
 
@@ -192,76 +178,38 @@ def train_step(run: LinearRun, mine: list[Tensor], rows: np.ndarray) -> None:
     run.sums += torch.stack([loss.detach().to(run.sums) * len(rows), *right])
 
 
-def check_loss(run: LinearRun, epoch: int, step: int) -> None:
-    """Raises RuntimeError if the loss of this epoch is not finite."""
-    if not math.isfinite(float(run.sums[0])):
-        raise RuntimeError(
-            f'protocol {run.chosen.label}: the loss is not finite in epoch {epoch + 1}, by step {step}; lower --lr '
-            f'({run.chosen.protocol.lr:g}), or use --amp off (now {run.frozen.amp})')
-
-
-def finish_epoch(run: LinearRun, epoch: int) -> dict[str, Any]:
-    """Returns the epoch's entry of the history; evaluates the classifiers if that is due."""
-    p, done = run.chosen.protocol, epoch + 1
-    loss, *right = (run.sums / len(run.train_labels)).tolist()
-    entry = {'epoch': done, 'loss': loss, 'lr': compute_lr(epoch, p), 'train_top1': [100 * r for r in right]}
-    if done % p.eval_every == 0 or done == p.epochs or done in p.report_epochs:
-        entry |= evaluate(run)
-    return entry
-
-
 @torch.no_grad()
 def evaluate(run: LinearRun) -> dict[str, list[float]]:
-    """Returns the accuracy of each classifier on the test images, in percent.
+    """Returns the accuracy of each classifier of rank 0 on the test images, in percent; top-5 from 6 classes on."""
+    world, images, ks = run.life.world, run.test_images, (1, 5) if run.classes > 5 else (1,)
+    right = run.sums.new_zeros(len(ks), len(run.names))
 
-    All processes use the classifiers of rank 0. Top-5 accuracy is left out up to 5 classes, where it is trivial.
-    """
-    world, ks = run.life.world, (1, 5) if run.classes > 5 else (1,)
+    def count() -> None:
+        for rows, pixels in images:
+            if bad := [row for row in rows.tolist() if row in images.unreadable]:
+                raise UnreadableError(f'{images.unreadable[bad[0]]}; {ADVICE}')
+            scores, labels = run.heads(extract(run, Piece(rows, pixels))), send(run.test_labels[rows], run.sums)
+            right.add_(torch.stack([torch.stack([right_within(y, labels, k) for y in scores]) for k in ks]))
+
     run.heads.eval()
     if world.size > 1:
         for x in run.heads.state_dict().values():
             dist.broadcast(x, 0)
-    right = world.all_or_none(lambda: count_right(run, ks))
+    world.all_or_none(count)
     if world.size > 1:
         dist.all_reduce(right)
     return {f'top{k}': row for k, row in zip(ks, (100 * right / len(run.test_labels)).tolist(), strict=True)}
 
 
-def count_right(run: LinearRun, ks: tuple[int, ...]) -> Tensor:
-    """Counts this process's test images whose label is among the k highest scores; returns (len(ks), classifiers).
-
-    Raises:
-        UnreadableError: an image cannot be read.
-    """
-    right = run.sums.new_zeros(len(ks), len(run.names))
-    for rows, pixels in run.test_images:
-        if bad := [row for row in rows.tolist() if row in run.test_images.unreadable]:
-            raise UnreadableError(f'{run.test_images.unreadable[bad[0]]}; {ADVICE}')
-        labels = send(run.test_labels[rows], run.sums)
-        for i, scores in enumerate(run.heads(extract(run, Piece(rows, pixels)))):
-            right[:, i] += torch.stack([right_within(scores, labels, k) for k in ks])
-    return right
-
-
-def save(run: LinearRun, epoch: int, step: int) -> None:
-    """Writes a checkpoint; if that fails for now, the one before is kept."""
-    run.life.save(lambda: {**run.state_dict(), 'epoch': epoch, 'step': step}, epoch, step)
-
-
 def summarize(history: list[dict[str, Any]], p: LinearProtocol, names: list[str]) -> dict[str, float]:
-    """Returns the metrics of each classifier, in percent.
+    """Returns the metrics of the classifiers `names` ([''] if there is only one), in percent.
 
-    The protocol reports either the best or the last epoch. The metrics of this epoch come first, then those of the
-    other one, then those of its `report_epochs`.
-
-    Args:
-        names: of the classifiers; [''] if there is only one.
+    The epoch that the protocol reports, the best or the last, comes first, then the other one and its `report_epochs`.
     """
     evaluated = [entry for entry in history if 'top1' in entry]
     metrics: dict[str, float] = {}
     for i, name in enumerate(names):
-        best = max(evaluated, key=lambda entry, i=i: entry['top1'][i])  # the first of equal ones
-        entries = {'best': best, 'last': evaluated[-1]}
+        entries = {'best': max(evaluated, key=lambda e, i=i: e['top1'][i]), 'last': evaluated[-1]}  # first of equals
         entries |= {f'epoch{e["epoch"]}': e for e in evaluated if e['epoch'] in p.report_epochs}
         reported = entries.pop(p.reported)
         metrics[name or 'top1'] = reported['top1'][i]
@@ -270,12 +218,3 @@ def summarize(history: list[dict[str, Any]], p: LinearProtocol, names: list[str]
                 if k in entry and (which or k == 'top5'):
                     metrics['_'.join(filter(None, (name, k, which)))] = entry[k][i]
     return metrics
-
-
-def format_epoch(entry: dict[str, Any], p: LinearProtocol, label: str, images_per_second: float) -> str:
-    """Returns an epoch's entry as one line."""
-    text = f'{label}: epoch {entry["epoch"]}/{p.epochs}  loss {entry["loss"]:.4f}'
-    for key, name in (('train_top1', 'train top-1'), ('top1', 'top-1'), ('top5', 'top-5')):
-        if key in entry:
-            text += f'  {name} {" ".join(f"{v:.2f}" for v in entry[key])} %'
-    return f'{text}  lr {entry["lr"]:.3g}  {images_per_second:.0f} images/s'

@@ -1,4 +1,4 @@
-"""Which published numbers belong beside a record, and whether the record may be compared with them.
+"""Finds the published numbers that belong to a record, and decides whether it may be compared with them.
 
 A difference is computed only if the weights are the very file that was measured, the data set is complete and every
 parameter is that of the published protocol.
@@ -39,7 +39,7 @@ REQUIRED: dict[str, dict[str, Any]] = json.loads(json.dumps({
     'voc07_lowshot_svm': {
         'costs': protocols.SVM_COSTS, 'samples': protocols.LOW_SHOT_DRAWS,
         'negatives_per_positive': protocols.LOW_SHOT_NEGATIVES, **SQUASHED}}))
-# Run-to-run differences, in percent; `TOLERANCE` says of what.
+# Run-to-run differences, in percent; `TOLERANCE` says between which runs.
 RUN_TO_RUN = {
     ('voc07_svm_feature5', 'mAP'): 0.43, ('imagenet_linear_avgpool', 'top1'): 0.32,
     ('imagenet_mhead_linear', 'feature5'): 0.29, ('voc0712_faster_rcnn_c4_24k', 'AP50'): 0.17,
@@ -47,7 +47,7 @@ RUN_TO_RUN = {
     ('voc12aug_fcn_r50_d8_512_20k', 'mIoU'): 2.24}
 TOLERANCE = ("how much two pretraining runs of MMSelfSup's 100-epoch recipe, weights 20211213 and 20211230, differ, in "
              'percent (open-mmlab/mmselfsup configs/selfsup/simsiam/README.md @ v0.5.0 and v0.9.1)')
-# The same task by another protocol: its numbers are shown, never compared with.
+# The same task by another protocol: its numbers are shown, but never compared.
 RELATED = {'imagenet_linear': 'imagenet_linear_avgpool', 'imagenet_linear_avgpool': 'imagenet_linear'}
 
 
@@ -115,13 +115,13 @@ def why_not_comparable(record: dict[str, Any]) -> str | None:
 
 
 def size_deviation(record: dict[str, Any]) -> str | None:
-    """Describes how a record's data set differs in size from the complete one; None if it does not or is unknown."""
+    """Describes how a record's data set differs in size from the complete one; None if it does not, or is unknown."""
     data = record['data']
     return deviation(data['name'], data['counts'], LABELLED.get(record['benchmark'].rpartition('_')[2]))
 
 
 def note_unpublished(record: dict[str, Any]) -> str:
-    """Notes that no number is published; '' if none could be: on the user's own data, or by the auto probe."""
+    """Notes that no number is published; returns '' if none could be: on the user's own data, or by the auto probe."""
     benchmark = record['benchmark']
     possible = benchmark.split('_')[0] in SIZES and not benchmark.endswith('_auto_probe')
     return f'no number is published for {short(benchmark)}' if possible else ''

@@ -41,7 +41,7 @@ def write_record(
     path: str | Path, benchmark: str, protocol: dict[str, Any], backbone: Backbone, data: dict[str, Any],
     metrics: Mapping[str, float], *, seconds: float, extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes the JSON atomically and returns its content; raises ValueError for what a record cannot hold.
+    """Writes the JSON atomically and returns its content; raises ValueError if a record cannot hold a value.
 
     Args:
         benchmark: its name in weights/published.json if it has one there.
@@ -130,7 +130,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get('format') != FORMAT:
         raise NoRecordError(f'{path} is JSON, but not the record of a benchmark, whose "format" is {FORMAT!r}')
     if _is_deeper(value, DEEPEST):
-        raise ValueError(f'{path} is not a record: it is nested more than {DEEPEST} levels deep')
+        raise ValueError(f'{path} is not a record: it nests more than {DEEPEST} levels deep')
     if value.get('version') != VERSION:
         raise ValueError(
             f'{path} is a record of version {str(value.get("version"))[:20]}, but this program reads version '
@@ -174,7 +174,7 @@ def describe_rates(record: dict[str, Any]) -> str:
 
 
 def describe_counts(data: dict[str, Any]) -> str:
-    """Returns '1,281,167 + 50,000 images of 1000 classes', or as much of it as the record states."""
+    """Returns '1,281,167 + 50,000 images of 1000 classes', or as much of that as the record states."""
     counts = {k: v for k, v in data['counts'].items() if isinstance(v, int)}
     images = ' + '.join(f'{counts[key]:,}' for key in ('train', 'test') if key in counts)
     classes = f'{counts["classes"]} classes' if 'classes' in counts else ''
@@ -189,7 +189,7 @@ def display_name(weights: dict[str, Any]) -> str:
 
 
 def format_record(record: dict[str, Any]) -> str:
-    """Returns the measured numbers beside the published ones as text."""
+    """Formats a record as text, with the measured numbers next to the published ones."""
     data, now, rates = record['data'], compare(record), describe_rates(record)
     reason, changes = now['not_comparable'], '; '.join(list_changes(record['protocol']))
     return '\n'.join(filter(None, (

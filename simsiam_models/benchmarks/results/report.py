@@ -1,9 +1,9 @@
-"""Records of benchmarks as the tables of MMSelfSup's SimSiam page, with measured beside published numbers.
+"""Prints records as the tables of MMSelfSup's SimSiam page, with measured next to published numbers.
 
     simsiam report results/ [--markdown > RESULTS.md]
 
-The tables have the columns of the page (MMSelfSup v0.9.1). A record is in one of them only if its data and parameters
-are the published ones; other records go to tables that compare models (see `sheets`).
+The tables have the columns of the page (MMSelfSup v0.9.1). A record appears in one of them only if its data and
+parameters are the published ones; other records go to tables that compare models (see `sheets`).
 """
 import argparse
 import functools
@@ -66,7 +66,7 @@ WIDTH = 120  # characters of a line if the terminal's width is unknown
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('results', nargs='+', type=Path, metavar='RESULTS',
-                        help='records, or folders that are searched for .json files')
+                        help='records, or folders to search for .json files')
     parser.add_argument('--markdown', action='store_true', help='print the tables as Markdown')
 
 
@@ -98,7 +98,7 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
 
 def _read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the records, and why other files in the folders are left out."""
-    files: dict[Any, tuple[Path, bool]] = {}  # each once, and whether `paths` names it
+    files: dict[Any, tuple[Path, bool]] = {}  # each file once, and whether `paths` names it
     errors: list[OSError] = []
     for path in map(Path, paths):
         named = not path.is_dir()
@@ -210,7 +210,7 @@ def _to_markdown(table: ResultTable) -> str:
 
 
 def _to_text(table: ResultTable, width: int) -> str:
-    """Leaves out empty columns; a table wider than the terminal becomes several, one below the other."""
+    """Leaves out empty columns, and splits a table wider than the terminal into several, one below the other."""
     columns, notes, n = list(zip(*table.rows, strict=True)), table.notes, table.keys
     widths = [max(map(len, column)) + 2 for column in columns]
     shown = [i for i in range(n, len(columns)) if any(columns[i][1:])]

@@ -1,6 +1,6 @@
-"""Tables that compare models, made of the records that have no published number beside them.
+"""Makes tables that compare models from the records without a published number.
 
-There is one table for each benchmark and data set, with a row for each model (and layer) and a column for each metric.
+Each benchmark and data set has a table, with a row for each model (and layer) and a column for each metric.
 Rows state the parameters in which their protocols differ; notes below a table state what holds for all rows.
 """
 import json
@@ -43,7 +43,7 @@ def make_label(records: list[dict[str, Any]]) -> Label:
 
 
 def tabulate(compared: list[Compared], label: Label) -> list[ResultTable]:
-    """Returns a table for each benchmark and data set. A complete known data set is one, whatever its file format."""
+    """Returns a table for each benchmark and data set. A complete known data set counts as one in any format."""
     groups: dict[tuple[str, str], list[Compared]] = {}
     for record, found in compared:
         data = record['data']

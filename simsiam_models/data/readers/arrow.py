@@ -3,9 +3,9 @@
 Arrow files are memory-mapped in place. Parquet has no random access: the datasets library first converts it to Arrow
 files in its own cache (set by HF_DATASETS_CACHE).
 
-The images are the only column of type Image; of several, the one named image or img. In files without such types they
-are the only column of binary or of {bytes, path}. Labels are the first column of LABELS that has class names or
-integers, or else the only column of class names. They are ignored if one is missing or below 0.
+The images are the only column of type Image, or the one named image or img if there are several. In files without
+such types they are the only column of binary or of {bytes, path}. Labels are the first column of LABELS that has class
+names or integers, or else the only column of class names. They are ignored if one is missing or below 0.
 """
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def import_datasets() -> ModuleType:
 
 
 class ArrowImages:
-    """The images of a datasets.Dataset, decoded here. Raises ValueError without exactly one column of images."""
+    """The images of a datasets.Dataset, decoded here. Raises ValueError unless exactly one column holds images."""
 
     def __init__(self, rows: Any, name: str) -> None:
         self.name, self.column = name, find_image_column(rows.features, name)
@@ -43,7 +43,7 @@ class ArrowImages:
         return len(self._rows)
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError, which names the row, if it cannot be read or decoded."""
+        """Returns (H, W, 3) uint8; raises UnreadableError, which names the row, if it cannot be read or decoded."""
         name = f'{self.name}: image {index}'
         with explain_read_errors(name, OSError, ValueError):  # pyarrow's errors are subclasses of these
             data = read_encoded(self._rows[int(index)][self.column])
@@ -119,7 +119,7 @@ def explain_open_errors(name: str, call: Callable[..., Any], *args: Any, **optio
 
 
 def open_saved(folder: Path, name: str) -> tuple[ArrowImages, ArrowImages | None] | None:
-    """Opens a folder of `save_to_disk`, its splits or a single one; returns None if `folder` is none."""
+    """Opens a folder of `save_to_disk`, all its splits or a single one; returns None if `folder` is not one."""
     if not (folder / 'dataset_dict.json').is_file() and not (folder / 'state.json').is_file():
         return None
     rows = explain_open_errors(str(folder), import_datasets().load_from_disk, str(folder))

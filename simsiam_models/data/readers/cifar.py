@@ -69,7 +69,7 @@ class CifarImages:
         return int(self._ends[-1])
 
     def read(self, index: int) -> np.ndarray:
-        """(32, 32, 3) uint8."""
+        """Returns (32, 32, 3) uint8."""
         part = int(np.searchsorted(self._ends, index, 'right'))
         record = self._parts[part][index - self._ends[part]]
         return np.array(record[-PIXELS:].reshape(3, 32, 32).transpose(1, 2, 0))

@@ -1,4 +1,4 @@
-"""The bytes of an image file -> RGB pixels; the errors of data that cannot be used."""
+"""Decodes image files to RGB pixels, and defines the errors of data that cannot be used."""
 import errno
 import importlib
 import io
@@ -28,7 +28,7 @@ class UnreadableError(DataError):
 
 
 def import_library(name: str, users: str) -> ModuleType:
-    """Imports a library of the extra `data`; raises DataError if it is missing. `users` need it, in the plural."""
+    """Imports a library of the extra `data`; raises DataError if it is missing. `users`: what needs it, plural."""
     try:
         return importlib.import_module(name)
     except ImportError:
@@ -49,7 +49,7 @@ def explain_read_errors(name: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def decode(data: bytes | bytearray, name: str) -> np.ndarray:
-    """-> (H, W, 3) uint8, the pixels of PIL's convert('RGB'); 16-bit grayscale is scaled to 8 bits.
+    """Decodes to (H, W, 3) uint8, the pixels of PIL's convert('RGB'); 16-bit grayscale is scaled to 8 bits.
 
     As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped. Raises
     UnreadableError, which contains `name`, if the data cannot be decoded.

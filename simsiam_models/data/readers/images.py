@@ -62,16 +62,16 @@ def pixels_digest(images: Images) -> str:
 
 
 def contents_digest(images: Images) -> str:
-    """Hashes names, the pixels of 16 images and all file sizes to 16 hexadecimal characters: replaced images show."""
+    """Hashes names, 16 images' pixels and all file sizes to 16 hexadecimal characters, which replaced images change."""
     sizes = stored_sizes(images, np.arange(len(images)))
     return digest(images.digest, pixels_digest(images), '' if sizes is None else sizes.astype('<i8'))
 
 
 def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
-    """Sizes in bytes of the files (in a tar: members) that hold these images, -1 if there is no file; int64.
+    """Returns the int64 sizes in bytes of the files (in a tar: members) that hold these images, -1 for no file.
 
-    They reveal most images that were replaced under the same name, and unlike file times they survive copying. None for
-    other sources: their `digest` covers sizes or pixels, except for files that torchvision reads.
+    They reveal most images that were replaced under the same name, and unlike file times they survive copying.
+    Returns None for other sources: their `digest` covers sizes or pixels, except for files that torchvision reads.
     """
     while hasattr(images, 'indices'):  # a subset
         images, rows = images.images, images.indices[rows]
@@ -79,7 +79,7 @@ def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
 
 
 class FileImages:
-    """Image files that an index names, by paths relative to `root` or absolute ones."""
+    """Image files that an index names by their paths, absolute or relative to `root`."""
 
     def __init__(self, root: Path, index: Index, name: str) -> None:
         self.root, self.name, self._index = root, name, index
@@ -100,7 +100,7 @@ class FileImages:
         return sizes
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError, which names the file, if it cannot be read or decoded."""
+        """Returns (H, W, 3) uint8; raises UnreadableError, which names the file, if it cannot be read or decoded."""
         path, nonblocking = self.path(index), getattr(os, 'O_NONBLOCK', 0)  # do not wait for the writer of a pipe
         with explain_read_errors(str(path), OSError, ValueError):  # ValueError: no file can have this name
             with open(path, 'rb', buffering=0, opener=lambda name, flags: os.open(name, flags | nonblocking)) as f:

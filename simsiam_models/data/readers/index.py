@@ -49,7 +49,7 @@ class Index:
         return len(self._offsets) - 1
 
     def path(self, i: int) -> bytes:
-        """The path of an image relative to the root, as bytes (os.fsencode)."""
+        """Returns the path of an image relative to the root, as bytes (os.fsencode)."""
         i = range(len(self))[i]  # negative numbers count from the end; IndexError out of range
         return self._paths[self._offsets[i]:self._offsets[i + 1]].tobytes()
 
@@ -97,7 +97,7 @@ class Listing:
             self.labels.extend(array('i', [number.get(name, 0)]) * n)
 
     def watch_file(self, name: str, path: str | Path) -> None:
-        """The listing is valid until the file at `path` changes; `name` is its path relative to the root."""
+        """Makes the listing valid only until the file at `path` changes; `name` is its path relative to the root."""
         self.files[name] = stamp = stamp_file(path)
         self._watch(stamp[1] if stamp else 0)
 
@@ -139,11 +139,11 @@ def load_or_build(key: dict, build: Callable[[], Listing]) -> Index:
 
 
 def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
-    """The classes are the subfolders of `root`, unless an image lies in `root` itself."""
+    """Lists `root`; its subfolders are the classes, unless an image is in `root` itself."""
     listing, runs = Listing(), []  # runs: subfolders of root and their numbers of images, in the order of the paths
 
     def walk(folder: str, above: tuple[tuple[int, int], ...]) -> None:
-        """Lists `folder`, '' or a relative path with a final separator; `above` identifies the folders it lies in."""
+        """Lists `folder`, '' or a relative path with a final separator; `above` identifies its parent folders."""
         path, names = os.path.join(root, folder), []
         try:
             status = os.stat(path)
@@ -255,7 +255,7 @@ def _load(file: Path, key: dict) -> Index | None:
                 and all(len(values) == len(index) for values in index.columns.values())
                 and index._offsets[0] == 0 and index._offsets[-1] == len(index._paths))
         return index if fits else None
-    # The others are raised if the contents are not a listing. After an OSError, too, a new listing is all it costs.
+    # All but OSError mean that the contents are not a listing. Whatever the error, it costs only a new listing.
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error):
         return None
 

@@ -1,8 +1,8 @@
 """Lists of image files: text with `path label` lines, or CSV. Parsed once, then memory-mapped from the cache.
 
-Paths are relative to the folder of the list, or absolute. Labels are optional, but must be given for all lines or none.
+Paths are relative to the folder of the list, or absolute. Labels are optional, but all lines or none must have one.
 
-Text: a line that ends in an image extension is a path, which may contain spaces; any other line is a path, blanks or a
+Text: a line that ends in an image extension is a path, which may contain spaces; any other line is a path, spaces or a
 tab, and a class number. Empty lines are ignored.
 
 CSV (or .tsv, with tabs): the first row names the columns, one of PATH_COLUMNS and perhaps one of LABEL_COLUMNS; other

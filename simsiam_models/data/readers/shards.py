@@ -24,13 +24,13 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """The files of a pattern with {} or *; those that match * are sorted."""
+    """Returns the files of a pattern with {} or *; those that match * are sorted."""
     return [Path(path) for name in expand_braces(pattern) for path in (
         sorted(glob.glob(name)) if glob.has_magic(name) else [name])]
 
 
 def list_shards(folder: Path, suffix: str) -> list[Path]:
-    """The files with this suffix in `folder`, or else in its subfolder data, as in repositories; sorted."""
+    """Returns the sorted files with this suffix in `folder`, or else in its subfolder data, as in repositories."""
     for place in (folder, folder / 'data'):
         names = []
         with suppress(OSError):
@@ -41,7 +41,7 @@ def list_shards(folder: Path, suffix: str) -> list[Path]:
 
 
 def list_tables(folder: Path) -> list[Path]:
-    """The Parquet files of `list_shards`, or else the Arrow files."""
+    """Returns the Parquet files of `list_shards`, or else the Arrow files."""
     return list_shards(folder, TABLES[0]) or list_shards(folder, TABLES[1])
 
 

@@ -1,6 +1,6 @@
 """Data in an order of its own, without random access: `hf-stream:REPO`, and tar shards from a URL or a command.
 
-Every process reads the whole stream and decodes only its part of each batch, so N processes see what one process sees.
+Every process reads the whole stream and decodes only its part of each batch, so N processes together see what one sees.
 """
 import itertools
 import re
@@ -33,7 +33,7 @@ class _ShuffledStream:
 
     def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]:
         """Yields the undecoded images of an epoch from position `start` on; empty bytes if a sample has no image."""
-        try:  # skips one by one: once images are shuffled, neither library starts in the middle exactly
+        try:  # skips one by one: once images are shuffled, neither library can start exactly in the middle
             yield from itertools.islice(self._read_epoch(seed, epoch), start, self._length)
         except MemoryError:
             raise
@@ -85,7 +85,7 @@ class WebStream(_ShuffledStream):
 
     promise = (
         f'the order is that of the shards and of a buffer of {BUFFER} images, both shuffled by the seed and the epoch: '
-        'the same for any number of processes and after a restart, as long as every shard delivers the same')
+        'the same for any number of processes and after a restart, as long as every shard delivers the same images')
 
     def __init__(self, spec: str, images_per_epoch: int | None) -> None:
         import_library('webdataset', f'{spec}: streams of tars')

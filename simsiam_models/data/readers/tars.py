@@ -42,7 +42,7 @@ class _OpenFile:
 class TarImages:
     """The images in `shards`, in the order of the shards and of the files in them.
 
-    Raises FileNotFoundError if a shard does not exist or they contain no image, ValueError if one is not a whole tar.
+    Raises FileNotFoundError if a shard does not exist or none holds an image, ValueError if one is not a complete tar.
     """
 
     def __init__(self, shards: list[Path], name: str) -> None:
@@ -71,7 +71,7 @@ class TarImages:
         return self._index.columns['sizes'][rows]
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError, which names shard and file, if it cannot be read or decoded."""
+        """Returns (H, W, 3) uint8; raises UnreadableError, which names shard and file, if that fails."""
         shard, start, size = (int(self._index.columns[name][index]) for name in ('shards', 'starts', 'sizes'))
         name = f'{self._shards[shard]}: {os.fsdecode(self._index.path(index))}'
         with explain_read_errors(name, OSError):
@@ -160,7 +160,10 @@ def _read_label(path: str, f: BinaryIO, member: tarfile.TarInfo) -> int:
 
 
 def _check_end(path: str, f: BinaryIO, end: int) -> None:
-    """tarfile stops silently at a header that is cut off or damaged, and at the first of several ends."""
+    """Raises ValueError unless the tar ends at `end`.
+
+    tarfile stops silently at a header that is cut off or damaged, and at the first of several ends.
+    """
     f.seek(end)
     if f.read(512) != bytes(512):
         raise ValueError(f'{path}: cut off or damaged after {end} bytes; download or create it again')

@@ -41,7 +41,7 @@ class TorchvisionImages:
         return len(self._items)
 
     def read(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8. Raises UnreadableError if torchvision cannot read it."""
+        """Returns (H, W, 3) uint8; raises UnreadableError if torchvision cannot read it."""
         # PIL raises almost anything for a broken file: OSError, SyntaxError, ValueError, DecompressionBombError, ...
         with explain_read_errors(f'{self.name}: image {index}', Exception):
             return np.array(self._items[int(index)][0].convert('RGB'))

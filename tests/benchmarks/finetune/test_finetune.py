@@ -24,10 +24,9 @@ from tiny_finetune import ALONE, NETWORK, PLAIN, TINY, Broken, parse, settings
 from simsiam_models.benchmarks import protocols
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.benchmarks.finetune import command, training
-from simsiam_models.benchmarks.finetune.data import Loader, Samples, make_eval_transform
+from simsiam_models.benchmarks.finetune.data import Loader, Samples, make_eval_transform, open_labelled
 from simsiam_models.benchmarks.finetune.model import Classifier
-from simsiam_models.benchmarks.finetune.optimizer import compute_lr_factor
-from simsiam_models.benchmarks.finetune.source import open_labelled
+from simsiam_models.benchmarks.finetune.training import compute_lr_factor
 from simsiam_models.data import DataError
 from simsiam_models.runtime import checkpoint
 from simsiam_models.runtime.lifecycle import Lifecycle, RunError
@@ -383,7 +382,7 @@ def test_a_run_stopped_in_an_epoch_ends_in_the_same_bits(
         said = process.communicate()[1]
     if number == signal.SIGINT:
         assert process.returncode == 130
-        assert said == 'simsiam: stopped by SIGINT; the same command goes on from the last checkpoint\n'
+        assert said == 'simsiam: stopped by SIGINT; the same command continues from the last checkpoint\n'
     epoch = torch.load(folder / 'checkpoint.pth', weights_only=True)['epoch']
     assert 2 <= epoch < 6 and not (folder / 'record.json').exists()
     assert timm.create_model(f'local-dir:{folder}', pretrained=True).num_classes == 10  # the best so far

@@ -15,9 +15,9 @@ from simsiam_models.benchmarks.finetune.data import (
     find_crop_pct,
     make_eval_transform,
     make_train_transform,
+    open_labelled,
     plan_train_batches,
 )
-from simsiam_models.benchmarks.finetune.source import open_labelled
 from simsiam_models.benchmarks.samples import split
 from simsiam_models.data import DataError, open_data
 from simsiam_models.runtime.distributed import World

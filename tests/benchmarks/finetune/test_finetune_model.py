@@ -17,13 +17,13 @@ from simsiam_models.benchmarks.finetune.model import (
     find_last_layers,
     replace_last_layer,
 )
-from simsiam_models.benchmarks.finetune.optimizer import make_optimizer
 from simsiam_models.benchmarks.finetune.result import (
     count_pairs,
     format_confusion,
     make_confusion_rows,
     measure_classes,
 )
+from simsiam_models.benchmarks.finetune.training import make_optimizer
 
 
 @pytest.mark.parametrize('name, kwargs, size', [

@@ -8,8 +8,8 @@ import timm
 import torch
 from tiny_finetune import parse, semi, settings
 
-from simsiam_models.benchmarks.finetune.optimizer import compute_lr_factor, make_optimizer
 from simsiam_models.benchmarks.finetune.settings import fit_batch, resolve_plain, resolve_semi
+from simsiam_models.benchmarks.finetune.training import compute_lr_factor, make_optimizer
 
 
 def test_defaults_follow_the_number_of_images():

@@ -64,7 +64,7 @@ def test_sigterm_finishes_the_step_and_the_same_command_goes_on(at, split_digits
         calls = before_step(m, at, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert cli.main(arguments(split_digits, tmp_path / 'stopped', 'mhead')) == 143
         assert len(calls) == at
-    assert 'SIGTERM; the same command goes on' in capsys.readouterr().err
+    assert 'SIGTERM; the same command continues' in capsys.readouterr().err
     measure(split_digits, tmp_path / 'stopped', 'mhead')
     assert same_numbers(read_record(tmp_path / 'whole'), read_record(tmp_path / 'stopped'))
 
@@ -160,5 +160,5 @@ def test_a_checkpoint_of_another_program_is_named(key, split_digits, tmp_path):
     state = torch.load(path, weights_only=True)
     del state[key]
     torch.save(state, path)
-    with pytest.raises(ValueError, match='no checkpoint of this program.*--fresh'):
+    with pytest.raises(ValueError, match='not a checkpoint of this program.*--fresh'):
         measure(split_digits, tmp_path, 'fair', '--epochs', '1')

@@ -390,7 +390,7 @@ def test_unreadable_images_end_the_probe_or_are_left_out_and_counted(split_digit
 def test_sigterm_says_that_the_features_are_kept(split_digits, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probe, 'auto_probe', lambda *args: os.kill(os.getpid(), signal.SIGTERM))
     assert cli.main(arguments(split_digits, tmp_path)) == 143
-    assert 'SIGTERM; the same command takes the cached features and trains from the start' in capsys.readouterr().err
+    assert 'SIGTERM; the same command reuses the cached features and trains from the start' in capsys.readouterr().err
 
 
 def test_too_little_memory_in_the_backbone_or_in_the_classifiers(split_digits, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,16 +25,20 @@ from sklearn.svm import LinearSVC
 
 from simsiam_models.benchmarks import backbone
 from simsiam_models.benchmarks.metrics import eleven_point_ap, envelope_ap
+from simsiam_models.benchmarks.protocols import LINEAR_SVC, LOW_SHOT_KS
+from simsiam_models.benchmarks.protocols import SVM_COSTS as COSTS
+from simsiam_models.benchmarks.results.compare import REQUIRED
 from simsiam_models.benchmarks.svm import command as svm
 from simsiam_models.benchmarks.svm import fits as svm_fits
-from simsiam_models.benchmarks.svm.fits import COSTS, Finished, draw, full, low_shot, run_all, run_task
-from simsiam_models.benchmarks.svm.pool import DiedError, in_processes
+from simsiam_models.benchmarks.svm.fits import draw_rows, fit_task
+from simsiam_models.benchmarks.svm.jobs import FinishedTasks, Progress, map_in_processes, run_tasks
+from simsiam_models.benchmarks.svm.variants import FullSvm, LowShotSvm, choose_costs, fit_svms
 
 NAMES = ['cat', 'cow', 'dog']
 
 
 class Rows:
-    """Features as svm.write_table takes them."""
+    """Features as write_svm_data takes them."""
 
     def __init__(self, x: np.ndarray, unreadable: tuple[int, ...] = (), digest: str = 'rows') -> None:
         self.x, self.unreadable = x.astype(np.float32), dict.fromkeys(unreadable, 'broken')
@@ -55,9 +60,15 @@ def problem(n: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return x, labels
 
 
-def table(folder: Path, noise: float = 0.6, n: int = 90, seed: int = 0) -> svm_fits.Table:
+def table(folder: Path, noise: float = 0.6, n: int = 90, seed: int = 0) -> svm_fits.SvmData:
     (x, labels), (x_test, labels_test) = problem(n, noise, 1), problem(60, noise, 2)
-    return svm.write_table(folder / 'work', (Rows(x), Rows(x_test)), ['feat5'], labels, labels_test, seed)
+    return svm_fits.write_svm_data(folder / 'work', (Rows(x), Rows(x_test)), ['feat5'], (labels, labels_test), seed)
+
+
+def fit_full(made: svm_fits.SvmData, finished: FinishedTasks) -> dict:
+    variant = FullSvm(['feat5'], NAMES)
+    fit_svms(variant, made, finished, 1)
+    return variant.summarize('feat5', finished)
 
 
 def reference_svc(cost: float, seed: int = 0) -> LinearSVC:
@@ -142,7 +153,7 @@ def test_costs_and_parameters_are_those_of_the_protocol():
         1, 10, 100, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625, 0.001953125, 0.0009765625, 0.00048828125,
         0.000244140625, 0.0001220703125, 6.103515625e-05, 3.0517578125e-05, 1.52587890625e-05, 7.62939453125e-06,
         3.814697265625e-06, 1.9073486328125e-06)
-    assert svm_fits.svc(10.0, 3).get_params() == reference_svc(10.0, 3).get_params()
+    assert svm_fits.make_svc(10.0, 3).get_params() == reference_svc(10.0, 3).get_params()
 
 
 def test_features_are_float64_rows_over_their_norm_plus_1e_5():
@@ -154,7 +165,7 @@ def test_features_are_float64_rows_over_their_norm_plus_1e_5():
 
 def test_the_table_holds_normalised_readable_rows_and_their_labels(tmp_path: Path):
     (x, labels), (x_test, labels_test) = problem(30, 0.5, 1), problem(12, 0.5, 2)
-    made = svm.write_table(tmp_path, (Rows(x, (4, 7)), Rows(x_test)), ['feat5'], labels, labels_test, 0)
+    made = svm_fits.write_svm_data(tmp_path, (Rows(x, (4, 7)), Rows(x_test)), ['feat5'], (labels, labels_test), 0)
     kept = np.delete(np.arange(30), [4, 7])
     np.testing.assert_array_equal(
         np.load(made.trainval['feat5']), svm_fits.normalize_rows(x.astype(np.float32)[kept]))
@@ -167,12 +178,12 @@ def test_a_full_disk_is_one_sentence_that_names_the_output(tmp_path: Path):
     x, labels = problem(30, 0.5, 1)
     (tmp_path / 'feat5_trainval.npy.part').symlink_to('/dev/full')
     with pytest.raises(OSError, match=r'--output: .*feat5_trainval.npy cannot be written \(No space left'):
-        svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+        svm_fits.write_svm_data(tmp_path, (Rows(x), Rows(x)), ['feat5'], (labels, labels), 0)
     assert not list(tmp_path.iterdir())
-    finished = Finished(tmp_path / 'f.jsonl')
+    finished = FinishedTasks(tmp_path / 'f.jsonl')
     finished.path.symlink_to('/dev/full')
     with pytest.raises(OSError, match=r'--output: .*f.jsonl cannot be written \(No space left'):
-        run_all([('cv', 'feat5', 0, 1.0)], None, finished, 1, lambda task, made: {})
+        run_tasks([('cv', 'feat5', 0, 1.0)], None, finished, 1, lambda task, made: {})
 
 
 def test_the_table_is_written_and_not_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -181,7 +192,7 @@ def test_the_table_is_written_and_not_mapped(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(np.lib.format, 'open_memmap', never)
     x, labels = problem(30, 0.5, 1)
-    svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+    svm_fits.write_svm_data(tmp_path, (Rows(x), Rows(x)), ['feat5'], (labels, labels), 0)
     monkeypatch.undo()
     size = (tmp_path / 'feat5_test.npy').stat().st_size
     assert size == 128 + 30 * 12 * 8
@@ -191,12 +202,12 @@ def test_a_feature_that_is_not_finite_is_refused(tmp_path: Path):
     x, labels = problem(30, 0.5, 1)
     x[3, 2] = np.inf
     with np.errstate(invalid='ignore'), pytest.raises(ValueError, match='feat5 of some image is not finite'):
-        svm.write_table(tmp_path, (Rows(x), Rows(x)), ['feat5'], labels, labels, 0)
+        svm_fits.write_svm_data(tmp_path, (Rows(x), Rows(x)), ['feat5'], (labels, labels), 0)
 
 
 def test_selection_and_result_equal_scikit_learns_own_calls(tmp_path: Path):
     made = table(tmp_path)
-    results = full(made, Finished(tmp_path / 'f.jsonl'), ['feat5'], NAMES, 1)['feat5']
+    results = fit_full(made, FinishedTasks(tmp_path / 'f.jsonl'))
     x, x_test = np.load(made.trainval['feat5']), np.load(made.test['feat5'])
     costs = set()
     for c, name in enumerate(NAMES):
@@ -217,8 +228,8 @@ def test_selection_and_result_equal_scikit_learns_own_calls(tmp_path: Path):
 
 def test_of_equal_costs_the_first_is_taken(tmp_path: Path):
     made = table(tmp_path, noise=0.02)
-    finished = Finished(tmp_path / 'f.jsonl')
-    results = full(made, finished, ['feat5'], NAMES, 1)['feat5']
+    finished = FinishedTasks(tmp_path / 'f.jsonl')
+    results = fit_full(made, finished)
     scores = [finished.results['cv', 'feat5', 0, cost]['cv'] for cost in COSTS]
     equal = [cost for cost, score in zip(COSTS, scores, strict=True) if score == max(scores)]
     assert len(equal) > 1 and results['classes']['cat']['cost'] == equal[0] == 1.0
@@ -226,26 +237,26 @@ def test_of_equal_costs_the_first_is_taken(tmp_path: Path):
 
 def test_difficult_images_train_as_negatives(tmp_path: Path):
     made = table(tmp_path)
-    as_absent = svm_fits.Table(
+    as_absent = svm_fits.SvmData(
         made.trainval, made.test, np.where(made.labels_trainval == -1, 0, made.labels_trainval), made.labels_test, 0)
     assert (made.labels_trainval == -1).any()
     for task in (('cv', 'feat5', 1, 1.0), ('test', 'feat5', 1, 1.0)):
-        assert run_task(task, made) == run_task(task, as_absent)
+        assert fit_task(task, made) == fit_task(task, as_absent)
 
 
 def test_difficult_images_are_left_out_of_the_test(tmp_path: Path):
     made = table(tmp_path)
     tasks = [('test', 'feat5', 1, 1.0), ('low-shot', 'feat5', 2, 0, 1)]
-    before = [run_task(task, made) for task in tasks]
+    before = [fit_task(task, made) for task in tasks]
     x_test = np.load(made.test['feat5'])
     difficult = made.labels_test[:, 1] == -1
     assert difficult.any()
     x_test[difficult] = x_test[made.labels_test[:, 1] == 1][0]  # would be ranked first
     np.save(made.test['feat5'], x_test)
-    assert [run_task(task, made) for task in tasks] == before
-    as_absent = svm_fits.Table(
+    assert [fit_task(task, made) for task in tasks] == before
+    as_absent = svm_fits.SvmData(
         made.trainval, made.test, made.labels_trainval, np.where(made.labels_test == -1, 0, made.labels_test), 0)
-    assert all(run_task(task, as_absent)['ap'] != b['ap'] for task, b in zip(tasks, before, strict=True))
+    assert all(fit_task(task, as_absent)['ap'] != b['ap'] for task, b in zip(tasks, before, strict=True))
 
 
 # --- low-shot
@@ -253,7 +264,7 @@ def test_difficult_images_are_left_out_of_the_test(tmp_path: Path):
 @pytest.mark.parametrize('k', [1, 2, 8])
 def test_a_draw_has_k_positives_and_19_k_negatives_without_difficult_or_repeated_images(k: int):
     labels = problem(900, 0.5, 3)[1][:, 1]
-    rows = draw(labels, k, 0, 0, 1)
+    rows = draw_rows(labels, k, 0, 0, 1)
     assert len(np.unique(rows)) == len(rows) == 20 * k
     assert [(labels[rows] == value).sum() for value in (1, 0, -1)] == [k, 19 * k, 0]
     assert (np.diff(rows) > 0).all()
@@ -261,18 +272,18 @@ def test_a_draw_has_k_positives_and_19_k_negatives_without_difficult_or_repeated
 
 def test_draws_are_repeatable_and_differ_by_seed_sample_k_and_class():
     labels = problem(900, 0.5, 3)[1][:, 1]
-    first = draw(labels, 8, 0, 0, 1)
-    np.testing.assert_array_equal(first, draw(labels, 8, 0, 0, 1))
-    assert len({tuple(draw(labels, 8, *of)) for of in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))}) == 4
-    assert not set(draw(labels, 4, 0, 0, 1)) < set(first)  # independent, not nested
+    first = draw_rows(labels, 8, 0, 0, 1)
+    np.testing.assert_array_equal(first, draw_rows(labels, 8, 0, 0, 1))
+    assert len({tuple(draw_rows(labels, 8, *of)) for of in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))}) == 4
+    assert not set(draw_rows(labels, 4, 0, 0, 1)) < set(first)  # independent, not nested
 
 
 @pytest.mark.parametrize('seed', [0, 7])
 def test_every_low_shot_fit_equals_scikit_learns(seed: int, tmp_path: Path):
     made = table(tmp_path, n=600, seed=seed)
-    result = run_task(('low-shot', 'feat5', 4, 2, 1), made)
+    result = fit_task(('low-shot', 'feat5', 4, 2, 1), made)
     x, x_test = np.load(made.trainval['feat5']), np.load(made.test['feat5'])
-    rows = draw(made.labels_trainval[:, 1], 4, seed, 2, 1)
+    rows = draw_rows(made.labels_trainval[:, 1], 4, seed, 2, 1)
     y = np.where(made.labels_trainval[rows, 1] == 1, 1, -1)
     kept = made.labels_test[:, 1] != -1
     for i, cost in enumerate(COSTS):
@@ -285,7 +296,7 @@ def test_every_low_shot_fit_equals_scikit_learns(seed: int, tmp_path: Path):
 def test_the_published_choice_is_the_best_on_test_and_the_honest_one_knows_no_test():
     rng = np.random.default_rng(0)
     ap, cv = rng.random((5, 19, 2)), rng.random((5, 19))
-    chosen = svm_fits.choose_costs(ap, cv)
+    chosen = choose_costs(ap, cv)
     best = max(range(19), key=lambda i: ap[:, i, 0].mean())
     column = 100 * ap[:, best, 0]
     assert chosen['oracle'] == {
@@ -294,14 +305,16 @@ def test_the_published_choice_is_the_best_on_test_and_the_honest_one_knows_no_te
     own = [max(range(19), key=lambda i: cv[s, i]) for s in range(5)]
     assert chosen['honest']['costs'] == [COSTS[i] for i in own]
     assert chosen['honest']['mean'] == round(np.mean([100 * ap[s, i, 0] for s, i in enumerate(own)]), 2)
-    other = svm_fits.choose_costs(1 - ap, cv)
+    other = choose_costs(1 - ap, cv)
     assert other['honest']['costs'] == chosen['honest']['costs'] and other['oracle']['cost'] != chosen['oracle']['cost']
 
 
 def test_one_positive_allows_no_cross_validation_and_the_cost_is_1(tmp_path: Path):
     made = table(tmp_path)
-    assert run_task(('low-shot', 'feat5', 1, 0, 0), made)['cv'] is None
-    results = low_shot(made, Finished(tmp_path / 'f.jsonl'), ['feat5'], [1, 2], 2, 3, 1)['feat5']['k']
+    assert fit_task(('low-shot', 'feat5', 1, 0, 0), made)['cv'] is None
+    variant, finished = LowShotSvm(['feat5'], NAMES, [1, 2], 2), FinishedTasks(tmp_path / 'f.jsonl')
+    fit_svms(variant, made, finished, 1)
+    results = variant.summarize('feat5', finished)['k']
     assert results[1]['honest']['costs'] == [1.0, 1.0]
     assert results[1]['oracle']['mean'] >= results[1]['honest']['mean']
 
@@ -310,50 +323,50 @@ def test_one_positive_allows_no_cross_validation_and_the_cost_is_1(tmp_path: Pat
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_numbers(tmp_path: Path):
     made = table(tmp_path)
-    whole = full(made, Finished(tmp_path / 'whole.jsonl'), ['feat5'], NAMES, 1)
+    whole = fit_full(made, FinishedTasks(tmp_path / 'whole.jsonl'))
     done = []
 
     def killed(task, made):
         if len(done) == 20:
             raise KeyboardInterrupt
         done.append(task)
-        return run_task(task, made)
+        return fit_task(task, made)
 
     path = tmp_path / 'f.jsonl'
     tasks = [('cv', 'feat5', c, cost) for c in range(3) for cost in COSTS]
     with pytest.raises(KeyboardInterrupt):
-        run_all(tasks, made, Finished(path), 1, killed)
+        run_tasks(tasks, made, FinishedTasks(path), 1, killed)
     path.write_bytes(path.read_bytes() + b'[["cv", "feat5", 2, 1.0], {"cv": 0.')  # the kill cut this line off
-    again = Finished(path)
+    again = FinishedTasks(path)
     assert set(again.results) == set(done)
-    assert full(made, again, ['feat5'], NAMES, 1) == whole
+    assert fit_full(made, again) == whole
     assert len(path.read_text().splitlines()) == len(tasks) + 3
-    assert Finished(path).results == Finished(tmp_path / 'whole.jsonl').results
+    assert FinishedTasks(path).results == FinishedTasks(tmp_path / 'whole.jsonl').results
 
     def never(task, made):
         raise AssertionError
 
-    run_all(tasks, made, Finished(path), 1, never)
+    run_tasks(tasks, made, FinishedTasks(path), 1, never)
 
 
-def die(task: tuple, made: svm_fits.Table) -> None:  # a process imports it by its name
+def die(task: tuple, made: svm_fits.SvmData) -> None:  # a process imports it by its name
     os._exit(9)
 
 
-def much(task: tuple, made: svm_fits.Table) -> dict:
+def much(task: tuple, made: svm_fits.SvmData) -> dict:
     return {'cv': np.zeros((2**25, 2**30))}
 
 
-def test_many_processes_find_what_one_does_and_a_killed_one_is_told(tmp_path: Path):
+def test_many_processes_find_what_one_does_and_a_killed_one_is_reported(tmp_path: Path):
     made = table(tmp_path)
-    one, two = Finished(tmp_path / '1.jsonl'), Finished(tmp_path / '2.jsonl')
+    one, two = FinishedTasks(tmp_path / '1.jsonl'), FinishedTasks(tmp_path / '2.jsonl')
     tasks = [('low-shot', 'feat5', 2, s, c) for s in range(2) for c in range(3)]
-    run_all(tasks, made, one, 1)
-    run_all(tasks, made, two, 2)
+    run_tasks(tasks, made, one, 1)
+    run_tasks(tasks, made, two, 2)
     assert one.results == two.results
 
     with pytest.raises(RuntimeError, match='one of the 2 processes ended with exit code 9.*fewer --jobs'):
-        run_all([('cv', 'feat5', 0, 1.0)] * 2, made, Finished(tmp_path / '3.jsonl'), 2, die)
+        run_tasks([('cv', 'feat5', 0, 1.0)] * 2, made, FinishedTasks(tmp_path / '3.jsonl'), 2, die)
 
 
 class TwoArgumentsError(Exception):
@@ -365,27 +378,28 @@ def unsendable(x: str) -> None:
     raise TwoArgumentsError(x, 'y')
 
 
-def test_processes_take_every_item_once_and_an_error_in_one_is_told():
-    assert sorted(in_processes(abs, range(-9, 0), 3)) == list(range(1, 10))
+def test_processes_take_every_item_once_and_an_error_in_one_is_raised():
+    assert sorted(map_in_processes(abs, range(-9, 0), 2)) == list(range(1, 10))
     with pytest.raises(ValueError, match="invalid literal for int.*'x'") as e:
-        list(in_processes(int, ['1', 'x'], 2))
+        list(map_in_processes(int, ['1', 'x'], 1))
     assert 'Traceback' in str(e.value.__cause__)  # of that process
-    with pytest.raises(DiedError, match='ended with exit code 9'):
-        list(in_processes(os._exit, [9, 9], 1))
-    with pytest.raises(DiedError, match='was killed, most likely for want of memory'):
-        list(in_processes(functools.partial(signal.raise_signal), [signal.SIGKILL], 1))
+    with pytest.raises(BrokenProcessPool, match='ended with exit code 9'):
+        list(map_in_processes(os._exit, [9, 9], 1))
+    with pytest.raises(BrokenProcessPool, match='was killed, most likely because memory ran out'):
+        list(map_in_processes(functools.partial(signal.raise_signal), [signal.SIGKILL], 1))
     with pytest.raises(RuntimeError, match='TwoArgumentsError: x and y'):
-        list(in_processes(unsendable, ['x'], 1))  # an error whose copy cannot be made from its text
-    blocked = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK)
+        list(map_in_processes(unsendable, ['x'], 1))  # an error whose copy cannot be made from its text
+    blocked, environment = functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK), dict(os.environ)
     before = blocked(())
-    theirs, = in_processes(blocked, [()], 1)  # what a terminal sends to all is for the first process to act on
+    theirs, = map_in_processes(blocked, [()], 1)  # what a terminal sends to all is for the first process to act on
     assert theirs >= {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1} and blocked(()) == before == set()
+    assert list(map_in_processes(os.getenv, ['OMP_NUM_THREADS'], 1)) == ['1'] and os.environ == environment
 
 
 SLEEPY = """
 import fcntl, os, sys, time
 from simsiam_models import cli
-from simsiam_models.benchmarks import svm_fits
+from simsiam_models.benchmarks.svm import jobs
 
 def sleep(task, table):
     with open(f'{os.getpid()}.new', 'w') as mine:
@@ -394,7 +408,7 @@ def sleep(task, table):
         time.sleep(600)
 
 def main():
-    svm_fits.run_all.__defaults__ = sleep,
+    jobs.run_tasks.__defaults__ = sleep,
     sys.exit(cli.main(['svm', *sys.argv[1:]]))
 """
 
@@ -433,16 +447,16 @@ def test_a_stopped_or_killed_command_leaves_one_line_and_no_process(
             pass
     said = [line for line in (tmp_path / 'err').read_text().splitlines() if not line.startswith('features: ')]
     assert said == ([] if name == 'SIGKILL' else [
-        f'simsiam: stopped by {name}; features are kept in the cache and finished fits in --output, the same command '
-        'goes on'])
+        f'simsiam: stopped by {name}; features stay in the cache and finished fits in --output; run the same command '
+        'to continue'])
     assert bool(list((tmp_path / 'out').glob('.svm-*/'))) == (name == 'SIGKILL')
 
 
-def test_off_a_terminal_a_line_every_half_minute_and_at_the_end_tells_how_far_it_is(
+def test_off_a_terminal_a_line_every_half_minute_and_at_the_end_reports_progress(
     tmp_path: Path, capsys: pytest.CaptureFixture,
 ):
     now = [1000.0]
-    progress = svm_fits.Progress(380, 100, lambda: now[0])
+    progress = Progress(380, 100, lambda: now[0])
     for _ in range(280):
         now[0] += 2.5
         progress.step()
@@ -453,15 +467,15 @@ def test_off_a_terminal_a_line_every_half_minute_and_at_the_end_tells_how_far_it
     assert lines[-1] == 'svm: 380 of 380 fits, 0.4 fits/s, in 12 min'
     tasks = [('cv', i) for i in range(3)]
     for wanted in 'svm: 3 of 3 fits, ', '':  # the second time nothing is left to do
-        run_all(tasks, None, Finished(tmp_path / 'f.jsonl'), 1, lambda task, made: {})
+        run_tasks(tasks, None, FinishedTasks(tmp_path / 'f.jsonl'), 1, lambda task, made: {})
         said = capsys.readouterr().err
         assert said.startswith(wanted) and said.count('\n') == bool(wanted)
 
 
-@pytest.mark.parametrize('jobs, said', [(1, 'where more is free'), (2, 'one of the 2 processes .* fewer --jobs')])
+@pytest.mark.parametrize('jobs, said', [(1, 'with more free memory'), (2, 'one of the 2 processes .* fewer --jobs')])
 def test_a_fit_that_finds_no_memory_is_one_sentence(jobs: int, said: str, tmp_path: Path):
-    with pytest.raises(RuntimeError, match='found no memory') as e:
-        run_all([('cv', 'feat5', 0, 1.0)], None, Finished(tmp_path / 'f.jsonl'), jobs, much)
+    with pytest.raises(RuntimeError, match='ran out of memory') as e:
+        run_tasks([('cv', 'feat5', 0, 1.0)], None, FinishedTasks(tmp_path / 'f.jsonl'), jobs, much)
     assert '\n' not in str(e.value)
     e.match(said)
 
@@ -473,17 +487,17 @@ def test_the_seconds_of_each_task_are_kept(tmp_path: Path):
 
     path = tmp_path / 'f.jsonl'
     tasks = [('cv', 0.05), ('cv', 0.1)]
-    run_all(tasks, None, Finished(path), 1, work)
-    finished = Finished(path)
+    run_tasks(tasks, None, FinishedTasks(path), 1, work)
+    finished = FinishedTasks(path)
     assert all(wanted <= finished.seconds[task] < wanted + 5 for task in tasks for wanted in task[1:])
-    run_all(tasks, None, finished, 1, lambda task, made: 1 / 0)
+    run_tasks(tasks, None, finished, 1, lambda task, made: 1 / 0)
 
 
 def test_fits_that_do_not_converge_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made = table(tmp_path)
-    monkeypatch.setitem(svm_fits.SVC, 'max_iter', 1)
-    assert run_task(('cv', 'feat5', 0, 100.0), made)['unconverged'] == 3
-    assert run_task(('test', 'feat5', 0, 100.0), made)['unconverged'] == 1
+    monkeypatch.setitem(LINEAR_SVC, 'max_iter', 1)
+    assert fit_task(('cv', 'feat5', 0, 100.0), made)['unconverged'] == 3
+    assert fit_task(('test', 'feat5', 0, 100.0), made)['unconverged'] == 1
 
 
 def counts(positive: int, negative: int, test: int = 1) -> tuple:
@@ -509,10 +523,10 @@ def test_of_a_partial_set_the_published_ks_are_taken_that_it_suffices_for(
 ):
     labels = counts(9, 19 * 8 - 1)[1]
     for flags, wanted in (
-            (('--low-shot', '--allow-partial'), [1, 2, 4]), (('--low-shot',), list(svm.KS)),
+            (('--low-shot', '--allow-partial'), [1, 2, 4]), (('--low-shot',), list(LOW_SHOT_KS)),
             (('--allow-partial',), None), (('--low-shot', '--allow-partial', '--k', '96', '8'), [8, 96])):
-        assert svm.ks_of(parse('x', *flags), labels) == wanted
-    assert svm.ks_of(parse('x', '--low-shot', '--allow-partial'), counts(0, 90)[1]) == [1]  # to be refused
+        assert svm.choose_ks(parse('x', *flags), labels) == wanted
+    assert svm.choose_ks(parse('x', '--low-shot', '--allow-partial'), counts(0, 90)[1]) == [1]  # to be refused
     record = run_and_read(tmp_path, devkit, *TINY, '--low-shot', '--samples', '1', '--cache', tmp_path / 'cache')
     assert record['protocol']['k'] == [1, 2] and 'training images found' in record['not_comparable']
     printed = capsys.readouterr().out.splitlines()
@@ -543,7 +557,7 @@ def test_the_command_prints_both_tables_and_writes_a_record_per_tap(
     assert svm.run(args) == 0
     printed = capsys.readouterr().out
     assert 'feature4  feature5' in printed and 'envelope AP (as published)' in printed and '11-point AP' in printed
-    assert 'iterations before they converged: so it is in the published protocol' in printed
+    assert 'iterations before they converged, as in the published protocol' in printed
     assert 'best layer: feature' in printed and 'not comparable with published numbers' in printed
     records = {r['benchmark']: r for r in map(json.loads, (p.read_text() for p in (tmp_path / 'out').glob('*.json')))}
     assert set(records) == {'voc07_svm_feature4', 'voc07_svm_feature5'}
@@ -578,34 +592,32 @@ def test_the_low_shot_command_prints_a_row_of_one_number_per_k(
 
 
 def test_with_the_defaults_the_record_has_the_numbers_that_published_ones_are_compared_by():
-    from simsiam_models.benchmarks.results.compare import PROTOCOLS
-
     for flags, kind in ((), 'voc07_svm'), (('--low-shot',), 'voc07_lowshot_svm'):
-        protocol = svm.protocol_of(parse('x', *flags))
-        assert {k: protocol[k] for k in PROTOCOLS[kind]} == PROTOCOLS[kind]
+        protocol = svm.describe_protocol(parse('x', *flags))
+        assert {k: protocol[k] for k in REQUIRED[kind]} == REQUIRED[kind]
         assert 'changed' not in protocol and protocol['amp'] == 'off'
     assert protocol['k'] == [1, 2, 4, 8, 16, 32, 64, 96]
-    assert svm.protocol_of(parse('x', '--amp', 'bfloat16'))['changed']
+    assert svm.describe_protocol(parse('x', '--amp', 'bfloat16'))['changed']
 
 
 def test_auto_is_off_and_what_is_not_as_published_is_said():
-    assert svm.protocol_of(parse('x', '--amp', 'auto')) == svm.protocol_of(parse('x'))
+    assert svm.describe_protocol(parse('x', '--amp', 'auto')) == svm.describe_protocol(parse('x'))
     args = parse('x', '--amp', 'bfloat16')
-    assert svm.protocol_of(args, 'adaptive', 3)['changed'] == (
+    assert svm.describe_protocol(args, 'adaptive', 3)['changed'] == (
         '3 images cannot be read and are left out; features in bfloat16; taps are pooled adaptively')
-    assert svm.protocol_of(args, 'adaptive')['pooling'] == 'adaptive'
+    assert svm.describe_protocol(args, 'adaptive')['pooling'] == 'adaptive'
 
 
 @pytest.mark.parametrize('flags, wanted', [
     ((), (256, 224)), (('--image-size', '112'), (128, 112)), (('--image-size', '112', '--resize', '200'), (200, 112))])
 def test_the_short_side_is_eight_sevenths_of_the_image_size(flags: tuple[str, ...], wanted: tuple[int, int]):
-    protocol = svm.protocol_of(parse('x', *flags))
+    protocol = svm.describe_protocol(parse('x', *flags))
     assert (protocol['resize'], protocol['image_size'], protocol['squash']) == (*wanted, True)
 
 
 @pytest.mark.parametrize('size, wanted', [(224, 'mmselfsup'), (192, 'adaptive')])
-def test_the_pooling_is_told(size: int, wanted: str):
-    assert svm.pooling_of(backbone.load_backbone('resnet10t:random'), size) == wanted
+def test_the_pooling_is_reported(size: int, wanted: str):
+    assert svm.find_pooling(backbone.load_backbone('resnet10t:random'), size) == wanted
 
 
 # --- what the model sees, and what a seed decides
@@ -630,7 +642,7 @@ def test_the_model_sees_pils_squashed_images_and_the_record_says_so(
             lambda _, inputs: seen.extend(inputs[0].numpy() * std + mean if len(inputs[0]) > 1 else []))
         return found
 
-    monkeypatch.setattr(backbone, 'load_backbone', watched)
+    monkeypatch.setattr(svm, 'load_backbone', watched)
     record = run_and_read(tmp_path, devkit, *TINY, '--taps', 'feat5', '--cache', tmp_path / 'cache')
     protocol = record['protocol']
     assert (protocol['squash'], protocol['resize'], protocol['image_size']) == (True, 36, 32)
@@ -649,9 +661,9 @@ def test_the_seed_is_that_of_every_solver_and_draw_and_of_the_record(
     flags: tuple[str, ...], devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ):
     solvers, draws = [], []
-    real, real_draw = svm_fits.svc, svm_fits.draw
-    monkeypatch.setattr(svm_fits, 'svc', lambda cost, seed: solvers.append(seed) or real(cost, seed))
-    monkeypatch.setattr(svm_fits, 'draw', lambda *of: draws.append(of[2]) or real_draw(*of))
+    real, real_draw = svm_fits.make_svc, svm_fits.draw_rows
+    monkeypatch.setattr(svm_fits, 'make_svc', lambda cost, seed: solvers.append(seed) or real(cost, seed))
+    monkeypatch.setattr(svm_fits, 'draw_rows', lambda *of: draws.append(of[2]) or real_draw(*of))
     names = []
     for seed in 7, 0:
         solvers.clear(), draws.clear()
@@ -670,16 +682,17 @@ def test_fits_are_kept_under_the_name_of_all_that_decides_them(monkeypatch: pyte
 
     def name(*flags, bad=(), labels=labels, taps=('feat5',), digest='rows'):
         rows = Rows(x, bad), Rows(x, digest=digest)
-        return svm.name_of(parse('x', *flags), rows, list(taps), (labels[rows[0].readable], labels))
+        return svm.name_fits(parse('x', *flags), rows, list(taps), (labels[rows[0].readable], labels))
 
     alike = np.zeros_like(labels)
     names = [
         name(), name('--low-shot'), name('--seed', '1'), name(taps=('feat4', 'feat5')), name(bad=(3,)),
         name(labels=alike), name(digest='exchanged'), name(bad=(3,), labels=alike), name(bad=(4,), labels=alike)]
     for constant, value in (
-            ('COSTS', (1.0,)), ('FOLDS', 5), ('NEGATIVES', 9), ('SVC', {'tol': 1}), ('AP', 'x'), ('FORMAT', 0)):
+            ('SVM_COSTS', (1.0,)), ('SVM_FOLDS', 5), ('LOW_SHOT_NEGATIVES', 9), ('LINEAR_SVC', {'tol': 1}),
+            ('SVM_AP', 'x'), ('FORMAT', 0)):
         with monkeypatch.context() as changed:
-            changed.setattr(svm_fits, constant, value)
+            changed.setattr(svm, constant, value)
             names.append(name())
     assert len(set(names)) == len(names)
     assert name() == names[0] and name('--low-shot', '--k', '1', '--samples', '2') == name('--low-shot')
@@ -702,7 +715,7 @@ def test_repaired_images_count_in_the_same_folder(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(svm_fits, 'full', kill)
+            patched.setattr(svm, 'fit_svms', kill)
             svm.run(parse(*args, '--output', out))
     else:
         partial = run_and_read(out, *args)
@@ -719,13 +732,14 @@ def test_full_and_low_shot_share_a_folder(
     devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None,
 ):
     args = (devkit, *TINY, '--taps', 'feat5', '--output', tmp_path, '--cache', tmp_path / 'cache')
-    low_shot = svm_fits.low_shot
+    fit_svms = svm.fit_svms
 
     def meanwhile(*of):
+        monkeypatch.setattr(svm, 'fit_svms', fit_svms)
         assert svm.run(parse(*args)) == 0  # from its first fit to the end
-        return low_shot(*of)
+        return fit_svms(*of)
 
-    monkeypatch.setattr(svm_fits, 'low_shot', meanwhile)
+    monkeypatch.setattr(svm, 'fit_svms', meanwhile)
     assert svm.run(parse(*args, '--low-shot', '--k', '2', '--samples', '1')) == 0
     records = [json.loads(p.read_text()) for p in tmp_path.glob('*.json')]
     assert len({r['extra']['finished_fits'] for r in records}) == len(records) == 2
@@ -735,25 +749,24 @@ def test_the_second_of_two_equal_runs_waits_and_finds_the_fits(
     devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, one_thread: None,
 ):
     args = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path, '--cache', tmp_path / 'cache')
-    full, fit, fitted, status, said = svm_fits.full, svm_fits._run_cv, [], [], []
+    fit_svms, fit, fitted, status, said = svm.fit_svms, svm_fits._cross_validate_task, [], [], []
     second = threading.Thread(target=lambda: status.append(svm.run(args)), daemon=True)
 
     def meanwhile(*of):
-        monkeypatch.setattr(svm_fits, 'full', full)
+        monkeypatch.setattr(svm, 'fit_svms', fit_svms)
         second.start()
         end = time.monotonic() + 60
-        while 'waiting for the process' not in ''.join(said) and second.is_alive() and time.monotonic() < end:
+        while 'waiting for another process' not in ''.join(said) and second.is_alive() and time.monotonic() < end:
             said.append(capsys.readouterr().err)
             time.sleep(0.01)
-        result = full(*of)
+        fit_svms(*of)
         assert not status
-        return result
 
-    monkeypatch.setattr(svm_fits, 'full', meanwhile)
-    monkeypatch.setattr(svm_fits, '_run_cv', lambda *of: fitted.append(of[1:]) or fit(*of))
+    monkeypatch.setattr(svm, 'fit_svms', meanwhile)
+    monkeypatch.setattr(svm_fits, '_cross_validate_task', lambda *of: fitted.append(of[1:]) or fit(*of))
     assert svm.run(args) == 0
     second.join(60)
-    assert status == [0] and 'svm: waiting for the process' in ''.join(said)
+    assert status == [0] and 'waiting for another process' in ''.join(said)
     assert len(fitted) == len(set(fitted)) == 3 * len(COSTS)
 
 
@@ -765,7 +778,7 @@ def test_a_finished_run_repeated_writes_no_table_and_keeps_its_seconds(
     fits, = tmp_path.glob('svm-*.jsonl')
     lines = [json.loads(line) for line in fits.read_text().splitlines()]
     fits.unlink()
-    finished = svm_fits.Finished(fits)
+    finished = FinishedTasks(fits)
     for task, result, _, _ in lines:
         finished.add(tuple(task), result, 2.0)
     rows = svm_fits.normalize_rows
@@ -783,11 +796,11 @@ def test_a_finished_run_repeated_writes_no_table_and_keeps_its_seconds(
 def test_an_output_that_takes_no_files_is_found_before_anything_slow(
     devkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(backbone, 'load_backbone', lambda *of: 1 / 0)
+    monkeypatch.setattr(svm, 'load_backbone', lambda *of: 1 / 0)
     file = tmp_path / 'file'
     file.write_text('x')
     for output in file, file / 'below':
-        with pytest.raises(ValueError, match='--output .*file.*: no record can be written there'):
+        with pytest.raises(ValueError, match='--output .*file.*: cannot write a record there'):
             svm.run(parse(devkit, *TINY, '--output', output))
     with pytest.raises(ZeroDivisionError):
         svm.run(parse(devkit, *TINY, '--output', tmp_path / 'new' / 'folder'))
@@ -795,11 +808,11 @@ def test_an_output_that_takes_no_files_is_found_before_anything_slow(
 
 
 @pytest.mark.parametrize('args, said', [
-    (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--low-shot', '--k', '0'], r'--k \[0\]: must be'),
+    (['--jobs', '0'], '--jobs 0: must be at least 1'), (['--low-shot', '--k', '0'], '--k 0: must be at least 1'),
     (['--samples', '0'], '--samples 0'), (['--seed', '-1'], '--seed -1'),
     (['--low-shot', '--samples', '0'], '--samples 0: must be at least 1'),
-    (['--k', '4', '8'], r'--k 4 8: is of the low-shot SVM; add --low-shot'),
-    (['--samples', '3'], '--samples 3: is of the low-shot SVM; add --low-shot'),
+    (['--k', '4', '8'], '--k 4 8: must be used with --low-shot; add that flag'),
+    (['--samples', '3'], '--samples 3: must be used with --low-shot; add that flag'),
     (['--model', 'convnext_atto:random'], 'feat5: .* 4 stages only; name those that it has with --taps'),
     (['--low-shot', '--k', '40'], r'--k 40 needs 40 and 760; .*\(possible here: 1 2\)'),
     (['--image-size', '40'], '--resize 36: must be at least'), (['--batch-size', '0'], '--batch-size 0: must be'),
@@ -828,7 +841,7 @@ def test_a_missing_scikit_learn_names_the_install_command(
 
 @pytest.mark.parametrize('harm', ['flip', 'shape', 'cut', 'deep'])
 def test_a_damaged_line_is_dropped_and_the_others_are_kept(harm: str, tmp_path: Path):
-    fits = svm_fits.Finished(tmp_path / 'x.jsonl')
+    fits = FinishedTasks(tmp_path / 'x.jsonl')
     for i in range(3):
         fits.add(('cv', i), {'ap': 0.9375}, 1.0)
     lines = fits.path.read_bytes().splitlines(keepends=True)
@@ -837,7 +850,7 @@ def test_a_damaged_line_is_dropped_and_the_others_are_kept(harm: str, tmp_path: 
         'deep': b'[' * 100_000 + b'\n'}[harm]
     fits.path.write_bytes(lines[0] + broken + lines[2] + lines[1][:-1])  # the last without its end
     for _ in range(2):
-        assert svm_fits.Finished(fits.path).results == {('cv', 0): {'ap': 0.9375}, ('cv', 2): {'ap': 0.9375}}
+        assert FinishedTasks(fits.path).results == {('cv', 0): {'ap': 0.9375}, ('cv', 2): {'ap': 0.9375}}
         assert fits.path.read_bytes() == lines[0] + lines[2]
 
 
@@ -846,7 +859,7 @@ def test_a_table_that_a_kill_left_is_made_again(devkit: Path, tmp_path: Path, on
     assert svm.run(args) == 0
     other = parse(devkit, *TINY, '--taps', 'feat5', '--output', tmp_path / 'b', '--cache', tmp_path / 'cache')
     with monkeypatch.context() as killed:
-        killed.setattr(svm_fits, 'run_all', lambda *args: 1 / 0)
+        killed.setattr(svm, 'fit_svms', lambda *args: 1 / 0)
         killed.setattr(shutil, 'rmtree', lambda *args, **kwargs: None)
         with pytest.raises(ZeroDivisionError):
             svm.run(other)
