@@ -202,8 +202,8 @@ class KnnMonitor:
             if found > self.max_unreadable * n or len(bad) == len(rows):
                 first = next(iter((bad or self.unreadable[1]).values()))
                 raise DataError(
-                    f'{images.name}: {found} of {n} images for the kNN monitor cannot be read (the first: {first}), more '
-                    f'than --max-unreadable {self.max_unreadable:g} allows: repair or remove them')
+                    f'{images.name}: {found} of {n} images for the kNN monitor cannot be read (the first: {first}), '
+                    f'more than --max-unreadable {self.max_unreadable:g} allows: repair or remove them')
 
     @torch.no_grad()
     def measure(self, backbone: nn.Module) -> float:
