@@ -125,7 +125,7 @@ def test_any_change_of_its_bytes_is_damage(tmp_path):
         try:
             found = checkpoint.read(tmp_path / 'x.pth', KEYS)
         except DamagedError as e:
-            assert 'is damaged and cannot be read' in str(e)
+            assert 'cannot be read: it is damaged' in str(e)
         except ValueError as e:  # the name of a record was changed, whose checksum covers only its contents
             assert 'not a checkpoint of this program' in str(e)
         else:
