@@ -135,7 +135,7 @@ def no_number(count: int) -> None:
 ACCIDENTS: dict[str, Callable[[int], None]] = {
     'none': lambda count: None,
     'read': lambda count: at_call(FolderImages, 'read', count, die),
-    'batch': lambda count: at_call(TwoViews, 'finished', count, die),
+    'batch': lambda count: at_call(TwoViews, 'finish', count, die),
     'backward': lambda count: at_call(torch.Tensor, 'backward', count, die),
     'before step': lambda count: at_call(torch.optim.SGD, 'step', count, die),
     'after step': lambda count: at_call(torch.optim.SGD, 'step', count, die, after=True),
@@ -168,13 +168,13 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
 
 def note_samples() -> None:
     """Each batch that a step took goes into the file SAMPLES: {"epoch", "batch", "indices"}."""
-    real = TwoViews.finished
+    real = TwoViews.finish
 
-    def finished(self: TwoViews, batch: Any) -> Any:
+    def finish(self: TwoViews, batch: Any) -> Any:
         with open(os.environ['SAMPLES'], 'a') as f:
             f.write(json.dumps(dict(epoch=batch.epoch, indices=[int(i) for i in batch.indices])) + '\n')
         return real(self, batch)
-    TwoViews.finished = finished
+    TwoViews.finish = finish
 
 
 def serve() -> None:
