@@ -145,6 +145,7 @@ def decide_perf(
         return functools.partial(train_step, trainer)
 
     def choose() -> tuple[str, Perf]:
+        life.say('auto-perf: timing a few ways of computing a step, for about a minute')
         amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
         chosen = choose_perf(model, _view_shape(recipe, world), world.device, amps, make_step, life.say)
         amend_claim(life.folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
