@@ -417,9 +417,12 @@ def test_sixty_percent_of_corrupt_images_stop_the_run_with_a_sentence(few_digits
     data = tmp_path / 'data'
     shutil.copytree(few_digits, data)
     spoil_files(data, 0.6)
-    code, out, err = run(data, tmp_path / 'run', '--workers', '2')
-    assert code == 1 and '6 of 64 allowed' in err and '--max-unreadable' in err
-    assert len(err.strip().splitlines()) == 1
+    # The kNN monitor reads the same images unless told otherwise, and then it is the first to refuse them.
+    for output, more, words in (('run', ('--knn-data', str(few_digits)), '6 of 64 allowed'),
+                                ('another', (), '38 of 64 images for the kNN')):
+        code, out, err = run(data, tmp_path / output, '--workers', '2', *more)
+        assert code == 1 and words in err and '--max-unreadable' in err
+        assert len(err.strip().splitlines()) == 1
 
 
 def test_weights_that_are_not_finite_end_the_run_in_one_line_and_keep_the_last_checkpoint(few_digits, tmp_path):

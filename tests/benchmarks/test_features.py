@@ -469,7 +469,7 @@ def test_features_that_are_not_finite_are_refused(images, tmp_path):
 
 def test_what_cannot_be_done_is_said_in_one_sentence(tiny, images, tmp_path):
     for match, kwargs in {
-        'choose of avgpool': {'what': ['feat6']}, '--amp int8': {'amp': 'int8'}, '--batch-size 0': {'batch_size': 0},
+        'choose from avgpool': {'what': ['feat6']}, '--amp int8': {'amp': 'int8'}, '--batch-size 0': {'batch_size': 0},
         'does not run on images of 8 px': {'backbone': load_backbone('test_vit:random'), 'transform': Transform(8, 8)},
         'maps of 4 stages': {'backbone': load_backbone('test_convnext:random'), 'what': ['feat5']},
     }.items():
