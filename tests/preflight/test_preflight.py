@@ -150,10 +150,14 @@ def test_the_report_is_short_and_ends_with_the_command(few_digits, capsys, fast)
     assert sum('images/s' in line for line in out) == 3  # data alone, step alone, both
 
 
-def test_a_short_trial_ends_in_time_and_trains(few_digits, tmp_path):
+def test_a_short_trial_ends(few_digits, tmp_path):
     began = time.perf_counter()
+    run_trial(open_data(few_digits)[0], Recipe(**{**vars(RECIPES['demo']), 'epochs': 10**6}), CPU, 0, 2)
+    assert time.perf_counter() - began < 100  # on a very busy machine; it would take days
+
+
+def test_the_record_says_how_the_trial_trained(few_digits, tmp_path, fast):
     assert run(few_digits, '--json', tmp_path / 'r.json', seconds=4) == 0
-    assert time.perf_counter() - began < 60  # on a very busy machine
     trial = json.loads((tmp_path / 'r.json').read_text())['trial']
     assert trial['steps'] > 1 and trial['rate'] > 0 and 0 <= trial['waiting'] <= 1 and trial['collapsed'] is False
 
@@ -337,7 +341,7 @@ def test_data_that_cannot_be_decoded_is_refused_in_one_sentence(tmp_path, few_di
     assert '4 of 7 images read cannot be decoded' in capsys.readouterr().err
 
 
-def test_a_network_that_collapses_is_called_collapsed(few_digits):
+def test_a_network_that_collapses_is_called_collapsed(few_digits, fast):
     recipe = Recipe(**{**vars(RECIPES['demo']), 'batch_size': 16})
     original = trial_module.make_model
 
@@ -353,7 +357,7 @@ def test_a_network_that_collapses_is_called_collapsed(few_digits):
     assert t.steps > 1 and t.collapsed and t.diagnosis.startswith('COLLAPSED')
 
 
-def test_unreadable_images_do_not_end_the_trial():
+def test_unreadable_images_do_not_end_the_trial(fast):
     class Torn(MemoryImages):
         def read(self, index: int) -> np.ndarray:
             if index % 3 == 0:
