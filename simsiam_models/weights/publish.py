@@ -14,9 +14,10 @@ from ..runtime.messages import one_line
 from . import sources, tensorfile
 from .card import CardFacts, format_card
 from .export import export_checkpoint
+from .folders import DESCRIPTION, read_config, read_json
 from .layouts import Checkpoint, load_checkpoint
 from .published import NAME, WEIGHTS, Weights
-from .reading import read
+from .reading import find_export, read, require_safetensors
 from .tensorfile import CONFIG, HEADS, MODEL
 from .verify import FINGERPRINT, compute_fingerprint, find_nonfinite
 
@@ -47,7 +48,7 @@ def publish(source: str | Path, tag: str, dry_run: str | Path | None = None, lic
         raise FileNotFoundError(f'{source} does not exist: name a checkpoint or an exported folder')
     name = NAME
     if weights is None and source.is_dir():  # of any architecture
-        name = f'simsiam_{_read_config(source)["architecture"].removeprefix("simsiam_")}'
+        name = f'simsiam_{read_config(source).name.removeprefix("simsiam_")}'
     repo = sources.hub_id(f'{name}.{tag}')
     validate_repo_id(repo)
     with tempfile.TemporaryDirectory() as temporary:
@@ -77,8 +78,8 @@ def _write_repository(source: Path, tag: str, repo: str, folder: Path, license: 
         export_checkpoint(checkpoint, folder, cfg)
     config = _read_config(folder)
     try:  # as timm does: build what config.json names, and fill it strictly
-        model = timm.create_model(
-            config['architecture'], num_classes=config['num_classes'], **config.get('model_args', {}))
+        network = read_config(folder)
+        model = timm.create_model(network.name, num_classes=config['num_classes'], **network.args)
         model.load_state_dict(read(folder / MODEL), strict=True)
     except RuntimeError as e:
         raise ValueError(f'timm cannot load {source}: {one_line(e, 300)}') from e
@@ -135,19 +136,20 @@ def _copy_export(source: Path, folder: Path, cfg: dict[str, Any]) -> None:
     if source.resolve() == folder.resolve():
         raise ValueError(f'{folder} is the source itself: write the dry run to another folder')
     config = _read_config(source)
-    config['pretrained_cfg'].update(cfg)
+    config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION} | cfg
     config.get('model_args', {}).pop('num_classes', None)  # transformers passes it too, and fails
     folder.mkdir(parents=True, exist_ok=True)
     for name in (MODEL, HEADS):
         (folder / name).unlink(missing_ok=True)
         if name == MODEL or (source / name).exists():
+            require_safetensors(find_export(source) if name == MODEL else source / name)
             _check_finite(read(source / name), source / name)
             shutil.copyfile(source / name, folder / name)
     write_json(folder / CONFIG, config)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     if not {'architecture', 'num_classes', 'num_features', 'pretrained_cfg'} <= set(config):
         raise ValueError(f'{folder / CONFIG} is not that of a model exported for timm: it has only {", ".join(config)}')
     return config
