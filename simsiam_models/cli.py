@@ -55,6 +55,7 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('out', type=Path, metavar='OUT')
     text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
+    parser.add_argument('--branch', metavar='NAME', help='the network to take of a file with several')
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +98,7 @@ COMMANDS = {
         'show the origin of published weights and their numbers'),
     'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
     'convert': Command(
-        add_convert, lambda args: print(convert(args.source, args.out, args.to)),
+        add_convert, lambda args: print(convert(args.source, args.out, args.to, args.branch)),
         'convert a checkpoint of any known layout to another layout'),
     'publish': Command(
         add_publish, lambda args: print(publish(args.checkpoint, args.tag, args.dry_run, args.license)),

@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .weights import sources
-from .weights.layouts import load_checkpoint, recognize
+from .weights.layouts import Checkpoint, load_checkpoint, recognize
 from .weights.published import NAME, WEIGHTS, Weights
 
 _logger = logging.getLogger('simsiam_models')
@@ -41,33 +41,68 @@ class CifarResNet(ResNet):
     """ResNet for 32 px images (paper, appendix D): a 3x3 stem of stride 1 and no max-pool.
 
     timm's own ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
+
+    Args:
+        stem_padding: 1; solo-learn's stem pads by 2, so that its maps have 34 px.
+        stem_relu: whether a ReLU follows the stem's batch norm; in networks cut from lightly's ResNet none does.
     """
 
-    def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, in_chans: int = 3, stem_padding: int = 1, stem_relu: bool = True, **kwargs: Any,
+    ) -> None:
         super().__init__(*args, in_chans=in_chans, **kwargs)
         old = self.conv1
         self.conv1 = nn.Conv2d(
             in_chans, old.out_channels, 3, padding=1, bias=False, device=old.weight.device, dtype=old.weight.dtype)
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
         self.maxpool = nn.Identity()
+        self.set_stem(stem_padding, stem_relu)
         for i, info in enumerate(self.feature_info):  # timm assumes a stem of stride 4
             info['reduction'] = 1 if i == 0 else info['reduction'] // 4
 
+    def set_stem(self, stem_padding: int = 1, stem_relu: bool = True) -> None:
+        """Changes what no entry of a checkpoint shows; see the class."""
+        self.conv1.padding = (stem_padding, stem_padding)
+        if not stem_relu:
+            self.act1 = nn.Identity()
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the entries that `model` loads from a checkpoint of any known layout.
 
-    Raises ValueError if the keys fit no known layout, and RuntimeError if entries of the backbone are missing: timm
-    itself accepts that if `num_classes` differs from the file's, and leaves random weights.
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module, branch: str | None = None) -> dict[str, Tensor]:
+    """Returns the entries that `model` loads from a checkpoint of any known layout; `branch`: see `load_checkpoint`.
+
+    Raises ValueError if the keys fit no known layout, and RuntimeError if the backbone's entries are not those of the
+    model: timm itself accepts that if `num_classes` differs from the file's, and leaves random weights.
     """
-    checkpoint = recognize(state_dict)
-    state = checkpoint.model_state() if model.num_classes else checkpoint.backbone
-    needed = [k for k in model.state_dict() if not k.startswith('fc.')]
-    if missing := [k for k in needed if k not in state]:
-        raise RuntimeError(f'the checkpoint (layout {checkpoint.layout}) lacks {len(missing)} of the {len(needed)} '
-                           f'entries of the backbone: {", ".join(missing[:3])}, ...')
+    return choose_entries(recognize(state_dict, branch), model)
+
+
+def choose_entries(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor]:
+    """Returns the entries of a checkpoint for `model`, and sets the stem that they were trained with.
+
+    A classifier is among them if it has the model's number of classes. If not, the model's own stays random, as for
+    all pretrained weights of timm, and a warning says so. Raises RuntimeError as `checkpoint_filter_fn`.
+    """
+    state, needed = checkpoint.model_state(), [k for k in model.state_dict() if not k.startswith('fc.')]
+    lacking, extra = [k for k in needed if k not in state], [k for k in checkpoint.backbone if k not in needed]
+    for keys, problem in ((lacking, f'lacks {len(lacking)} of the'), (extra, f'has {len(extra)} more than the')):
+        if keys:
+            raise RuntimeError(
+                f'the checkpoint (layout {checkpoint.layout}) {problem} {len(needed)} entries of the '
+                f'backbone: {", ".join(keys[:3])}, ...')
+    if stem := checkpoint.info.get('stem'):
+        if not isinstance(model, CifarResNet):
+            raise RuntimeError(
+                f'the checkpoint (layout {checkpoint.layout}) is of a network for 32 px images; load it as '
+                'simsiam_resnet18_cifar')
+        model.set_stem(**stem)
     _logger.info(checkpoint.describe())
-    return state
+    classes = len(state.get('fc.weight', ()))
+    if hasattr(model, 'pretrained_cfg'):
+        model.pretrained_cfg['num_classes'] = classes  # timm takes a classifier of this size, and drops any other
+    if model.num_classes not in (0, classes):
+        found = f'a classifier of {classes} classes' if classes else 'no classifier'
+        _logger.warning(f'the weights hold {found}: that of the model, with {model.num_classes} classes, is random')
+    return state if model.num_classes == classes else checkpoint.backbone
 
 
 def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
@@ -79,21 +114,30 @@ def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | 
     return None if own else (f'{variant}.{cfg.tag}', weights)
 
 
-def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+def _create_resnet(
+    cls: type[ResNet], variant: str, pretrained: bool, branch: str | None = None, **kwargs: Any,
+) -> ResNet:
     """Calls timm's builder. Published weights become local files, and the caller's files may have any known layout."""
-    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    overlay, filter_fn = dict(kwargs.pop('pretrained_cfg_overlay', None) or {}), None
     if pretrained:
+        cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         if found := find_weights(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
             overlay['file'] = str(sources.fetch(*found, cache_dir=kwargs.get('cache_dir')))
             warn_of_licence(*found)
-        elif overlay.get('file') and not overlay.get('state_dict'):
+        elif cfg.file and not cfg.state_dict and not cfg.source:
             # timm loads with weights_only=True, which refuses OpenMMLab's files.
-            overlay['state_dict'] = load_checkpoint(overlay['file']).model_state()
+            checkpoint = load_checkpoint(cfg.file, branch)
+            overlay['state_dict'] = checkpoint.model_state()
+            filter_fn = functools.partial(_fill, checkpoint)
+    filter_fn = filter_fn or functools.partial(checkpoint_filter_fn, branch=branch)
     model = build_model_with_cfg(
-        cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn,
-        **kwargs)
+        cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=filter_fn, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory and in every copy of the configuration
     return model
+
+
+def _fill(checkpoint: Checkpoint, state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    return choose_entries(checkpoint, model)
 
 
 @functools.cache

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     images = _open_images(args)
     with join_world(args.device) as world:
-        backbone = load_backbone(args.model, world.device)
+        backbone = load_backbone(args.model, world.device, args.branch)
         transform = make_transform(args, backbone, print if world.main else silent)
         features = extract(backbone, images, args.what, transform, read_extraction(args), world)
     if not world.main:

@@ -21,11 +21,12 @@ TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
 SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # readers recognize these files by their suffix
 
 
-def convert(source: str | Path, out: str | Path, to: str) -> str:
+def convert(source: str | Path, out: str | Path, to: str, branch: str | None = None) -> str:
     """Writes the backbone of `source` and, if the target has a place for it, the linear classifier.
 
     `source` is a checkpoint in any layout that `load_checkpoint` knows; `out` is a new folder for timm, a new file for
-    the other TARGETS. Returns a report of what was read, written and left out, and the code that uses the result.
+    the other TARGETS. `branch` is as for `load_checkpoint`. Returns a report of what was read, written and left out,
+    and the code that uses the result.
 
     Raises:
         FileNotFoundError, ValueError: `source` does not exist or is not a ResNet-50, or `out` exists.
@@ -40,7 +41,7 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
         raise ValueError(f'{out} already exists: name a new {"folder" if to == "timm" else "file"}, or remove it first')
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, branch)
     expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
     if mismatch := describe_mismatch(checkpoint.backbone, expected):
         raise ValueError(f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network '
