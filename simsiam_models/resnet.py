@@ -8,39 +8,39 @@ import logging
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .weights import sources
 from .weights.layouts import load_checkpoint, recognize
-from .weights.published import NAME, WEIGHTS, Weights
+from .weights.published import NAME, WEIGHTS, Weights, pixel_statistics
 
 _logger = logging.getLogger('simsiam_models')
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _cfg(bgr: bool = False, **kwargs: Any) -> dict[str, Any]:
     # Evaluation as published: resize the short side to 256 (bilinear), centre crop 224, so crop_pct is 0.875.
     return {
         'num_classes': 0, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
-        'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2011.10566', **kwargs,
+        'interpolation': 'bilinear', **pixel_statistics(bgr), 'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2011.10566', **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs({
     **{f'{NAME}.{tag}': _cfg(
-        url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
+        bgr=w.bgr, url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.project)
         for tag, w in WEIGHTS.items()},
     'simsiam_resnet18_cifar.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
 })
 
 
 class CifarResNet(ResNet):
-    """ResNet for 32 px images (paper, appendix D): a 3x3 stem of stride 1 and no max-pool.
+    """ResNet for 32 px images: a 3x3 stem of stride 1 and no max-pool.
 
-    timm's own ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
+    The paper's appendix D says only "the CIFAR variant of ResNet-18"; this stem is the usual reading of it. timm's own
+    ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
     """
 
     def __init__(self, *args: Any, in_chans: int = 3, **kwargs: Any) -> None:
@@ -88,7 +88,12 @@ def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: 
             warn_of_licence(*found)
         elif overlay.get('file') and not overlay.get('state_dict'):
             # timm loads with weights_only=True, which refuses OpenMMLab's files.
-            overlay['state_dict'] = load_checkpoint(overlay['file']).model_state()
+            checkpoint = load_checkpoint(overlay['file'])
+            overlay['state_dict'] = checkpoint.model_state()
+            bgr = checkpoint.info.get('bgr', False)  # the statistics are the file's, whatever the tag
+            cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+            if tuple(cfg.mean) == pixel_statistics(not bgr)['mean']:
+                overlay = {**pixel_statistics(bgr), **overlay}
     model = build_model_with_cfg(
         cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs)
@@ -111,6 +116,6 @@ def simsiam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def simsiam_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-18 with the CIFAR stem (paper, appendix D): (B, 3, 32, 32) -> (B, 512), or logits."""
+    """ResNet-18 with the usual CIFAR stem: (B, 3, 32, 32) -> (B, 512), or logits."""
     kwargs = {'block': BasicBlock, 'layers': (2, 2, 2, 2), **kwargs}
     return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **kwargs)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.messages import one_line
+from . import tensorfile
+from .published import WEIGHTS, find_tag
 from .reading import read, read_onnx
 from .tensorfile import HEADS, MODEL
 
@@ -131,6 +133,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
     It knows the rows of LAYOUTS, ONNX files from `simsiam convert`, and folders exported for timm. The parts are
     returned in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists the changes.
+    `info['tag']` names a published file, known by its hash. `info['bgr']` is true for weights that were trained on BGR
+    pixels: here, they take RGB pixels, normalized by `published.pixel_statistics(True)`.
 
     Raises:
         FileNotFoundError, OSError: the file does not exist, or the disk failed or refused to read it.
@@ -142,9 +146,27 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if (heads := path / HEADS).exists():
         raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
     try:
-        return recognize(raw)
+        return _note_origin(recognize(raw), file)
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from None
+
+
+def _note_origin(checkpoint: Checkpoint, file: Path) -> Checkpoint:
+    """Notes whether the file is a published one, and makes weights for BGR pixels take RGB."""
+    if tensorfile.CHANNELS in tensorfile.read_metadata(file):  # our copy, already reversed
+        checkpoint.info['bgr'] = True
+    elif tag := find_tag(file):
+        checkpoint.info['tag'] = tag
+        if WEIGHTS[tag].bgr:
+            reverse_channels(checkpoint)
+    return checkpoint
+
+
+def reverse_channels(checkpoint: Checkpoint) -> None:
+    """Makes weights for BGR pixels take RGB pixels, with the same outputs but for rounding."""
+    checkpoint.backbone['conv1.weight'] = checkpoint.backbone['conv1.weight'].flip(1)
+    checkpoint.info['bgr'] = True
+    checkpoint.info['notes'].append('conv1 takes RGB, since its input channels, which were B, G, R, were reversed')
 
 
 def recognize(raw: Any) -> Checkpoint:
@@ -175,7 +197,9 @@ def _recognize(raw: Mapping) -> Checkpoint:
             converted[str(value.dtype).removeprefix('torch.')] += 1
             value = value.float()
         parts[part][layout.renames.get(part, str)(name)] = value
-    info = {k: raw[k] for k in ('epoch', 'arch', 'best_acc1') if isinstance(raw.get(k), int | float | str)}
+    stated = {k: v.item() if isinstance(v := raw.get(k), Tensor) and v.numel() == 1 else v
+              for k in ('epoch', 'arch', 'best_acc1')}
+    info = {k: v for k, v in stated.items() if isinstance(v, int | float | str)}
     for key, value in outer.items():
         if key not in info:
             dropped[str(key)] += len(value) if isinstance(value, Mapping | list | tuple) else 1

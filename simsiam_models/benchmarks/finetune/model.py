@@ -15,13 +15,13 @@ from ...runtime.messages import one_line
 from ...weights import tensorfile
 from ...weights.export import make_timm_config
 from ...weights.tensorfile import CONFIG, MODEL
-from ..backbone import RANDOM, Backbone, load_backbone
+from ..backbone import RANDOM, load_backbone
 from .data import find_crop_pct
 from .settings import Settings
 
 
 class Classifier:
-    """A backbone of RGB pixels, scaled by `mean` and `std`, with a new last layer; `folder` takes it in timm's form."""
+    """A backbone with a new last layer, for pixels scaled by `mean` and `std`; `folder` takes it in timm's form."""
 
     def __init__(
         self, name: str, kwargs: dict[str, Any], device: torch.device, classes: list[str], s: Settings, folder: Path,
@@ -29,7 +29,7 @@ class Classifier:
         self.backbone = load_backbone(name, device, **kwargs)
         self.model, self.identity = self.backbone.model, self.backbone.identity  # before the model changes
         self.name, self.args = find_architecture(name, self.model, kwargs)
-        self.mean, self.std = convert_to_rgb(self.backbone)
+        self.mean, self.std = self.backbone.mean, self.backbone.std
         self.classes, self.settings, self.folder = classes, s, folder
         replace_last_layer(self.model, len(classes), s.seed)
 
@@ -97,15 +97,6 @@ def find_architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tu
         if run.get('model', '').split('.')[0] == found:
             kwargs = {**(run.get('model_args') or {}), **kwargs}
     return found, kwargs
-
-
-def convert_to_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Converts a network for BGR pixels to RGB pixels, with the same outputs; returns mean and std of its pixels."""
-    if not backbone.bgr:
-        return backbone.mean, backbone.std
-    conv = backbone.model.get_submodule(backbone.model.pretrained_cfg['first_conv'])
-    conv.weight.data = conv.weight.data.flip(1)
-    return backbone.mean[::-1], backbone.std[::-1]
 
 
 def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:
