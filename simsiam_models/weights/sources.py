@@ -109,7 +109,11 @@ def is_proven(tag: str, digest: str, cache_dir: str | Path | None = None) -> boo
 
 def read_pin(name: str) -> dict[str, Any]:
     """Returns the recorded revision and hashes of a repository; an empty dictionary if there are none."""
-    recorded = json.loads(PINS.read_text()).get(name.partition('.')[2], {})
+    try:
+        pins = json.loads(PINS.read_text())
+    except ValueError as e:
+        raise RuntimeError(f'{PINS} is not valid JSON ({one_line(e)}); restore it from the repository') from None
+    recorded = pins.get(name.partition('.')[2], {})
     return recorded if recorded.get('repo') == hub_id(name) else {}
 
 
