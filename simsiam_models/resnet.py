@@ -74,9 +74,9 @@ def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | 
     """Returns 'simsiam_resnet50.TAG' and its row in WEIGHTS; None if the caller names another source of weights."""
     cfg = timm.models.resolve_pretrained_cfg(
         variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    weights = WEIGHTS.get(cfg.tag)
-    own = not weights or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
-    return None if own else (f'{variant}.{cfg.tag}', weights)
+    tag = next((tag for tag, weights in WEIGHTS.items() if weights.url == cfg.url), None)
+    own = tag is None or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
+    return None if own else (f'{variant}.{tag}', WEIGHTS[tag])
 
 
 def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
@@ -85,20 +85,25 @@ def _create_resnet(cls: type[ResNet], variant: str, pretrained: bool, **kwargs: 
     if pretrained:
         if found := find_weights(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
             overlay['file'] = str(sources.fetch(*found, cache_dir=kwargs.get('cache_dir')))
+            overlay = _match_statistics(variant, kwargs, overlay, found[1].bgr)
             warn_of_licence(*found)
         elif overlay.get('file') and not overlay.get('state_dict'):
             # timm loads with weights_only=True, which refuses OpenMMLab's files.
             checkpoint = load_checkpoint(overlay['file'])
             overlay['state_dict'] = checkpoint.model_state()
-            bgr = checkpoint.info.get('bgr', False)  # the statistics are the file's, whatever the tag
-            cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-            if tuple(cfg.mean) == pixel_statistics(not bgr)['mean']:
-                overlay = {**pixel_statistics(bgr), **overlay}
+            overlay = _match_statistics(variant, kwargs, overlay, checkpoint.info.get('bgr', False))
     model = build_model_with_cfg(
         cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=checkpoint_filter_fn,
         **kwargs)
     model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory and in every copy of the configuration
     return model
+
+
+def _match_statistics(variant: str, kwargs: dict[str, Any], overlay: dict[str, Any], bgr: bool) -> dict[str, Any]:
+    """Returns the overlay with mean and std of the weights in it, if the tag's are those of the other order."""
+    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    wrong = tuple(cfg.mean or ()) == pixel_statistics(not bgr)['mean']
+    return {**pixel_statistics(bgr), **overlay} if wrong else overlay
 
 
 @functools.cache

@@ -107,11 +107,12 @@ def test_a_file_that_is_not_published_is_left_as_it_is(upstream, monkeypatch):
 
 
 @pytest.mark.parametrize('way', [
-    'tag', 'file', 'file under its own tag', 'create_simsiam, tag', 'create_simsiam, file'])
+    'tag', 'file', 'file under its own tag', 'address', 'create_simsiam, tag', 'create_simsiam, file'])
 def test_plain_timm_gives_the_features_of_the_authors_network_for_rgb_images(upstream, server, way):
     file = dict(pretrained_cfg_overlay=dict(file=str(upstream.path)))
     name = f'simsiam_resnet50.{TAG}' if 'tag' in way else 'simsiam_resnet50'
-    kwargs = file if 'file' in way else {}
+    address = dict(pretrained_cfg_overlay=dict(url=WEIGHTS[TAG].url))
+    kwargs = file if 'file' in way else address if way == 'address' else {}
     create = create_simsiam if 'create_simsiam' in way else timm.create_model
     model = create(name, pretrained=True, **kwargs)
     if create is create_simsiam:

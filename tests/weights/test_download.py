@@ -857,15 +857,13 @@ def test_the_error_names_the_servers_that_were_asked_and_says_why_the_hub_was_no
     assert 'simsiam-models/' not in str(e.value) and not stranger.hub.log
 
 
-@pytest.mark.parametrize('pin', [
-    {}, {'revision': fake.COMMIT}, {'revision': fake.COMMIT, 'files': {}}, {'revision': None},
-    {'repo': f'other/{NAME}', 'revision': fake.COMMIT}])
-def test_half_a_pin_is_none(stranger, tmp_path, monkeypatch, pin):
+@pytest.mark.parametrize('change', [
+    {'revision': None}, {'revision': ''}, {'files': {}}, {'files': {'config.json': 'a' * 64}},
+    {'repo': f'other/{NAME}'}])
+def test_half_a_pin_is_none(stranger, tmp_path, monkeypatch, change):
     digest = fake.sha256(safetensors_bytes(backbone(0)))
-    record = {'repo': OURS, 'files': {'model.safetensors': digest}, **pin}
-    if pin == {}:
-        del record['revision' if 'revision' in record else 'repo']
-    (tmp_path / 'pins.json').write_text(json.dumps({TAG: record}))
+    whole = {'repo': OURS, 'revision': fake.COMMIT, 'files': {'model.safetensors': digest}}
+    (tmp_path / 'pins.json').write_text(json.dumps({TAG: {**whole, **change}}))
     monkeypatch.setattr(sources, 'PINS', tmp_path / 'pins.json')
     assert stranger.source() == 'url' and not stranger.hub.log
 
