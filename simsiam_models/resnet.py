@@ -8,39 +8,39 @@ import logging
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from .weights import sources
 from .weights.layouts import Checkpoint, load_checkpoint, recognize
-from .weights.published import NAME, WEIGHTS, Weights
+from .weights.published import NAME, WEIGHTS, Weights, pixel_statistics
 
 _logger = logging.getLogger('simsiam_models')
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
+def _cfg(bgr: bool = False, **kwargs: Any) -> dict[str, Any]:
     # Evaluation as published: resize the short side to 256 (bilinear), centre crop 224, so crop_pct is 0.875.
     return {
         'num_classes': 0, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
-        'interpolation': 'bilinear', 'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'conv1', 'classifier': 'fc', 'license': 'apache-2.0', 'paper_ids': 'arXiv:2011.10566', **kwargs,
+        'interpolation': 'bilinear', **pixel_statistics(bgr), 'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0', 'paper_ids': 'arXiv:2011.10566', **kwargs,
     }
 
 
 default_cfgs = generate_default_cfgs({
     **{f'{NAME}.{tag}': _cfg(
-        url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.url.rsplit('/', 1)[0])
+        bgr=w.bgr, url=w.url, num_classes=w.num_classes, license=w.license, origin_url=w.project)
         for tag, w in WEIGHTS.items()},
     'simsiam_resnet18_cifar.untrained': _cfg(input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0),
 })
 
 
 class CifarResNet(ResNet):
-    """ResNet for 32 px images (paper, appendix D): a 3x3 stem of stride 1 and no max-pool.
+    """ResNet for 32 px images: a 3x3 stem of stride 1 and no max-pool.
 
-    timm's own ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
+    The paper's appendix D says only "the CIFAR variant of ResNet-18"; this stem is the usual reading of it. timm's own
+    ResNets lack such a stem, so an exported backbone of this kind needs `import simsiam_models` to load.
 
     Args:
         stem_padding: 1; solo-learn's stem pads by 2, so that its maps have 34 px.
@@ -109,9 +109,9 @@ def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | 
     """Returns 'simsiam_resnet50.TAG' and its row in WEIGHTS; None if the caller names another source of weights."""
     cfg = timm.models.resolve_pretrained_cfg(
         variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    weights = WEIGHTS.get(cfg.tag)
-    own = not weights or cfg.url != weights.url or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
-    return None if own else (f'{variant}.{cfg.tag}', weights)
+    tag = next((tag for tag, weights in WEIGHTS.items() if weights.url == cfg.url), None)
+    own = tag is None or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
+    return None if own else (f'{variant}.{tag}', WEIGHTS[tag])
 
 
 def _create_resnet(
@@ -123,11 +123,13 @@ def _create_resnet(
         cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
         if found := find_weights(variant, {**kwargs, 'pretrained_cfg_overlay': overlay}):
             overlay['file'] = str(sources.fetch(*found, cache_dir=kwargs.get('cache_dir')))
+            overlay = _match_statistics(variant, kwargs, overlay, found[1].bgr)
             warn_of_licence(*found)
         elif cfg.file and not cfg.state_dict and not cfg.source:
             # timm loads with weights_only=True, which refuses OpenMMLab's files.
             checkpoint = load_checkpoint(cfg.file, branch)
             overlay['state_dict'] = checkpoint.model_state()
+            overlay = _match_statistics(variant, kwargs, overlay, checkpoint.info.get('bgr', False))
             filter_fn = functools.partial(_fill, checkpoint)
     filter_fn = filter_fn or functools.partial(checkpoint_filter_fn, branch=branch)
     model = build_model_with_cfg(
@@ -138,6 +140,13 @@ def _create_resnet(
 
 def _fill(checkpoint: Checkpoint, state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     return choose_entries(checkpoint, model)
+
+
+def _match_statistics(variant: str, kwargs: dict[str, Any], overlay: dict[str, Any], bgr: bool) -> dict[str, Any]:
+    """Returns the overlay with mean and std of the weights in it, if the tag's are those of the other order."""
+    cfg = timm.models.resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    wrong = tuple(cfg.mean or ()) == pixel_statistics(not bgr)['mean']
+    return {**pixel_statistics(bgr), **overlay} if wrong else overlay
 
 
 @functools.cache
@@ -155,6 +164,6 @@ def simsiam_resnet50(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 @register_model
 def simsiam_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-18 with the CIFAR stem (paper, appendix D): (B, 3, 32, 32) -> (B, 512), or logits."""
+    """ResNet-18 with the usual CIFAR stem: (B, 3, 32, 32) -> (B, 512), or logits."""
     kwargs = {'block': BasicBlock, 'layers': (2, 2, 2, 2), **kwargs}
     return _create_resnet(CifarResNet, 'simsiam_resnet18_cifar', pretrained, **kwargs)

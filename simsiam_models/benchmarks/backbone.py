@@ -21,7 +21,7 @@ from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
 from ..weights.folders import Network, check_network, create_from_folder, read_config, read_json
 from ..weights.layouts import Checkpoint, load_checkpoint
-from ..weights.published import WEIGHTS, find_tag
+from ..weights.published import WEIGHTS, find_tag, pixel_statistics
 from ..weights.reading import find_export, is_safetensors, read_head
 from .protocols import LEAST, SIZE
 
@@ -43,10 +43,9 @@ class Backbone:
 
     model: nn.Module
     name: str  # as the user wrote it
-    tag: str | None  # of published weights
+    tag: str | None  # of published weights, if these are proven to be them
     digest: str  # `weights_digest`
-    bgr: bool  # the network expects blue, green, red, normalised with the mean and std of RGB (MMSelfSup before v0.7)
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of RGB pixels, as std
     std: tuple[float, float, float]
     num_features: int
     image_size: int = SIZE  # pixels: the side of the images in the model's configuration, or in its run
@@ -55,9 +54,10 @@ class Backbone:
 
     @property
     def identity(self) -> str:
-        """Hashes weights, network, channels and scaling, which determine the features, to 16 hexadecimal characters."""
+        """Hashes weights, network and scaling, which determine the features, to 16 hexadecimal characters."""
         pooling = getattr(self.model, 'global_pool', None)  # a string if the network has no module for it
-        return digest(self.digest, f'{self.model} {pooling}', json.dumps([self.bgr, self.mean, self.std]))
+        # False: no network takes BGR. Features that an earlier version cached for networks that did have true here.
+        return digest(self.digest, f'{self.model} {pooling}', json.dumps([False, self.mean, self.std]))
 
 
 def load_backbone(
@@ -77,43 +77,45 @@ def load_backbone(
     """
     if 'num_classes' in model_kwargs:
         raise ValueError(f'num_classes={model_kwargs["num_classes"]}: a backbone has no classifier; leave it out')
-    model, tag, args = _load_model(name, branch, model_kwargs)
+    model, tag, args, proven = _load_model(name, branch, model_kwargs)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean = _parse_three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
     std = _parse_three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
-    tag = tag if tag in WEIGHTS else None
+    tag = tag if isinstance(tag, str) and tag in WEIGHTS else None
+    found = weights_digest(model)
+    if tag and not (proven or sources.is_proven(tag, found, model_kwargs.get('cache_dir'))):
+        _logger.warning(
+            f'{name}: named {tag}, but nothing here proves that these are the published weights: they count as your '
+            f"own (`simsiam weights verify {tag}` gets the authors' file to compare with)")
+        tag = None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
     size = _parse_size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
-    bgr = tag is not None and WEIGHTS[tag].bgr
     architecture = cfg.get('architecture') or name.removesuffix(RANDOM).split('.')[0]
-    return Backbone(
-        model, name, tag, weights_digest(model), bgr, mean, std, int(features), size, architecture, args)
+    return Backbone(model, name, tag, found, mean, std, int(features), size, architecture, args)
 
 
 def _load_model(
     name: str, branch: str | None, kwargs: dict[str, Any],
-) -> tuple[nn.Module, str | None, dict[str, Any]]:
-    """Returns the network, the tag that the weights claim, and timm's arguments; see `load_backbone`."""
+) -> tuple[nn.Module, str | None, dict[str, Any], bool]:
+    """Returns the network, the tag that the weights claim, timm's arguments, and whether a hash proves the tag."""
     path = Path(name).expanduser()
     if branch is not None and not path.is_file():
         raise ValueError(f'--branch {branch}: chooses a network of a checkpoint file, and --model {name} is none')
     if name.endswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _create(name.removesuffix(RANDOM), False, num_classes=0, **kwargs), None, kwargs
+            return _create(name.removesuffix(RANDOM), False, num_classes=0, **kwargs), None, kwargs, False
     if name.startswith('local-dir:'):
-        return _load_export(Path(name.removeprefix('local-dir:')), kwargs)
+        return *_load_export(Path(name.removeprefix('local-dir:')), kwargs), False
     if name.startswith(('hf-hub:', 'hf_hub:')) or (not path.exists() and is_model(name.split('.')[0])):
         model = _create_pretrained(name, kwargs)
-        tag = model.pretrained_cfg.get('tag')
-        ours = ':' not in name or name.split(':')[1].split('@')[0] == sources.hub_id(f'simsiam_resnet50.{tag}')
-        return model, tag if ours else None, kwargs
+        return model, model.pretrained_cfg.get('tag'), kwargs, False
     if path.is_dir():
-        return _load_folder(path, kwargs)
+        return *_load_folder(path, kwargs), False
     if path.is_file():
         model, args = _load_file(path, kwargs, branch)
-        return model, find_tag(path), args
+        return model, find_tag(path), args, True
     raise FileNotFoundError(
         f'--model {name}: neither a model of timm nor a file or folder; use a name that timm.list_models() returns, '
         "a checkpoint, train.py's OUTPUT, local-dir:FOLDER or hf-hub:REPO")
@@ -188,9 +190,11 @@ def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str |
     if not isinstance(tag, str) or tag not in WEIGHTS:
         return model, None, args
     if str(read_json(folder / 'config.json').get(BACKBONE))[:16] == weights_digest(model):
+        if WEIGHTS[tag].bgr and tensorfile.CHANNELS not in tensorfile.read_metadata(folder / tensorfile.MODEL):
+            raise ValueError(
+                f'{folder}: an older version exported {tag} to it with the channels B, G, R; convert the file again')
         return model, tag, args
-    _logger.warning(
-        f'{folder}: config.json names {tag}, but these are other weights: they count as your own, trained on RGB')
+    _logger.warning(f'{folder}: config.json names {tag}, but these are other weights: they count as your own')
     return model, None, args
 
 
@@ -236,6 +240,8 @@ def _build_model(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> 
             model.load_state_dict(checkpoint.backbone, strict=True)
             if size is not None:
                 model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': size}
+            if checkpoint.info.get('bgr'):
+                model.pretrained_cfg = {**model.pretrained_cfg, **pixel_statistics(True)}
             return model, args
     raise ValueError(
         f'{path}: its {len(shapes)} backbone entries (layout {checkpoint.layout}) fill none of '

@@ -46,7 +46,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{file} is not JSON ({one_line(e, 80)})') from None
+        raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or get it again') from None
     if not isinstance(value, dict):
         raise ValueError(f'{file} holds no JSON object')
     return value

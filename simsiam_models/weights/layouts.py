@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from ..runtime.messages import one_line, short
+from . import tensorfile
+from .published import WEIGHTS, find_tag
 from .reading import Opaque, find_export, read, read_onnx, require_safetensors
 from .tensorfile import HEADS
 
@@ -152,6 +154,8 @@ def load_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
 
     It knows the rows of LAYOUTS, ONNX files from `simsiam convert`, and folders exported for timm. The parts are
     returned in float32. `info['dropped']` counts the entries left out, and `info['notes']` lists the changes.
+    `info['tag']` names a published file, known by its hash. `info['bgr']` is true for weights that were trained on BGR
+    pixels: here, they take RGB pixels, normalized by `published.pixel_statistics(True)`.
 
     Args:
         branch: which network to take of a file with several, 'teacher' for example; any part of its prefix names it.
@@ -168,9 +172,27 @@ def load_checkpoint(path: str | Path, branch: str | None = None) -> Checkpoint:
         require_safetensors(heads)
         raw = {**{f'backbone.{k}': v for k, v in raw.items()}, **read(heads)}
     try:
-        return recognize(raw, branch)
+        return _note_origin(recognize(raw, branch), file)
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from None
+
+
+def _note_origin(checkpoint: Checkpoint, file: Path) -> Checkpoint:
+    """Notes whether the file is a published one, and makes weights for BGR pixels take RGB."""
+    if tensorfile.CHANNELS in tensorfile.read_metadata(file):  # our copy, already reversed
+        checkpoint.info['bgr'] = True
+    elif tag := find_tag(file):
+        checkpoint.info['tag'] = tag
+        if WEIGHTS[tag].bgr:
+            reverse_channels(checkpoint)
+    return checkpoint
+
+
+def reverse_channels(checkpoint: Checkpoint) -> None:
+    """Makes weights for BGR pixels take RGB pixels, with the same outputs but for rounding."""
+    checkpoint.backbone['conv1.weight'] = checkpoint.backbone['conv1.weight'].flip(1)
+    checkpoint.info['bgr'] = True
+    checkpoint.info['notes'].append('conv1 takes RGB, since its input channels, which were B, G, R, were reversed')
 
 
 def recognize(raw: Any, branch: str | None = None) -> Checkpoint:
@@ -205,7 +227,9 @@ def _recognize(raw: Mapping, branch: str | None) -> Checkpoint:
             converted[str(value.dtype).removeprefix('torch.')] += 1
             value = value.float()
         parts[part][name] = value
-    info = {k: raw[k] for k in ('epoch', 'arch', 'best_acc1') if isinstance(raw.get(k), int | float | str)}
+    stated = {k: v.item() if isinstance(v := raw.get(k), Tensor) and v.numel() == 1 else v
+              for k in ('epoch', 'arch', 'best_acc1')}
+    info = {k: v for k, v in stated.items() if isinstance(v, int | float | str)}
     for key in info:
         dropped.pop(key, None)
     notes += [f'{n} tensors converted from {dtype} to float32' for dtype, n in converted.items()]

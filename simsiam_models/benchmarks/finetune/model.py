@@ -20,7 +20,7 @@ from .settings import Settings
 
 
 class Classifier:
-    """A backbone of RGB pixels, scaled by `mean` and `std`, with a new last layer; `folder` takes it in timm's form."""
+    """A backbone with a new last layer, for pixels scaled by `mean` and `std`; `folder` takes it in timm's form."""
 
     def __init__(
         self, name: str, kwargs: dict[str, Any], device: torch.device, classes: list[str], s: Settings, folder: Path,
@@ -28,7 +28,7 @@ class Classifier:
         self.backbone = load_backbone(name, device, **kwargs)
         self.model, self.identity = self.backbone.model, self.backbone.identity  # before the model changes
         self.name, self.args = find_architecture(self.backbone, kwargs)
-        self.mean, self.std = convert_to_rgb(self.backbone)
+        self.mean, self.std = self.backbone.mean, self.backbone.std
         self.classes, self.settings, self.folder = classes, s, folder
         replace_last_layer(self.model, len(classes), s.seed)
 
@@ -84,15 +84,6 @@ def find_architecture(backbone: Backbone, kwargs: dict[str, Any]) -> tuple[str, 
         network = check_network(found, args, Path(backbone.name))
         return network.name, {**network.args, **kwargs}
     return backbone.architecture, backbone.args
-
-
-def convert_to_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Converts a network for BGR pixels to RGB pixels, with the same outputs; returns mean and std of its pixels."""
-    if not backbone.bgr:
-        return backbone.mean, backbone.std
-    conv = backbone.model.get_submodule(backbone.model.pretrained_cfg['first_conv'])
-    conv.weight.data = conv.weight.data.flip(1)
-    return backbone.mean[::-1], backbone.std[::-1]
 
 
 def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.benchmarks.finetune.model import (
     Classifier,
-    convert_to_rgb,
     find_architecture,
     find_last_layers,
     replace_last_layer,
@@ -68,16 +67,6 @@ def test_what_config_json_builds_is_held_against_the_weights(tmp_path: Path, mon
     monkeypatch.setattr(classifier, 'make_config', lambda: {k: v for k, v in config.items() if k != 'model_args'})
     with pytest.raises(ValueError, match='timm builds another network by this name'):
         classifier.check()
-
-
-def test_a_network_of_bgr_pixels_becomes_one_of_rgb_with_the_same_outputs():
-    backbone = load_backbone('resnet18:random')
-    backbone.bgr = True
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
-    before = backbone.model((pixels.flip(1) - mean) / std)  # protocols: channels turned round, statistics not
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in convert_to_rgb(backbone))
-    torch.testing.assert_close(backbone.model((pixels - mean) / std), before)
 
 
 def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():
