@@ -100,12 +100,16 @@ def create_from_folder(folder: str | Path, pretrained: bool = True, **kwargs: An
     Weights come from model.safetensors alone, and fill every entry of the network that was exported. Raises
     FileNotFoundError, ValueError, or what timm raises.
     """
-    network = read_config(Path(folder))
-    cfg, classes = dict(network.description), kwargs.pop('num_classes', None)
-    if pretrained:
-        cfg['state_dict'] = load_file(find_export(Path(folder)))
-    model = timm.create_model(network.name, pretrained, pretrained_cfg=cfg, **{**network.args, **kwargs})
-    model.pretrained_cfg.pop('state_dict', None)
+    name, args, cfg = read_config(Path(folder))
+    args, classes = {**args, **kwargs}, kwargs.pop('num_classes', None)
+    args.pop('num_classes', None)
+    state = load_file(find_export(Path(folder))) if pretrained else {}
+    model = timm.create_model(name, pretrained_cfg=cfg, **args)
+    if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
+        model.load_state_dict(state)
+    elif pretrained:  # timm adapts what `kwargs` change: channels, image size
+        model = timm.create_model(name, True, pretrained_cfg={**cfg, 'state_dict': state}, **args)
+        model.pretrained_cfg.pop('state_dict', None)
     if classes not in (None, model.num_classes):  # timm checks every entry only with the classifier of the weights
         model.reset_classifier(classes)
     return model

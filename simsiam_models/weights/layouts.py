@@ -325,11 +325,12 @@ def _shorten(networks: dict[str, Layout]) -> dict[str, str]:
 
 
 def _is_copy(state: State, root: str, other: str) -> bool:
-    """Returns whether every tensor below one prefix is also below the other; MMSelfSup 0.x saves everything twice."""
+    """Returns whether two networks agree in every entry that both have: MMSelfSup 0.x saves everything twice."""
     own = {k[len(root):]: v for k, v in state.items() if k.startswith(root)}
     there = {k[len(p):]: v for p in (other, f'{other}backbone.') for k, v in state.items() if k.startswith(p)}
-    return all(k in there and v.shape == there[k].shape and bool(((v == there[k]) | (v != v)).all())
-               for k, v in own.items())
+    both = own.keys() & there.keys()
+    return bool(both) and all(own[k].shape == there[k].shape and bool(
+        ((own[k] == there[k]) | (own[k] != own[k])).all()) for k in both)
 
 
 def _count_left_out(node: Mapping, path: str, root: str, prefixes: list[str], seen: set[int]) -> Counter:
