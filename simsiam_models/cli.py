@@ -1,5 +1,6 @@
 """The `simsiam` command: a table of subcommands."""
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -17,7 +18,7 @@ from .preflight.report import preflight
 from .runtime.signals import Signals
 from .weights import sources
 from .weights.convert import TARGETS, convert
-from .weights.publish import publish
+from .weights.publish import publish, publish_all
 from .weights.published import NAME, WEIGHTS, describe
 from .weights.tensorfile import MODEL
 from .weights.verify import TOLERANCE, verify
@@ -38,6 +39,18 @@ def verify_weights(args: argparse.Namespace) -> int:
     return 0 if passed else 1
 
 
+def publish_weights(args: argparse.Namespace) -> int:
+    if args.all:
+        given = {'CHECKPOINT': args.checkpoint, '--tag': args.tag, '--license': args.license}
+        if left := [name for name, value in given.items() if value is not None]:
+            raise ValueError(f"--all publishes every tag from its authors' server: leave {', '.join(left)} out")
+        return 0 if publish_all(args.dry_run, functools.partial(print, flush=True)) else 1
+    if args.checkpoint is None or args.tag is None:
+        raise ValueError('name a CHECKPOINT and its --tag, or publish every tag with --all')
+    print(publish(args.checkpoint, args.tag, args.dry_run, args.license))
+    return 0
+
+
 def run_preflight(args: argparse.Namespace) -> None:
     preflight(
         args.data, recipe=args.recipe, batch=args.batch_size, device=args.device, seconds=args.seconds,
@@ -55,13 +68,18 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('out', type=Path, metavar='OUT')
     text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
+    parser.add_argument('--branch', metavar='NAME', help='the network to take of a file with several')
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', type=Path, metavar='CHECKPOINT')
-    parser.add_argument('--tag', required=True, help=f'the repository is NAMESPACE/{NAME}.TAG')
+    parser.add_argument('checkpoint', type=Path, nargs='?', metavar='CHECKPOINT')
+    parser.add_argument('--tag', help=f'the repository is NAMESPACE/{NAME}.TAG')
+    parser.add_argument(
+        '--all', action='store_true', help="publish every tag from its authors' server; again, it continues")
     parser.add_argument('--license', help='licence of your own weights; published tags keep theirs')
-    parser.add_argument('--dry-run', type=Path, metavar='DIR', help='write the repository into DIR and upload nothing')
+    parser.add_argument(
+        '--dry-run', type=Path, metavar='DIR',
+        help='write the repository into DIR and upload nothing (--all: a folder in DIR for each tag)')
 
 
 def add_preflight(parser: argparse.ArgumentParser) -> None:
@@ -97,11 +115,10 @@ COMMANDS = {
         'show the origin of published weights and their numbers'),
     'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
     'convert': Command(
-        add_convert, lambda args: print(convert(args.source, args.out, args.to)),
+        add_convert, lambda args: print(convert(args.source, args.out, args.to, args.branch)),
         'convert a checkpoint of any known layout to another layout'),
     'publish': Command(
-        add_publish, lambda args: print(publish(args.checkpoint, args.tag, args.dry_run, args.license)),
-        'write a Hub repository from a checkpoint, and upload it'),
+        add_publish, publish_weights, 'write a Hub repository from a checkpoint, or one for every tag, and upload it'),
     'preflight': Command(
         add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a command for train.py'),
     'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features'),

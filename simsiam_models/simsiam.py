@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .resnet import find_weights
+from .resnet import default_cfgs, find_weights
 from .weights import sources
-from .weights.layouts import load_checkpoint
+from .weights.folders import create_from_folder
+from .weights.layouts import load_checkpoint, recognize
 from .weights.published import NAME
+from .weights.reading import require_safetensors
 from .weights.tensorfile import HEADS
 
 _logger = logging.getLogger('simsiam_models')
@@ -97,7 +99,9 @@ def create_simsiam(
     The defaults give the paper's model with 38,199,360 parameters. timm initializes the last batch norm of each
     residual block to zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
     `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of
-    a `local-dir:` folder. With other timm models the heads start at random, with a warning.
+    a `local-dir:` folder. With other timm models the heads start at random, with a warning. Of a file with several
+    networks, `branch` names one (see `load_checkpoint`). The last batch norm of the projector has a scale and a shift
+    only if that of the file has them, which is not so in the paper.
 
     Raises:
         ValueError: the weights hold no heads, or heads that do not match dim, pred_dim and proj_layers.
@@ -105,9 +109,18 @@ def create_simsiam(
     """
     if backbone_kwargs.setdefault('num_classes', 0) != 0:
         raise ValueError(f'num_classes={backbone_kwargs["num_classes"]}: SimSiam has no classifier; leave it out')
-    heads = _find_heads(model_name, backbone_kwargs) if pretrained else {}
-    model = SimSiam(timm.create_model(model_name, pretrained=pretrained, **backbone_kwargs), dim, pred_dim, proj_layers)
+    if model_name.startswith('local-dir:'):
+        folder = Path(model_name.removeprefix('local-dir:'))
+        heads = _read_heads(folder) if pretrained else {}
+        backbone = create_from_folder(folder, pretrained, **backbone_kwargs)
+    else:
+        heads = _find_heads(model_name, backbone_kwargs) if pretrained else {}
+        backbone = timm.create_model(model_name, pretrained=pretrained, **backbone_kwargs)
+    model = SimSiam(backbone, dim, pred_dim, proj_layers)
     if heads:
+        last = len(model.projector) - 1
+        if f'projector.{last}.weight' in heads:
+            model.projector[last] = nn.BatchNorm1d(dim)
         own = {k: v.shape for k, v in model.state_dict().items() if not k.startswith('backbone.')}
         if wrong := [k for k in {*own, *heads} if k not in own or k not in heads or own[k] != heads[k].shape]:
             raise ValueError(
@@ -120,16 +133,39 @@ def create_simsiam(
     return model
 
 
+def _read_heads(folder: Path) -> dict[str, Tensor]:
+    """Returns projector and predictor of an exported folder."""
+    file = folder / HEADS
+    if not file.exists():
+        raise ValueError(f'{folder} holds no {HEADS}, so no projector and predictor; create its backbone with timm, or '
+                         'name the checkpoint that they are in')
+    require_safetensors(file)
+    return load_file(file)
+
+
 def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns projector and predictor of the weights that timm will load; an empty dictionary if they have none."""
-    if model_name.startswith('local-dir:'):
-        file = Path(model_name.removeprefix('local-dir:')) / HEADS
-        return load_file(file) if file.exists() else {}
+    """Returns projector and predictor of the weights that timm will load; an empty dictionary if they have none.
+
+    Changes `kwargs` so that a checkpoint of any known layout fills the backbone of any timm model.
+    """
     name, _, tag = model_name.partition('.')
+    cfg, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+    given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
+    if own := given.get('state_dict') or given.get('file'):
+        branch = kwargs.get('branch')
+        checkpoint = recognize(own, branch) if isinstance(own, dict) else load_checkpoint(own, branch)
+        if not (checkpoint.projector and checkpoint.predictor):
+            where = 'the state_dict' if isinstance(own, dict) else own
+            raise ValueError(
+                f'{where} holds no projector and predictor ({checkpoint.describe()}); to load its backbone alone, use '
+                f'timm.create_model({model_name!r}, pretrained=True, num_classes=0, ...)')
+        if name not in default_cfgs:  # timm alone would look for its own names, and load nothing without a word
+            kwargs.pop('branch', None)
+            kwargs['pretrained_cfg_overlay'] = {
+                **overlay, 'file': None, 'state_dict': checkpoint.backbone, 'num_classes': 0}
+        return checkpoint.heads_state()
     if name != NAME:
         return {}
-    if file := (kwargs.get('pretrained_cfg_overlay') or {}).get('file'):
-        return load_checkpoint(file).heads_state()
     found = find_weights(name, {**({'pretrained_cfg': tag} if tag else {}), **kwargs})
     if found is None:
         return {}

@@ -329,3 +329,66 @@ def test_a_file_that_the_caller_brings_is_adapted_to_one_channel(tmp_path: Path,
     model = timm.create_model(
         R50, pretrained=True, in_chans=1, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
     torch.testing.assert_close(model.conv1.weight, r50.conv1.weight.sum(1, keepdim=True))
+
+
+# The classifier of a file that the caller brings
+
+
+SMALL = {'layers': (1, 1, 1, 1), 'channels': (8, 8, 8, 8)}
+
+
+def write_linear(path: Path, classes: int, kind: str) -> dict[str, Tensor]:
+    """Writes a classifier as FAIR, MMSelfSup 1.x, torchvision and timm (averaged weights) do; returns its entries."""
+    torch.manual_seed(7)
+    state = randomize(timm.create_model(R50, num_classes=classes, **SMALL)).state_dict()
+    torch.nn.init.normal_(state['fc.bias'])
+    other = {k: v + 1 for k, v in state.items()}
+    torch.save({
+        'fair': {'state_dict': {f'module.{k}': v for k, v in state.items()}, 'best_acc1': 68.1, 'epoch': 90},
+        'mm': {'meta': {}, 'state_dict': {
+            f'head.{k}' if k.startswith('fc') else f'backbone.{k}': v for k, v in state.items()}},
+        'plain': state, 'averaged': {'state_dict': other, 'state_dict_ema': state}}[kind], path)
+    return state
+
+
+@pytest.mark.parametrize('kind', ['fair', 'mm', 'plain', 'averaged'])
+@pytest.mark.parametrize('how', ['overlay', 'cfg', 'state_dict'])
+def test_a_classifier_of_the_asked_size_is_loaded_with_the_file(
+        tmp_path: Path, kind: str, how: str, no_socket, caplog: pytest.LogCaptureFixture) -> None:
+    state = write_linear(tmp_path / 'x.pth', 10, kind)
+    source = {
+        'overlay': dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth'))),
+        'cfg': dict(pretrained_cfg=dict(file=str(tmp_path / 'x.pth'), num_classes=0)),
+        'state_dict': dict(pretrained_cfg_overlay=dict(state_dict=torch.load(tmp_path / 'x.pth')))}[how]
+    model = timm.create_model(R50, pretrained=True, num_classes=10, **source, **SMALL)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not caplog.records and no_socket == []
+    features = timm.create_model(R50, pretrained=True, **source, **SMALL)  # the classifier is not asked for
+    assert features.num_classes == 0 and torch.equal(features.conv1.weight, state['conv1.weight'])
+
+
+@pytest.mark.parametrize('held, asked, words', [(10, 7, 'a classifier of 10 classes'), (0, 7, 'no classifier')])
+def test_a_classifier_of_another_size_is_random_and_a_line_says_so(
+        tmp_path: Path, held: int, asked: int, words: str, caplog: pytest.LogCaptureFixture) -> None:
+    state = write_linear(tmp_path / 'x.pth', held, 'plain') if held else randomize(
+        timm.create_model(R50, **SMALL)).state_dict()
+    torch.save(state, tmp_path / 'x.pth')
+    model = timm.create_model(
+        R50, pretrained=True, num_classes=asked, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')), **SMALL)
+    assert model.fc.out_features == asked and torch.equal(model.conv1.weight, state['conv1.weight'])
+    assert words in caplog.text and f'with {asked} classes, is random' in caplog.text
+
+
+@pytest.mark.parametrize('num_classes', [0, 7, 10])
+@pytest.mark.parametrize('extra', ['layer1.5.conv1.weight', 'norm.weight'])
+def test_a_backbone_of_another_shape_never_loads_in_part(tmp_path: Path, num_classes: int, extra: str) -> None:
+    write_linear(tmp_path / 'x.pth', 10, 'plain')
+    state = torch.load(tmp_path / 'x.pth')
+    overlay = dict(pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')))
+    torch.save({f'backbone.{k}': v for k, v in {**state, extra: torch.ones(2)}.items()}, tmp_path / 'x.pth')
+    with pytest.raises(RuntimeError, match=extra.replace('.', r'\.')):
+        timm.create_model(R50, pretrained=True, num_classes=num_classes, **overlay, **SMALL)
+    del state['layer2.0.bn1.running_var']
+    torch.save(state, tmp_path / 'x.pth')
+    with pytest.raises(RuntimeError, match=r'layer2\.0\.bn1\.running_var'):
+        timm.create_model(R50, pretrained=True, num_classes=num_classes, **overlay, **SMALL)

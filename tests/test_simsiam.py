@@ -1,6 +1,7 @@
 """SimSiam compared with a second derivation from the paper's formulas, in float64."""
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from simsiam_models import SimSiam, create_simsiam, simsiam_loss
 from simsiam_models.simsiam import build_predictor, build_projector
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.schedule import lr_at, make_optimizer, set_lr
+from simsiam_models.weights.export import export_backbone
 
 
 def test_parameter_counts_are_those_of_the_paper():
@@ -204,3 +206,50 @@ def test_cosine_schedule_is_the_published_one():
 def test_warmup_rises_to_the_full_rate():
     recipe = Recipe('', batch_size=1024, warmup_epochs=10)
     assert [lr_at(e, recipe) for e in (0, 4, 9, 10)] == pytest.approx([0.02, 0.1, 0.2, 0.2])
+
+
+TINY = {'layers': (1, 1, 1, 1), 'channels': (8, 8, 8, 8)}
+
+
+@pytest.mark.parametrize('name', ['simsiam_resnet50', 'simsiam_resnet18_cifar', 'resnet18', 'resnet26'])
+@pytest.mark.parametrize('how', ['file', 'state_dict'])
+def test_backbone_and_heads_of_a_file_fill_any_timm_model(name: str, how: str, tmp_path: Path):
+    torch.manual_seed(3)
+    widths = dict(dim=16, pred_dim=4, proj_layers=2, **TINY)
+    model = create_simsiam(name, **widths)
+    contents = {'model': {f'module.{k}': v for k, v in model.state_dict().items()}, 'epoch': 3}
+    torch.save(contents, tmp_path / 'x.pth')
+    overlay = dict(file=str(tmp_path / 'x.pth')) if how == 'file' else dict(state_dict=contents)
+    again = create_simsiam(name, pretrained=True, pretrained_cfg_overlay=overlay, **widths)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['simsiam_resnet50', 'simsiam_resnet18_cifar', 'resnet18'])
+@pytest.mark.parametrize('lacking', [('projector.', 'predictor.'), ('predictor.',)])
+def test_a_file_without_both_heads_is_refused(name: str, lacking: tuple, tmp_path: Path):
+    model = create_simsiam(name, dim=16, pred_dim=4, **TINY)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(lacking)}
+    torch.save({'model': state}, tmp_path / 'x.pth')
+    for overlay in (dict(file=str(tmp_path / 'x.pth')), dict(state_dict=state)):
+        with pytest.raises(ValueError, match='holds no projector and predictor'):
+            create_simsiam(name, pretrained=True, dim=16, pred_dim=4, pretrained_cfg_overlay=overlay, **TINY)
+
+
+def test_an_exported_folder_without_heads_is_refused(tmp_path: Path):
+    export_backbone(create_simsiam('resnet18', dim=16, pred_dim=4, **TINY).backbone, tmp_path, 'resnet18', TINY)
+    with pytest.raises(ValueError, match=r'holds no heads\.safetensors'):
+        create_simsiam(f'local-dir:{tmp_path}', pretrained=True, dim=16, pred_dim=4)
+    assert create_simsiam(f'local-dir:{tmp_path}', dim=16, pred_dim=4).backbone.num_features == 8
+
+
+def test_a_last_norm_with_scale_and_shift_is_kept(tmp_path: Path):
+    model = create_simsiam('resnet18', dim=16, pred_dim=4, **TINY)
+    model.projector[7] = torch.nn.BatchNorm1d(16)
+    torch.nn.init.normal_(model.projector[7].weight)
+    torch.save({'model': model.state_dict()}, tmp_path / 'x.pth')
+    again = create_simsiam(
+        'resnet18', pretrained=True, dim=16, pred_dim=4, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')),
+        **TINY)
+    x = torch.randn(2, 3, 64, 64)
+    for a, b in zip(model.eval()(x, x), again.eval()(x, x), strict=True):
+        assert torch.equal(a, b)

@@ -2,7 +2,8 @@
 import json
 import logging
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from ..data.readers.index import digest
 from ..runtime.messages import one_line
 from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
+from ..weights.folders import Network, check_network, create_from_folder, read_config, read_json
 from ..weights.layouts import Checkpoint, load_checkpoint
-from ..weights.published import WEIGHTS, find_tag
+from ..weights.published import WEIGHTS, find_tag, pixel_statistics
+from ..weights.reading import find_export, is_safetensors, read_head
 from .protocols import LEAST, SIZE
 
 RANDOM = ':random'
@@ -28,7 +31,8 @@ POOLS = ((112, 10, 10, 4), (56, 16, 8, 0), (28, 13, 5, 0), (14, 8, 3, 0), (7, 6,
 OTHER_WEIGHTS = '--model PATH takes a checkpoint that you have, and NAME:random untrained weights'
 VALUES = 9216  # adaptive pooling leaves at most this many values per map
 # Networks that a bare checkpoint may hold. The first one whose entries have the same names and shapes is chosen.
-KNOWN = ('simsiam_resnet50', 'simsiam_resnet18_cifar', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
+KNOWN = ('simsiam_resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
+CIFAR = 'simsiam_resnet18_cifar'
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -39,27 +43,32 @@ class Backbone:
 
     model: nn.Module
     name: str  # as the user wrote it
-    tag: str | None  # of published weights
+    tag: str | None  # of published weights, if these are proven to be them
     digest: str  # `weights_digest`
-    bgr: bool  # the network expects blue, green, red, normalised with the mean and std of RGB (MMSelfSup before v0.7)
-    mean: tuple[float, float, float]
+    mean: tuple[float, float, float]  # of RGB pixels, as std
     std: tuple[float, float, float]
     num_features: int
     image_size: int = SIZE  # pixels: the side of the images in the model's configuration, or in its run
+    architecture: str = ''  # timm's name of the network
+    args: dict[str, Any] = field(default_factory=dict)  # what timm builds it from besides, apart from num_classes
 
     @property
     def identity(self) -> str:
-        """Hashes weights, network, channels and scaling, which determine the features, to 16 hexadecimal characters."""
+        """Hashes weights, network and scaling, which determine the features, to 16 hexadecimal characters."""
         pooling = getattr(self.model, 'global_pool', None)  # a string if the network has no module for it
-        return digest(self.digest, f'{self.model} {pooling}', json.dumps([self.bgr, self.mean, self.std]))
+        # False: no network takes BGR. Features that an earlier version cached for networks that did have true here.
+        return digest(self.digest, f'{self.model} {pooling}', json.dumps([False, self.mean, self.std]))
 
 
-def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs: Any) -> Backbone:
+def load_backbone(
+    name: str, device: torch.device | str = 'cpu', branch: str | None = None, **model_kwargs: Any,
+) -> Backbone:
     """Loads a backbone without classifier. The weights fill every entry of it, or this raises.
 
     Args:
         name: a timm name (pretrained weights), 'local-dir:FOLDER', 'hf-hub:REPO', a folder that train.py wrote or its
             backbone/, a checkpoint file of any layout that `load_checkpoint` reads, or NAME:random (untrained, seed 0).
+        branch: which network to take of a checkpoint file with several, as for `load_checkpoint`.
         model_kwargs: for timm's create_model.
 
     Raises:
@@ -68,36 +77,45 @@ def load_backbone(name: str, device: torch.device | str = 'cpu', **model_kwargs:
     """
     if 'num_classes' in model_kwargs:
         raise ValueError(f'num_classes={model_kwargs["num_classes"]}: a backbone has no classifier; leave it out')
-    model, tag = _load_model(name, model_kwargs)
+    model, tag, args, proven = _load_model(name, branch, model_kwargs)
     model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean = _parse_three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
     std = _parse_three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
-    tag = tag if tag in WEIGHTS else None
+    tag = tag if isinstance(tag, str) and tag in WEIGHTS else None
+    found = weights_digest(model)
+    if tag and not (proven or sources.is_proven(tag, found, model_kwargs.get('cache_dir'))):
+        _logger.warning(
+            f'{name}: named {tag}, but nothing here proves that these are the published weights: they count as your '
+            f"own (`simsiam weights verify {tag}` gets the authors' file to compare with)")
+        tag = None
     features = getattr(model, 'head_hidden_size', None) or model.num_features
     size = _parse_size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
-    bgr = tag is not None and WEIGHTS[tag].bgr
-    return Backbone(model, name, tag, weights_digest(model), bgr, mean, std, int(features), size)
+    architecture = cfg.get('architecture') or name.removesuffix(RANDOM).split('.')[0]
+    return Backbone(model, name, tag, found, mean, std, int(features), size, architecture, args)
 
 
-def _load_model(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
-    """Returns the network and the tag that the weights claim; see `load_backbone`."""
+def _load_model(
+    name: str, branch: str | None, kwargs: dict[str, Any],
+) -> tuple[nn.Module, str | None, dict[str, Any], bool]:
+    """Returns the network, the tag that the weights claim, timm's arguments, and whether a hash proves the tag."""
     path = Path(name).expanduser()
+    if branch is not None and not path.is_file():
+        raise ValueError(f'--branch {branch}: chooses a network of a checkpoint file, and --model {name} is none')
     if name.endswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _create(name.removesuffix(RANDOM), False, num_classes=0, **kwargs), None
+            return _create(name.removesuffix(RANDOM), False, num_classes=0, **kwargs), None, kwargs, False
     if name.startswith('local-dir:'):
-        return _load_export(Path(name.removeprefix('local-dir:')), kwargs)
+        return *_load_export(Path(name.removeprefix('local-dir:')), kwargs), False
     if name.startswith(('hf-hub:', 'hf_hub:')) or (not path.exists() and is_model(name.split('.')[0])):
         model = _create_pretrained(name, kwargs)
-        tag = model.pretrained_cfg.get('tag')
-        ours = ':' not in name or name.split(':')[1].split('@')[0] == sources.hub_id(f'simsiam_resnet50.{tag}')
-        return model, tag if ours else None
+        return model, model.pretrained_cfg.get('tag'), kwargs, False
     if path.is_dir():
-        return _load_folder(path, kwargs)
+        return *_load_folder(path, kwargs), False
     if path.is_file():
-        return _load_file(path, kwargs), find_tag(path)
+        model, args = _load_file(path, kwargs, branch)
+        return model, find_tag(path), args, True
     raise FileNotFoundError(
         f'--model {name}: neither a model of timm nor a file or folder; use a name that timm.list_models() returns, '
         "a checkpoint, train.py's OUTPUT, local-dir:FOLDER or hf-hub:REPO")
@@ -129,9 +147,14 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _create(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Creates a model with timm and turns timm's many kinds of errors into one sentence."""
+    """Creates a model with timm; see `_explain`."""
+    return _explain(name, lambda: timm.create_model(name, pretrained=pretrained, **kwargs))
+
+
+def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
+    """Turns timm's many kinds of errors into one sentence."""
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return create()
     except (TypeError, AssertionError, KeyError, AttributeError, SafetensorError) as e:  # wrong arguments, for example
         raise ValueError(f'--model {name}: timm cannot build it ({one_line(e)})') from None
     except RuntimeError as e:
@@ -154,73 +177,62 @@ def _create_pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None, dict[str, Any]]:
     """Loads a folder exported for timm; its tag counts only if config.json holds the digest of these weights.
 
     timm's own save_for_hf keeps the tag of weights that were trained further.
     """
     if not (folder / 'config.json').is_file():
         raise FileNotFoundError(f'local-dir:{folder}: no config.json there; name a folder that was exported for timm')
-    _check_whole(folder / tensorfile.MODEL)
-    model = _create_pretrained(f'local-dir:{folder}', kwargs)
-    tag = model.pretrained_cfg.get('tag')
+    _check_whole(find_export(folder))
+    model = _explain(f'local-dir:{folder}', lambda: create_from_folder(folder, num_classes=0, **kwargs))
+    tag, args = model.pretrained_cfg.get('tag'), {**read_config(folder).args, **kwargs}
     if not isinstance(tag, str) or tag not in WEIGHTS:
-        return model, None
-    if json.loads((folder / 'config.json').read_text()).get(BACKBONE, '')[:16] == weights_digest(model):
-        return model, tag
-    _logger.warning(
-        f'{folder}: config.json names {tag}, but these are other weights: they count as your own, trained on RGB')
-    return model, None
+        return model, None, args
+    if str(read_json(folder / 'config.json').get(BACKBONE))[:16] == weights_digest(model):
+        if WEIGHTS[tag].bgr and tensorfile.CHANNELS not in tensorfile.read_metadata(folder / tensorfile.MODEL):
+            raise ValueError(
+                f'{folder}: an older version exported {tag} to it with the channels B, G, R; convert the file again')
+        return model, tag, args
+    _logger.warning(f'{folder}: config.json names {tag}, but these are other weights: they count as your own')
+    return model, None, args
 
 
 def _check_whole(path: Path) -> None:
     """Raises ValueError if the contents of a safetensors file do not match its header."""
-    if path.is_file() and not tensorfile.is_whole(path):
+    if not tensorfile.is_whole(path):
         raise ValueError(f'{path}: it is damaged or was cut off; copy or export it again')
 
 
-def _load_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None]:
+def _load_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None, dict[str, Any]]:
     for folder in (path, path / 'backbone'):
         if (folder / 'config.json').is_file():
             return _load_export(folder, kwargs)
     if (path / 'checkpoint.pth').is_file():  # a run that has not finished
-        return _load_file(path / 'checkpoint.pth', kwargs), None
+        model, args = _load_file(path / 'checkpoint.pth', kwargs)
+        return model, None, args
     raise FileNotFoundError(
         f'{path}: contains neither config.json nor backbone/ nor checkpoint.pth; name a folder that train.py wrote or '
         'that was exported for timm')
 
 
-def _load_file(path: Path, kwargs: dict[str, Any]) -> nn.Module:
-    if path.suffix == '.safetensors':
+def _load_file(path: Path, kwargs: dict[str, Any], branch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    if is_safetensors(read_head(path)):
         _check_whole(path)
-    try:
-        checkpoint = load_checkpoint(path)
-    except ValueError:
-        if not _is_text(path):
-            raise
-        raise ValueError(
-            f'{path} cannot be read as a checkpoint: it is a text file; name a file of weights, or the folder of a '
-            'run') from None
-    return _build_model(checkpoint, path, kwargs)
+    return _build_model(load_checkpoint(path, branch), path, kwargs)
 
 
-def _is_text(path: Path) -> bool:
-    with open(path, 'rb') as f:
-        head = f.read(4096)
-    return bool(head) and min(head.translate(None, b'\t\n\f\r'), default=0) >= 32
-
-
-def _build_model(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> nn.Module:
+def _build_model(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Builds the network of the run whose folder holds the file, or the first of KNOWN that the entries fill."""
-    candidates = [(name, kwargs) for name in KNOWN]
-    run, config = (_read_json(path.parent / name) for name in ('args.json', 'config.json'))
-    if isinstance(run.get('model'), str):
-        candidates.insert(0, (run['model'], {**_get_dict(run, 'model_args'), **kwargs}))
+    run, config = (_read_beside(path.parent / name) for name in ('args.json', 'config.json'))
+    candidates = [Network(name, {**args, **kwargs}) for name, args, _ in _list_networks(checkpoint)]
+    if (own := _find_network(run, path.parent / 'args.json', kwargs)) and 'stem' not in checkpoint.info:
+        candidates.insert(0, own)
     size = _get_dict(config, 'pretrained_cfg').get('input_size')  # of an exported folder
     if size is None and (side := _get_dict(run, 'augmentation').get('size')):  # of the views it was trained on
         size = 3, side, side
     shapes = {k: v.shape for k, v in checkpoint.backbone.items()}
-    for name, args in candidates:
+    for name, args, _ in candidates:
         with torch.device('meta'):
             model = _create(name, False, num_classes=0, **args)
         if {k: v.shape for k, v in model.state_dict().items()} == shapes:
@@ -228,19 +240,46 @@ def _build_model(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> 
             model.load_state_dict(checkpoint.backbone, strict=True)
             if size is not None:
                 model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': size}
-            return model
+            if checkpoint.info.get('bgr'):
+                model.pretrained_cfg = {**model.pretrained_cfg, **pixel_statistics(True)}
+            return model, args
     raise ValueError(
         f'{path}: its {len(shapes)} backbone entries (layout {checkpoint.layout}) fill none of '
-        f'{", ".join(name for name, _ in candidates)}; export the backbone and name it as local-dir:FOLDER')
+        f'{", ".join(network.name for network in candidates)}; export the backbone and name it as local-dir:FOLDER')
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """Returns the JSON object beside a checkpoint, or {} if the file is missing or holds something else."""
+def _list_networks(checkpoint: Checkpoint) -> list[Network]:
+    """Returns the networks that a checkpoint may be of, as far as it tells."""
+    blocks = {tuple(k.split('.')[:2]) for k in checkpoint.backbone if k.startswith('layer')}
+    layers = [max(1, sum(layer == f'layer{i}' for layer, *_ in blocks)) for i in range(1, 5)]
+    stem = checkpoint.info.get('stem', {})
+    cifar = Network(CIFAR, {**({} if layers == [2, 2, 2, 2] else {'layers': layers}), **stem})
+    return [cifar] if stem else [*(Network(name, {}) for name in KNOWN), cifar]
+
+
+def _find_network(run: dict[str, Any], where: Path, kwargs: dict[str, Any]) -> Network | None:
+    """Returns the network that the arguments of a run name; None, with a warning, if they name none of timm's."""
+    if 'model' not in run:
+        return None
     try:
-        value = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError, RecursionError):
+        network = check_network(run['model'], run.get('model_args'), where)
+        with torch.device('meta'):
+            _create(network.name, False, num_classes=0, **network.args)
+    except (ValueError, RuntimeError) as e:
+        _logger.warning(f'{e}; {where} is not used')
+        return None
+    return network._replace(args={**network.args, **kwargs})
+
+
+def _read_beside(file: Path) -> dict[str, Any]:
+    """Returns the JSON object beside a checkpoint; {}, with a warning, if the file holds something else."""
+    if not file.exists():
         return {}
-    return value if isinstance(value, dict) else {}
+    try:
+        return read_json(file)
+    except (ValueError, OSError) as e:
+        _logger.warning(f'{e}; it is not used')
+        return {}
 
 
 def _get_dict(values: dict[str, Any], key: str) -> dict[str, Any]:

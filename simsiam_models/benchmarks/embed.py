@@ -4,7 +4,8 @@
     simsiam embed PHOTOS --what avgpool feat4 --out FOLDER       one .npy file each, for more than memory holds
     simsiam embed IMAGENET --part val --what feat1 feat2 feat3 feat4 feat5 --out val.npz --tsne
 
-The t-SNE is MMSelfSup's: the images of the first 20 classes, features without scaling, one picture per feature.
+The t-SNE is MMSelfSup's: the images of the first 20 classes, features without scaling, one picture per feature. Only
+the seed is ours: MMSelfSup gives none, and numpy's global generator, seeded with 0, runs on from feature to feature.
 """
 import argparse
 import inspect
@@ -25,7 +26,7 @@ from .options import add_extraction, add_model, check_extraction, make_transform
 from .protocols import LEAST
 
 CLASSES = 20
-# MMSelfSup v0.9.1, tools/analysis_tools/visualize_tsne.py.
+# MMSelfSup v0.9.1, tools/analysis_tools/visualize_tsne.py, except for random_state.
 TSNE = {
     'n_components': 2, 'perplexity': 30.0, 'early_exaggeration': 12.0, 'learning_rate': 200.0, 'max_iter': 1000,
     'n_iter_without_progress': 300, 'init': 'random', 'random_state': 0}
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     images = _open_images(args)
     with join_world(args.device) as world:
-        backbone = load_backbone(args.model, world.device)
+        backbone = load_backbone(args.model, world.device, args.branch)
         transform = make_transform(args, backbone, print if world.main else silent)
         features = extract(backbone, images, args.what, transform, read_extraction(args), world)
     if not world.main:

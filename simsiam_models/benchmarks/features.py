@@ -122,8 +122,6 @@ class FeatureModel:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         x = pixels.to(self.device, non_blocking=pixels.is_pinned()).permute(0, 3, 1, 2)
-        if self.backbone.bgr:
-            x = x.flip(1)
         x = x.float().div_(255).sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
         model = self.backbone.model
         with autocast(self.device, self.precision), full_precision():

@@ -18,6 +18,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model', default='simsiam_resnet50', metavar='NAME',
         help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
+    parser.add_argument(
+        '--branch', metavar='NAME', help='the network to take of a checkpoint with several: teacher, for example')
 
 
 def add_extraction(

@@ -4,7 +4,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .published import MMSELFSUP_0, WEIGHTS, Weights, find_page_results, find_results, format_metrics
+from .published import BGR_EVIDENCE, MMSELFSUP_0, WEIGHTS, Weights, find_page_results, find_results, format_metrics
 
 # Benchmark in published.json -> title, the Hub's task type, the Hub's id of the data set, and its name.
 BENCHMARKS = {
@@ -32,19 +32,15 @@ CITATION = '''## Citation
   year    = {2020}
 }
 ```'''
-BGR_NOTE = '''## Blue comes first
+BGR_NOTE = '''## Trained on BGR pixels, made for RGB pixels
 
-These weights were trained on BGR pixels with RGB statistics (the loader of MMSelfSup 0.5 and 0.6; inferred from the
-dates in that repository's history). Give them images with the channels in the order blue, green, red, normalized with
-the mean and std of config.json in the order given there; or adapt the model to RGB images once:
+The authors trained these weights on BGR pixels with RGB statistics (the loader of MMSelfSup 0.5 and 0.6). That is
+{evidence}. In this repository the input channels of the first layer are reversed (`conv1.weight.flip(1)`), so that they
+take RGB images like any other weights, and mean and std in config.json are reversed with them: the outputs are those of
+the authors' file for BGR images.
 
-```python
-model.conv1.weight.data = model.conv1.weight.data.flip(1)
-mean, std = mean[::-1], std[::-1]
-```
-
-Even so, their published transfer results were measured with RGB pixels. Prefer `{counterpart}`, unless you need
-exactly this file.'''
+Even so, the published transfer results were measured with the authors' file and RGB pixels. Prefer `{counterpart}`,
+unless you need exactly these weights.'''
 
 
 @dataclass
@@ -80,7 +76,8 @@ def format_card(facts: CardFacts) -> str:
         datasets=['imagenet-1k'] if weights else None,
         base_model=facts.repo.replace(facts.tag, weights.counterpart) if weights and weights.linear else None,
         model_name=facts.name, eval_results=_list_eval_results(facts.tag) or None)
-    note = [BGR_NOTE.format(counterpart=weights.counterpart)] if weights and weights.bgr else []
+    note = [BGR_NOTE.format(counterpart=weights.counterpart, evidence=BGR_EVIDENCE[facts.tag])] if (
+        weights and weights.bgr) else []
     return '\n\n'.join([
         f'---\n{metadata.to_yaml()}\n---', _format_details(facts), *note, _format_usage(facts),
         _format_results(facts.tag), CITATION]) + '\n'
@@ -115,22 +112,24 @@ def _format_details(facts: CardFacts) -> str:
     ]
     if weights:
         rows += [('Pretraining', f'ImageNet-1k without labels, {weights.epochs} epochs, batch {weights.batch}'),
-                 ('Published by', weights.publisher), ('Original file', weights.url)]
+                 ('Published by', f'{weights.publisher}, {weights.project}'), ('Original file', weights.url)]
         if weights.publisher == MMSELFSUP_0:
-            order = 'BGR with RGB statistics' if weights.bgr else 'RGB'
-            rows.append(('Pixels in pretraining', f'{order} (inferred from the dates of the log and of a bug fix)'))
+            rgb = 'RGB (inferred from the dates of the log and of a bug fix)'
+            bgr = f'BGR with RGB statistics ({BGR_EVIDENCE.get(facts.tag)}); now RGB, see below'
+            rows.append(('Pixels in pretraining', bgr if weights.bgr else rgb))
     terms = facts.license + (': **no commercial use**' if '-nc' in facts.license else '')
     rows += [('Origin of this file', facts.origin),
              ('License', terms + (', the license of the repository that published them' if weights else ''))]
     details = '\n'.join(f'- **{name}:** {value}' for name, value in rows)
-    return f'# {facts.name}\n\nA {network} pretrained by SimSiam{training}, {fc}.\n\n## Model details\n\n{details}'
+    limit = f'**For non-commercial use only** ({facts.license.upper()}).\n\n' if '-nc' in facts.license else ''
+    first = f'A {network} pretrained by SimSiam{training}, {fc}.'
+    return f'# {facts.name}\n\n{limit}{first}\n\n## Model details\n\n{details}'
 
 
 def _format_usage(facts: CardFacts) -> str:
     config, repo, name, ours = facts.config, facts.repo, facts.name, facts.needs_package
     out = f'(1, {config["num_classes"]}) logits' if config['num_classes'] else f'(1, {config["num_features"]}) features'
     auto = 'AutoModelForImageClassification' if config['num_classes'] else 'AutoModel'
-    pixels = 'blue channel first' if facts.weights and facts.weights.bgr else 'RGB'
     blocks = [f'''{'With timm and simsiam_models' if ours else 'With timm alone'}:
 
 ```python
@@ -140,10 +139,10 @@ import torch
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 with torch.inference_mode():
-    output = model(transform(image).unsqueeze(0))  # image: PIL, {pixels}; output: {out}
+    output = model(transform(image).unsqueeze(0))  # image: PIL, RGB; output: {out}
 ```''']
     if facts.weights:
-        blocks.append(f'''With simsiam_models, which checks what it downloads and falls back to the authors' own server:
+        blocks.append(f'''With simsiam_models, which checks where they come from:
 
 ```python
 import simsiam_models

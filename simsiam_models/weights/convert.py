@@ -13,19 +13,22 @@ from torch import Tensor
 from ..runtime.files import write_atomically
 from ..runtime.messages import require
 from .export import describe_mismatch, export_checkpoint
+from .identity import make_origin, read_origin
 from .layouts import Checkpoint, load_checkpoint
-from .published import find_tag
+from .published import WEIGHTS, pixel_statistics
 from .reading import COUNTER
+from .tensorfile import MODEL, hash_file
 
 TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
 SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # readers recognize these files by their suffix
 
 
-def convert(source: str | Path, out: str | Path, to: str) -> str:
+def convert(source: str | Path, out: str | Path, to: str, branch: str | None = None) -> str:
     """Writes the backbone of `source` and, if the target has a place for it, the linear classifier.
 
     `source` is a checkpoint in any layout that `load_checkpoint` knows; `out` is a new folder for timm, a new file for
-    the other TARGETS. Returns a report of what was read, written and left out, and the code that uses the result.
+    the other TARGETS. `branch` is as for `load_checkpoint`. Returns a report of what was read, written and left out,
+    and the code that uses the result.
 
     Raises:
         FileNotFoundError, ValueError: `source` does not exist or is not a ResNet-50, or `out` exists.
@@ -40,14 +43,16 @@ def convert(source: str | Path, out: str | Path, to: str) -> str:
         raise ValueError(f'{out} already exists: name a new {"folder" if to == "timm" else "file"}, or remove it first')
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
-    checkpoint = load_checkpoint(source)
+    checkpoint = load_checkpoint(source, branch)
     expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
     if mismatch := describe_mismatch(checkpoint.backbone, expected):
         raise ValueError(f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network '
                          f'that convert writes: {mismatch}')
     if to == 'timm':
-        tag = find_tag(source) if source.is_file() else None
-        export_checkpoint(checkpoint, out, {'tag': tag} if tag else None)
+        tag = checkpoint.info.get('tag')
+        origin = make_origin(WEIGHTS[tag], hash_file(source), checkpoint.layout) if tag else read_origin(
+            source / MODEL if source.is_dir() else source)
+        export_checkpoint(checkpoint, out, {'tag': tag} if tag else None, origin)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda file: WRITERS[to](checkpoint, file))
@@ -154,23 +159,27 @@ WRITERS = {
 
 def _explain_use(checkpoint: Checkpoint, out: Path, to: str) -> str:
     file, fc = repr(str(out)), checkpoint.model_state().get('fc.bias')
+    mean, std = pixel_statistics(checkpoint.info.get('bgr', False)).values()
+    means, stds = ([round(255 * x, 3) for x in values] for values in (mean, std))
     output, build = 'features', 'torchvision.models.resnet50(); model.fc = torch.nn.Identity()'
     if fc is not None:
         output, build = 'logits', f'torchvision.models.resnet50(num_classes={len(fc)})'
     return {
-        'timm': f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)',
+        'timm': (
+            f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)\n'
+            f"with timm's transform for it, which takes RGB images and has mean {mean} and std {std}."),
         'torchvision': (
             f'  model = {build}\n  model.load_state_dict(torch.load({file}, weights_only=True))\n'
-            f'In eval mode it gives the same {output} as the timm model.'),
+            f'In eval mode it gives the same {output} as the timm model, from RGB in 0..1 minus {mean}, over {std}.'),
         # Both detectors default to other pixel values, which raise no error but cost accuracy.
         'detectron2': (
-            f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: [123.675, 116.28, 103.53]\n'
-            '  MODEL.PIXEL_STD: [58.395, 57.12, 57.375]\n  MODEL.RESNETS.STRIDE_IN_1X1: False\n  INPUT.FORMAT: "RGB"'),
+            f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: {means}\n  MODEL.PIXEL_STD: {stds}\n'
+            '  MODEL.RESNETS.STRIDE_IN_1X1: False\n  INPUT.FORMAT: "RGB"'),
         'mmdet': (
             "  backbone=dict(type='ResNet', depth=50, style='pytorch', "
             f"init_cfg=dict(type='Pretrained', checkpoint={file}))\n"
-            'with RGB images, mean [123.675, 116.28, 103.53] and std [58.395, 57.12, 57.375].'),
+            f'with RGB images, mean {means} and std {stds}.'),
         'onnx': (
             f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
-            'images: float32 (B, 3, H, W), RGB in 0..1 minus (0.485, 0.456, 0.406), over (0.229, 0.224, 0.225).'),
+            f'images: float32 (B, 3, H, W), RGB in 0..1 minus {mean}, over {std}.'),
     }[to]

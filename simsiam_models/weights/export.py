@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..runtime.files import write_json
 from . import tensorfile
 from .layouts import Checkpoint
-from .published import NAME
+from .published import NAME, pixel_statistics
 from .tensorfile import CONFIG, HEADS, MODEL
 
 PLAIN_TIMM = {NAME: 'resnet50'}  # our name -> the name under which plain timm builds the same network
@@ -32,12 +32,16 @@ def export_backbone(
     write_json(folder / CONFIG, make_timm_config(backbone, model_name, 0, overlay, model_args))
 
 
-def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, pretrained_cfg: dict[str, Any] | None = None) -> None:
+def export_checkpoint(
+    checkpoint: Checkpoint, folder: str | Path, pretrained_cfg: dict[str, Any] | None = None,
+    origin: dict[str, str] | None = None,
+) -> None:
     """Writes a ResNet-50: config.json, model.safetensors and, if the checkpoint has both heads, heads.safetensors.
 
     model.safetensors holds the backbone and, if present, the linear classifier. timm rejects any other entry.
-    `pretrained_cfg` overrides entries of config.json's pretrained_cfg (license, origin_url, ...). Raises ValueError if
-    backbone and classifier do not match the entries of a ResNet-50.
+    `pretrained_cfg` overrides entries of config.json's pretrained_cfg (license, origin_url, ...), `origin` goes into
+    the headers (see `identity.make_origin`). Raises ValueError if backbone and classifier do not match the entries of
+    a ResNet-50.
     """
     folder, tensors = Path(folder), checkpoint.model_state()
     num_classes = len(tensors.get('fc.weight', ()))
@@ -48,12 +52,15 @@ def export_checkpoint(checkpoint: Checkpoint, folder: str | Path, pretrained_cfg
             f'the checkpoint does not fill {NAME}, which has {len(expected)} entries: {mismatch}. '
             'If train.py trained another network, use the folder OUTPUT/backbone')
     folder.mkdir(parents=True, exist_ok=True)
-    tensorfile.write(folder / MODEL, tensors)
+    bgr = checkpoint.info.get('bgr', False)
+    mark = {tensorfile.CHANNELS: tensorfile.REVERSED} if bgr else {}
+    tensorfile.write(folder / MODEL, tensors, **(origin or {}), **mark)
     if checkpoint.projector and checkpoint.predictor:
-        tensorfile.write(folder / HEADS, checkpoint.heads_state())
+        tensorfile.write(folder / HEADS, checkpoint.heads_state(), **(origin or {}))
     else:
         (folder / HEADS).unlink(missing_ok=True)  # heads of an earlier export would belong to another backbone
-    config = make_timm_config(model, NAME, num_classes, pretrained_cfg or {})
+    statistics = {k: list(v) for k, v in pixel_statistics(bgr).items()}
+    config = make_timm_config(model, NAME, num_classes, {**statistics, **(pretrained_cfg or {})})
     config[BACKBONE] = tensorfile.hash_tensors(checkpoint.backbone)
     write_json(folder / CONFIG, config)
 

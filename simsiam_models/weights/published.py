@@ -4,11 +4,14 @@ None was measured here. published.json holds one entry per weights file and benc
 (percent), 'source', 'url'; if known, 'protocol', 'confidence', 'warning', and 'pages': its own, then copies.
 """
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import sources, tensorfile
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from . import tensorfile
 
 NAME = 'simsiam_resnet50'  # the model of all published weights
 MMSELFSUP_0 = 'OpenMMLab (MMSelfSup 0.x)'
@@ -20,13 +23,14 @@ class Weights(NamedTuple):
     url: str
     layout: str  # key layout of the upstream file
     publisher: str
+    project: str  # address of the publisher's repository
     license: str
     epochs: int
     batch: int
     top1: float | None  # None: not reported
     sha256_prefix: str | None = None  # OpenMMLab's file names end in 8 hex digits; FAIR publishes no hash
     num_classes: int = 0  # 1000: the file holds a linear classifier
-    bgr: bool = False  # trained on BGR pixels with RGB statistics
+    bgr: bool = False  # trained on BGR pixels with RGB statistics; our copies take RGB, see `layouts.reverse_channels`
     counterpart: str | None = None  # classifier: tag of its pretraining weights; BGR weights: tag of the RGB weights
 
     @property
@@ -42,12 +46,16 @@ def _openmmlab(folder: str, name: str, **facts: Any) -> Weights:
 def _fair(name: str, layout: str = 'fair', **facts: Any) -> Weights:
     url = f'https://dl.fbaipublicfiles.com/simsiam/models/{name}.pth.tar'
     return Weights(
-        url, layout, publisher='Facebook AI Research (facebookresearch/simsiam)', license='cc-by-nc-4.0', **facts)
+        url, layout, publisher='Facebook AI Research (facebookresearch/simsiam)',
+        project='https://github.com/facebookresearch/simsiam', license='cc-by-nc-4.0', **facts)
 
 
-_mm0 = partial(_openmmlab, '', layout='mmselfsup_0x', publisher=MMSELFSUP_0)
+_mm0 = partial(
+    _openmmlab, '', layout='mmselfsup_0x', publisher=MMSELFSUP_0, project='https://github.com/open-mmlab/mmselfsup')
 _mm0_bgr = partial(_mm0, bgr=True)
-_mm1 = partial(_openmmlab, '1.x/', layout='mmselfsup_1x', publisher='OpenMMLab (MMSelfSup 1.x, MMPretrain)')
+_mm1 = partial(
+    _openmmlab, '1.x/', layout='mmselfsup_1x', publisher='OpenMMLab (MMSelfSup 1.x, MMPretrain)',
+    project='https://github.com/open-mmlab/mmpretrain')
 _mm1_lin = partial(_mm1, layout='mmselfsup_1x_linear', num_classes=1000)
 _fair_linear = partial(_fair, layout='fair_linear', num_classes=1000)
 MM1_LINEAR = '_in1k/resnet50_linear-8xb512-coslr-90e_in1k/resnet50_linear-8xb512-coslr-90e_in1k_20220825-'
@@ -67,13 +75,34 @@ WEIGHTS = {
     'mm_ep100_bgr_in1k': _mm0_bgr('100e_in1k_20211230-65a0eff4', epochs=100, top1=68.2, counterpart='mm_ep100_in1k'),
     'fb_bs512_ep100_in1k': _fair('100ep/pretrain/checkpoint_0099', epochs=100, batch=512, top1=68.1),
     'fb_bs256_ep100_in1k': _fair('100ep-256bs/pretrain/checkpoint_0099', epochs=100, batch=256, top1=68.3),
-    'fb_bs256_ep200_in1k': _fair('200ep-256bs/pretrain/checkpoint_0199', epochs=200, batch=256, top1=None),
+    # Not in the project's README: the address and 69.8 are from the author's comment in its issue 18.
+    'fb_bs256_ep200_in1k': _fair('200ep-256bs/pretrain/checkpoint_0199', epochs=200, batch=256, top1=69.8),
     'fb_bs512_ep100_lin_in1k': _fair_linear(
         '100ep/linear/model_best', epochs=100, batch=512, top1=68.1, counterpart='fb_bs512_ep100_in1k'),
     'fb_bs256_ep100_lin_in1k': _fair_linear(
         '100ep-256bs/linear/model_best', epochs=100, batch=256, top1=68.3, counterpart='fb_bs256_ep100_in1k'),
 }
+# "Trained on BGR" follows from dates in open-mmlab/mmselfsup: its loader gave BGR pixels to transforms with RGB
+# statistics (issue 205) until pull request 210, commit 89e94dc3 of 2022-02-10, released in v0.7.0.
+BGR_EVIDENCE = {
+    'mm_ep100_bgr_in1k': 'inferred, on strong evidence: its log starts on 2021-12-25, when the loader gave BGR',
+    'mm_ep200_bgr_in1k': 'inferred, on weaker evidence: the file, of 2021-12-13, is two days older than the first '
+                         'public commit of the loader that gave BGR'}
 RESULTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name('published.json').read_text(encoding='utf-8'))
+
+
+def hub_id(name: str) -> str:
+    """Returns the Hub repository of 'simsiam_resnet50.TAG'."""
+    return f'{os.environ.get("SIMSIAM_HUB_NAMESPACE") or "simsiam-models"}/{name}'
+
+
+def pixel_statistics(bgr: bool) -> dict[str, tuple[float, float, float]]:
+    """Returns mean and std, for R, G, B from 0 to 1, of the pixels that weights take; `bgr` as in `Weights`.
+
+    The training normalized B, G, R by the statistics of R, G, B; with the channels reversed, so are the statistics.
+    """
+    step = -1 if bgr else 1
+    return {'mean': IMAGENET_DEFAULT_MEAN[::step], 'std': IMAGENET_DEFAULT_STD[::step]}
 
 
 def find_tag(path: str | Path) -> str | None:
@@ -105,14 +134,24 @@ def describe(tag: str) -> str:
     lines = [
         f'{NAME}.{tag}: ImageNet-1k, {w.epochs} epochs, batch {w.batch}, '
         f'{f"linear classifier of {w.num_classes} classes" if w.linear else "no classifier"}, license {w.license}',
-        f'Hub:      {sources.hub_id(f"{NAME}.{tag}")}',
+        f'Hub:      {hub_id(f"{NAME}.{tag}")} (used only if it is pinned, or if SIMSIAM_HUB_NAMESPACE names it)',
         f'upstream: {w.url} (layout {w.layout}, SHA-256 '
-        f'{f"begins with {w.sha256_prefix}" if w.sha256_prefix else "not published"})',
+        f'{f"begins with {w.sha256_prefix}" if w.sha256_prefix else "not published"}), of {w.project}',
+        *_describe_pixels(tag, w),
         'Numbers of this file (percent; published by its authors, not measured again here):',
         *map(_format_entry, find_results(tag))]
     if others := find_page_results(tag):
         lines += ['On the same page, but measured with another file:', *map(_format_entry, others)]
     return '\n'.join(lines)
+
+
+def _describe_pixels(tag: str, weights: Weights) -> list[str]:
+    if not weights.bgr:
+        return []
+    mean, std = (', '.join(map(str, x)) for x in pixel_statistics(True).values())
+    return [
+        f'pixels:   RGB with mean ({mean}) and std ({std}), as for every tag, since the input channels of conv1 are '
+        f'reversed when the file is read. It was trained on BGR pixels with RGB statistics ({BGR_EVIDENCE[tag]}).']
 
 
 def _format_entry(entry: dict[str, Any]) -> str:

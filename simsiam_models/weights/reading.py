@@ -11,6 +11,7 @@ import io
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..runtime.messages import one_line, require
+from ..runtime.messages import one_line, require, short
+from .tensorfile import HEADS, MODEL
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch's format before 1.6
 STORAGES = {
@@ -32,6 +34,16 @@ STORAGES = {
 }
 COUNTER = 'num_batches_tracked'
 PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
+SHARD = re.compile(r'-\d+-of-0*([2-9]|[1-9]\d+)\.\w+$')  # model-00001-of-00003.safetensors
+MERGE = 'read all shards where they were made, and save their entries as one file'
+# How files begin that are no checkpoints -> what they are, and the way on.
+OTHER_FILES = {
+    b'version https://git-lfs': 'a Git LFS pointer, not the weights; run `git lfs pull` in its repository',
+    b'\x1f\x8b': 'a gzip archive; unpack it, and name the checkpoint in it',
+    b'BZh': 'a bzip2 archive; unpack it, and name the checkpoint in it',
+    b'\x89HDF': 'an HDF5 file, as Keras writes it; save the weights with torch',
+    b'\x93NUMPY': 'a numpy array; save the weights with torch',
+}
 
 
 def read(path: str | Path) -> Any:
@@ -42,10 +54,9 @@ def read(path: str | Path) -> Any:
         ValueError: the file is not a checkpoint or is damaged, or memory ran out; the message says which.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f'{path} does not exist')
-    if path.is_dir():
-        raise ValueError(f'{path} is a folder, not a checkpoint file')
+    require_file(path)
+    if SHARD.search(path.name):
+        raise ValueError(f'{path} is one of several shards of a checkpoint; {MERGE}')
     disk = DiskFile(path)
     with io.BufferedReader(disk) as file:
         try:
@@ -57,8 +68,76 @@ def read(path: str | Path) -> Any:
             failure = disk.error or e
             if isinstance(failure, OSError) and failure.errno != errno.EINVAL:  # EINVAL: a wrong offset in the file
                 raise failure from None
+            if kind := _name_kind(path):
+                raise ValueError(f'{path} cannot be read as a checkpoint: it is {kind}') from None
             reason = one_line(f'{type(e).__name__}: {e}')
             raise ValueError(f'{path} cannot be read as a checkpoint ({reason}); is it complete?') from None
+
+
+def require_file(path: Path) -> None:
+    """Raises FileNotFoundError, or ValueError if it is no regular file: opening a FIFO would wait for ever."""
+    if path.is_dir():
+        raise ValueError(f'{path} is a folder, not a checkpoint file')
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist')
+    if not path.is_file():
+        raise ValueError(f'{path} is a FIFO, a socket or a device, not a file; name a file of weights')
+
+
+def read_head(path: Path) -> bytes:
+    """Returns the first bytes of a file, which tell what it is."""
+    require_file(path)
+    with open(path, 'rb') as f:
+        return f.read(4096)
+
+
+def is_safetensors(head: bytes) -> bool:
+    """Returns whether a file begins as safetensors do: the length of a header of at most 100 MB, and the header."""
+    return head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= 10 ** 8
+
+
+def _name_kind(path: Path) -> str:
+    """Names the kind of file, and the way on, if its first bytes tell; '' if they do not."""
+    head = read_head(path)
+    if is_safetensors(head):
+        return '' if 8 + int.from_bytes(head[:8], 'little') <= path.stat().st_size else (
+            'a safetensors file that was cut off; copy or download it again')
+    if found := next((kind for start, kind in OTHER_FILES.items() if head.startswith(start)), ''):
+        return found
+    if head.lstrip()[:1] == b'<':
+        return f'a web page (it begins with {head.lstrip()[:30]!r}); download the file itself'
+    text = bool(head) and min(head.translate(None, b'\t\n\f\r'), default=0) >= 32
+    return 'a text file; name a file of weights, or the folder of a run' if text else ''
+
+
+def require_safetensors(path: Path) -> None:
+    """Raises ValueError if a file that must be safetensors is something else; the text says what."""
+    head = read_head(path)
+    if not is_safetensors(head):
+        kind = 'a torch file' if head.startswith((b'PK\x03\x04', b'\x80')) else _name_kind(path) or 'another file'
+        raise ValueError(f'{path} is not a safetensors file but {kind}; export its folder again')
+
+
+def find_export(folder: Path) -> Path:
+    """Returns the model.safetensors of an exported folder: no other kind of file is read from a folder.
+
+    Raises FileNotFoundError if it has none, ValueError if it is another kind of file; the text says what is there.
+    """
+    file = folder / MODEL
+    if file.exists():
+        require_safetensors(file)
+        return file
+    names = sorted(p.name for p in folder.iterdir())[:1000] if folder.is_dir() else []
+    if any(name.endswith('.index.json') or SHARD.search(name) for name in names):
+        raise ValueError(f'{folder} holds a checkpoint in several shards; {MERGE}')
+    if any(name.endswith('.distcp') for name in names):
+        raise ValueError(
+            f'{folder} holds shards of torch.distributed.checkpoint; merge them with python -m '
+            f'torch.distributed.checkpoint.format_utils dcp_to_torch {folder} FILE')
+    endings = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.safetensors')
+    others = [name for name in names if name.endswith(endings) and name != HEADS]
+    raise FileNotFoundError(f'{folder}: no {MODEL} there; ' + (
+        f'name the file in it, {folder / others[0]}' if others else 'name a folder that was exported for timm'))
 
 
 class DiskFile(io.FileIO):
@@ -88,8 +167,6 @@ def _read_contents(file: BinaryIO, path: Path) -> Any:
         raise ValueError('the file is empty')
     if head[8:9] == b'{' and 8 + int.from_bytes(head[:8], 'little') <= size:
         return load_file(path)
-    if head.lstrip()[:1] == b'<':
-        raise ValueError(f'a web page: it begins with {head.lstrip()[:30]!r}')
     if not head.startswith(b'PK\x03\x04'):
         first = RestrictedUnpickler(file).load()
         if first == LEGACY_MAGIC:
@@ -107,7 +184,9 @@ def _read_contents(file: BinaryIO, path: Path) -> Any:
 
 
 class Opaque:
-    """Stands for an object of an unknown class, and keeps nothing of it."""
+    """Stands for an object of an unknown class, and keeps nothing of it but the name of the class."""
+
+    origin = 'an object'
 
     def __new__(cls, *args: Any, **kwargs: Any) -> 'Opaque':
         return object.__new__(cls)
@@ -195,7 +274,7 @@ class RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
             return name
-        short = module.removeprefix('numpy._core.').removeprefix('numpy.core.').replace('__builtin__', 'builtins')
+        house = module.removeprefix('numpy._core.').removeprefix('numpy.core.').replace('__builtin__', 'builtins')
         found = {
             'torch._utils _rebuild_tensor': self.rebuild_tensor,
             'torch._utils _rebuild_tensor_v2': self.rebuild_tensor,
@@ -208,11 +287,13 @@ class RestrictedUnpickler(pickle.Unpickler):
             '_codecs encode': lambda text, *_: text.encode('latin1'),
             'numpy dtype': lambda code, *_: PickledDtype(code),
             'multiarray _reconstruct': lambda *_: PickledArray(), 'numeric _frombuffer': make_array,
-        }.get(f'{short} {name}')
-        return AllowedCall(found) if found else type('Opaque', (Opaque,), {})
+        }.get(f'{house} {name}')
+        return AllowedCall(found) if found else type('Opaque', (Opaque,), {'origin': short(f'{module}.{name}')})
 
     def persistent_load(self, pid: Any) -> Any:
-        if self.storage is None or not isinstance(pid, tuple) or pid[0] != 'storage':
+        if isinstance(pid, tuple) and pid[:1] == ('module',) and len(pid) > 1:  # the class of one, with its source
+            return pid[1] if isinstance(pid[1], type) and issubclass(pid[1], Opaque) else Opaque()
+        if self.storage is None or not isinstance(pid, tuple) or pid[:1] != ('storage',):
             return Opaque()
         _, kind, key, _, numel, *view = pid
         if not isinstance(kind, str) or not isinstance(numel, int) or numel < 0:
@@ -221,7 +302,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
         if not isinstance(storage, Storage):
-            raise ValueError('a tensor has no storage')
+            raise ValueError('its tensors were pickled without torch.save, which has to write them')
         if min(0, offset, *size, *stride) < 0:
             raise ValueError('a tensor has a negative extent')
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
@@ -240,7 +321,7 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
         raise ValueError('a zip archive that torch.save did not write')
     prefix = pickles[0].removesuffix('data.pkl')
     if f'{prefix}constants.pkl' in infos:
-        raise ValueError('a TorchScript program, not a checkpoint')
+        raise ValueError('a TorchScript program, not a checkpoint: save the state_dict() of the module')
     if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
         raise ValueError('the archive is compressed or larger inside than outside, which torch.save never writes')
     if damaged := archive.testzip():
@@ -300,7 +381,7 @@ def _to_plain(x: Any, seen: dict[int, Any]) -> Any:
     """
     if isinstance(x, PickledArray):
         return x.tensor
-    if x is None or isinstance(x, PLAIN):
+    if x is None or isinstance(x, (*PLAIN, Opaque)):
         return x
     if not isinstance(x, dict | list | tuple | set):
         return Opaque()

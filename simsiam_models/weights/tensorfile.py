@@ -13,6 +13,8 @@ from ..runtime.files import write_atomically
 
 MODEL, HEADS, CONFIG = 'model.safetensors', 'heads.safetensors', 'config.json'  # the files of an exported folder
 CONTENT = 'content_sha256'
+# In the header of weights that were trained on BGR pixels: conv1 takes RGB now. A file without it must not be used.
+CHANNELS, REVERSED = 'channels', 'RGB, reversed from BGR'
 
 
 def hash_tensors(tensors: dict[str, Tensor]) -> str:
@@ -52,8 +54,12 @@ def write(path: Path, tensors: dict[str, Tensor], **metadata: str) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    with safe_open(str(path), 'pt') as f:
-        return f.metadata() or {}
+    """Returns the strings in the header; an empty dictionary if there are none, or if it is no safetensors file."""
+    try:
+        with safe_open(str(path), 'pt') as f:
+            return f.metadata() or {}
+    except SafetensorError:
+        return {}
 
 
 def is_whole(path: str | Path) -> bool:

@@ -1,5 +1,5 @@
 """Checks that weights are undamaged, complete and finite, and compute the outputs recorded at their publication."""
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from ..runtime.messages import one_line
 from . import sources, tensorfile
-from .layouts import load_checkpoint
-from .published import NAME, WEIGHTS
-from .tensorfile import MODEL
+from .folders import read_json
+from .identity import check_identity, read_origin
+from .layouts import Checkpoint, load_checkpoint
+from .published import NAME, WEIGHTS, find_tag
+from .reading import find_export, is_safetensors, read_head, require_safetensors
+from .tensorfile import CONFIG, HEADS, MODEL
 
 FINGERPRINT = 'fingerprint.json'
 # The largest deviation of an output, in units of the outputs' standard deviation, that rounding explains.
@@ -54,19 +57,27 @@ def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
-    """Checks hash, keys, values and fingerprint of a tag, which is downloaded if no cache has it, or of a checkpoint.
+    """Checks hash, origin, keys, values and outputs of a tag, which is downloaded if no cache has it, or of a file.
 
-    `dtype` (float32, float16, bfloat16) is the type in which the outputs are computed. Returns whether all checks
-    passed, and a line for each. Raises FileNotFoundError, ValueError or RuntimeError if there is nothing to check.
+    A hash or a fingerprint passes only if it equals one from another source than the weights; what the same source
+    says is noted. `dtype` (float32, float16, bfloat16) is the type in which the outputs are computed. Returns whether
+    no check failed, and a line for each. Raises FileNotFoundError, ValueError or RuntimeError if there is nothing to
+    check.
     """
     tag = target.removeprefix(f'{NAME}.')
-    if tag in WEIGHTS and not Path(target).exists():
-        path, findings = _check_published(tag)
-        expected = sources.read_pin(f'{NAME}.{tag}').get('fingerprint')
-    else:
-        path, findings, expected = Path(target), _check_file(Path(target)), None
-    checkpoint = load_checkpoint(path)
-    findings.append((None, checkpoint.describe()))
+    published = tag in WEIGHTS and not Path(target).exists()
+    path, findings = _check_published(tag) if published else _check_file(Path(target))
+    if not any(ok is False for ok, _ in findings):  # a damaged file has nothing more to say
+        checkpoint = load_checkpoint(path)
+        findings.append((None, checkpoint.describe()))
+        if not published:
+            findings += _check_claims(path, checkpoint)
+        findings += _check_model(checkpoint, path, sources.read_pin(f'{NAME}.{tag}') if published else {}, dtype)
+    return all(ok is not False for ok, _ in findings), [f'{MARKS[ok]} {text}' for ok, text in findings]
+
+
+def _check_model(checkpoint: Checkpoint, path: Path, pin: dict[str, Any], dtype: str) -> list[Finding]:
+    """Checks entries, values and outputs."""
     state = checkpoint.model_state()
     try:
         if 'layer1.0.conv3.weight' not in state:
@@ -74,42 +85,84 @@ def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
         model = timm.create_model(NAME, num_classes=len(state.get('fc.weight', ())))
         model.load_state_dict(state, strict=True)
     except RuntimeError as e:
-        findings.append((False, f'keys: {one_line(e)}'))
+        return [(False, f'keys: {one_line(e)}')]
+    bad = find_nonfinite({**state, **checkpoint.heads_state()})
+    found = compute_fingerprint(model.to(getattr(torch, dtype)))
+    return [
+        (True, f'keys: all {len(model.state_dict())} entries are present and fit'),
+        (not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite'),
+        (found['std'] > 0, f'outputs: mean {found["mean"]:.4g}, std {found["std"]:.4g} for a generated image'),
+        _check_fingerprint(found, path, pin, TOLERANCE[dtype])]
+
+
+def _check_fingerprint(found: dict[str, Any], path: Path, pin: dict[str, Any], tolerance: float) -> Finding:
+    file = (path / MODEL if path.is_dir() else path).with_name(FINGERPRINT)
+    if expected := pin.get('fingerprint'):
+        whose, passed = 'the pinned one', True
+    elif (path.is_dir() or path.name == MODEL) and file.exists():
+        whose, passed, expected = 'the one beside the weights, which comes from the same source', None, read_json(file)
     else:
-        findings.append((True, f'keys: all {len(model.state_dict())} entries are present and fit'))
-        bad = find_nonfinite({**state, **checkpoint.heads_state()})
-        findings.append((not bad, f'values: {", ".join(bad[:3])} not finite' if bad else 'values: all finite'))
-        file = (path / MODEL if path.is_dir() else path).with_name(FINGERPRINT)
-        if not expected and (path.is_dir() or path.name == MODEL) and file.exists():
-            expected = json.loads(file.read_text())
-        found = compute_fingerprint(model.to(getattr(torch, dtype)))
-        text = f'outputs: mean {found["mean"]:.4g}, std {found["std"]:.4g} for a generated image'
-        comparison = None, 'fingerprint: none was published to compare with'
-        if expected is not None:
-            d, tolerance = compare_fingerprints(expected, found), TOLERANCE[dtype]
-            comparison = d <= tolerance, f'fingerprint: {d:.1e} from the published one (tolerance {tolerance:g})'
-        findings += [(found['std'] > 0, text), comparison]
-    return all(ok is not False for ok, _ in findings), [f'{MARKS[ok]} {text}' for ok, text in findings]
+        return None, 'fingerprint: none to compare with'
+    d = compare_fingerprints(expected, found)
+    return passed if d <= tolerance else False, f'fingerprint: {d:.1e} from {whose} (tolerance {tolerance:g})'
 
 
 def _check_published(tag: str) -> tuple[Path, list[Finding]]:
-    path = sources.fetch(f'{NAME}.{tag}', WEIGHTS[tag])  # checks the hash, and raises if it is wrong
+    name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
+    path = sources.fetch(name, weights)  # raises if the hash is wrong, or the file cannot be the tag's
     if path.name == MODEL:
-        return path, [(True, f'hash: from the Hub, {path}')]
-    known, prefix = tensorfile.read_metadata(path), WEIGHTS[tag].sha256_prefix
-    promise = f', its name promises {prefix}' if prefix else ' (its authors publish none to compare with)'
-    return path, [
-        (True, f'hash: converted from {known.get("url", "?")}, {path}'),
-        (None, f'sha256 of the upstream file {known.get("upstream_sha256")}{promise}')]
+        repo = sources.hub_id(name)
+        if sources.is_pinned(name):
+            revision = sources.read_pin(name)['revision']
+            finding = True, f'hash: equals the one pinned for {repo} at revision {revision[:12]}, {path}'
+        else:
+            finding = None, (f'hash: the one that {repo} itself states, which proves the transport only; there is no '
+                             f'independent reference that these are the published weights, {path}')
+    else:
+        sha256, prefix = read_origin(path)['upstream_sha256'], weights.sha256_prefix
+        text = f"hash: the authors' file, {weights.url}, had the SHA-256 {sha256}"
+        if prefix:
+            finding = sha256.startswith(prefix), f'{text}; the published one begins with {prefix}'
+        else:
+            finding = None, (f'{text}; its authors publish none, so there is no independent reference, but a later '
+                             f'download must have the same ({sources.name_record(weights.url)})')
+    return path, [finding, (True, f'row: layout, classes and shapes are those of {tag}, {path}')]
 
 
-def _check_file(path: Path) -> list[Finding]:
+def _check_file(path: Path) -> tuple[Path, list[Finding]]:
     if not path.exists():
         raise FileNotFoundError(f'{path} is neither a file nor a tag; the tags are {", ".join(WEIGHTS)}')
-    file = path / MODEL if path.is_dir() else path
-    if file.suffix != '.safetensors':
-        return [(None, f'sha256 {tensorfile.hash_file(file)} (nothing to compare it with)')]
-    if not tensorfile.is_whole(file):
-        return [(False, 'hash: the contents do not match the header')]
-    has_hash = tensorfile.CONTENT in tensorfile.read_metadata(file)
-    return [(True, f'hash: the {"contents match the hash in the header" if has_hash else "header holds none"}')]
+    file = find_export(path) if path.is_dir() else path
+    heads = [path / HEADS] if (path / HEADS).exists() else []
+    if is_safetensors(read_head(file)):
+        for part in (file, *heads):
+            require_safetensors(part)
+            if not tensorfile.is_whole(part):
+                return path, [(False, f'hash: the contents of {part} do not match its header: it is damaged')]
+        has_hash = tensorfile.CONTENT in tensorfile.read_metadata(file)
+        text = 'the contents match the one in the header: undamaged' if has_hash else 'the header has none'
+        return path, [(None, f'hash: {text}')]
+    text = f'hash: the SHA-256 is {(sha256 := tensorfile.hash_file(file))}'
+    promise = re.search(r'-([0-9a-f]{8})\.pth$', file.name)  # as OpenMMLab and torch.hub name their files
+    if tag := find_tag(file):
+        return path, [(True, f'{text}, and that of {tag} begins with {WEIGHTS[tag].sha256_prefix}, as published')]
+    if promise and not sha256.startswith(promise[1]):
+        return path, [(False, f'{text}, but its name promises {promise[1]}: the file is damaged, or another one')]
+    return path, [(None, f'{text}; there is no independent reference to compare it with')]
+
+
+def _check_claims(path: Path, checkpoint: Checkpoint) -> list[Finding]:
+    """Compares a file with the row of the tag that its header, or config.json beside it, names."""
+    origin = read_origin(path / MODEL if path.is_dir() else path)
+    tags = [tag for tag, weights in WEIGHTS.items() if weights.url == origin.get('url')]
+    config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
+    cfg = config.get('pretrained_cfg')
+    named = cfg.get('tag') if isinstance(cfg, dict) else None
+    findings = []
+    for tag in dict.fromkeys([*tags, *([named] if isinstance(named, str) and named in WEIGHTS else [])]):
+        try:
+            check_identity(checkpoint, tag, WEIGHTS[tag], {'layout': WEIGHTS[tag].layout, **origin})
+            findings.append((None, f'origin: said to be {tag}, and layout, classes and shapes agree; no proof'))
+        except ValueError as e:
+            findings.append((False, f'origin: said to be {tag}, but {e}'))
+    return findings

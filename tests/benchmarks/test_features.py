@@ -1,5 +1,4 @@
 """Features: taps as the protocol pools them, pixels as torchvision makes them, files that survive a kill."""
-import hashlib
 import io
 import json
 import os
@@ -34,6 +33,7 @@ from simsiam_models.benchmarks.backbone import (
 from simsiam_models.benchmarks.features import NAMES, Extraction, Features, Transform
 from simsiam_models.benchmarks.samples import subset
 from simsiam_models.data import DataError, FolderImages, MemoryImages, UnreadableError
+from simsiam_models.data.readers.index import digest
 from simsiam_models.data.readers.streams import WebStream
 from simsiam_models.data.readers.tars import TarImages
 from simsiam_models.weights import export_backbone
@@ -168,14 +168,12 @@ def test_pixels_are_torchvisions(kind, ours, size, tmp_path):
             seen.append(x.clone())
             return x.mean((1, 2, 3))[:, None]
 
-    for bgr in (False, True):
-        backbone = load_backbone('simsiam_resnet18_cifar:random')
-        backbone.model, backbone.bgr = Model().eval(), bgr
-        extract(backbone, Photo(image), ['avgpool'], Transform(kind=kind), tmp_path / str(bgr), workers=0)
-        expected = transforms.Compose([short_side_256, ours, transforms.ToTensor()])(image)
-        expected = expected.flip(0) if bgr else expected  # blue, green, red, by the mean and std of red, green, blue
-        expected = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(expected)
-        assert torch.equal(seen[-1][0], expected)
+    backbone = load_backbone('simsiam_resnet18_cifar:random')
+    backbone.model = Model().eval()
+    extract(backbone, Photo(image), ['avgpool'], Transform(kind=kind), tmp_path, workers=0)
+    to = [short_side_256, ours, transforms.ToTensor(), transforms.Normalize(
+        (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    assert torch.equal(seen[-1][0], transforms.Compose(to)(image))
 
 
 @pytest.mark.parametrize('kwargs', [{'kind': 'crop'}, {'resize': 100}, {'crop': 0, 'kind': 'squash'}])
@@ -239,7 +237,7 @@ def test_the_key_changes_with_weights_data_transform_and_precision(tiny, images,
     dilated = load_backbone('resnet10t:random', output_stride=8)
     assert dilated.digest == tiny.digest  # the same numbers, another network
     turned = load_backbone('resnet10t:random')
-    turned.bgr = True
+    turned.mean = turned.mean[::-1]
     pixels2 = pixels.copy()
     pixels2[3, 1, 1, 0] ^= 1
     other_pixels = write_digits(tmp_path / 'other', 64)
@@ -492,7 +490,7 @@ def test_backbones_come_from_every_kind_of_place(tmp_path):
     folder = tmp_path / 'run'
     for name in (folder, folder / 'backbone', f'local-dir:{folder / "backbone"}', folder / 'checkpoint.pth'):
         backbone = load_backbone(str(name))
-        assert backbone.digest == expected and backbone.tag is None and not backbone.bgr
+        assert backbone.digest == expected and backbone.tag is None
         assert backbone.num_features == 8 and backbone.name == str(name)
         assert not any(p.requires_grad for p in backbone.model.parameters())
     whole = timm.create_model('simsiam_resnet18_cifar')
@@ -554,44 +552,12 @@ def test_a_mark_of_a_shard_that_names_other_images_is_not_believed(mark, tiny, i
     assert again.made == 16 and not again.unreadable
 
 
-def test_a_tag_belongs_to_the_weights_that_it_was_given_to(tmp_path, monkeypatch, caplog):
-    from simsiam_models.weights import convert
-    from simsiam_models.weights.published import WEIGHTS
-
-    model = timm.create_model('simsiam_resnet50')
-    file = tmp_path / 'mm.pth'
-    torch.save({'state_dict': {f'backbone.{k}': v for k, v in model.state_dict().items()}}, file)
-    tag = 'mm_ep100_bgr_in1k'
-    prefix = hashlib.sha256(file.read_bytes()).hexdigest()[:8]
-    monkeypatch.setitem(WEIGHTS, tag, WEIGHTS[tag]._replace(sha256_prefix=prefix))
-    convert.convert(file, tmp_path / 'folder', 'timm')
-    for name in (str(file), str(tmp_path / 'folder'), f'local-dir:{tmp_path / "folder"}'):
-        found = load_backbone(name)
-        assert found.tag == tag and found.bgr and found.digest == weights_digest(model)
-    changed = timm.create_model(f'local-dir:{tmp_path / "folder"}', pretrained=True)
-    assert changed.pretrained_cfg['tag'] == tag
-    for name in ('same', 'other'):
-        timm.models.save_for_hf(changed, tmp_path / name, safe_serialization=True)  # keeps the tag, says no digest
-        found = load_backbone(f'local-dir:{tmp_path / name}')
-        assert found.tag is None and not found.bgr and 'count as your own' in caplog.text
-        with torch.no_grad():
-            changed.conv1.weight.mul_(2)
-    state = load_file(tmp_path / 'other' / 'model.safetensors')
-    save_file(state, tmp_path / 'folder' / 'model.safetensors')
-    assert load_backbone(str(tmp_path / 'folder')).tag is None
-
-
-def test_a_published_bgr_file_is_known_by_its_name(tmp_path, monkeypatch):
-    from simsiam_models.weights import tensorfile
-
-    model = timm.create_model('simsiam_resnet50')
-    tensorfile.write(tmp_path / 'model.safetensors', model.state_dict())
-    monkeypatch.setattr('simsiam_models.weights.sources.fetch', lambda *a, **k: tmp_path / 'model.safetensors')
-    for name, tag, bgr in (
-            ('simsiam_resnet50', 'mm_ep200_in1k', False),
-            ('simsiam_resnet50.mm_ep100_bgr_in1k', 'mm_ep100_bgr_in1k', True)):
-        backbone = load_backbone(name)
-        assert (backbone.tag, backbone.bgr, backbone.digest) == (tag, bgr, weights_digest(model))
+def test_features_of_networks_that_took_rgb_keep_their_folder_and_others_lose_it():
+    """An earlier version hashed whether the network took BGR, too; then the same weights meant other pixels."""
+    backbone = load_backbone('resnet10t:random')
+    before = [digest(backbone.digest, f'{backbone.model} {backbone.model.global_pool}',
+                     json.dumps([bgr, backbone.mean, backbone.std])) for bgr in (False, True)]
+    assert backbone.identity == before[0] != before[1]
 
 
 def test_a_random_backbone_is_always_the_same_and_leaves_the_seed_alone():

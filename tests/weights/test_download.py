@@ -32,14 +32,17 @@ from huggingface_hub import constants
 
 import simsiam_models
 from simsiam_models import SimSiam, resnet
-from simsiam_models.weights import sources, tensorfile
+from simsiam_models.benchmarks.backbone import load_backbone
+from simsiam_models.weights import identity, sources, tensorfile
 from simsiam_models.weights.export import export_backbone
 from simsiam_models.weights.published import WEIGHTS, Weights
+from simsiam_models.weights.verify import verify
 
 TAG, NAME = 'mm_ep200_in1k', 'simsiam_resnet50.mm_ep200_in1k'
 REPO = f'loopback/{NAME}'
 TINY = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 64)}
 State = dict[str, torch.Tensor]
+EXPECT_BACKBONE = identity.expect_backbone  # of full size
 
 
 # ---- what the servers serve ----
@@ -99,6 +102,12 @@ def classifier(seed: int) -> State:
     """Backbone and 1000-way classifier."""
     g = torch.Generator().manual_seed(seed)
     return {**backbone(seed), 'fc.weight': torch.rand(1000, 256, generator=g), 'fc.bias': torch.rand(1000, generator=g)}
+
+
+def expect_tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the tiny networks the published ones."""
+    monkeypatch.setattr(identity, 'expect_backbone', lambda n: classifier(0) if n else backbone(0))
+    monkeypatch.setattr(identity, 'expect_heads', lambda: heads(0))
 
 
 def safetensors_bytes(state: State) -> bytes:
@@ -181,6 +190,7 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Net]:
         if agents := getattr(huggingface_hub.utils, '_detect_agent', None):
             monkeypatch.setattr(agents, '_registry', None)
         monkeypatch.setenv('SIMSIAM_HUB_NAMESPACE', 'loopback')
+        expect_tiny(monkeypatch)
         monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
         monkeypatch.setenv('NO_PROXY', '127.0.0.1')
         for name in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE'):
@@ -603,7 +613,13 @@ def test_pins_of_another_repository_do_not_count(pinned, monkeypatch):
 
 WORKER = """
 import json, sys
-from simsiam_models.weights import sources
+import simsiam_models
+from simsiam_models.weights import identity, sources
+tiny = simsiam_models.create_simsiam(dim=64, pred_dim=16, layers=(1, 1, 1, 1), channels=(16, 32, 64, 64)).state_dict()
+tiny = {k.removeprefix('backbone.'): v for k, v in tiny.items()}
+heads = {k: v for k, v in tiny.items() if k.startswith('pr')}
+identity.expect_backbone = lambda classes: {k: v for k, v in tiny.items() if k not in heads}
+identity.expect_heads = lambda: heads
 from simsiam_models.weights.published import WEIGHTS
 print('ready', flush=True)
 for line in sys.stdin:
@@ -694,7 +710,8 @@ def listed(net: Net, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], 
     return put
 
 
-def test_the_bare_name_gives_the_default_weights_at_full_size(net):
+def test_the_bare_name_gives_the_default_weights_at_full_size(net, monkeypatch):
+    monkeypatch.setattr(identity, 'expect_backbone', EXPECT_BACKBONE)
     full = timm.create_model('simsiam_resnet50').state_dict()
     net.hub.put(REPO, 'model.safetensors', safetensors_bytes(full))
     assert same(timm.create_model('simsiam_resnet50', pretrained=True).state_dict(), full)
@@ -742,9 +759,11 @@ def test_a_backbone_with_a_hole_is_refused(net, listed, source, num_classes):
     if source == 'hub':
         state = {k: v for k, v in backbone(0).items() if k != lost}
         net.hub.put(REPO, 'model.safetensors', safetensors_bytes(state))
+        net.files.fault = fake.status(404)
     else:
-        state = {f'module.{k}': v for k, v in classifier(1).items() if k != lost}
-        overlay = listed(TAG, saved({'state_dict': state, 'best_acc1': 68.1}))
+        contents = torch.load(io.BytesIO(openmmlab(1)), weights_only=True)
+        del contents['state_dict'][f'backbone.{lost}']
+        overlay = listed(TAG, saved(contents))
     with pytest.raises(RuntimeError, match=re.escape(lost)):
         create(net, num_classes=num_classes, pretrained_cfg_overlay=overlay)
 
@@ -788,3 +807,344 @@ def test_create_simsiam_loads_backbone_and_heads(net, listed, source):
 def test_heads_of_another_width_are_refused(net):
     with pytest.raises(ValueError, match='dim=2048, pred_dim=512'):
         simsiam_models.create_simsiam(NAME, pretrained=True, cache_dir=net.cache, **TINY)
+
+
+# ---- a name is not a proof ----
+
+OURS = f'simsiam-models/{NAME}'  # anybody may register this namespace
+
+
+@pytest.fixture
+def stranger(net: Net, monkeypatch: pytest.MonkeyPatch) -> Net:
+    """Somebody has registered our namespace and serves other weights, with every file of a repository."""
+    monkeypatch.delenv('SIMSIAM_HUB_NAMESPACE')
+    net.hub.put(OURS, 'model.safetensors', safetensors_bytes(backbone(0)))
+    net.hub.put(OURS, 'heads.safetensors', safetensors_bytes(heads(0)))
+    config = {'architecture': 'simsiam_resnet50', 'num_classes': 0, 'num_features': 256, 'model_args': TINY,
+              'backbone_sha256': tensorfile.hash_tensors(backbone(0)), 'pretrained_cfg': {
+                  'tag': TAG, 'num_classes': 0, 'input_size': [3, 224, 224], 'first_conv': 'conv1', 'classifier': 'fc'}}
+    net.hub.put(OURS, 'config.json', json.dumps(config).encode())
+    return net
+
+
+@pytest.mark.parametrize('namespace', [None, ''])
+@pytest.mark.parametrize('filename', ['model.safetensors', 'heads.safetensors'])
+def test_a_repository_that_is_neither_pinned_nor_named_is_not_asked(stranger, monkeypatch, namespace, filename):
+    if namespace is not None:
+        monkeypatch.setenv('SIMSIAM_HUB_NAMESPACE', namespace)
+    expected = backbone(1) if filename == 'model.safetensors' else heads(1)
+    assert same(safetensors.torch.load_file(stranger.fetch(filename)), expected)
+    assert not stranger.hub.log
+
+
+def test_the_cache_of_such_a_repository_does_not_count_either(stranger, monkeypatch):
+    path = huggingface_hub.hf_hub_download(OURS, 'model.safetensors', cache_dir=stranger.cache)
+    assert source_of(Path(path)) == 'hub'
+    assert sources.find_cached(NAME, stranger.weights, stranger.cache) is None
+    stranger.forget()
+    with monkeypatch.context() as patch:
+        go_offline(patch)
+        with pytest.raises(RuntimeError, match='the Hub was not asked, since no repository there is pinned'):
+            stranger.fetch()
+    assert stranger.source() == 'url' and not stranger.hub.log
+    assert source_of(sources.find_cached(NAME, stranger.weights, stranger.cache)) == 'url'
+
+
+def test_the_error_names_the_servers_that_were_asked_and_says_why_the_hub_was_not(stranger):
+    stranger.files.fault = fake.status(404)
+    with pytest.raises(RuntimeError, match='404.*the Hub was not asked.*SIMSIAM_HUB_NAMESPACE names none') as e:
+        stranger.fetch()
+    assert 'simsiam-models/' not in str(e.value) and not stranger.hub.log
+
+
+@pytest.mark.parametrize('change', [
+    {'revision': None}, {'revision': ''}, {'files': {}}, {'files': {'config.json': 'a' * 64}},
+    {'repo': f'other/{NAME}'}])
+def test_half_a_pin_is_none(stranger, tmp_path, monkeypatch, change):
+    digest = fake.sha256(safetensors_bytes(backbone(0)))
+    whole = {'repo': OURS, 'revision': fake.COMMIT, 'files': {'model.safetensors': digest}}
+    (tmp_path / 'pins.json').write_text(json.dumps({TAG: {**whole, **change}}))
+    monkeypatch.setattr(sources, 'PINS', tmp_path / 'pins.json')
+    assert stranger.source() == 'url' and not stranger.hub.log
+
+
+def test_a_pinned_repository_is_asked_without_being_named_and_only_for_the_pinned_files(
+        stranger, tmp_path, monkeypatch):
+    digest = fake.sha256(safetensors_bytes(backbone(0)))
+    (tmp_path / 'pins.json').write_text(json.dumps({TAG: {
+        'repo': OURS, 'revision': fake.COMMIT, 'files': {'model.safetensors': digest}}}))
+    monkeypatch.setattr(sources, 'PINS', tmp_path / 'pins.json')
+    assert stranger.source() == 'hub'
+    assert same(safetensors.torch.load_file(stranger.fetch('heads.safetensors')), heads(1))
+    assert not any('heads' in line for line in stranger.hub.log)
+    assert source_of(sources.fetch(NAME, stranger.weights, cache_dir=stranger.cache, hub=False)) == 'url'
+
+
+@pytest.mark.parametrize('way', ['timm', 'timm, bare name', 'torch.hub', 'create_simsiam', 'torch.hub full'])
+def test_no_way_to_a_model_reaches_a_stranger(stranger, listed, way):
+    overlay = listed(TAG, openmmlab(1))
+    stranger.hub.fault = None
+    args = dict(pretrained=True, cache_dir=stranger.cache, pretrained_cfg_overlay=overlay, **TINY)
+    if way.startswith('torch.hub'):
+        name, more = ('simsiam_r50_full', dict(dim=64, pred_dim=16)) if 'full' in way else ('simsiam_r50', {})
+        model = torch.hub.load(str(ROOT), name, source='local', **args, **more)
+    elif way == 'create_simsiam':
+        model = simsiam_models.create_simsiam(dim=64, pred_dim=16, **args)
+    else:
+        model = timm.create_model('simsiam_resnet50' if 'bare' in way else NAME, **args)
+    assert same(model.state_dict(), simsiam(1).state_dict() if hasattr(model, 'projector') else backbone(1))
+    assert not stranger.hub.log and not any('loopback' in line for line in stranger.files.log)
+
+
+def test_no_published_configuration_names_a_hub_repository():
+    for cfg in resnet.default_cfgs.values():
+        for tagged in cfg.cfgs.values():
+            assert tagged.hf_hub_id is None and tagged.source is None and not tagged.file
+
+
+def test_a_tag_in_the_configuration_of_a_strangers_repository_is_no_tag(stranger, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(WEIGHTS, TAG, stranger.weights)
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path / 'torch'))
+    found = load_backbone(f'hf-hub:{OURS}')
+    assert found.tag is None and 'count as your own' in caplog.text and f'weights verify {TAG}' in caplog.text
+    folder = tmp_path / 'copy'
+    folder.mkdir()
+    for name in ('config.json', 'model.safetensors'):
+        (folder / name).write_bytes(stranger.hub.files[f'/{OURS}/resolve/main/{name}'])
+    assert load_backbone(f'local-dir:{folder}').tag is None
+    sources.fetch(NAME, stranger.weights)  # now there is something to compare with
+    assert load_backbone(f'local-dir:{folder}').tag is None and load_backbone(f'hf-hub:{OURS}').tag is None
+    config = json.loads((folder / 'config.json').read_text())
+    config['backbone_sha256'] = tensorfile.hash_tensors(backbone(1))
+    (folder / 'config.json').write_text(json.dumps(config))
+    tensorfile.write(folder / 'model.safetensors', backbone(1))
+    assert load_backbone(f'local-dir:{folder}').tag == TAG  # the authors' weights, bit for bit
+
+
+def test_a_record_has_the_tag_of_proven_weights_only(net, listed, monkeypatch):
+    overlay = listed(TAG, openmmlab(1))
+    args = dict(cache_dir=net.cache, pretrained_cfg_overlay=overlay, **TINY)
+    assert load_backbone(NAME, **args).tag == TAG  # from the authors' server
+    net.hub.fault, net.cache = None, net.cache / 'other'
+    assert load_backbone(NAME, **{**args, 'cache_dir': net.cache}).tag is None  # from a namespace that is only named
+    (file := net.cache / 'mine.pth').write_bytes(saved({f'backbone.{k}': v for k, v in backbone(2).items()}))
+    overlay = {'file': str(file)}
+    assert load_backbone(NAME, **{**args, 'pretrained_cfg_overlay': overlay}).tag is None
+
+
+def lines_of_verify(net: Net, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(WEIGHTS, TAG, net.weights)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(net.cache / 'hf'))
+    return verify(TAG)[1]
+
+
+@pytest.mark.parametrize('case', ['named', 'pinned', 'hash', 'no hash'])
+def test_verify_passes_a_hash_only_against_another_source(net, request, monkeypatch, case):
+    if case == 'pinned':
+        request.getfixturevalue('pinned')
+    if 'hash' in case:
+        net.only('url')
+        net.weights = net.weights._replace(sha256_prefix=net.weights.sha256_prefix if case == 'hash' else None)
+    (line,) = [line for line in lines_of_verify(net, monkeypatch) if 'hash:' in line]
+    digest = fake.sha256(openmmlab(1))
+    assert line.startswith('ok   hash: ' if case in ('pinned', 'hash') else '     hash: ')
+    assert {
+        'named': 'proves the transport only; there is no independent reference', 'pinned': 'equals the one pinned',
+        'hash': f'had the SHA-256 {digest}; the published one begins with {digest[:8]}',
+        'no hash': f'{digest}; its authors publish none, so there is no independent reference'}[case] in line
+    assert 'promises' not in line
+
+
+# ---- a file is what its row says ----
+
+FB, FB_LIN = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k'
+
+
+def converted_path(net: Net, weights: Weights) -> Path:
+    """The path of the converted file in the cache, from the rule in the module's docstring."""
+    stem = weights.url.rsplit('/', 1)[1].removesuffix('.tar').removesuffix('.pth')
+    return net.cache / f'simsiam-{fake.sha256(weights.url.encode())[:12]}-{stem}.safetensors'
+
+
+def supervised(contents: dict) -> bytes:
+    """A ResNet-50 with classifier, as torchvision or the ImageNet example of PyTorch saves it."""
+    return saved(contents)
+
+
+WRONG = {  # file at the authors' address, tag, words of the refusal
+    "torchvision's supervised network": (
+        lambda: supervised(classifier(1)), FB_LIN, 'layout torchvision, as any ResNet-50 may have'),
+    "PyTorch's ImageNet example": (
+        lambda: supervised({'epoch': 90, 'arch': 'resnet50', 'best_acc1': torch.tensor(76.1), 'optimizer': {},
+                            'state_dict': {f'module.{k}': v for k, v in classifier(1).items()}}),
+        FB_LIN, r'states 76\.\d+ % top-1, but the authors report 68.1 %'),
+    'a classifier of another arch': (
+        lambda: supervised({'epoch': 90, 'arch': 'wide_resnet50_2', 'best_acc1': 68.1,
+                            'state_dict': {f'module.{k}': v for k, v in classifier(1).items()}}),
+        FB_LIN, 'states the network wide_resnet50_2'),
+    'a backbone for a classifier': (
+        lambda: saved(backbone(1)), FB_LIN, 'no classifier, .* has one of 1000 classes'),
+    'a classifier of 10 classes': (
+        lambda: saved({'best_acc1': 68.1, 'state_dict': {
+            k: v[:10] if k.startswith('fc') else v for k, v in classifier(1).items()}}), FB_LIN, 'of 10 classes'),
+    'a classifier for a backbone': (lambda: fair_linear(1), FB, 'layout fair_linear'),
+    'a bare backbone': (lambda: saved(backbone(1)), FB, 'layout torchvision|projector and predictor have 0 and 0'),
+    'another length of training': (lambda: fair(1), 'fb_bs256_ep200_in1k', 'states epoch 100, .* for 200 epochs'),
+    "another publisher's layout": (lambda: openmmlab(1), FB, 'layout mmselfsup_0x, .* layout fair'),
+    'half a predictor': (
+        lambda: saved({'epoch': 100, 'state_dict': {
+            k: v for k, v in torch.load(io.BytesIO(fair(1)), weights_only=True)['state_dict'].items()
+            if 'predictor.3' not in k}}), FB, '16 and 6 entries, those of .* have 16 and 8'),
+}
+
+
+@pytest.mark.parametrize('case', WRONG)
+def test_a_file_that_cannot_be_the_tags_is_refused_from_the_authors_address_too(net, case):
+    make, tag, words = WRONG[case]
+    weights = net.upstream(tag, f'/{tag}.pth.tar', make(), prefix=False)
+    net.only('url')
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            sources.fetch(f'simsiam_resnet50.{tag}', weights, cache_dir=net.cache)
+    assert not list(net.cache.glob('*.safetensors')) and not list(net.cache.glob('*.sha256'))
+
+
+@pytest.mark.parametrize('state, filename, words', [
+    (lambda: classifier(0), 'model.safetensors', 'a classifier of 1000 classes, .* has none'),
+    (lambda: {**backbone(0), 'bn1.weight': torch.ones(3)}, 'model.safetensors', 'of another shape'),
+    (lambda: {k: v for k, v in heads(0).items() if 'predictor' in k}, 'heads.safetensors', '0 and 8 entries'),
+    (lambda: {**heads(0), 'projector.0.weight': torch.ones(2, 2)}, 'heads.safetensors', 'of another shape')])
+def test_a_named_namespace_must_hold_what_the_row_says(net, state, filename, words):
+    net.hub.put(REPO, filename, safetensors_bytes(state()))
+    net.files.fault = fake.status(404)
+    with refusal(net, words, 'deleted'):
+        net.fetch(filename)
+    net.files.fault = None
+    assert same(safetensors.torch.load_file(net.fetch(filename)), heads(1) if 'heads' in filename else backbone(1))
+
+
+def test_a_header_from_the_hub_that_names_another_file_is_refused(net):
+    for origin in ({'url': 'https://elsewhere/x.pth'}, {'upstream_sha256': 'f' * 64}, {'layout': 'fair'}):
+        data = safetensors.torch.save(backbone(0), metadata={'format': 'pt', **origin})
+        net.hub.put(REPO, 'model.safetensors', data)
+        net.files.fault = fake.status(404)
+        with refusal(net, 'converted from|SHA-256'):
+            net.source()
+
+
+@pytest.mark.parametrize('filename', ['model.safetensors', 'heads.safetensors'])
+def test_a_converted_file_under_the_name_of_another_tag_is_downloaded_again(net, caplog, filename):
+    other = net.upstream(FB, '/other.pth.tar', fair(2), prefix=False)
+    net.only('url')
+    theirs = sources.fetch(f'simsiam_resnet50.{FB}', other, filename, cache_dir=net.cache)
+    ours = net.fetch(filename)
+    ours.write_bytes(theirs.read_bytes())
+    net.forget()
+    expected = backbone(1) if filename == 'model.safetensors' else heads(1)
+    assert same(safetensors.torch.load_file(net.fetch(filename)), expected)
+    assert len(net.files.list_requests('GET')) == 1
+    assert f'{ours} cannot be {NAME}: the file was converted from {other.url}' in caplog.text
+
+
+def test_any_other_file_under_the_name_of_a_converted_one_is_downloaded_again(net, caplog):
+    net.only('url')
+    path = net.fetch()
+    assert path == converted_path(net, net.weights)
+    for write in (lambda: path.write_bytes(safetensors_bytes(backbone(2))),
+                  lambda: tensorfile.write(path, backbone(2)),
+                  lambda: tensorfile.write(path, classifier(2), **identity.read_origin(path))):
+        write()
+        assert net.source() == 'url'
+    assert 'does not say what it was converted from' in caplog.text and 'classifier of 1000 classes' in caplog.text
+
+
+@pytest.mark.parametrize('known', [True, False])
+def test_the_first_download_is_remembered_and_another_file_is_refused_with_both_hashes(net, known):
+    tag, one, two = (TAG, openmmlab(1), openmmlab(0)) if known else (FB, fair(1), fair(0))
+    weights = net.upstream(tag, '/x/checkpoint_0099.pth.tar', one, prefix=False)
+    net.only('url')
+
+    def fetch() -> Path:
+        return sources.fetch(f'simsiam_resnet50.{tag}', weights, cache_dir=net.cache)
+
+    path = fetch()
+    record = path.with_suffix('.sha256')
+    assert record.read_text().split() == [fake.sha256(one), weights.url]
+    for left in net.cache.glob('*.safetensors'):
+        left.unlink()
+    net.files.files['/x/checkpoint_0099.pth.tar'] = two
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f'{fake.sha256(two)}, at the first download it had {fake.sha256(one)}'):
+            fetch()
+        assert not path.exists()
+    record.unlink()  # the way on that the message names
+    assert source_of(fetch()) == 'hub'  # seed 0
+    assert record.read_text().split()[0] == fake.sha256(two)
+
+
+def test_a_cache_without_record_gets_one_and_a_file_that_departs_from_it_is_not_used(net, caplog):
+    net.only('url')
+    path = net.fetch()
+    record = path.with_suffix('.sha256')
+    record.unlink()
+    net.forget()
+    assert net.source() == 'url' and not net.requests()
+    assert record.read_text().startswith(fake.sha256(openmmlab(1)))
+    tensorfile.write(path, backbone(2), **{**identity.read_origin(path), 'upstream_sha256':
+                                           net.weights.sha256_prefix + 'f' * 56})
+    assert net.source() == 'url' and len(net.files.list_requests('GET')) == 1
+    assert 'at the first download it had' in caplog.text
+
+
+# ---- weights for BGR pixels ----
+
+BGR = 'mm_ep200_bgr_in1k'
+
+
+@pytest.fixture
+def bgr(net: Net) -> Weights:
+    net.only('url')
+    return net.upstream(BGR, '/bgr.pth', openmmlab(1))
+
+
+def flipped_backbone(seed: int) -> State:
+    return {**backbone(seed), 'conv1.weight': backbone(seed)['conv1.weight'].flip(1)}
+
+
+def fetch_bgr(net: Net, weights: Weights, filename: str = 'model.safetensors') -> Path:
+    return sources.fetch(f'simsiam_resnet50.{BGR}', weights, filename, cache_dir=net.cache)
+
+
+def test_bgr_weights_are_converted_to_rgb_and_the_file_says_so(net, bgr):
+    path = fetch_bgr(net, bgr)
+    assert same(safetensors.torch.load_file(path), flipped_backbone(1))
+    assert tensorfile.read_metadata(path)['channels'].startswith('RGB')
+    assert same(safetensors.torch.load_file(fetch_bgr(net, bgr, 'heads.safetensors')), heads(1))
+    net.forget()
+    assert same(safetensors.torch.load_file(fetch_bgr(net, bgr)), flipped_backbone(1)) and not net.requests()
+
+
+def test_a_cache_of_an_older_version_is_converted_once_more(net, bgr, monkeypatch, caplog):
+    path = fetch_bgr(net, bgr)
+    tensorfile.write(path, backbone(1), **identity.read_origin(path))  # as older versions wrote it
+    net.forget()
+    go_offline(monkeypatch)
+    for _ in range(2):
+        assert same(safetensors.torch.load_file(fetch_bgr(net, bgr)), flipped_backbone(1))
+    assert not net.requests() and caplog.text.count('reversing them') == 1
+
+
+def test_a_hub_file_that_does_not_say_that_it_takes_rgb_is_refused(net, bgr):
+    net.hub.fault = None
+    repo = f'loopback/simsiam_resnet50.{BGR}'
+    net.hub.put(repo, 'model.safetensors', safetensors_bytes(flipped_backbone(0)))
+    assert same(safetensors.torch.load_file(fetch_bgr(net, bgr)), flipped_backbone(1))
+    for mark, expected in (({'channels': 'RGB'}, flipped_backbone(0)), ({}, flipped_backbone(1))):
+        net.cache /= 'again'
+        data = safetensors.torch.save(flipped_backbone(0), metadata={'format': 'pt', **mark})
+        net.hub.put(repo, 'model.safetensors', data)
+        assert same(safetensors.torch.load_file(fetch_bgr(net, bgr)), expected)
+    net.hub.put(REPO, 'model.safetensors', safetensors.torch.save(backbone(0), metadata={'channels': 'RGB'}))
+    net.files.fault = fake.status(404)
+    with refusal(net, 'was trained on RGB pixels'):
+        net.fetch()

@@ -1,5 +1,6 @@
 """A checkpoint becomes a Hub repository: its contents, who can load it, what is refused, and the upload."""
 import base64
+import hashlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import loopback
 import pytest
 import timm
 import torch
@@ -17,6 +19,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from simsiam_models import create_simsiam
+from simsiam_models.cli import main
 from simsiam_models.weights import load_checkpoint
 from simsiam_models.weights.card import BENCHMARKS, CardFacts, format_card
 from simsiam_models.weights.export import export_backbone, export_checkpoint
@@ -25,7 +28,7 @@ from simsiam_models.weights.published import WEIGHTS, describe, find_page_result
 from simsiam_models.weights.tensorfile import hash_file
 from simsiam_models.weights.verify import TOLERANCE, compare_fingerprints
 
-TAG, LIN = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k'
+TAG, LIN, BGR = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k', 'mm_ep100_bgr_in1k'
 FAIR = {'backbone': 'module.encoder.', 'projector': 'module.encoder.fc.', 'predictor': 'module.predictor.'}
 MM1 = {'backbone': 'backbone.', 'projector': 'neck.', 'predictor': 'head.predictor.'}
 
@@ -67,6 +70,15 @@ def fair_linear(state: dict[str, torch.Tensor], path: Path) -> Path:
     return path
 
 
+def openmmlab(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    names, renamed = {0: 'fc0', 1: 'bn0', 3: 'fc1', 4: 'bn1', 6: 'fc2', 7: 'bn2'}, {}
+    for k, v in state.items():
+        part, number, *rest = k.split('.')
+        name = [number, *rest] if part == 'backbone' else [names[int(number)], *rest]
+        renamed[MM1[part] + '.'.join(name)] = v
+    return renamed
+
+
 @pytest.fixture(scope='module')
 def pretrained(state: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """FAIR's pretraining file, the repository made from it, and the text of publish."""
@@ -100,7 +112,7 @@ def test_a_dry_run_holds_backbone_heads_card_and_fingerprint(pretrained, state):
     config = json.loads((repo / 'config.json').read_text())
     assert config['architecture'] == 'resnet50' and config['num_classes'] == 0 and 'model_args' not in config
     assert config['pretrained_cfg']['license'] == 'cc-by-nc-4.0'
-    assert config['pretrained_cfg']['origin_url'] == WEIGHTS[TAG].url
+    assert config['pretrained_cfg']['origin_url'] == 'https://github.com/facebookresearch/simsiam'
     assert config['pretrained_cfg']['paper_ids'] == 'arXiv:2011.10566'
 
 
@@ -244,7 +256,8 @@ def test_published_numbers_belong_to_the_file_that_was_measured():
     assert numbers('mm_ep100_bgr_in1k', 'coco_mask_rcnn_r50_fpn_ms_1x')['box_AP'] == 38.6
     assert numbers('mm_ep100_bgr_in1k', 'imagenet_linear_avgpool') == {'top1': 68.2}
     assert numbers('mm1x_ep100_lin_in1k', 'imagenet_linear_avgpool') == {'top1': 68.3}
-    assert not find_results('fb_bs256_ep200_in1k')  # FAIR's README does not list this file
+    assert numbers('fb_bs256_ep200_in1k', 'imagenet_linear') == {'top1': 69.8}
+    assert 'issue 18' in find_results('fb_bs256_ep200_in1k')[0]['source']  # FAIR's README does not list this file
     for tag, weights in WEIGHTS.items():  # the table of weights agrees
         top1 = [e['metrics']['top1'] for e in find_results(tag) if 'top1' in e['metrics']]
         assert top1 == ([] if weights.top1 is None else [weights.top1]), tag
@@ -304,14 +317,8 @@ def test_the_file_of_another_tag_is_refused(pretrained, state, tmp_path):
 
 
 def test_the_hash_in_the_name_of_the_upstream_file_is_checked(state, tmp_path, monkeypatch):
-    names = {0: 'fc0', 1: 'bn0', 3: 'fc1', 4: 'bn1', 6: 'fc2', 7: 'bn2'}
-    renamed = {}
-    for k, v in state.items():
-        part, number, *rest = k.split('.')
-        name = [number, *rest] if part == 'backbone' else [names[int(number)], *rest]
-        renamed[MM1[part] + '.'.join(name)] = v
     source, tag = tmp_path / 'x.pth', 'mm1x_ep200_in1k'
-    torch.save({'state_dict': renamed, 'meta': {}}, source)
+    torch.save({'state_dict': openmmlab(state), 'meta': {}}, source)
     refused(source, tag, tmp_path / 'out', 'that of mm1x_ep200_in1k begins with efe91299: it is another file')
     sha256 = hash_file(source)
     monkeypatch.setitem(WEIGHTS, tag, WEIGHTS[tag]._replace(sha256_prefix=sha256[:8]))
@@ -374,7 +381,18 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
 
     def do_GET(self) -> None:
-        self.answer(404, {})
+        """Serves what was uploaded, at its commit."""
+        repo, _, name = self.path.partition(f'/resolve/{COMMIT}/')
+        body = self.server.files.get(name)
+        if body is None or repo != f'/someone/{self.server.created["name"]}':
+            return self.answer(404, {})
+        self.send_response(200)
+        digest = hashlib.sha256(body).hexdigest()
+        for key, value in {'ETag': f'"{digest}"', 'X-Repo-Commit': COMMIT, 'Content-Length': str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != 'HEAD':
+            self.wfile.write(body)
 
     do_HEAD = do_GET
 
@@ -489,3 +507,123 @@ def test_a_refused_token_a_dead_hub_and_no_token_are_told_in_a_sentence(linear, 
     assert dead.startswith(start) and 'Connect' in dead
     assert tokenless.startswith('RuntimeError: no Hugging Face token: ')
     assert pins.read_text() == '{}'
+
+
+# Every tag in one command
+
+
+@pytest.fixture
+def authors(pretrained, linear, state, tmp_path, monkeypatch) -> Iterator[loopback.Server]:
+    """The servers of the authors, who have published three files only; a cache that is empty."""
+    with loopback.Server() as server:
+        mm = openmmlab(state)
+        mm |= {k.replace('backbone.', 'encoder.0.'): v for k, v in mm.items() if k.startswith('backbone.')}
+        torch.save({'state_dict': mm, 'meta': {}}, tmp_path / 'mm.pth')
+        raw = {TAG: pretrained[0], LIN: linear[0], BGR: tmp_path / 'mm.pth'}
+        for tag in [tag for tag in WEIGHTS if tag not in raw]:
+            monkeypatch.delitem(WEIGHTS, tag)
+        for tag, path in raw.items():
+            server.files[f'/{tag}.pth'] = path.read_bytes()
+            prefix = hash_file(path)[:8] if tag == BGR else None
+            row = WEIGHTS[tag]._replace(url=f'{server.url}/{tag}.pth', sha256_prefix=prefix)
+            monkeypatch.setitem(WEIGHTS, tag, row)
+        monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+        monkeypatch.setenv('SIMSIAM_HUB_NAMESPACE', 'nobody')  # named, and not asked all the same
+        monkeypatch.setattr('simsiam_models.weights.sources.hf_hub_download', lambda *a, **k: pytest.fail('the Hub'))
+        yield server
+
+
+def publish_all_to(folder: Path, capsys: pytest.CaptureFixture) -> tuple[int, list[str]]:
+    code = main(['publish', '--all', '--dry-run', str(folder)])
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_every_tag_is_written_from_its_authors_file_and_the_same_command_goes_on(
+        authors, pretrained, state, tmp_path, capsys):
+    out, good = tmp_path / 'out', authors.files.pop(f'/{LIN}.pth')
+    code, lines = publish_all_to(out, capsys)
+    assert code == 1 and 'FAILED' not in ''.join(line for line in lines if not line.startswith(LIN))
+    assert any(line.startswith(f'{LIN}: FAILED: ') and '404' in line for line in lines)
+    assert lines[-1] == f'2 of 3 tags are written to {out}; failed: {LIN}. The same command tries these again'
+    folders = {tag: out / f'simsiam_resnet50.{tag}' for tag in (TAG, LIN, BGR)}
+    assert sorted(p.name for p in out.iterdir()) == sorted(folders[t].name for t in (TAG, BGR))
+    for name in ('model.safetensors', 'heads.safetensors'):  # as from the file itself
+        one, other = (load_file(folder / name) for folder in (folders[TAG], pretrained[1]))
+        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items())
+    assert (folders[TAG] / 'config.json').read_bytes() == (pretrained[1] / 'config.json').read_bytes()
+    card = ModelCard.load(folders[TAG] / 'README.md')
+    assert card.data.license == 'cc-by-nc-4.0' and '**For non-commercial use only** (CC-BY-NC-4.0)' in card.text
+    assert 'not verified' in card.text
+    card = ModelCard.load(folders[BGR] / 'README.md')
+    assert card.data.license == 'apache-2.0' and 'commercial' not in card.text and 'BGR' in card.text
+    assert WEIGHTS[BGR].sha256_prefix in card.text and "authors' own file" in card.text
+    conv1 = load_file(folders[BGR] / 'model.safetensors')['conv1.weight']
+    assert torch.equal(conv1, state['backbone.conv1.weight'].flip(1))
+    # killed in the middle of writing TAG, and LIN is there again
+    (folders[TAG] / 'README.md').unlink()
+    (out / '.unfinished-x').mkdir()
+    authors.files[f'/{LIN}.pth'] = good
+    authors.log.clear()
+    code, lines = publish_all_to(out, capsys)
+    assert code == 0 and f'{BGR}: {folders[BGR]} is complete' in lines
+    assert authors.log == [f'GET /{LIN}.pth'] and not (out / '.unfinished-x').exists()
+    assert len(list((folders[TAG]).iterdir())) == 5 and lines[-1] == f'3 of 3 tags are written to {out}'
+    before = {p: p.stat().st_mtime_ns for p in out.rglob('*')}
+    assert publish_all_to(out, capsys)[0] == 0 and before == {p: p.stat().st_mtime_ns for p in out.rglob('*')}
+
+
+@pytest.mark.parametrize('args, words', [
+    (['--all', 'x.pth'], 'leave CHECKPOINT out'), (['--all', '--tag', 'a'], 'leave --tag out'),
+    (['--all', '--license', 'mit', '--tag', 'a'], 'leave --tag, --license out'),
+    ([], 'name a CHECKPOINT and its --tag, or publish every tag with --all'),
+    (['x.pth'], 'name a CHECKPOINT and its --tag'), (['--tag', 'a'], 'name a CHECKPOINT and its --tag')])
+def test_all_and_a_single_checkpoint_exclude_each_other(args, words, capsys):
+    assert main(['publish', *args]) == 1
+    said = capsys.readouterr().err
+    assert words in said and said.count('\n') == 1
+
+
+def test_all_without_a_token_is_one_sentence_before_anything_is_downloaded(authors, monkeypatch, capsys):
+    monkeypatch.setattr('simsiam_models.weights.publish.get_token', lambda: None)
+    assert main(['publish', '--all']) == 1
+    assert capsys.readouterr().err.startswith('simsiam: no Hugging Face token') and not authors.log
+
+
+UPLOAD_ALL = f'''
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from simsiam_models.weights import sources
+from simsiam_models.weights.publish import publish_all
+from simsiam_models.weights.published import WEIGHTS
+row = WEIGHTS[{LIN!r}]._replace(url=sys.argv[2])
+WEIGHTS.clear()
+WEIGHTS[{LIN!r}] = row
+sources.PINS = Path(sys.argv[1])
+print(publish_all())
+'''
+
+
+def test_what_is_pinned_and_on_the_hub_is_skipped(linear, hub, tmp_path):
+    (pins := tmp_path / 'pins.json').write_text('{}')
+    with loopback.Server() as server:
+        server.files['/x/model_best.pth.tar'] = linear[0].read_bytes()
+
+        def upload_all() -> list[str]:
+            hub.log.clear(), server.log.clear()
+            done = run(UPLOAD_ALL, pins, f'{server.url}/x/model_best.pth.tar', HF_ENDPOINT=hub.url, HF_TOKEN='hf_x',
+                       HF_HOME=str(tmp_path / 'hf'), TORCH_HOME=str(tmp_path / 'torch'), HF_HUB_OFFLINE='0',
+                       SIMSIAM_HUB_NAMESPACE='someone', HF_HUB_DISABLE_XET='1')
+            assert done.returncode == 0, done.stderr
+            return done.stdout.splitlines()
+
+        assert upload_all()[-2:] == ['1 of 1 tags are published', 'True'] and len(server.log) == 1
+        recorded = json.loads(pins.read_text())[LIN]
+        assert recorded['files']['model.safetensors'] == hashlib.sha256(hub.files['model.safetensors']).hexdigest()
+        lines = upload_all()
+        assert 'is pinned, and the Hub has the pinned files' in lines[0] and not hub.log and not server.log
+        hub.files['model.safetensors'] += b'x'  # somebody overwrote it
+        lines = upload_all()
+        assert hub.log and not server.log and lines[-1] == 'True'  # again, from the cache
+        assert hashlib.sha256(hub.files['model.safetensors']).hexdigest() == recorded['files']['model.safetensors']

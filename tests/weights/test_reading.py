@@ -14,7 +14,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ import layouts_on_disk as disk
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import ROOT
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from simsiam_models import load_checkpoint
 from simsiam_models.weights import reading
 from simsiam_models.weights.reading import LEGACY_MAGIC, read
 
@@ -318,6 +320,7 @@ resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, os.getcwd())  # where canary_module lies
+from simsiam_models import load_checkpoint
 from simsiam_models.weights import reading
 plain = (dict, list, tuple, set, str, bytes, bytearray, int, float, bool, type(None), torch.Tensor)
 before = {k: repr(sorted(vars(v))) for k, v in vars(reading).items() if isinstance(v, type)}
@@ -666,3 +669,51 @@ def test_reading_a_large_file_costs_no_more_than_twice_its_size(tmp_path: Path) 
             disk.write({'meta': code.Slots(), 'x': torch.zeros(2 ** 24)}, tmp_path / container, container)
     for outcome in read_elsewhere([tmp_path / 'zip', tmp_path / 'legacy'], tmp_path).values():
         assert outcome['type'] == 'dict' and outcome['mb'] < 300, outcome
+
+
+@pytest.mark.parametrize('wrap', [
+    lambda m: m, lambda m: {'model': m, 'epoch': 3}, lambda m: {'ema': m, 'x': torch.ones(2)}])
+@pytest.mark.parametrize('container', ['zip', 'legacy'])
+def test_a_whole_pickled_module_is_named_with_the_way_on(
+        tmp_path: Path, wrap: Callable[[Any], Any], container: str) -> None:
+    path = disk.write(wrap(torchvision.models.resnet18()), tmp_path / 'x.pth', container)
+    with pytest.raises(ValueError, match=r'whole pickled.*torchvision\.models\.resnet\.ResNet.*state_dict\(\)') as e:
+        load_checkpoint(path)
+    assert '\n' not in str(e.value) and 'x.pth' in str(e.value)
+
+
+def test_names_of_classes_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    (tmp_path / 'x').write_bytes(b'cevil\x1b[31m\nA\x07b' + b'"' * 500 + b'\n)\x81.')
+    with pytest.raises(ValueError) as e:
+        load_checkpoint(tmp_path / 'x')
+    assert str(e.value).isprintable() and len(str(e.value)) < 400
+
+
+KINDS = {
+    b'version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n': 'Git LFS pointer.*git lfs pull',
+    b'\x1f\x8b\x08' + bytes(50): 'gzip archive; unpack', b'BZh91AY&SY' + bytes(50): 'bzip2 archive; unpack',
+    b'\x89HDF\r\n\x1a\n' + bytes(50): 'HDF5', b'\n <!DOCTYPE html><html>': 'a web page', b'hello\n': 'a text file',
+    b'\x93NUMPY\x01\x00' + bytes(50): 'a numpy array', (500).to_bytes(8, 'little') + b'{"a":': 'cut off'}
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors', ''])
+@pytest.mark.parametrize('data', KINDS)
+def test_what_a_file_is_instead_is_named_with_the_way_on(tmp_path: Path, data: bytes, suffix: str) -> None:
+    path = tmp_path / f'x{suffix}'
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=KINDS[data]) as e:
+        read(path)
+    assert '\n' not in str(e.value) and str(path) in str(e.value)
+
+
+def test_a_fifo_or_a_device_is_refused_and_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'x.pth')
+    for path in (tmp_path / 'x.pth', Path('/dev/zero')):
+        with pytest.raises(ValueError, match='a FIFO, a socket or a device'):
+            read(path)
+
+
+def test_flattened_fsdp_parameters_are_named(tmp_path: Path) -> None:
+    path = disk.write({'model': {'_fsdp_wrapped_module.flat_param': torch.ones(9)}}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match='FULL_STATE_DICT'):
+        load_checkpoint(path)

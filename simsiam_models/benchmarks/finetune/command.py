@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     with Signals() as signals, join_world(args.device) as world:
         say = RunLog(args.output, world.main).say
         plain = args.protocol == 'plain'
+        if args.branch:  # an argument of load_backbone, as those of the network
+            args.model_args = {**args.model_args, 'branch': args.branch}
         # Refuses wrong flags before the data are opened.
         runs = [(args.output, resolve_plain(args, MIXED, LEAST))] if plain else resolve_semi(args)
         images, validation = open_source(args)

@@ -1,5 +1,4 @@
 """The network that is fine-tuned: a backbone with a new last layer, in a folder that plain timm loads."""
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,26 +9,26 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 from ...runtime.files import write_json
-from ...runtime.lifecycle import ARGS
 from ...runtime.messages import one_line
 from ...weights import tensorfile
 from ...weights.export import make_timm_config
+from ...weights.folders import check_network
 from ...weights.tensorfile import CONFIG, MODEL
-from ..backbone import RANDOM, Backbone, load_backbone
+from ..backbone import Backbone, load_backbone
 from .data import find_crop_pct
 from .settings import Settings
 
 
 class Classifier:
-    """A backbone of RGB pixels, scaled by `mean` and `std`, with a new last layer; `folder` takes it in timm's form."""
+    """A backbone with a new last layer, for pixels scaled by `mean` and `std`; `folder` takes it in timm's form."""
 
     def __init__(
         self, name: str, kwargs: dict[str, Any], device: torch.device, classes: list[str], s: Settings, folder: Path,
     ) -> None:
         self.backbone = load_backbone(name, device, **kwargs)
         self.model, self.identity = self.backbone.model, self.backbone.identity  # before the model changes
-        self.name, self.args = find_architecture(name, self.model, kwargs)
-        self.mean, self.std = convert_to_rgb(self.backbone)
+        self.name, self.args = find_architecture(self.backbone, kwargs)
+        self.mean, self.std = self.backbone.mean, self.backbone.std
         self.classes, self.settings, self.folder = classes, s, folder
         replace_last_layer(self.model, len(classes), s.seed)
 
@@ -78,34 +77,13 @@ class Classifier:
         write_json(self.folder / CONFIG, self.make_config())
 
 
-def find_architecture(name: str, model: nn.Module, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def find_architecture(backbone: Backbone, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Returns timm's name and keyword arguments of the network that `load_backbone(name, **kwargs)` returned."""
-    if name.endswith(RANDOM):
-        return name.removesuffix(RANDOM).split('.')[0], kwargs
-    if name.startswith(('hf-hub:', 'hf_hub:')):
-        _, found, args = load_model_config_from_hf(name.split(':', 1)[1])
-        return found, {**(args or {}), **kwargs}
-    path = Path(name.removeprefix('local-dir:')).expanduser()
-    for folder in (path, path / 'backbone'):
-        if (folder / CONFIG).is_file():
-            config = json.loads((folder / CONFIG).read_text())
-            return config['architecture'], {**(config.get('model_args') or {}), **kwargs}
-    found = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture') or name.split('.')[0]
-    args_file = (path if path.is_dir() else path.parent) / ARGS
-    if path.exists() and args_file.is_file():
-        run = json.loads(args_file.read_text())
-        if run.get('model', '').split('.')[0] == found:
-            kwargs = {**(run.get('model_args') or {}), **kwargs}
-    return found, kwargs
-
-
-def convert_to_rgb(backbone: Backbone) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Converts a network for BGR pixels to RGB pixels, with the same outputs; returns mean and std of its pixels."""
-    if not backbone.bgr:
-        return backbone.mean, backbone.std
-    conv = backbone.model.get_submodule(backbone.model.pretrained_cfg['first_conv'])
-    conv.weight.data = conv.weight.data.flip(1)
-    return backbone.mean[::-1], backbone.std[::-1]
+    if backbone.name.startswith(('hf-hub:', 'hf_hub:')):
+        _, found, args = load_model_config_from_hf(backbone.name.split(':', 1)[1])
+        network = check_network(found, args, Path(backbone.name))
+        return network.name, {**network.args, **kwargs}
+    return backbone.architecture, backbone.args
 
 
 def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:

@@ -58,8 +58,6 @@ def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
 def describe_protocol(run: Finetuning) -> dict[str, Any]:
     elsewhere = ('benchmark', 'digest', 'images', 'weights', 'model')  # in the record
     protocol = {k: v for k, v in run.identity.items() if k not in elsewhere}
-    if run.classifier.backbone.bgr:
-        protocol['bgr'] = 'the input channels of the first layer were reversed for RGB pixels, with the same outputs'
     if run.identity['protocol'] != 'plain':
         protocol['changed'] = list_deviations(run.identity)
         protocol['note'] = (

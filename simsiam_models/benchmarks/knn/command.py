@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     with join_world(args.device) as world:
         say = print if world.main else silent
         report_untested_classes(pair, say)
-        backbone = load_backbone(args.model, world.device)
+        backbone = load_backbone(args.model, world.device, args.branch)
         transform = make_transform(args, backbone, say)
         bank, queries = (
             extract(backbone, images, ['avgpool'], transform, read_extraction(args), world)

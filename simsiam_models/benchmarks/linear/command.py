@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f'--amp float16 does not run on {world.device.type}; use bfloat16 or off')
         world.broadcast_from_main(lambda: check_output(args.output))
         pair = world.all_or_none(lambda: open_pair(args.dataset, args.data, args.allow_partial))
-        backbone = world.all_or_none(lambda: load_backbone(args.model, world.device))
+        backbone = world.all_or_none(lambda: load_backbone(args.model, world.device, args.branch))
         if auto:
             run_auto(args, backbone, pair, world)
         else:

@@ -114,12 +114,9 @@ def draw_lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.nda
     return ((std * normal * PCA_VALUES) @ PCA_VECTORS.T).astype(np.float32)
 
 
-def finish(
-    piece: Piece, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...], bgr: bool = False) -> Tensor:
+def finish(piece: Piece, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Jitters, flips, lights and normalizes on the device; returns (n, 3, S, S) float32, channels last."""
     x = piece.pixels.to(device, non_blocking=piece.pixels.is_pinned()).permute(0, 3, 1, 2)
-    if bgr:  # these weights saw BGR pixels in every transform
-        x = x.flip(1)
     x = x.float() / 255 if piece.table is None else jitter_and_gray(x, send(piece.table, x))
     if piece.flip is not None:
         x = torch.where(send(piece.flip, x).view(-1, 1, 1, 1), x.flip(-1), x)

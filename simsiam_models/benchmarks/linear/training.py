@@ -163,7 +163,7 @@ def extract(run: LinearRun, piece: Piece) -> list[Tensor]:
     if not len(piece.rows):
         return [torch.zeros(0, channels * values, device=device) for channels, values in run.frozen.shapes]
     with explain_out_of_memory():
-        return run.frozen.extract(finish(piece, device, backbone.mean, backbone.std, backbone.bgr))
+        return run.frozen.extract(finish(piece, device, backbone.mean, backbone.std))
 
 
 def train_step(run: LinearRun, mine: list[Tensor], rows: np.ndarray) -> None:

@@ -77,7 +77,7 @@ def find_published(benchmark: str, tag: str | None) -> list[dict[str, Any]]:
         others = [entry for other in pretraining for entry in find_results(other)]
     return [
         {**entry, 'file': WEIGHTS[entry['tag']].url.rsplit('/', 1)[-1], 'same_weights': entry in own,
-         'same_protocol': entry['benchmark'] == benchmark}
+         'same_protocol': entry['benchmark'] == benchmark and 'protocol' in entry}
         for entry in own + others
         if entry['benchmark'] == benchmark or entry in own and entry['benchmark'] == RELATED.get(benchmark)]
 

@@ -16,11 +16,17 @@ from typing import Any
 from ...data.readers.index import digest
 from ...runtime.files import write_atomically
 from ...runtime.messages import one_line, short
+from ...weights.published import WEIGHTS
 from ..backbone import Backbone
+from ..protocols import KNN_T
 from .compare import TOLERANCE, compare, list_changes, note_unpublished, own_numbers
 
 FORMAT, VERSION = 'simsiam_models benchmark', 1
 FIELDS = {'benchmark': str, 'protocol': dict, 'weights': dict, 'data': dict, 'metrics': dict, 'extra': dict}
+MMSELFSUP = (  # in the names of benchmarks by its protocols
+    f'knn_T{KNN_T:g}', 'mhead_linear', 'linear_avgpool', 'linear_mmselfsup', 'svm', 'semi_')
+EXIF = ("an orientation in the images' EXIF data is not applied; the reader of MMSelfSup (OpenCV) applies it, so that "
+        'it measured images with one, if there are any, turned')
 LARGEST = 64 * 2**20  # bytes of a file that is read as a record
 DEEPEST = 100  # nested lists and tables
 
@@ -56,9 +62,11 @@ def write_record(
     record = check_record(to_json_types({
         'format': FORMAT, 'version': VERSION, 'benchmark': benchmark, 'protocol': protocol,
         'weights': {
-            'name': backbone.name, 'tag': backbone.tag, 'digest': backbone.digest,
-            'pixels': 'BGR' if backbone.bgr else 'RGB', 'mean': backbone.mean, 'std': backbone.std},
+            'name': backbone.name, 'tag': backbone.tag, 'digest': backbone.digest, 'pixels': _describe_pixels(backbone),
+            'mean': backbone.mean, 'std': backbone.std},
         'data': data, 'metrics': dict(metrics), 'extra': extra or {}}), path)
+    if any(name in benchmark for name in MMSELFSUP):
+        record['exif'] = EXIF
     record |= {
         **compare(record), 'versions': versions(), 'seconds': round(float(seconds), 1),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds')}
@@ -66,6 +74,11 @@ def write_record(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda f: f.write(text.encode(errors='surrogateescape')))
     return record
+
+
+def _describe_pixels(backbone: Backbone) -> str:
+    reversed_since = backbone.tag in WEIGHTS and WEIGHTS[backbone.tag].bgr
+    return 'RGB; trained on BGR (inferred), the input channels of conv1 reversed since' if reversed_since else 'RGB'
 
 
 def check_output(folder: Path) -> None:
@@ -221,7 +234,8 @@ def format_published(entry: dict[str, Any]) -> str:
     """Returns the numbers of a published entry and their source."""
     numbers = ', '.join(f'{name} {value}' for name, value in entry['metrics'].items())
     which = 'this file' if entry['same_weights'] else f'other weights, {entry["file"]}'
-    protocol = '' if entry['same_protocol'] else f' by another protocol, {entry["benchmark"]}'
+    another = f'another protocol, {entry["benchmark"]}' if 'protocol' in entry else 'a protocol that is not stated'
+    protocol = '' if entry['same_protocol'] else f' by {another}'
     return f'published for {entry["tag"]} ({which}){protocol}: {numbers} ({describe_source(entry)})'
 
 

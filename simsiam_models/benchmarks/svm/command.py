@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     stages = sorted(set(args.taps or ([LOW_SHOT_TAP] if args.low_shot else SVM_TAPS)))
     with join_world(args.device) as world:
         world.broadcast_from_main(lambda: check_output(args.output))
-        backbone = load_backbone(args.model, world.device)
+        backbone = load_backbone(args.model, world.device, args.branch)
         features = _extract(args, backbone, data, stages, world)
         pooling = find_pooling(backbone, make_transform(args).crop)
     if not world.main:

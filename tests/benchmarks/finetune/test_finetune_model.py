@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cifar_of_others import WRITERS, pixels
 from sklearn.metrics import confusion_matrix
 from tiny_finetune import ALONE, semi, settings
 from torch import nn
@@ -12,7 +13,6 @@ from torch import nn
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.benchmarks.finetune.model import (
     Classifier,
-    convert_to_rgb,
     find_architecture,
     find_last_layers,
     replace_last_layer,
@@ -44,7 +44,20 @@ def test_plain_timm_builds_the_same_network_for_the_same_images(name: str, kwarg
     with torch.no_grad():
         torch.testing.assert_close(plain(x), model(x), atol=1e-6, rtol=1e-5)
     again = load_backbone(str(tmp_path))
-    assert find_architecture(str(tmp_path), again.model, {}) == (name, classifier.make_config().get('model_args', {}))
+    assert find_architecture(again, {}) == (name, classifier.make_config().get('model_args', {}))
+
+
+@pytest.mark.parametrize('who', ['solo-learn', 'lightly'])
+def test_a_fine_tuned_network_keeps_the_stem_in_its_export(who: str, tmp_path: Path) -> None:
+    WRITERS[who][0](tmp_path / 'x.ckpt')
+    s = settings('--image-size', '32')
+    classifier = Classifier(str(tmp_path / 'x.ckpt'), {}, ALONE.device, ['a', 'b', 'c'], s, tmp_path / 'out')
+    (tmp_path / 'out').mkdir()
+    classifier.check()
+    classifier.export(classifier.model.state_dict())
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels()), classifier.model.eval()(pixels()), atol=1e-5, rtol=1e-4)
 
 
 def test_what_config_json_builds_is_held_against_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -54,16 +67,6 @@ def test_what_config_json_builds_is_held_against_the_weights(tmp_path: Path, mon
     monkeypatch.setattr(classifier, 'make_config', lambda: {k: v for k, v in config.items() if k != 'model_args'})
     with pytest.raises(ValueError, match='timm builds another network by this name'):
         classifier.check()
-
-
-def test_a_network_of_bgr_pixels_becomes_one_of_rgb_with_the_same_outputs():
-    backbone = load_backbone('resnet18:random')
-    backbone.bgr = True
-    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (backbone.mean, backbone.std))
-    before = backbone.model((pixels.flip(1) - mean) / std)  # protocols: channels turned round, statistics not
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in convert_to_rgb(backbone))
-    torch.testing.assert_close(backbone.model((pixels - mean) / std), before)
 
 
 def test_a_new_classifier_is_normal_0_01_with_bias_0_and_everything_trains():

@@ -84,18 +84,16 @@ def test_places_crops_lie_anywhere_in_the_centre_square():
     assert {x for x, _ in corners} == {y for _, y in corners} == {0, 1, 2, 3, 4}
 
 
-def test_the_finish_is_bgr_flip_light_and_normalisation():
+def test_the_finish_is_flip_light_and_normalisation():
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 5, 5, 3), dtype=np.uint8)
     light = rng.normal(0, 0.1, (2, 3)).astype(np.float32)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-    for bgr in (False, True):
-        piece = Piece(np.arange(2), torch.from_numpy(pixels), flip=np.array([True, False]), light=light)
-        x = pixels[..., ::-1] if bgr else pixels
-        x = x.astype(np.float64) / 255
-        x = np.stack([x[0, :, ::-1], x[1]]) + light[:, None, None]
-        x = ((x - mean) / std).transpose(0, 3, 1, 2)
-        np.testing.assert_allclose(finish(piece, CPU, mean, std, bgr), x, atol=1e-5)
+    piece = Piece(np.arange(2), torch.from_numpy(pixels), flip=np.array([True, False]), light=light)
+    x = pixels.astype(np.float64) / 255
+    x = np.stack([x[0, :, ::-1], x[1]]) + light[:, None, None]
+    x = ((x - mean) / std).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(finish(piece, CPU, mean, std), x, atol=1e-5)
 
 
 def test_lighting_is_pca_noise_of_the_published_covariance():

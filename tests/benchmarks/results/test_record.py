@@ -28,7 +28,7 @@ RGB, BGR = 'mm_ep200_in1k', 'mm_ep200_bgr_in1k'
 
 def backbone(tag: str | None = RGB, name: str | None = None, digest: str = '0123456789abcdef') -> Backbone:
     name = name or f'simsiam_resnet50.{tag}'
-    return Backbone(nn.Identity(), name, tag, digest, '_bgr_' in (tag or ''), (0.5,) * 3, (0.2,) * 3, 2048)
+    return Backbone(nn.Identity(), name, tag, digest, (0.5,) * 3, (0.2,) * 3, 2048)
 
 
 def whole(benchmark: str) -> dict:
@@ -70,7 +70,28 @@ def test_a_record_holds_everything_and_reads_back_as_written(tmp_path: Path):
     assert [e['metrics'] for e in written['published']] == [KNN] and written['published'][0]['same_weights']
     assert written['published'][0]['file'] == WEIGHTS[RGB].url.rsplit('/', 1)[-1]
     assert written['difference'] == {'k=10': pytest.approx(0.05), 'k=20': pytest.approx(0.1)}
-    assert write(tmp_path / 'x.json', 'voc07_svm_feature5', {'mAP': 1}, backbone(BGR))['weights']['pixels'] == 'BGR'
+    assert written['weights']['pixels'] == 'RGB'
+    pixels = write(tmp_path / 'x.json', 'voc07_svm_feature5', {'mAP': 1}, backbone(BGR))['weights']['pixels']
+    assert pixels.startswith('RGB; trained on BGR (inferred)')
+
+
+@pytest.mark.parametrize('benchmark, named', [
+    ('imagenet_knn_T0.07', True), ('folder_knn_T0.07', True), ('places205_mhead_linear', True),
+    ('imagenet_linear_avgpool', True), ('voc07_svm_feature5', True), ('voc07_lowshot_svm_feature5', True),
+    ('imagenet_semi_1pct', True), ('imagenet_linear', False), ('imagenet_linear_moco', False),
+    ('folder_auto_probe', False), ('finetune', False)])
+def test_records_of_mmselfsups_protocols_say_that_its_reader_turns_images_by_exif(benchmark, named, tmp_path):
+    found = write_record(
+        tmp_path / 'x.json', benchmark, {}, backbone(), {'name': 'folder', 'counts': {}}, {'top1': 1.0}, seconds=1)
+    assert ('exif' in found) == named and (not named or 'MMSelfSup (OpenCV) applies it' in found['exif'])
+
+
+def test_a_number_whose_protocol_is_not_stated_is_shown_with_its_source_and_not_compared(tmp_path: Path):
+    found = write(tmp_path / 'x.json', 'imagenet_linear', {'top1': 69.0}, backbone('fb_bs256_ep200_in1k'))
+    entry = found['published'][0]
+    assert entry['same_weights'] and entry['metrics'] == {'top1': 69.8} and found['difference'] == {}
+    text = format_record(found)
+    assert 'by a protocol that is not stated: top1 69.8' in text and 'simsiam issue 18' in text
 
 
 def test_a_record_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, monkeypatch):

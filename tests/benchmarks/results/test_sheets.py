@@ -19,7 +19,7 @@ KNN = {'T': 0.07, 'k': [10], 'features': 'avgpool', 'resize': 256, 'image_size':
 @pytest.fixture
 def save(tmp_path: Path):
     def save(benchmark: str, protocol: dict, name: str, metrics: dict, digest: str = 'ab' * 8, **more) -> dict:
-        model = Backbone(nn.Identity(), name, None, digest, False, (0.5,) * 3, (0.2,) * 3, 2048)
+        model = Backbone(nn.Identity(), name, None, digest, (0.5,) * 3, (0.2,) * 3, 2048)
         file = tmp_path / f'{len(list(tmp_path.iterdir())):03}.json'
         data = {**DATA, **more.pop('data', {})}
         return write_record(file, benchmark, protocol, model, data, metrics, seconds=1, **more)
