@@ -139,6 +139,11 @@ class Reading:
         return {**figures, 'rank': effective_rank(z), 'p_rank': effective_rank(p), 'samples': self._samples}
 
 
+def has_classes(images: Images) -> bool:
+    """Returns whether there are labels of at least two classes: with one, every neighbour is right."""
+    return images.labels is not None and len(np.unique(images.labels)) > 1
+
+
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 

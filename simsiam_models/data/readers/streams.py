@@ -15,6 +15,7 @@ from .arrow import explain_open_errors, find_image_column, import_datasets, read
 from .decode import DataError, import_library
 from .images import EXTENSIONS
 from .index import digest
+from .names import part_of
 from .shards import TABLES, expand_braces, list_shards, split_by_name
 
 BUFFER = 1000  # images from which the next one is drawn
@@ -118,6 +119,6 @@ def _list_split(folder: Path, split: str, name: str) -> list[Path]:
         if files := list_shards(folder / split, suffix):
             return files
         train, val = split_by_name(list_shards(folder, suffix))
-        if files := {'train': train, 'validation': val, 'val': val, 'test': val}.get(split):
+        if files := {'train': train, 'val': val}.get(part_of(split)):
             return files
     raise FileNotFoundError(f'{name}: no Parquet or Arrow file of a split {split} in that folder')
