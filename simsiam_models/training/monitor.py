@@ -144,6 +144,13 @@ def has_classes(images: Images) -> bool:
     return images.labels is not None and len(np.unique(images.labels)) > 1
 
 
+def explain_no_monitor(images: Images) -> str:
+    """Returns why these images have no kNN monitor."""
+    if images.labels is None:
+        return 'no labels'
+    return 'too few images' if has_classes(images) else 'one class only, and every neighbour is of it'
+
+
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 

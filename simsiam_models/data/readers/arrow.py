@@ -166,5 +166,5 @@ def _choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, Arro
             if val.labels is not None:
                 break
     if others := [split for split in splits if split not in used]:
-        announce(f'{name}: of its splits, {", ".join(others)} are not used')
+        announce(f'{name}: splits that are not used: {", ".join(others)}')
     return ArrowImages(splits[first], name), val

@@ -169,7 +169,12 @@ class Listing:
     def notes(self) -> list[str]:
         """Returns the sentences on what the images are not, each for one line."""
         tallies = self.passed_over, self.left_out, self.loops, self.unreadable, self.nested
-        return [tally.describe() for tally in tallies if tally.counts] + self.remarks
+        notes, spellings = [tally.describe() for tally in tallies if tally.counts] + self.remarks, {}
+        for name in self.classes:
+            spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
+        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+            notes.append(f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}')
+        return notes
 
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
@@ -233,7 +238,8 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     walk('', ())
     if not loose:
         listing.label_runs(runs)
-        _judge_classes(listing, [name for name, n in runs if not n])
+        if empty := sorted(name for name, n in runs if not n):
+            listing.remarks.append(f'folders without an image, which are no classes: {name_some(empty)}')
         return listing
     listing.nested.counts.clear()
     if classes := [name for name, n in runs if n]:
@@ -268,17 +274,6 @@ def _list_folder(listing: Listing, path: str, folder: str, extensions: tuple[str
             else:
                 listing.leave_out(folder + name)
     return names
-
-
-def _judge_classes(listing: Listing, empty: list[str]) -> None:
-    """Remarks on empty class folders, and on classes that may be one."""
-    if empty:
-        listing.remarks.append(f'folders without an image, which are no classes: {name_some(sorted(empty))}')
-    spellings: dict[str, list[str]] = {}
-    for name in listing.classes:
-        spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
-    if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
-        listing.remarks.append(f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}')
 
 
 def stamp_file(at: str | Path | os.stat_result, is_folder: bool = False) -> list[int] | None:
