@@ -122,7 +122,9 @@ def report_pair(pair: Pair, world: World) -> None:
     if pair.held_out:
         print(f'{pair.train.name} has no validation part; the test images are {pair.held_out}')
     pair.shared = report_shared(pair.train, pair.test, print)
-    missing = np.setdiff1d(pair.train.labels, pair.test.labels)
-    if len(missing):
-        names = short(', '.join(str(pair.train.classes[i]) for i in missing))
-        print(f'{len(missing)} of {pair.counts["classes"]} classes have no test image: {names}')
+    present = np.unique(pair.train.labels)
+    absent, untested = np.setdiff1d(np.arange(pair.classes), present), np.setdiff1d(present, pair.test.labels)
+    for missing, n, part in ((absent, pair.classes, 'training'), (untested, len(present), 'test')):
+        if len(missing):
+            names = short(', '.join(str(pair.train.classes[i]) for i in missing[:100]))
+            print(f'{len(missing)} of {n} classes have no {part} image: {names}')

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import open_parts
+from ..data import announce_unusable, open_parts
 from ..data.philox import permutation
 from ..data.readers.images import Images, contents_digest
 from ..data.readers.index import digest
@@ -83,7 +83,9 @@ def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, s
     if hasattr(images, 'samples') or images.labels is None:
         notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
         raise ValueError(f'{spec}: no labels; give one subfolder per class, or a list with labels{notes}')
-    if unusable:
+    if unusable and unusable.is_test:
+        announce_unusable(unusable)
+    elif unusable:
         raise ValueError(
             f'{unusable}; give both parts the same classes, or remove this one to hold out a share of the other')
     check_several_classes(images)

@@ -6,18 +6,21 @@ Other encodings of the same picture are not found.
 """
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from ..data import UnreadableError
 from ..data.readers.images import Images, name_of, stored_bytes, stored_sizes
+from ..data.threads import split_range
 
 MAX_READ = 100_000  # images that are read in part; where more have a size of both parts, some are not compared
 MIDDLE = 64  # bytes
-THREADS = 8
+THREADS, SHARE = 8, 64  # SHARE: images that a thread takes at a time
 
 
 def report_shared(train: Images, test: Images, say: Callable[[str], Any]) -> dict[str, Any]:
@@ -47,18 +50,13 @@ def find_shared(train: Images, test: Images) -> dict[str, Any]:
         return found
     rows, sizes, compared = chosen
 
-    def look(images: Images, row: int, size: int, whole: bool) -> tuple[int, bytes] | None:
-        """Returns the size, and some bytes or the hash of all; None if the image cannot be read."""
-        try:
-            data = stored_bytes(images, row) if whole else stored_bytes(images, row, size // 2, MIDDLE)
-            return size, hashlib.blake2b(data, digest_size=16).digest() if whole else bytes(data)
-        except UnreadableError:
-            return None
-
     with ThreadPoolExecutor(THREADS, 'simsiam-compare') as threads:
         for whole in (False, True):
-            keys = [list(threads.map(functools.partial(look, images, whole=whole), side.tolist(), size[side].tolist()))
-                    for images, side, size in zip((train, test), rows, sizes, strict=True)]
+            keys = []
+            for images, side, size in zip((train, test), rows, sizes, strict=True):
+                parts = [side[part] for part in split_range(len(side), SHARE)]
+                look = functools.partial(_look, images, size, whole)
+                keys.append(list(itertools.chain.from_iterable(threads.map(look, parts))))
             both = ({*keys[0]} & {*keys[1]}) - {None}
             rows = [side[np.array([key in both for key in part], bool)]
                     for side, part in zip(rows, keys, strict=True)]
@@ -73,17 +71,36 @@ def find_shared(train: Images, test: Images) -> dict[str, Any]:
     return found
 
 
+def _look(images: Images, sizes: np.ndarray, whole: bool, rows: np.ndarray) -> list[tuple[int, bytes] | None]:
+    """Returns the size of each image, and some of its bytes or the hash of all; None if it cannot be read."""
+    found = []
+    for row, size in zip(rows.tolist(), sizes[rows].tolist(), strict=True):
+        data = b''
+        with suppress(UnreadableError):
+            data = stored_bytes(images, row) if whole else stored_bytes(images, row, size // 2, MIDDLE)
+        found.append((size, hashlib.blake2b(data, digest_size=16).digest() if whole else bytes(data)) if data else None)
+    return found
+
+
 def _choose_rows(train: Images, test: Images) -> tuple[list[np.ndarray], list[np.ndarray], int] | None:
     """Returns, for both parts, the rows to read and all sizes; and how many test images are compared with that."""
     rows = [np.arange(len(images)) for images in (train, test)]
     sizes = [stored_sizes(images, side) for images, side in zip((train, test), rows, strict=True)]
     if any(x is None for x in sizes):
-        at_hand = all(stored_bytes(images, 0) is not None for images in (train, test))
-        few = len(train) + len(test) <= MAX_READ
-        return (rows, [np.zeros(len(side), np.int64) for side in rows], len(test)) if at_hand and few else None
+        if len(train) + len(test) > MAX_READ or not all(map(_is_at_hand, (train, test))):
+            return None
+        return rows, [np.zeros(len(side), np.int64) for side in rows], len(test)
     values, costs = np.unique(np.concatenate(sizes), return_counts=True)
     values, costs = (x[(values > 0) & np.isin(values, sizes[0]) & np.isin(values, sizes[1])] for x in (values, costs))
     order = np.argsort(costs, kind='stable')  # rare sizes first: they decide most test images per image read
     read, skipped = np.split(values[order], [np.searchsorted(np.cumsum(costs[order]), MAX_READ, 'right')])
     rows = [np.flatnonzero(np.isin(x, read)) for x in sizes]
     return rows, sizes, len(test) - int(np.isin(sizes[1], skipped).sum())
+
+
+def _is_at_hand(images: Images) -> bool:
+    """Returns whether the source gives the bytes of its images."""
+    try:
+        return stored_bytes(images, 0) is not None
+    except UnreadableError:
+        return True

@@ -11,7 +11,7 @@ from .readers import arrow
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
-from .readers.names import VALIDATION, find_part, part_of
+from .readers.names import TEST, VALIDATION, find_part, part_of
 from .readers.shards import TABLES, expand_pattern, list_shards, list_tables, split_by_name
 from .readers.streams import HubStream, WebStream
 from .readers.tars import COMPRESSED, TarImages
@@ -32,6 +32,12 @@ class Unusable(NamedTuple):
     def __str__(self) -> str:
         return f'{self.images.name}: {self.reason}'
 
+    @property
+    def is_test(self) -> bool:
+        """Returns whether these are test images without labels, as competitions have them."""
+        found = find_part(Path(self.images.name).name)
+        return self.images.labels is None and found is not None and found[1] in TEST
+
 
 def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> tuple[Images | Stream, Images | None]:
     """Opens the training data, and labelled validation images of the same classes, if there are any.
@@ -47,8 +53,12 @@ def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> t
     """
     train, val, unusable = open_parts(spec, images_per_epoch)
     if unusable:
-        announce(f'not used for validation: {unusable}')
+        announce_unusable(unusable)
     return train, val
+
+
+def announce_unusable(unusable: Unusable) -> None:
+    announce(f'not used for validation: {unusable}')
 
 
 def open_parts(

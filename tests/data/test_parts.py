@@ -138,6 +138,23 @@ def test_unusable_validation_images_are_named_and_not_replaced_in_silence(tmp_pa
         open_pair('folder', tmp_path)
 
 
+@pytest.mark.parametrize('part', ['test', 'Testing', 'eval'])
+def test_test_images_without_labels_are_no_validation_images_but_val_must_have_labels(tmp_path, classes, part, caplog):
+    shutil.copytree(classes, tmp_path / 'train')
+    shutil.copytree(classes / '0', tmp_path / part)
+    said = f'not used for validation: {tmp_path / part}: its images have no labels'
+    assert open_data(tmp_path)[1] is None and said in caplog.text
+    caplog.clear()
+    train, held, text = open_labelled(str(tmp_path), 0.2, 0)
+    assert 'held out by seed 0' in text and said in caplog.text
+    assert open_pair('folder', tmp_path).held_out == text
+    (tmp_path / part).rename(tmp_path / 'val')
+    with pytest.raises(ValueError, match='val: its images have no labels'):
+        open_labelled(str(tmp_path), 0.2, 0)
+    with pytest.raises(ValueError, match='val: the test images have no labels'):
+        open_pair('folder', tmp_path)
+
+
 @pytest.mark.parametrize('train, val', [
     ('train_a.txt', 'val_a.txt'), ('Train.csv', 'Test.csv'), ('TRAIN.txt', 'VALID.txt'),
     ('my-training.csv', 'my-dev.csv')])

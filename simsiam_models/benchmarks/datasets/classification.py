@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...data.opening import open_parts
+from ...data.opening import announce_unusable, open_parts
 from ...data.parts import list_entries
 from ...data.readers.images import FolderImages, Images
 from ...data.readers.names import VALIDATION
@@ -78,6 +78,9 @@ def _open_any(root: str, partial: bool) -> tuple[Images, Images | None]:
     if root.partition(':')[0] in ('hf-stream', 'pipe', 'http', 'https'):
         raise ValueError(f'{root}: a stream has no labels; give data that can be read in any order, such as hf:REPO')
     train, test, unusable = open_parts(root)
+    if unusable and unusable.is_test and train.labels is not None:
+        announce_unusable(unusable)
+        return train, None
     return train, test if unusable is None else unusable.images  # perhaps only some classes have no test image
 
 

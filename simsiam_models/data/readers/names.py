@@ -16,14 +16,14 @@ PASSED_OVER = frozenset((
     'thumbs.db', 'ehthumbs.db', 'ehthumbs_vista.db', 'desktop.ini', 'zbthumbnail.info', 'pspbrwse.jbf', 'picasa.ini',
     '$recycle.bin', 'recycler', 'system volume information', '_vti_cnf',  # Windows
     '@eadir', '#recycle', '#snapshot', '@tmp', '@recycle', '@recently-snapshot',  # network disks
-    'lost+found', '__pycache__'))
+    'lost+found', 'found.000', '__pycache__'))
 STREAMS = (':zone.identifier', '@synoeastream', '@synoresource')  # ends of names: copies of a file's attributes
 
 # The spellings of the datasets library, and VOC's trainval; in order of preference.
 PARTS = {
     'train': ('train', 'training', 'trainval'),
     'val': ('val', 'valid', 'validation', 'dev', 'test', 'testing', 'eval', 'evaluation')}
-VALIDATION = PARTS['val']
+VALIDATION, TEST = PARTS['val'], PARTS['val'][4:]  # test images are for validation where there are no others
 _ROLES = {word: role for role, words in PARTS.items() for word in words}
 _FILLERS = r'data|sets?|images?|imgs?|splits?'
 _PART = re.compile(rf'(?<![^\W\d_])({"|".join(sorted(_ROLES, key=len, reverse=True))})(?=(?:{_FILLERS})*(?:[\W\d_]|$))')

@@ -6,10 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ...runtime.messages import announce
-from .names import VALIDATION, find_part, is_passed_over, part_of
+from .names import TEST, find_part, is_passed_over, part_of
 
 TABLES = ('.parquet', '.arrow')
-TESTS = VALIDATION.index('test')  # the words from here on are those of test images
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -58,7 +57,7 @@ def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
     plain = [file for file in files if not part_of(file.name)]
     if not train and not plain:
         return files, []
-    best = [file for file in val if VALIDATION.index(find_part(file.name)[1]) < TESTS] or val
+    best = [file for file in val if find_part(file.name)[1] not in TEST] or val
     if not train and val:
         announce(f'{plain[0].parent}: training on the {len(plain)} files that are named as no part, such as '
                  f'{plain[0].name}, and not on {len(val)} such as {val[0].name}')

@@ -200,6 +200,16 @@ def test_junk_in_a_tar_is_passed_over_and_counted(tmp_path, caplog):
     assert 'of images: 2 (2 .json), the first cat/1.json' in caplog.text
 
 
+def test_junk_in_a_stream_is_passed_over_and_named(tmp_path, caplog):
+    pytest.importorskip('webdataset', reason="needs the webdataset library: pip install '.[data]'")
+    with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
+        for name in ('cat/1.jpg', '__MACOSX/cat/._1.jpg', '.ipynb_checkpoints/3.jpg', '._4.jpg', 'cat/2.jpg'):
+            add(tar, name, name.encode())
+    stream, _ = open_data(f'pipe:cat {tmp_path / "a.tar"}', images_per_epoch=9)
+    assert sorted(stream.samples(0, 0, 0)) == [b'cat/1.jpg', b'cat/2.jpg']
+    assert caplog.text.count('are passed over') == 1 and '._' in caplog.text
+
+
 @pytest.mark.parametrize('name, lines, said', [
     ('l.txt', ['a.jpg 0', 'b.jpg 1', './a.jpg 1', 'a.jpg 0'], '1 of them with another label: 2, the first ./a.jpg'),
     ('l.csv', ['path,label', 'a.jpg,x', 'b.jpg,y', 'a.jpg,x'], '0 of them with another label: 1, the first a.jpg'),
