@@ -35,7 +35,7 @@ def add_held_out(parser: argparse.ArgumentParser, seed: bool = True) -> None:
 def check_held_out(args: argparse.Namespace) -> None:
     """Raises ValueError if a flag of `add_held_out` is out of range."""
     check_flags([
-        ('--val-share', args.val_share, 0 < args.val_share < 1, 'above 0 and below 1'),
+        ('--val-share', f'{args.val_share:g}', 0 < args.val_share < 1, 'above 0 and below 1'),
         ('--seed', args.seed, 0 <= args.seed < 2**63, f'in 0 .. {2**63 - 1}')])
 
 

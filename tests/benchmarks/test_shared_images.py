@@ -193,11 +193,11 @@ def test_a_benchmark_prints_and_records_the_copies(parts, command, capsys):
     assert json.loads(record.read_text())['extra']['shared_images']['shared'] == 3
 
 
-@pytest.mark.parametrize('command', ['knn --k 1', 'linear --protocol auto --epochs 1'])
+@pytest.mark.parametrize('command', ['knn --k 1', 'linear --protocol fair --epochs 1 --lr 1'])
 def test_a_plain_class_folder_is_divided_and_the_output_and_the_record_say_how(tmp_path, command, capsys):
     write_digits(tmp_path / 'data', 100)
     args = [*command.split(), '--model', 'resnet10t:random', '--image-size', '32', '--resize', '32', '--device', 'cpu',
-            '--out', str(tmp_path / 'out'), '--cache', str(tmp_path / 'features'), '--val-share', '0.3', '--seed', '2']
+            '--out', str(tmp_path / 'out'), '--val-share', '0.3', '--seed', '2']
     assert cli.main([args[0], str(tmp_path / 'data'), *args[1:]]) == 0
     _, held, text = open_labelled(str(tmp_path / 'data'), 0.3, 2)
     assert f'{tmp_path / "data"} has no validation part; the test images are {text}' in capsys.readouterr().out
