@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data import open_data
+from ..data import open_parts
 from ..data.readers.images import Images
 from ..runtime.distributed import join_world
 from ..runtime.files import write_atomically
@@ -85,13 +85,13 @@ def check(args: argparse.Namespace) -> None:
 
 def _open_images(args: argparse.Namespace) -> Images:
     """Opens DATA's part; raises ValueError if there is none, or too few images for --tsne."""
-    train, val = open_data(args.data)
+    train, val, unusable = open_parts(args.data)
     images = train if args.part == 'train' else val
     if images is None:
-        if (val := Path(args.data) / 'val').is_dir():
+        if unusable:
             raise ValueError(
-                f'{val} cannot be the validation part of {args.data}: its images have no labels, or other classes than '
-                f'those of train; give {val} itself, without --part')
+                f'{unusable.images.name} cannot be the validation part of {args.data}: {unusable.reason}; give '
+                f'{unusable.images.name} itself, without --part')
         raise ValueError(f'{args.data} has no validation part; leave --part out')
     if args.tsne is not None and not hasattr(images, 'samples'):  # `extract` refuses streams
         check_count(len(select_shown(images.labels, len(images))))

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from ..data.evaluation import Transform
+from ..runtime.distributed import World
 from ..runtime.messages import check_flags, short
 from .backbone import Backbone
 from .features import Extraction
 from .protocols import LEAST, SIZE
 from .samples import Pair
+from .shared_images import report_shared
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +22,23 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
     parser.add_argument(
         '--branch', metavar='NAME', help='the network to take of a checkpoint with several: teacher, for example')
+
+
+def add_held_out(parser: argparse.ArgumentParser, seed: bool = True) -> None:
+    """Adds the flags of the images that are held out of data without a validation part."""
+    parser.add_argument(
+        '--val-share', type=float, default=0.2, metavar='X',
+        help='share of each class to hold out if DATA has no validation part (default: 0.2)')
+    if seed:
+        parser.add_argument(
+            '--seed', type=int, default=0, metavar='N', help='seed of the held-out images (default: 0)')
+
+
+def check_held_out(args: argparse.Namespace) -> None:
+    """Raises ValueError if a flag of `add_held_out` is out of range."""
+    check_flags([
+        ('--val-share', f'{args.val_share:g}', 0 < args.val_share < 1, 'above 0 and below 1'),
+        ('--seed', args.seed, 0 <= args.seed < 2**63, f'in 0 .. {2**63 - 1}')])
 
 
 def add_extraction(
@@ -95,9 +114,19 @@ def make_transform(args: argparse.Namespace, backbone: Backbone, say: Callable[[
     return Transform(resize, size)
 
 
-def report_untested_classes(pair: Pair, say: Callable[[str], Any]) -> None:
-    """Prints a line if classes of the training images have no test image."""
-    missing = np.setdiff1d(pair.train.labels, pair.test.labels)
-    if len(missing):
-        names = short(', '.join(str(pair.train.classes[i]) for i in missing))
-        say(f'{len(missing)} of {pair.counts["classes"]} classes have no test image: {names}')
+def report_pair(pair: Pair, world: World) -> None:
+    """Prints where test images come from, which classes have none, and which are also training images.
+
+    The main process alone compares them, and notes the result in `pair.shared`.
+    """
+    if not world.main:
+        return
+    if pair.held_out:
+        print(f'{pair.train.name} has no validation part; the test images are {pair.held_out}')
+    pair.shared = report_shared(pair.train, pair.test, print)
+    present = np.unique(pair.train.labels)
+    absent, untested = np.setdiff1d(np.arange(pair.classes), present), np.setdiff1d(present, pair.test.labels)
+    for missing, n, part in ((absent, pair.classes, 'training'), (untested, len(present), 'test')):
+        if len(missing):
+            names = short(', '.join(str(pair.train.classes[i]) for i in missing[:100]))
+            print(f'{len(missing)} of {n} classes have no {part} image: {names}')

@@ -1,12 +1,13 @@
 """Labelled images that a benchmark trains on and is measured on."""
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ..data import announce_unusable, open_parts
 from ..data.philox import permutation
 from ..data.readers.images import Images, contents_digest
 from ..data.readers.index import digest
@@ -21,10 +22,13 @@ class Pair:
     name: str  # the kind of data set
     classes: int
     counts: dict[str, int]  # train, test: images; classes, test_classes: classes that have images
+    held_out: str = ''  # how the test images were chosen, if they are a share of the training images
+    shared: dict[str, Any] = field(default_factory=dict)  # images of both parts, from `shared_images.report_shared`
 
     def data(self) -> dict[str, Any]:
         """Returns the data set's entry in a record."""
-        return {'name': self.name, 'counts': self.counts, 'digest': self.digest}
+        held_out = {'held_out': self.held_out} if self.held_out else {}
+        return {'name': self.name, 'counts': self.counts, 'digest': self.digest, **held_out}
 
     @cached_property
     def digest(self) -> str:
@@ -67,6 +71,46 @@ def check_every_class_trains(images: Images) -> None:
         raise ValueError(
             f'{images.name}: {len(missing)} of {len(images.classes)} classes have no training image, the first is '
             f'{images.classes[missing[0]]!r}; add images, or number the classes from 0 without gaps')
+
+
+def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, str]:
+    """Opens training and validation images; the latter are beside the former, or a seeded `share` of each class.
+
+    The string says which. Raises ValueError if there are no labels or only one class, the validation images have no
+    labels or other classes, or a class has no training image.
+    """
+    images, val, unusable = open_parts(spec)
+    if hasattr(images, 'samples') or images.labels is None:
+        notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
+        raise ValueError(f'{spec}: no labels; give one subfolder per class, or a list with labels{notes}')
+    if unusable and unusable.is_test:
+        announce_unusable(unusable)
+    elif unusable:
+        raise ValueError(
+            f'{unusable}; give both parts the same classes, or remove this one to hold out a share of the other')
+    check_several_classes(images)
+    check_every_class_trains(images)
+    return (images, val, f'{len(val)} images of {val.name}') if val is not None else hold_out(images, share, seed)
+
+
+def check_several_classes(images: Images) -> None:
+    """Raises ValueError if all images are of one class: every classifier is right then."""
+    if len(names := np.unique(images.labels)) < 2:
+        raise ValueError(
+            f'{images.name}: one class only{f" ({images.classes[names[0]]})" if len(names) else ""}; a classifier '
+            'needs at least two, each in a folder of its own')
+
+
+def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset, str]:
+    """Returns the images to train on, a seeded `share` of each class to hold out, and a text that says so."""
+    train, held = split(np.asarray(images.labels), share, seed)
+    if not len(held):
+        raise ValueError(
+            f'{images.name}: no class has two images, so none can be held out; add images, or a val folder')
+    text = f'{len(held)} of {len(images)} images, {share:g} of each class, held out by seed {seed}'
+    if single := sum(np.bincount(images.labels) == 1):
+        text += f'; {single} classes have one image and are not validated'
+    return subset(images, train), subset(images, held), text
 
 
 def split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,6 @@ from .augment import Augmentation
 from .demo import demo_images
 from .evaluation import EvalImages, Transform
 from .loader import TwoViews
-from .opening import open_data
+from .opening import announce_unusable, open_data, open_parts
 from .readers.decode import DataError, UnreadableError
 from .readers.images import FolderImages, Images, MemoryImages, Stream, pixels_digest

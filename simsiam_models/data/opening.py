@@ -1,14 +1,17 @@
 """`open_data`: chooses the reader by the form of the data."""
-import logging
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
+from ..runtime.messages import announce
 from .demo import demo_images
+from .parts import find_parts
 from .readers import arrow
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
+from .readers.names import TEST, VALIDATION, find_part, part_of
 from .readers.shards import TABLES, expand_pattern, list_shards, list_tables, split_by_name
 from .readers.streams import HubStream, WebStream
 from .readers.tars import COMPRESSED, TarImages
@@ -19,11 +22,27 @@ FORMS = (
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
     'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo')
 
-_logger = logging.getLogger('simsiam_models')
+
+class Unusable(NamedTuple):
+    """Validation images that are there, and why a monitor or a classifier cannot use them."""
+
+    images: Images
+    reason: str
+
+    def __str__(self) -> str:
+        return f'{self.images.name}: {self.reason}'
+
+    @property
+    def is_test(self) -> bool:
+        """Returns whether these are test images without labels, as competitions have them."""
+        found = find_part(Path(self.images.name).name)
+        return self.images.labels is None and found is not None and found[1] in TEST
 
 
 def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> tuple[Images | Stream, Images | None]:
     """Opens the training data, and labelled validation images of the same classes, if there are any.
+
+    Logs what is left out, and why.
 
     Args:
         spec: see FORMS; None: the built-in demonstration.
@@ -32,19 +51,33 @@ def open_data(spec: str | Path | None, images_per_epoch: int | None = None) -> t
     Raises:
         FileNotFoundError, ValueError, DataError, OSError: the data cannot be opened; the message says why.
     """
+    train, val, unusable = open_parts(spec, images_per_epoch)
+    if unusable:
+        announce_unusable(unusable)
+    return train, val
+
+
+def announce_unusable(unusable: Unusable) -> None:
+    announce(f'not used for validation: {unusable}')
+
+
+def open_parts(
+    spec: str | Path | None, images_per_epoch: int | None = None,
+) -> tuple[Images | Stream, Images | None, Unusable | None]:
+    """Opens the same as `open_data`; also returns why validation images that are there cannot be used."""
     text = 'demo' if spec is None else str(spec)
     if images_per_epoch is not None and images_per_epoch < 1:
         raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at least 1')
     if spec is None or text == 'demo' and not os.path.exists(text):
-        return demo_images()
+        return *demo_images(), None
     prefix, _, rest = text.partition(':')
     if prefix in ('hf', 'hf-stream', 'torchvision') and not rest:
         raise ValueError(f'{text} is not complete; DATA must be {FORMS}')
     if prefix == 'hf-stream':
-        return HubStream(*_split_repo(rest), images_per_epoch), None
+        return HubStream(*_split_repo(rest), images_per_epoch), None, None
     if prefix in ('pipe', 'http', 'https'):
-        return WebStream(text, images_per_epoch), None
-    return _drop_unusable(*_open_images(text, prefix, rest))
+        return WebStream(text, images_per_epoch), None, None
+    return _judge_validation(*_open_images(text, prefix, rest))
 
 
 def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | None]:
@@ -76,13 +109,12 @@ def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | No
 def _open_folder(root: Path) -> tuple[Images, Images | None]:
     if pair := arrow.open_saved(root, str(root)) or open_cifar(root):
         return pair
-    if (root / 'train').is_dir():
-        return _open_part(root / 'train')[0], _open_part(root / 'val')[0] if (root / 'val').is_dir() else None
-    return _open_part(root)
+    root, train, val = find_parts(root)
+    return _open_part(root) if train is None else (_open_part(train)[0], None if val is None else _open_part(val)[0])
 
 
 def _open_part(root: Path) -> tuple[Images, Images | None]:
-    """Opens a folder without subfolders train and val."""
+    """Opens a folder without parts."""
     if pair := arrow.open_saved(root, str(root)):
         return pair
     try:
@@ -98,7 +130,7 @@ def _open_part(root: Path) -> tuple[Images, Images | None]:
         raise
     # Images win: archives often remain beside their unpacked contents. A long flat folder is not listed again.
     if (images.labels is not None or len(images) < 10000) and (found := list_shards(root, '.tar') or list_tables(root)):
-        _logger.warning(
+        announce(
             f'{root} contains images and {found[0].name}: reading the images; use {found[0]} to read that instead')
     return images, None
 
@@ -106,15 +138,25 @@ def _open_part(root: Path) -> tuple[Images, Images | None]:
 def _open_file(path: Path) -> tuple[Images, Images | None]:
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES + CSV_SUFFIXES:
-        val = path.with_name('val' + path.name[5:])
-        has_val = path.name.startswith('train') and val.is_file()
-        return ListImages(path), ListImages(val) if has_val else None
+        val = _find_validation_list(path)
+        return ListImages(path), None if val is None else ListImages(val)
     if suffix == '.tar' or path.name.lower().endswith(COMPRESSED):
         return TarImages([path], str(path)), None
     if suffix in TABLES:
         return arrow.open_files([path], str(path)), None
     what = 'is a single image' if suffix in EXTENSIONS else 'is not a file that can be read here'
     raise ValueError(f'{path} {what}; DATA must be {FORMS}')
+
+
+def _find_validation_list(file: Path) -> Path | None:
+    """Finds the list with the same name as `file`, but for the word that tells its part: train_a.txt and val_a.txt."""
+    if part_of(file.name) != 'train':
+        return None
+    found = find_part(file.name)
+    word = file.name[slice(*found.span())]
+    spell = str.upper if word.isupper() else str.title if word[0].isupper() else str
+    names = (f'{file.name[:found.start()]}{spell(name)}{file.name[found.end():]}' for name in VALIDATION)
+    return next((path for path in map(file.with_name, names) if path.is_file()), None)
 
 
 def _open_table_folder(root: Path, name: str) -> tuple[Images, Images | None]:
@@ -130,10 +172,16 @@ def _split_repo(rest: str) -> tuple[str, str | None]:
     return (repo, split) if colon and split and '/' not in split and '\\' not in split else (rest, None)
 
 
-def _drop_unusable(train: Images, val: Images | None) -> tuple[Images, Images | None]:
-    """Drops validation images without labels or of other classes: the monitor cannot use them."""
-    if val is None or val.labels is None or train.labels is None:
-        return train, None
+def _judge_validation(train: Images, val: Images | None) -> tuple[Images, Images | None, Unusable | None]:
+    """Drops validation images without labels or of other classes."""
+    if val is None:
+        return train, None, None
     numbers = [str(i) for i in range(len(val.classes))]  # if classes are numbers, val may lack the last ones
-    same = val.classes == train.classes or val.classes == numbers == train.classes[:len(numbers)]
-    return train, val if same else None
+    if val.labels is None or train.labels is None:
+        reason = f'{"its" if val.labels is None else "the training"} images have no labels'
+    elif val.classes == train.classes or val.classes == numbers == train.classes[:len(numbers)]:
+        return train, val, None
+    else:
+        odd = min({*val.classes} ^ {*train.classes}, default=val.classes[0])
+        reason = f'not the {len(train.classes)} classes of {train.name}: {odd!r} is in one of them only'
+    return train, None, Unusable(val, reason)

@@ -41,6 +41,7 @@ class Survey:
     """The counts of a survey. Shares refer to the images that were read and could be decoded."""
 
     name: str
+    notes: list[str]  # on what the reader left out
     images: int
     read: int  # decoded or not
     seconds: float
@@ -177,7 +178,8 @@ def _summarize(images: Images | Stream, good: np.ndarray, bad: dict[int, str], s
     repeats, stream = _find_duplicates(good), isinstance(images, Stream)
     files = stream or hasattr(images, 'path')
     return Survey(
-        name=images.name, images=len(images), read=len(good) + len(bad), seconds=seconds, files=files, stream=stream,
+        name=images.name, notes=list(getattr(images, 'notes', [])), images=len(images), read=len(good) + len(bad),
+        seconds=seconds, files=files, stream=stream,
         classes=classes, smallest_class=smallest, largest_class=largest, unreadable=len(bad),
         unreadable_first=list(bad.values())[:MAX_NAMED], duplicates=len(repeats),
         duplicates_first=[(_name(images, a), _name(images, b)) for a, b in repeats[:MAX_NAMED]],

@@ -1,8 +1,12 @@
 """Text for users: errors in one line, rules for flags, lengths of time."""
 import importlib.util
 import json
+import logging
+import os
 from collections.abc import Iterable
 from typing import Any
+
+_logger = logging.getLogger('simsiam_models')
 
 Rule = tuple[str, Any, bool, str]  # flag, its value, whether the value is allowed, what it must be
 
@@ -37,6 +41,12 @@ def clock_time(seconds: float) -> str:
     """h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     return f'{minutes // 60}:{minutes % 60:02}:{s:02}'
+
+
+def announce(text: str) -> None:
+    """Logs a line that all processes of a run would say; under torchrun only the first one does."""
+    if os.environ.get('RANK', '0') == '0':
+        _logger.warning(text)
 
 
 def silent(*what: Any) -> None:

@@ -139,6 +139,18 @@ class Reading:
         return {**figures, 'rank': effective_rank(z), 'p_rank': effective_rank(p), 'samples': self._samples}
 
 
+def has_classes(images: Images) -> bool:
+    """Returns whether there are labels of at least two classes: with one, every neighbour is right."""
+    return images.labels is not None and len(np.unique(images.labels)) > 1
+
+
+def explain_no_monitor(images: Images) -> str:
+    """Returns why these images have no kNN monitor."""
+    if images.labels is None:
+        return 'no labels'
+    return 'too few images' if has_classes(images) else 'one class only, and every neighbour is of it'
+
+
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 

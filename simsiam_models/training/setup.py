@@ -17,7 +17,7 @@ from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
 from ..runtime.precision import autocast, choose_amp
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from .autoperf import choose_perf
-from .monitor import KnnMonitor
+from .monitor import KnnMonitor, has_classes
 from .recipes import Recipe
 from .step import Perf, Trainer, train_step
 
@@ -45,8 +45,10 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
         train, val = open_data(args.knn_data)
         if train.labels is None:
             raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
-    knn = None  # without labels, or with too few images for one query per process
-    if train.labels is not None and (len(train) // 5 if val is None else len(val)) >= world.size:
+        if not has_classes(train):
+            raise ValueError(f'--knn-data {args.knn_data} has one class only; kNN needs at least two to tell apart')
+    knn = None  # without several classes, or with too few images for one query per process
+    if has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
         knn = KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
     return views, knn, make_model(recipe, args.seed)
 

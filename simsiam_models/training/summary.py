@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..data import TwoViews
 from .journal import UNREADABLE, Journal
-from .monitor import KnnMonitor
+from .monitor import KnnMonitor, explain_no_monitor
 from .schedule import scaled_lr
 from .step import Trainer
 
@@ -24,7 +24,7 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
     if hasattr(images, 'promise'):
         lines.append(images.promise)
     if knn is None:
-        lines.append('no labels, so no kNN monitor; --knn-data DATA names labelled images')
+        lines.append(f'{explain_no_monitor(images)}, so no kNN monitor; --knn-data DATA names labelled images')
     if r.batch_size >= 1024 and not r.warmup_epochs:
         lines.append('the paper warms up for 10 epochs at batches of 1024 and more: --warmup-epochs 10')
     if r.batch_size < 64:

@@ -1,5 +1,6 @@
 """`simsiam embed`: what it refuses, and how its flags are written; test_features has what it writes."""
 import importlib.util
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,21 @@ def test_both_spellings_of_the_output_are_one(flag, few_digits, tmp_path, capsys
     assert cli.main(_command(few_digits, out, flag, str(tmp_path / 'x.csv'))) == 1
     assert capsys.readouterr().err.endswith(
         f'simsiam: --output {tmp_path / "x.csv"}: must be a file that ends in .npz, or a folder\n')
+
+
+def test_a_part_is_found_under_any_usual_name_and_in_a_folder_around_it(few_digits, tmp_path, capsys):
+    for part in ('Train', 'Valid'):
+        shutil.copytree(few_digits, tmp_path / 'set' / 'photos' / part)
+    shutil.rmtree(tmp_path / 'set' / 'photos' / 'Train' / '3')
+    out = tmp_path / 'x.npz'
+    assert cli.main(_command(tmp_path / 'set', out, '--out', str(out))) == 0
+    assert len(np.load(out)['avgpool']) == 64 - len(list((few_digits / '3').iterdir()))
+    assert cli.main(_command(tmp_path / 'set', out, '--out', str(out), '--part', 'val')) == 1
+    valid = tmp_path / 'set' / 'photos' / 'Valid'
+    said = f"{valid} cannot be the validation part of {tmp_path / 'set'}: not the 9 classes of"
+    assert said in capsys.readouterr().err
+    shutil.rmtree(valid / '3')
+    assert cli.main(_command(tmp_path / 'set', out, '--out', str(out), '--part', 'val')) == 0
 
 
 def test_too_few_images_for_a_picture_are_found_before_the_features_are_made(few_digits, tmp_path, capsys):

@@ -200,6 +200,16 @@ def test_reading_stops_when_its_time_is_over():
     assert survey(images, 2, 0.0).read >= 1  # never nothing at all
 
 
+def test_what_the_reader_left_out_is_in_the_record(few_digits, tmp_path):
+    shutil.copytree(few_digits, tmp_path / 'data')
+    for name in ('3/.ipynb_checkpoints/1.png', '3/photo.heic'):
+        (tmp_path / 'data' / name).parent.mkdir(exist_ok=True)
+        (tmp_path / 'data' / name).touch()
+    notes = survey(open_data(tmp_path / 'data')[0], 1, 60).record(32)['notes']
+    assert [note.split(':')[1] for note in notes] == [
+        ' 1 (1 .ipynb_checkpoints), the first 3/.ipynb_checkpoints', ' 1 (1 .heic), the first 3/photo.heic']
+
+
 def test_images_without_files_are_compared_by_their_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), dtype=np.uint8)
     pixels[7] = pixels[2]

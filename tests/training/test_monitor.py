@@ -23,12 +23,16 @@ from simsiam_models.training.monitor import (
     Reading,
     constant_channels,
     effective_rank,
+    explain_no_monitor,
+    has_classes,
     is_collapsed,
     knn_accuracy,
     measure_pixel_std,
     output_std,
 )
+from simsiam_models.training.options import build_parser, resolve_recipe
 from simsiam_models.training.recipes import RECIPES
+from simsiam_models.training.setup import prepare
 from simsiam_models.training.summary import describe_gain
 
 
@@ -160,6 +164,24 @@ def parts(few_digits, tmp_path) -> tuple[Path, Path]:
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     return tmp_path / 'train', tmp_path / 'val'
+
+
+def test_one_class_or_no_labels_give_no_monitor(tmp_path, few_digits):
+    shutil.copytree(few_digits / '3', tmp_path / 'one' / '3')
+    for folder, why in ((tmp_path / 'one', 'one class only'), (tmp_path / 'one' / '3', 'no labels')):
+        assert not has_classes(FolderImages(folder)) and why in explain_no_monitor(FolderImages(folder))
+    shutil.copytree(few_digits / '4', tmp_path / 'one' / '4')
+    assert has_classes(FolderImages(tmp_path / 'one'))
+    for folder, said in ((few_digits / '3', 'has no class folders'), (tmp_path / 'single', 'has one class only')):
+        if not folder.exists():
+            shutil.copytree(few_digits / '3', folder / '3')
+        args = build_parser('x').parse_args([str(few_digits), '--recipe', 'demo', '--knn-data', str(folder)])
+        with pytest.raises(ValueError, match=f'--knn-data .* {said}'):
+            prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))
+    args = build_parser('x').parse_args([str(few_digits / '3'), '--recipe', 'demo', '--batch-size', '2'])
+    assert prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))[1] is None
+    args = build_parser('x').parse_args([str(tmp_path / 'single'), '--recipe', 'demo', '--batch-size', '2'])
+    assert prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))[1] is None
 
 
 @pytest.mark.parametrize('spoiled', ['val', 'train'])

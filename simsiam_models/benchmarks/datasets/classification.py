@@ -7,46 +7,57 @@ places205   trainvalsplit_places205/{train,val}_places205.csv, with images below
             data/vision/torralba/deeplearning/images256 or images256
 inat18      train2018.json and val2018.json, or meta/train.txt and meta/val.txt, with images in train_val2018
 cifar10, cifar100   the binary version
-folder      train/ and one of val/, valid/, validation/, test/ with a folder per class
+folder      train/ and one of val/, valid/, validation/, test/ with a folder per class; or a folder per class alone, of
+            which a share is held out
+
+Parts are known by their names as in every other command (see `data.parts`).
 
 All but places205 and inat18 also take any form that data.open_data opens, such as hf:ILSVRC/imagenet-1k. A data set
 whose counts are not those of the complete set (see `sizes`) is an error, unless `partial` is set.
 """
-import logging
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from ...data.opening import open_data
-from ...data.readers.images import EXTENSIONS, FileImages, FolderImages, Images
-from ...data.readers.index import Listing, open_index
-from ..samples import Pair, Subset
+from ...data.opening import announce_unusable, open_parts
+from ...data.parts import list_entries
+from ...data.readers.images import FolderImages, Images
+from ...data.readers.names import VALIDATION
+from ..samples import Pair, Subset, check_several_classes, hold_out
 from .lists import open_list, parse_inat, parse_list, parse_solution
 from .sizes import SIZES, deviation, refusal
 
-VALIDATION = ('val', 'valid', 'validation', 'test')  # the first of these that exists is used
 KAGGLE = ('.', 'ILSVRC/Data/CLS-LOC', 'Data/CLS-LOC')  # below the given folder, which may be above ILSVRC or ILSVRC
 SOLUTION = 'LOC_val_solution.csv'
 PLACES = 'data/vision/torralba/deeplearning/images256'
 
-_logger = logging.getLogger('simsiam_models')
 
-
-def open_pair(kind: str, root: str | Path, partial: bool = False) -> Pair:
+def open_pair(kind: str, root: str | Path, partial: bool = False, share: float = 0.2, seed: int = 0) -> Pair:
     """Opens the training and test images of a data set; `kind` is one of KINDS.
 
-    Raises FileNotFoundError if a file or folder is missing, and ValueError if images have no labels, or, unless
-    `partial`, if the number of images or classes is not that of the complete set.
+    In a 'folder' without test images, a seeded `share` of each class is held out to test on.
+
+    Raises FileNotFoundError if a file or folder is missing, and ValueError if images have no labels or all the same
+    one, or, unless `partial`, if the number of images or classes is not that of the complete set.
     """
     if kind not in KINDS:
         raise ValueError(f'--dataset {kind}: no such data set; choose one of {", ".join(KINDS)}')
     train, test = KINDS[kind](str(root), partial)
+    if test is None and kind != 'folder':
+        raise FileNotFoundError(
+            f'{root} has train, but none of {", ".join(VALIDATION)}; a benchmark needs images to measure on')
+    held_out = ''
+    if test is None and train.labels is not None:
+        check_several_classes(train)
+        train, test, held_out = hold_out(train, share, seed)
     for images, part in ((train, 'training'), (test, 'test')):
         if images.labels is None:
-            raise ValueError(f'{images.name}: the {part} images have no labels; a benchmark needs a class for each')
+            notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
+            raise ValueError(
+                f'{images.name}: the {part} images have no labels; a benchmark needs a class for each{notes}')
+    check_several_classes(train)
     if test.classes != train.classes:  # some may have no test image
         number = {name: i for i, name in enumerate(train.classes)}
         if unknown := [name for name in test.classes if name not in number]:
@@ -60,40 +71,29 @@ def open_pair(kind: str, root: str | Path, partial: bool = False) -> Pair:
         'test_classes': int(np.unique(test.labels).size)}
     if not partial and (found := deviation(kind, counts)):
         raise ValueError(refusal(kind, str(root), found))
-    return Pair(train, test, kind, len(train.classes), counts)
+    return Pair(train, test, kind, len(train.classes), counts, held_out)
 
 
-def _open_any(root: str, partial: bool) -> tuple[Images, Images]:
+def _open_any(root: str, partial: bool) -> tuple[Images, Images | None]:
     if root.partition(':')[0] in ('hf-stream', 'pipe', 'http', 'https'):
         raise ValueError(f'{root}: a stream has no labels; give data that can be read in any order, such as hf:REPO')
-    train, test = open_data(root)
-    if test is None:
-        raise ValueError(f'{root} has no labelled validation images of the same classes as the training images; a '
-                         'benchmark needs both')
-    return train, test
-
-
-def _open_folder(root: str, partial: bool) -> tuple[Images, Images]:
-    path = Path(root)
-    if not (path / 'train').is_dir() or (path / 'dataset_dict.json').is_file():
-        return _open_any(root, partial)
-    test = next((path / name for name in VALIDATION if (path / name).is_dir()), None)
-    if test is None:
-        raise FileNotFoundError(
-            f'{root} has train, but none of {", ".join(VALIDATION)}; a benchmark needs images to measure on')
-    return FolderImages(path / 'train'), FolderImages(test)
+    train, test, unusable = open_parts(root)
+    if unusable and unusable.is_test and train.labels is not None:
+        announce_unusable(unusable)
+        return train, None
+    return train, test if unusable is None else unusable.images  # perhaps only some classes have no test image
 
 
 def _open_imagenet(root: str, partial: bool) -> tuple[Images, Images]:
     path = next((Path(root, tree) for tree in KAGGLE if Path(root, tree, 'train').is_dir()), None)
     if path is None or not (path / 'val').is_dir() or (path / 'dataset_dict.json').is_file():
-        return _open_folder(str(path or root), partial)
+        return _open_any(str(path or root), partial)
     train, val = path / 'train', path / 'val'
     lists = [path / 'meta' / f'{part}.txt' for part in ('train', 'val')]
     missing = [str(file) for file in lists if not file.is_file()]
     above = Path(os.path.abspath(path))
     solution = next((p / SOLUTION for p in (above, *above.parents[:3]) if (p / SOLUTION).is_file()), None)
-    folders, loose = _list_entries(val)
+    folders, loose = list_entries(val)
     if folders and (len(loose) <= len(folders) or missing and not solution):
         return _open_class_folders(train), _open_class_folders(val)
     if not missing:
@@ -106,33 +106,14 @@ def _open_imagenet(root: str, partial: bool) -> tuple[Images, Images]:
     return _open_class_folders(train), open_list(solution, val, partial, 'imagenet', parse_solution)
 
 
-def _list_entries(folder: Path) -> tuple[list[str], list[str]]:
-    """Returns the names of the folders and of the images directly in `folder`, without those that start with a dot."""
-    entries = sorted((e for e in os.scandir(folder) if not e.name.startswith('.')), key=lambda e: e.name)
-    return (
-        [e.name for e in entries if e.is_dir()],
-        [e.name for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.is_dir()])
-
-
-def _open_class_folders(root: Path) -> FileImages:
-    """Opens the images of a folder per class, except those in folders whose names start with a dot."""
-    folders, loose = _list_entries(root)
+def _open_class_folders(root: Path) -> FolderImages:
+    """Opens the images of a folder per class."""
+    folders, loose = list_entries(root)
     if folders and loose:
         raise ValueError(
             f'{root}: the image {loose[0]} lies beside the folder {folders[0]}, but with a folder per class each image '
             'belongs in one of them; move away whatever does not belong there')
-    index = open_index(root, EXTENSIONS)
-    if loose or index.labels is not None and not any(name.startswith('.') for name in index.classes):
-        return FolderImages(root)
-    paths = [path for i in range(len(index)) if not (path := os.fsdecode(index.path(i))).startswith('.')]
-    if not paths:
-        raise FileNotFoundError(f'{root}: its folders hold no image; looked for {" ".join(EXTENSIONS)}')
-    _logger.warning(f'{root}: {len(index) - len(paths):,} images whose paths begin with a dot are left out')
-    listing = Listing()
-    for path in paths:
-        listing.add(path)
-    listing.label_runs(list(Counter(path.partition(os.sep)[0] for path in paths).items()))
-    return FileImages(root, listing.make_index(), str(root))
+    return FolderImages(root)
 
 
 def _open_places205(root: str, partial: bool) -> tuple[Images, Images]:
@@ -165,4 +146,4 @@ def _open_inat18(root: str, partial: bool) -> tuple[Images, Images]:
 
 KINDS: dict[str, Callable[[str, bool], tuple[Images, Images]]] = {
     'imagenet': _open_imagenet, 'places205': _open_places205, 'inat18': _open_inat18, 'cifar10': _open_any,
-    'cifar100': _open_any, 'folder': _open_folder}
+    'cifar100': _open_any, 'folder': _open_any}

@@ -25,7 +25,7 @@ from ...runtime.messages import json_object
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..backbone import load_backbone
-from ..options import add_model, report_size
+from ..options import add_held_out, add_model, report_pair, report_size
 from ..protocols import LEAST, RESIZE, SEMI_WEIGHT_DECAY, SIZE
 from ..samples import Pair
 from .data import Loader, Samples, make_eval_transform, make_train_transform, open_source
@@ -47,8 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run and its classifier; the same command continues the run')
     add('--protocol', choices=['plain', *SEMI_WEIGHT_DECAY], default='plain', help='default: plain')
-    add('--val-share', **NUMBER, default=0.2,
-        help='share of each class to hold out if DATA has no val folder (default: 0.2)')
+    add_held_out(parser, seed=False)
     add('--seed', **COUNT, default=0,
         help='seed of the classifier, the order, the augmentation and the held-out images (default: 0)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
@@ -101,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         # Refuses wrong flags before the data are opened.
         runs = [(args.output, resolve_plain(args, MIXED, LEAST))] if plain else resolve_semi(args)
         images, validation = open_source(args)
+        report_pair(images, world)
         say(f'{len(images.train)} training images of {images.classes} classes; validation: {validation}')
         if plain:
             own = SIZE

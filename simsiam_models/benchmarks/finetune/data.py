@@ -8,7 +8,6 @@ import math
 import random
 import signal
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,14 +16,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ...data import DataError, UnreadableError, open_data
+from ...data import DataError, UnreadableError
 from ...data.philox import permutation, uniforms
 from ...data.readers.images import Images
 from ...runtime import signals
 from ...runtime.distributed import World
 from ..datasets.classification import open_pair
 from ..datasets.lists import labelled_subset
-from ..samples import Pair, check_every_class_trains, split, subset
+from ..samples import Pair, check_every_class_trains, open_labelled
 from .settings import Settings
 
 MAX_UNREADABLE = 0.1  # share of the images
@@ -47,37 +46,6 @@ def open_source(args: argparse.Namespace) -> tuple[Pair, str]:
             check_every_class_trains(train)
     classes = len(train.classes)
     return Pair(train, val, name, classes, {'train': len(train), 'test': len(val), 'classes': classes}), validation
-
-
-def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, str]:
-    """Opens training and validation images; the latter are beside the former, or a seeded `share` of each class.
-
-    The string says which. Raises ValueError if there are no labels or only one class, a val folder has other classes,
-    or a class has no training image.
-    """
-    images, val = open_data(spec)
-    if hasattr(images, 'samples') or images.labels is None:
-        raise ValueError(f'{spec}: no labels; fine-tuning needs one subfolder per class, or a list with labels')
-    top = Path(spec, 'train')
-    for folder in (Path(spec, part) for part in ('val', 'valid', 'validation')):
-        if val is None and top.is_dir() and folder.is_dir():
-            odd = sorted({p.name for p in folder.iterdir() if p.is_dir()}.symmetric_difference(images.classes))
-            reason = f'{odd[0]!r} is in one of them only' if odd else 'the folder is not called val'
-            raise ValueError(
-                f'{folder}: not the {len(images.classes)} classes of {top}: {reason}; give both the same class folders '
-                'under train and val')
-    if len(np.unique(images.labels)) < 2:
-        raise ValueError(f'{spec}: one class only; a classifier needs at least two')
-    check_every_class_trains(images)
-    if val is not None:
-        return images, val, f'{len(val)} images of {val.name}'
-    train, held = split(np.asarray(images.labels), share, seed)
-    if not len(held):
-        raise ValueError(f'{spec}: no class has two images, so none can be held out; add images, or a val folder')
-    text = f'{len(held)} of {len(images)} images, {share:g} of each class, held out by seed {seed}'
-    if single := sum(np.bincount(images.labels) == 1):
-        text += f'; {single} classes have one image and are not validated'
-    return subset(images, train), subset(images, held), text
 
 
 def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:

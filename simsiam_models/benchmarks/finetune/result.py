@@ -41,6 +41,7 @@ def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
     extra = {
         'best_epoch': best['epoch'], 'last_epoch': run.epoch, 'kept': s.keep, 'stopped_early': run.epoch < s.epochs,
         'epochs': run.history, 'per_class': rows, 'confusion': confusion, 'averaged_weights': bool(s.ema_decay),
+        'shared_images': images.shared,
         'unreadable': sorted({*run.train.unreadable.values(), *run.val.unreadable.values()})}
     record = write_record(
         folder / RECORD, 'finetune' if plain else f'{images.name}_{protocol}', describe_protocol(run),

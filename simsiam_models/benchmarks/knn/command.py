@@ -25,12 +25,14 @@ from ..datasets.classification import open_pair
 from ..features import Features, extract
 from ..options import (
     add_extraction,
+    add_held_out,
     add_model,
     check_extraction,
+    check_held_out,
     make_transform,
     read_extraction,
     read_sizes,
-    report_untested_classes,
+    report_pair,
 )
 from ..protocols import KNN_KS, KNN_T, LEAST
 from ..results.record import check_output, format_record, record_path, write_record
@@ -96,12 +98,13 @@ def select_ks(ks: Sequence[int], n: int, say: Callable[[str], Any] = print) -> l
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of the data set')
-    add('--dataset', choices=KINDS, default='folder', help='default: folder (train/ and val/)')
+    add('--dataset', choices=KINDS, default='folder', help='default: folder (train/ and val/, or classes alone)')
     add_model(parser)
     add('--k', nargs='+', type=int, default=list(KNN_KS), metavar='K', help='neighbours (default: 10 20 100 200)')
     add('--temperature', type=float, default=KNN_T, metavar='T', help='default: 0.07')
     add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
         help='folder for the record (default: results)')
+    add_held_out(parser)
     add_extraction(parser)
     add('--allow-partial', action='store_true',
         help='accept a part of the data set, and leave unreadable images out')
@@ -112,11 +115,12 @@ def run(args: argparse.Namespace) -> int:
     check(args.k, args.temperature)
     began = time.perf_counter()
     check_extraction(args, *read_sizes(args, LEAST))
+    check_held_out(args)
     check_output(args.output)
-    pair = open_pair(args.dataset, args.data, args.allow_partial)
+    pair = open_pair(args.dataset, args.data, args.allow_partial, args.val_share, args.seed)
     with join_world(args.device) as world:
         say = print if world.main else silent
-        report_untested_classes(pair, say)
+        report_pair(pair, world)
         backbone = load_backbone(args.model, world.device, args.branch)
         transform = make_transform(args, backbone, say)
         bank, queries = (
@@ -138,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     path = record_path(args.output, benchmark, backbone, protocol, data)
     record = write_record(
         path, benchmark, protocol, backbone, data, metrics, seconds=time.perf_counter() - began,
-        extra={'unreadable': len(unreadable)})
+        extra={'unreadable': len(unreadable), 'shared_images': pair.shared})
     if unreadable:
         print(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
     print(f'{format_record(record)}\nwritten to {path}')

@@ -22,7 +22,7 @@ from ...runtime.messages import check_flags, silent
 from ...runtime.signals import Signals
 from ..backbone import Backbone, load_backbone
 from ..datasets.classification import open_pair
-from ..options import add_model, report_size, report_untested_classes
+from ..options import add_held_out, add_model, check_held_out, report_pair, report_size
 from ..protocols import LEAST
 from ..results.record import check_output, format_record, record_path, write_record
 from ..samples import Pair
@@ -39,14 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of the data set')
     add('--dataset', choices=('imagenet', 'places205', 'inat18', 'cifar10', 'cifar100', 'folder'), default='folder',
-        help='default: folder (train/ and val/)')
+        help='default: folder (train/ and val/, or classes alone)')
     add_model(parser)
     add('--protocol', default='fair', choices=['fair', 'mmselfsup', 'moco', 'mhead', 'auto'],
         help='default: fair; auto trains a grid of classifiers on cached features and chooses one on held-out training '
         'images')
     add('--output', '--out', dest='output', type=Path, default=Path('results'), metavar='FOLDER',
         help='folder of the record (default: results)')
-    add('--seed', type=int, default=0, metavar='N', help='default: 0')
+    add('--seed', type=int, default=0, metavar='N', help='also of the held-out images (default: 0)')
+    add_held_out(parser, seed=False)
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
     add('--workers', type=int, metavar='N', help='threads that read images')
     add('--amp', choices=['auto', 'off', 'bfloat16', 'float16'], default='auto',
@@ -76,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
         elif args.amp == 'float16' and world.device.type != 'cuda':
             raise ValueError(f'--amp float16 does not run on {world.device.type}; use bfloat16 or off')
         world.broadcast_from_main(lambda: check_output(args.output))
-        pair = world.all_or_none(lambda: open_pair(args.dataset, args.data, args.allow_partial))
+        pair = world.all_or_none(lambda: open_pair(
+            args.dataset, args.data, args.allow_partial, args.val_share, args.seed))
         backbone = world.all_or_none(lambda: load_backbone(args.model, world.device, args.branch))
         if auto:
             run_auto(args, backbone, pair, world)
@@ -90,8 +92,8 @@ def check(args: argparse.Namespace) -> None:
     auto = args.protocol == 'auto'
     check_flags([
         ('--micro-batch', args.micro_batch, args.micro_batch is None or args.micro_batch >= 1, 'at least 1'),
-        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0'),
-        ('--seed', args.seed, 0 <= args.seed < 2**63, f'in 0 .. {2**63 - 1}')])
+        ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')])
+    check_held_out(args)
     if args.cache is not None and not auto:
         raise ValueError(f'--cache {args.cache}: only --protocol auto caches features; leave it out')
     if args.fresh and auto:
@@ -111,6 +113,7 @@ def run_published(args: argparse.Namespace, backbone: Backbone, pair: Pair, worl
     chosen, frozen, protocol = prepare(args, backbone, pair, world.device, say)
     benchmark, data = benchmark_name(chosen, args.dataset), pair.data() | {'path': args.data}
     path = record_path(args.output, benchmark, backbone, protocol, data)
+    report_pair(pair, world)
     pair, unreadable = leave_out_unreadable(pair, workers, world, say) if args.allow_partial else (pair, 0)
     # What a run and its continuation must have in common; numbers that a flag overrides carry its name.
     identity = {
@@ -129,7 +132,8 @@ def run_published(args: argparse.Namespace, backbone: Backbone, pair: Pair, worl
         if world.main:
             record = write_record(
                 path, benchmark, protocol, backbone, data, summarize(run.history, chosen.protocol, run.names),
-                seconds=time.perf_counter() - run.started, extra={'epochs': run.history, 'unreadable': unreadable})
+                seconds=time.perf_counter() - run.started, extra={
+                    'epochs': run.history, 'unreadable': unreadable, 'shared_images': pair.shared})
             say(f'by protocol {chosen.label}: {format_record(record)}\nwritten to {path}')
 
 
@@ -144,7 +148,6 @@ def prepare(
         chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', 'adaptive')})
     say(f'{args.dataset}, {n} training and {len(pair.test)} test images; {chosen.describe()}')
     report_size(args, backbone, say)
-    report_untested_classes(pair, say)
     if p.batch_size > n:
         say(f'batch {p.batch_size} is larger than the {n} training images, so an epoch is one step; for your own '
             'folder, --protocol auto chooses the learning rate itself')

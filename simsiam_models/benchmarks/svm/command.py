@@ -47,6 +47,7 @@ from ..protocols import (
     SVM_TAPS,
 )
 from ..results.record import check_output, format_record, record_path, versions, write_record
+from ..shared_images import report_shared
 from .fits import FORMAT, write_svm_data
 from .jobs import FinishedTasks
 from .variants import FullSvm, LowShotSvm, Results, fit_svms
@@ -94,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         pooling = find_pooling(backbone, make_transform(args).crop)
     if not world.main:
         return 0
+    shared = report_shared(data.trainval, data.test, print)
     readable_labels = tuple(x[part.readable] for x, part in zip(labels, features, strict=True))
     if unreadable := sum(len(part.unreadable) for part in features):
         print(f'{unreadable} images cannot be read and are left out')
@@ -115,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
         finally:
             shutil.rmtree(work, ignore_errors=True)
         protocol = describe_protocol(args, pooling, unreadable, ks)
-        report(args.output, svm, finished, backbone=backbone, data=data, protocol=protocol, unreadable=unreadable)
+        report(args.output, svm, finished, backbone=backbone, data=data, protocol=protocol,
+            extra={'unreadable': unreadable, 'shared_images': shared})
     return 0
 
 
@@ -256,7 +259,7 @@ def describe_protocol(
 
 def report(
     output: Path, svm: FullSvm | LowShotSvm, finished: FinishedTasks, *, backbone: Backbone, data: Voc07,
-    protocol: dict[str, Any], unreadable: int,
+    protocol: dict[str, Any], extra: dict[str, Any],
 ) -> None:
     """Writes a record per stage, prints the table as published, and compares the best stage to published numbers."""
     results: Results = {stage: svm.summarize(stage, finished) for stage in svm.stages}
@@ -265,13 +268,12 @@ def report(
     for stage, result in results.items():
         benchmark, stage_protocol = f'{svm.benchmark}_feature{stage[-1]}', {**protocol, 'tap': stage}
         path = record_path(output, benchmark, backbone, stage_protocol, data.data())
-        extra = {
-            'results': result, 'finished_fits': finished.path.name, 'unreadable': unreadable, 'best_layer': best}
+        about = {'results': result, 'finished_fits': finished.path.name, 'best_layer': best, **extra}
         seconds = sum(finished.seconds[task] for task in tasks if task[1] == stage)
         with explain_write_errors(path, '--output'):
             records[stage] = write_record(
                 path, benchmark, stage_protocol, backbone, data.data(), svm.compute_metrics(result), seconds=seconds,
-                extra=extra)
+                extra=about)
     print(svm.format_table(results))
     if len(results) > 1:
         print(f'best layer: feature{best[-1]}')

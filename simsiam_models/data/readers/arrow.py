@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ...runtime.messages import one_line
+from ...runtime.messages import announce, one_line
 from .decode import DataError, UnreadableError, decode, explain_read_errors, import_library
 from .index import digest
 from .lists import MAX_CLASSES
-from .shards import VALIDATION
+from .names import choose_parts, part_of
 
 LABELS = ('label', 'labels', 'fine_label', 'class', 'target')
 
@@ -50,6 +50,12 @@ class ArrowImages:
         if data is None:
             raise UnreadableError(f'{name}: the table has no image there')
         return decode(data, name)
+
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
+        """See `images.stored_bytes`."""
+        with explain_read_errors(f'{self.name}: image {index}', OSError, ValueError):
+            data = read_encoded(self._rows[int(index)][self.column]) or b''
+        return data[start:None if length is None else start + length]
 
     def _digest(self) -> str:
         """Hashes the sizes of all images in order, and the labels: reading every byte would take hours."""
@@ -144,16 +150,21 @@ def open_repo(repo: str, split: str | None, name: str) -> tuple[ArrowImages, Arr
 
 
 def _choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
-    """Returns the training split, and the first of VALIDATION that has labels."""
-    if 'train' not in splits and len(splits) > 1:
+    """Returns the training split, and the first one for validation (see `choose_parts`) that has labels."""
+    parts = choose_parts(splits)
+    if 'train' not in parts and len(splits) > 1:
         raise ValueError(f'{name} has no split train but {", ".join(splits)}; choose one with hf:REPO:SPLIT')
-    first = 'train' if 'train' in splits else next(iter(splits), None)
-    if first is None:
+    if not splits:
         raise ValueError(f'{name} has no splits')
-    train, val = ArrowImages(splits[first], name), None
-    for split in VALIDATION:
-        if split in splits and split != first and len(splits[split]):
-            val = ArrowImages(splits[split], f'{name} ({split})')
+    first, val = parts.get('train', list(splits))[0], None
+    used = [first]
+    if part_of(first) == 'val':
+        announce(f'{name}: its only split is {first}, which is used')
+    for split in parts.get('val', []):
+        if split != first and len(splits[split]):
+            val, used = ArrowImages(splits[split], f'{name} ({split})'), [first, split]
             if val.labels is not None:
                 break
-    return train, val
+    if others := [split for split in splits if split not in used]:
+        announce(f'{name}: splits that are not used: {", ".join(others)}')
+    return ArrowImages(splits[first], name), val

@@ -74,6 +74,10 @@ class CifarImages:
         record = self._parts[part][index - self._ends[part]]
         return np.array(record[-PIXELS:].reshape(3, 32, 32).transpose(1, 2, 0))
 
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
+        """See `images.stored_bytes`."""
+        return self.read(index).tobytes()[start:None if length is None else start + length]
+
 
 def open_cifar(root: Path) -> tuple[CifarImages, CifarImages | None] | None:
     """Opens `root`, or the folder of the unpacked archive in it; returns None if neither has a training file."""

@@ -13,11 +13,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ...runtime.messages import announce
 from .decode import UnreadableError, decode, explain_read_errors
 from .index import Index, digest, open_index
+from .names import EXTENSIONS
 
 MAX_FILE_BYTES = 1 << 30
-EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 
 
 class Images(Protocol):
@@ -78,12 +79,31 @@ def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
     return images.stored_sizes(rows) if hasattr(images, 'stored_sizes') else None
 
 
+def stored_bytes(images: Images, row: int, start: int = 0, length: int | None = None) -> bytes | None:
+    """Returns the bytes of one image as it is stored: of its file, or of its pixels where only these are in memory.
+
+    None if the source has neither at hand. Raises UnreadableError if they cannot be read.
+    """
+    while hasattr(images, 'indices'):  # a subset
+        images, row = images.images, int(images.indices[row])
+    return images.stored_bytes(row, start, length) if hasattr(images, 'stored_bytes') else None
+
+
+def name_of(images: Images, row: int) -> str:
+    """Returns the name of one image: its file if it has one."""
+    while hasattr(images, 'indices'):
+        images, row = images.images, int(images.indices[row])
+    return images.name_of(row) if hasattr(images, 'name_of') else f'{images.name}: image {row}'
+
+
 class FileImages:
-    """Image files that an index names by their paths, absolute or relative to `root`."""
+    """Image files that an index names by their paths, absolute or relative to `root`. Logs the notes of the index."""
 
     def __init__(self, root: Path, index: Index, name: str) -> None:
         self.root, self.name, self._index = root, name, index
-        self.classes, self.labels, self.digest = index.classes, index.labels, index.digest
+        self.classes, self.labels, self.digest, self.notes = index.classes, index.labels, index.digest, index.notes
+        for note in index.notes:
+            announce(f'{name}: {note}')
 
     def __len__(self) -> int:
         return len(self._index)
@@ -101,14 +121,27 @@ class FileImages:
 
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError, which names the file, if it cannot be read or decoded."""
-        path, nonblocking = self.path(index), getattr(os, 'O_NONBLOCK', 0)  # do not wait for the writer of a pipe
-        with explain_read_errors(str(path), OSError, ValueError):  # ValueError: no file can have this name
-            with open(path, 'rb', buffering=0, opener=lambda name, flags: os.open(name, flags | nonblocking)) as f:
-                status = os.fstat(f.fileno())
-                if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
-                    raise ValueError('not a regular file, or larger than a gigabyte')
-                data = bytearray(f.readall())
-        return decode(data, str(path))
+        path = self.name_of(index)
+        return decode(bytearray(_read_file(path, 0, None)), path)
+
+    def name_of(self, index: int) -> str:
+        return str(self.path(index))
+
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
+        """See the function `stored_bytes`."""
+        return _read_file(self.name_of(index), start, length)
+
+
+def _read_file(path: str, start: int, length: int | None) -> bytes:
+    nonblocking = getattr(os, 'O_NONBLOCK', 0)  # do not wait for the writer of a pipe
+    with explain_read_errors(path, OSError, ValueError):  # ValueError: no file can have this name
+        with open(path, 'rb', buffering=0, opener=lambda name, flags: os.open(name, flags | nonblocking)) as f:
+            status = os.fstat(f.fileno())
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:
+                raise ValueError('not a regular file, or larger than a gigabyte')
+            if start:
+                f.seek(start)
+            return f.readall() if length is None else f.read(length)
 
 
 class FolderImages(FileImages):
@@ -122,9 +155,11 @@ class FolderImages(FileImages):
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA must be a folder of images')
-        super().__init__(root, open_index(root, EXTENSIONS), str(root))
-        if not len(self):
-            raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
+        index = open_index(root, EXTENSIONS)
+        if not len(index):
+            found = ''.join(f'; {note}' for note in index.notes)
+            raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}{found}')
+        super().__init__(root, index, str(root))
 
 
 class MemoryImages:
@@ -143,3 +178,7 @@ class MemoryImages:
 
     def read(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
+        """See the function `stored_bytes`."""
+        return self.images[index].tobytes()[start:None if length is None else start + length]

@@ -15,6 +15,7 @@ import os
 import stat
 import struct
 import time
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Callable
@@ -26,12 +27,15 @@ from typing import Any
 import numpy as np
 
 from ...runtime.files import cache_folder, replacing, write_synced
+from ...runtime.messages import short
+from .names import is_passed_over
 
-MAGIC = b'simsidx3'  # the last character is the version of the format
+MAGIC = b'simsidx4'  # the last character is the version of the format
 PREFIX = struct.Struct('<8sq32s')
 DTYPES = {  # shards, starts and sizes: the columns of an index of tar shards
     'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
 RACY_NS = 2 * 10**9  # the coarsest clock among file systems in use (FAT)
+MAX_KINDS, MAX_NAMED = 100, 5  # kinds of names that are counted one by one, and that are named
 
 
 @dataclass(eq=False)
@@ -44,6 +48,7 @@ class Index:
     classes: list[str]  # sorted
     digest: str  # of names and labels
     columns: dict[str, np.ndarray]  # (N,) each
+    notes: list[str]  # sentences on what was left out, and on what may not be what it seems
 
     def __len__(self) -> int:
         return len(self._offsets) - 1
@@ -66,6 +71,29 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     return state.hexdigest()
 
 
+def name_some(names: list[str]) -> str:
+    more = f' and {len(names) - MAX_NAMED:,} more' if len(names) > MAX_NAMED else ''
+    return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
+
+
+class Tally:
+    """Counts what is left out, by its kind, and keeps the first name."""
+
+    def __init__(self, what: str) -> None:
+        self.what, self.counts, self.first = what, {}, ''
+
+    def add(self, kind: str, name: str, n: int = 1) -> None:
+        kind = kind if kind in self.counts or len(self.counts) < MAX_KINDS else 'others'
+        self.counts[kind] = self.counts.get(kind, 0) + n
+        self.first = min(self.first, name) if self.first else name  # folders list their names in any order
+
+    def describe(self) -> str:
+        kinds = sorted(self.counts, key=lambda kind: (-self.counts[kind], kind))
+        named = name_some([f'{self.counts[kind]:,} {kind}' for kind in kinds if kind])
+        total = f'{sum(self.counts.values()):,}{named and f" ({named})"}'
+        return f'{self.what}: {total}, the first {short(self.first, 200)}'
+
+
 class Listing:
     """The images found so far, from which an index is made."""
 
@@ -77,6 +105,12 @@ class Listing:
         self.folders: dict[str, list[int] | None] = {}  # stamps of all folders, and of links that lead to none
         self.files: dict[str, list[int] | None] = {}  # stamps of all files that were read
         self.lasting = True  # whether the stamps will show every later change
+        self.passed_over = Tally('passed over, as hidden or as what systems write beside pictures')
+        self.left_out = Tally('left out, as their names do not end like those of images')
+        self.loops = Tally('links that lead back to a folder above them, and are not followed')
+        self.unreadable = Tally('folders that cannot be read, and are left out')
+        self.nested = Tally('images in subfolders of class folders, which have the class of the topmost folder')
+        self.remarks: list[str] = []  # other sentences for `Index.notes`
         self._settled = time.time_ns() - RACY_NS
 
     def __len__(self) -> int:
@@ -86,8 +120,28 @@ class Listing:
         self.paths += os.fsencode(path)
         self.offsets.append(len(self.paths))
 
+    def leave_out(self, path: str, kind: str = '') -> None:
+        """Counts a file that is no image by its extension, or as another kind."""
+        self.left_out.add(kind or os.path.splitext(path)[1].lower() or 'without an extension', path)
+
     def path(self, i: int) -> str:
         return os.fsdecode(bytes(self.paths[self.offsets[i]:self.offsets[i + 1]]))
+
+    def pass_over(self, name: str, path: str) -> None:
+        """Counts a path because of a name in it for which `is_passed_over` is true."""
+        self.passed_over.add('._*' if name.startswith('._') else name, path)
+
+    def remark_repeated(self, hashes: array) -> None:
+        """Remarks on images that are listed more than once; `hashes` of their names, one for each."""
+        _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
+        if len(first) == len(hashes):
+            return
+        repeated, text = np.setdiff1d(np.arange(len(hashes)), first), ''
+        if self.labels:
+            labels = np.array(self.labels)
+            text = f', {np.count_nonzero(labels != labels[first[which]]):,} of them with another label'
+        self.remarks.append(f'images that are listed again{text}: {len(repeated):,}, the first '
+                            f'{short(self.path(int(repeated[0])), 200)}')
 
     def label_runs(self, runs: list[tuple[str, int]]) -> None:
         """Labels all images by runs of consecutive ones: names of classes and numbers of images."""
@@ -110,7 +164,17 @@ class Listing:
         labels, classes = np.frombuffer(self.labels, np.int32), self.classes if self.labels else []
         columns = {name: np.frombuffer(values, DTYPES[name]) for name, values in self.columns.items()}
         text = digest(json.dumps([self.about, classes, bool(self.labels)]), offsets, paths, labels)
-        return Index(offsets, paths, labels if self.labels else None, classes, text, columns)
+        return Index(offsets, paths, labels if self.labels else None, classes, text, columns, self.notes())
+
+    def notes(self) -> list[str]:
+        """Returns the sentences on what the images are not, each for one line."""
+        tallies = self.passed_over, self.left_out, self.loops, self.unreadable, self.nested
+        notes, spellings = [tally.describe() for tally in tallies if tally.counts] + self.remarks, {}
+        for name in self.classes:
+            spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
+        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
+            notes.append(f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}')
+        return notes
 
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
@@ -141,46 +205,75 @@ def load_or_build(key: dict, build: Callable[[], Listing]) -> Index:
 def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     """Lists `root`; its subfolders are the classes, unless an image is in `root` itself."""
     listing, runs = Listing(), []  # runs: subfolders of root and their numbers of images, in the order of the paths
+    loose = ''  # the first image in root itself
 
     def walk(folder: str, above: tuple[tuple[int, int], ...]) -> None:
         """Lists `folder`, '' or a relative path with a final separator; `above` identifies its parent folders."""
-        path, names = os.path.join(root, folder), []
+        nonlocal loose
+        path, before = os.path.join(root, folder), len(listing)
         try:
             status = os.stat(path)
             listing.folders[folder] = stamp_file(status, is_folder=True)
             listing._watch(status.st_mtime_ns)
             identity = status.st_dev, status.st_ino
             if identity in above:  # a link to a folder above it
-                return
-            with os.scandir(path) as entries:
-                for entry in entries:
-                    try:
-                        is_folder = entry.is_dir()
-                    except OSError:
-                        is_folder = listing.lasting = False
-                    if is_folder:
-                        names.append(entry.name + os.sep)
-                    elif entry.name.lower().endswith(extensions):
-                        names.append(entry.name)
-                    elif entry.is_symlink():  # may lead to a folder later (a disk that is not mounted yet)
-                        listing.folders[folder + entry.name] = None
-        except OSError:  # os.walk skips it too; it may be readable next time
+                return listing.loops.add('', folder)
+            names = _list_folder(listing, path, folder, extensions)
+        except OSError as e:  # os.walk skips it too; it may be readable next time
             listing.lasting = False
-            return
+            return listing.unreadable.add(e.strerror or type(e).__name__, folder or os.curdir)
         names.sort()  # with the separators, this is the order of whole paths: 'a b/1' < 'a.png' < 'a/1'
+        loose = loose if folder else next((name for name in names if not name.endswith(os.sep)), '')
         for name in names:
             if not name.endswith(os.sep):
                 listing.add(folder + name)
                 continue
-            before = len(listing)
+            first = len(listing)
             walk(folder + name, (*above, identity))
             if not folder:
-                runs.append((name[:-1], len(listing) - before))
+                runs.append((name[:-1], len(listing) - first))
+        if len(above) == 2 and len(listing) > before:
+            listing.nested.add('', folder, len(listing) - before)
 
     walk('', ())
-    if sum(n for _, n in runs) == len(listing):
+    if not loose:
         listing.label_runs(runs)
+        if empty := sorted(name for name, n in runs if not n):
+            listing.remarks.append(f'folders without an image, which are no classes: {name_some(empty)}')
+        return listing
+    listing.nested.counts.clear()
+    if classes := [name for name, n in runs if n]:
+        n = len(listing) - sum(n for _, n in runs)
+        listing.remarks.append(
+            f'no labels, as {n:,} images lie beside {len(classes):,} folders of images: {short(loose)} beside '
+            f'{name_some(classes)}')
     return listing
+
+
+def _list_folder(listing: Listing, path: str, folder: str, extensions: tuple[str, ...]) -> list[str]:
+    """Returns the names of images and, with a final separator, of subfolders; notes all others in the listing."""
+    names = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            name = entry.name
+            is_image = name.lower().endswith(extensions)
+            if (not is_image or name[0] == '.') and is_passed_over(name):  # no other image has such a name
+                listing.pass_over(name, folder + name)
+                continue
+            try:
+                is_folder = entry.is_dir()
+            except OSError:
+                is_folder = listing.lasting = False
+            if is_folder:
+                names.append(name + os.sep)
+            elif is_image:
+                names.append(name)
+            elif entry.is_symlink():  # may lead to a folder later (a disk that is not mounted yet)
+                listing.folders[folder + name] = None
+                listing.leave_out(folder + name, '' if os.path.exists(entry.path) else 'broken links')
+            else:
+                listing.leave_out(folder + name)
+    return names
 
 
 def stamp_file(at: str | Path | os.stat_result, is_folder: bool = False) -> list[int] | None:
@@ -210,8 +303,8 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
         size = _align(size + values.nbytes)
     crc = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
     header = json.dumps({
-        **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'folders': listing.folders,
-        'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
+        **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'notes': index.notes,
+        'folders': listing.folders, 'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
 
     def write(f: Any) -> None:
         f.write(PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()))
@@ -249,7 +342,7 @@ def _load(file: Path, key: dict) -> Index | None:
             name: mapped[first:first + count * np.dtype(DTYPES[name]).itemsize].view(DTYPES[name])
             for name, (first, count) in header['arrays'].items()}
         index = Index(arrays.pop('offsets'), arrays.pop('paths'), arrays.pop('labels', None), header['classes'],
-                      header['digest'], columns=arrays)
+                      header['digest'], columns=arrays, notes=header['notes'])
         labels = 0 if index.labels is None else len(index.labels)
         fits = (len(index) == header['images'] and labels == (len(index) if index.classes else 0)
                 and all(len(values) == len(index) for values in index.columns.values())

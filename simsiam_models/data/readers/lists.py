@@ -49,7 +49,7 @@ class ListImages(FileImages):
 
 
 def _parse(file: Path) -> Listing:
-    listing, names = Listing(), {}
+    listing, names, hashes = Listing(), {}, array('q')
     listing.watch_file(file.name, file)
     for line, path, label in _read_rows(file):
         if '\0' in path:
@@ -60,6 +60,7 @@ def _parse(file: Path) -> Listing:
             has = 'has no label' if first_label else f'has the label {short(label)!r}'
             raise ValueError(f'{file}, line {line}: {has}, unlike the lines before it; label all images or none')
         listing.add(path)
+        hashes.append(hash(os.path.normpath(path) if './' in path or '//' in path else path))
         if label and _NUMBER.fullmatch(first_label):
             if not _NUMBER.fullmatch(label) or int(label) >= MAX_CLASSES:
                 raise ValueError(
@@ -68,6 +69,7 @@ def _parse(file: Path) -> Listing:
             listing.labels.append(int(label))
         elif label:
             listing.labels.append(names.setdefault(label, len(names)))
+    listing.remark_repeated(hashes)
     if names:  # renumber the classes in the order of their names
         listing.classes = sorted(names)
         number = {names[name]: i for i, name in enumerate(listing.classes)}

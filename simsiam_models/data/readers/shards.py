@@ -5,8 +5,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from ...runtime.messages import announce
+from .names import TEST, find_part, is_passed_over, part_of
+
 TABLES = ('.parquet', '.arrow')
-VALIDATION = ('validation', 'val', 'valid', 'test')  # in order of preference
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -34,7 +36,7 @@ def list_shards(folder: Path, suffix: str) -> list[Path]:
     for place in (folder, folder / 'data'):
         names = []
         with suppress(OSError):
-            names = sorted(n for n in os.listdir(place) if n.lower().endswith(suffix) and not n.startswith('.'))
+            names = sorted(n for n in os.listdir(place) if n.lower().endswith(suffix) and not is_passed_over(n))
         if found := [place / name for name in names if (place / name).is_file()]:
             return found
     return []
@@ -48,12 +50,18 @@ def list_tables(folder: Path) -> list[Path]:
 def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
     """Separates files such as train-00000.tar and validation-00000.tar: (training, validation).
 
-    If no name contains train, all files are training data. Otherwise, files of neither kind are left out.
+    If no name contains train, all files that tell no other part are training data, or else all files are. Validation
+    files go before test files. Logs which files are left out, or are taken for training data.
     """
-    words = {file: set(re.split(r'[^a-z]+', file.name.lower())) for file in files}
-    train = [file for file in files if 'train' in words[file]]
-    if not train:
+    train, val = ([file for file in files if part_of(file.name) == part] for part in ('train', 'val'))
+    plain = [file for file in files if not part_of(file.name)]
+    if not train and not plain:
         return files, []
-    val, test = ([file for file in files if 'train' not in words[file] and not words[file].isdisjoint(names)]
-                 for names in (VALIDATION[:3], VALIDATION[3:]))
-    return train, val or test
+    best = [file for file in val if find_part(file.name)[1] not in TEST] or val
+    if not train and val:
+        announce(f'{plain[0].parent}: training on the {len(plain)} files that are named as no part, such as '
+                 f'{plain[0].name}, and not on {len(val)} such as {val[0].name}')
+    elif train and (others := sorted({*files} - {*train, *best})):
+        announce(f'{others[0].parent}: {len(others)} files are left out, as they are named neither as {train[0].name} '
+                 f'nor as {best[0].name if best else "validation"}; the first is {others[0].name}')
+    return train or plain, best

@@ -6,15 +6,17 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...runtime.messages import one_line
+from ...runtime.messages import announce, one_line, short
 from ..philox import permutation
 from .arrow import explain_open_errors, find_image_column, import_datasets, read_encoded, select_undecoded
 from .decode import DataError, import_library
 from .images import EXTENSIONS
 from .index import digest
+from .names import find_passed_over, part_of
 from .shards import TABLES, expand_braces, list_shards, split_by_name
 
 BUFFER = 1000  # images from which the next one is drawn
@@ -99,8 +101,20 @@ class WebStream(_ShuffledStream):
         # Every process reads all shards: if webdataset split them here, each process would see other batches.
         samples = webdataset.WebDataset(
             urls, shardshuffle=False, nodesplitter=lambda source: source, workersplitter=lambda source: source)
-        images = ([data for key, data in s.items() if f'.{key}'.lower().endswith(EXTENSIONS)][:1] for s in samples)
-        return _shuffle(itertools.chain.from_iterable(images), seed, epoch)
+        return _shuffle(_select_images(samples, self.name), seed, epoch)
+
+
+def _select_images(samples: Iterator[dict[str, Any]], name: str) -> Iterator[bytes]:
+    """Yields the image of each sample that has one; says once if it passes over what systems write beside pictures."""
+    said = False
+    for sample in samples:
+        names = {key: f'{sample["__key__"]}.{key}' for key in sample if f'.{key}'.lower().endswith(EXTENSIONS)}
+        kept = [key for key in names if not find_passed_over(names[key])]
+        yield from (sample[key] for key in kept[:1])
+        if len(kept) < len(names) and not said:
+            said = True
+            passed = next(path for key, path in names.items() if key not in kept)
+            announce(f'{name}: hidden images, and what systems write beside pictures, are passed over: {short(passed)}')
 
 
 def _shuffle(items: Iterator[bytes], seed: int, epoch: int) -> Iterator[bytes]:
@@ -118,6 +132,6 @@ def _list_split(folder: Path, split: str, name: str) -> list[Path]:
         if files := list_shards(folder / split, suffix):
             return files
         train, val = split_by_name(list_shards(folder, suffix))
-        if files := {'train': train, 'validation': val, 'val': val, 'test': val}.get(split):
+        if files := {'train': train, 'val': val}.get(part_of(split)):
             return files
     raise FileNotFoundError(f'{name}: no Parquet or Arrow file of a split {split} in that folder')

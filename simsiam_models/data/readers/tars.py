@@ -17,10 +17,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ...runtime.messages import announce
 from .decode import decode, explain_read_errors
 from .images import EXTENSIONS
 from .index import Listing, load_or_build
 from .lists import MAX_CLASSES
+from .names import find_passed_over
 
 MAX_OPEN = 64  # shards
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst', '.tar.lz4')
@@ -58,8 +60,13 @@ class TarImages:
         names = [os.path.relpath(shard, root) for shard in self._shards]
         self.name, self._index = name, load_or_build({'root': root, 'shards': names}, lambda: _scan(root, names))
         if not len(self._index):
-            raise FileNotFoundError(f'{name}: no image in {len(shards)} tar shards; looked for {" ".join(EXTENSIONS)}')
+            found = ''.join(f'; {note}' for note in self._index.notes)
+            raise FileNotFoundError(
+                f'{name}: no image in {len(shards)} tar shards; looked for {" ".join(EXTENSIONS)}{found}')
+        for note in self._index.notes:
+            announce(f'{name}: {note}')
         self.classes, self.labels, self.digest = self._index.classes, self._index.labels, self._index.digest
+        self.notes = self._index.notes
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -72,12 +79,17 @@ class TarImages:
 
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError, which names shard and file, if that fails."""
-        shard, start, size = (int(self._index.columns[name][index]) for name in ('shards', 'starts', 'sizes'))
-        name = f'{self._shards[shard]}: {os.fsdecode(self._index.path(index))}'
-        with explain_read_errors(name, OSError):
+        return decode(self.stored_bytes(index), self.name_of(index))
+
+    def name_of(self, index: int) -> str:
+        return f'{self._shards[self._index.columns["shards"][index]]}: {os.fsdecode(self._index.path(index))}'
+
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytearray:
+        """See `images.stored_bytes`."""
+        shard, first, size = (int(self._index.columns[name][index]) for name in ('shards', 'starts', 'sizes'))
+        with explain_read_errors(self.name_of(index), OSError):
             file = self._open_shard(shard)  # this reference keeps it open while it is read
-            data = _read(file.descriptor, start, size)
-        return decode(data, name)
+            return _read(file.descriptor, first + start, size - start if length is None else min(length, size - start))
 
     def _open_shard(self, shard: int) -> _OpenFile:
         with self._lock:
@@ -107,7 +119,7 @@ def _scan(root: str, names: list[str]) -> Listing:
         listing.watch_file(name, path)
         rows: dict[str, int] = {}  # sample -> row of its image
         found: dict[str, int] = {}  # sample -> label
-        for member, sample, label in _read_members(path):
+        for member, sample, label in _read_members(path, listing):
             if label is not None:
                 found[sample] = label
                 continue
@@ -128,15 +140,24 @@ def _scan(root: str, names: list[str]) -> Listing:
     return listing
 
 
-def _read_members(path: str) -> Iterator[tuple[tarfile.TarInfo, str, int | None]]:
-    """Yields the images and .cls files of a tar: the member, its sample, and the label if it is a .cls."""
+def _read_members(path: str, listing: Listing) -> Iterator[tuple[tarfile.TarInfo, str, int | None]]:
+    """Yields the images and .cls files of a tar: the member, its sample, and the label if it is a .cls.
+
+    Counts other files in the listing.
+    """
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # otherwise tarfile keeps all of them
                 matched = _NAME.fullmatch(member.name)
                 extension = matched[2].lower() if matched else ''
-                if member.isdir() or extension != 'cls' and not f'.{extension}'.endswith(EXTENSIONS):
+                if member.isdir():
+                    continue
+                if passed_over := find_passed_over(member.name):
+                    listing.pass_over(passed_over, member.name)
+                    continue
+                if extension != 'cls' and not f'.{extension}'.endswith(EXTENSIONS):
+                    listing.leave_out(member.name)
                     continue
                 if not member.isreg() or member.issparse():
                     raise ValueError(

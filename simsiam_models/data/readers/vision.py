@@ -14,7 +14,7 @@ from PIL import Image
 from ...runtime.messages import one_line
 from .decode import DataError, explain_read_errors
 from .index import digest
-from .shards import VALIDATION
+from .names import VALIDATION
 
 GENERIC = ('DatasetFolder', 'FakeData', 'ImageFolder', 'VisionDataset')  # classes without images of their own
 
@@ -35,6 +35,7 @@ class TorchvisionImages:
         if not isinstance(first, Image.Image):
             raise ValueError(f'{name}: its items are not single images, as SimSiam needs them, or there are none')
         self.labels, self.classes = _read_labels(items)
+        self._in_memory = isinstance(getattr(items, 'data', None), (torch.Tensor, np.ndarray))
         self.digest = _hash_items(items, self.labels, self.classes)
 
     def __len__(self) -> int:
@@ -45,6 +46,12 @@ class TorchvisionImages:
         # PIL raises almost anything for a broken file: OSError, SyntaxError, ValueError, DecompressionBombError, ...
         with explain_read_errors(f'{self.name}: image {index}', Exception):
             return np.array(self._items[int(index)][0].convert('RGB'))
+
+    def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes | None:
+        """See `images.stored_bytes`: None if torchvision reads the images from files that it alone knows."""
+        if not self._in_memory:
+            return None
+        return self.read(index).tobytes()[start:None if length is None else start + length]
 
 
 def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, TorchvisionImages | None]:

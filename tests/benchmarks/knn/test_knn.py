@@ -338,17 +338,20 @@ def test_images_have_the_size_of_the_model_and_a_line_says_so(command, run, few_
 @pytest.mark.parametrize('part', ['train', 'val'])
 def test_where_no_image_can_be_read_there_is_nothing_to_measure(part, few_digits, tmp_path, capsys):
     data = tmp_path / 'data'
-    shutil.copytree(few_digits / '3', data / ('val' if part == 'train' else 'train') / '3')
+    classes = '34' if part == 'train' else '3'  # one class to learn from is refused
+    for name in '34':
+        shutil.copytree(few_digits / name, data / ('val' if part == 'train' else 'train') / name)
+    for name in classes:
+        (data / part / name).mkdir(parents=True)
+        (data / part / name / 'x.jpg').write_bytes(b'no JPEG')
     broken = data / part / '3' / 'x.jpg'
-    broken.parent.mkdir(parents=True)
-    broken.write_bytes(b'no JPEG')
     command = [
         'knn', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--k', '1', '--allow-partial',
         '--output', str(tmp_path / 'results'), '--cache', str(tmp_path / 'cache')]
     assert cli.main(command) == 1
     said = capsys.readouterr().err
     name = 'training' if part == 'train' else 'test'
-    assert f'none of the 1 {name} images can be read, the first: {broken}' in said and 'Warning' not in said
+    assert f'none of the {len(classes)} {name} images can be read, the first: {broken}' in said and 'Warning' not in said
     assert not list(tmp_path.glob('results/*'))
 
 

@@ -39,10 +39,11 @@ def settle(root: Path) -> Path:
 
 
 def walked(root: Path) -> tuple[list[str], list[str], list[int] | None]:
-    """Paths, classes and labels by os.walk."""
+    """Paths, classes and labels by os.walk; hidden files are passed over."""
     paths = sorted(
         os.path.relpath(os.path.join(folder, name), root)
-        for folder, _, names in os.walk(root, followlinks=True) for name in names if name.lower().endswith(EXTENSIONS))
+        for folder, _, names in os.walk(root, followlinks=True) for name in names
+        if name.lower().endswith(EXTENSIONS) and not name.startswith('.'))
     if not paths or any(os.sep not in path for path in paths):
         return paths, [], None
     classes = sorted({path.split(os.sep)[0] for path in paths})
@@ -116,7 +117,7 @@ def test_only_files_with_an_image_extension_in_any_case_count(tmp_path):
     (root / 'a/5.png').mkdir()  # a folder with an image's name
     fill(root, ['a/6.png/1.png'])
     paths, classes, _ = check(root)
-    assert paths == ['a/.png', 'a/1.PNG', 'a/2.JpEg', 'a/6.png/1.png']
+    assert paths == ['a/1.PNG', 'a/2.JpEg', 'a/6.png/1.png']
     assert classes == ['a']  # b has no image
 
 
