@@ -4,6 +4,7 @@ Labels are optional and never used in training.
 """
 import functools
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -15,9 +16,13 @@ import numpy as np
 
 from .decode import UnreadableError, decode, explain_read_errors
 from .index import Index, digest, open_index
+from .labels import Choice
+from .metadata import read_metadata
 
 MAX_FILE_BYTES = 1 << 30
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.gif', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
+
+_logger = logging.getLogger('simsiam_models')
 
 
 class Images(Protocol):
@@ -114,17 +119,22 @@ class FileImages:
 class FolderImages(FileImages):
     """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
 
+    A `metadata` file may have labels; `choice` is the column.
+
     The listing is memory-mapped from a cache, which is valid until a folder below `root` changes. Raises
     FileNotFoundError if there is no such folder, or no image in it.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, choice: Choice | None = None) -> None:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA must be a folder of images')
-        super().__init__(root, open_index(root, EXTENSIONS), str(root))
+        index = read_metadata(root, open_index(root, EXTENSIONS), EXTENSIONS, choice or Choice())
+        super().__init__(root, index, str(root))
         if not len(self):
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}')
+        if index.note:
+            _logger.warning(f'{root}: {index.note}')
 
 
 class MemoryImages:

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from .arrow import explain_open_errors, find_image_column, import_datasets, read
 from .decode import DataError, import_library
 from .images import EXTENSIONS
 from .index import digest
+from .labels import Choice
 from .shards import TABLES, expand_braces, list_shards, split_by_name
 
 BUFFER = 1000  # images from which the next one is drawn
@@ -55,7 +57,9 @@ class HubStream(_ShuffledStream):
         'the epoch): the same for any number of processes and after a restart, as long as the shards of the data set '
         "and the library's version stay the same")
 
-    def __init__(self, repo: str, split: str | None, images_per_epoch: int | None) -> None:
+    def __init__(
+        self, repo: str, split: str | None, images_per_epoch: int | None, choice: Choice | None = None,
+    ) -> None:
         datasets, split = import_datasets(), split or 'train'
         name = f'hf-stream:{repo}:{split}'
         source, options, what = repo, {'split': split}, [repo, split]
@@ -70,7 +74,7 @@ class HubStream(_ShuffledStream):
         if most and images_per_epoch and images_per_epoch > most:
             raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at most {most}, the images of {name}')
         super().__init__(name, images_per_epoch or most or 0, digest(*what, str(rows.features)))
-        self._column = find_image_column(rows.features, name)
+        self._column = find_image_column(rows.features, name, choice or Choice())
         self._rows = select_undecoded(rows, self._column)
 
     def _read_epoch(self, seed: int, epoch: int) -> Iterator[bytes]:
@@ -87,11 +91,12 @@ class WebStream(_ShuffledStream):
         f'the order is that of the shards and of a buffer of {BUFFER} images, both shuffled by the seed and the epoch: '
         'the same for any number of processes and after a restart, as long as every shard delivers the same images')
 
-    def __init__(self, spec: str, images_per_epoch: int | None) -> None:
+    def __init__(self, spec: str, images_per_epoch: int | None, choice: Choice | None = None) -> None:
         import_library('webdataset', f'{spec}: streams of tars')
         self._urls = expand_braces(spec)
         names = [re.split(r'[/\s]', url.rstrip('/'))[-1] for url in self._urls]
-        super().__init__(spec, images_per_epoch or 0, digest(*names))
+        self._image = None if choice is None or choice.image is None else choice.image.lower().lstrip('.')
+        super().__init__(spec, images_per_epoch or 0, digest(*names, *filter(None, [self._image])))
 
     def _read_epoch(self, seed: int, epoch: int) -> Iterator[bytes]:
         import webdataset
@@ -99,8 +104,17 @@ class WebStream(_ShuffledStream):
         # Every process reads all shards: if webdataset split them here, each process would see other batches.
         samples = webdataset.WebDataset(
             urls, shardshuffle=False, nodesplitter=lambda source: source, workersplitter=lambda source: source)
-        images = ([data for key, data in s.items() if f'.{key}'.lower().endswith(EXTENSIONS)][:1] for s in samples)
-        return _shuffle(itertools.chain.from_iterable(images), seed, epoch)
+        return _shuffle(itertools.chain.from_iterable(map(self._find_image, samples)), seed, epoch)
+
+    def _find_image(self, sample: dict[str, Any]) -> list[bytes]:
+        """Returns the image of a sample, [] if it has none; raises ValueError if it has several."""
+        names = [key for key in sample if (
+            f'.{key}'.lower().endswith(EXTENSIONS) if self._image is None else key.lower() == self._image)]
+        if len(names) > 1:
+            raise ValueError(
+                f'the sample {sample["__key__"]} has several images ({", ".join(names)}); choose one with '
+                f'#image={names[0]} after the name of the tars')
+        return [sample[name] for name in names]
 
 
 def _shuffle(items: Iterator[bytes], seed: int, epoch: int) -> Iterator[bytes]:
