@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from .demo import demo_images
-from .readers import arrow
+from .readers import arrow, metadata
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
 from .readers.labels import Choice, split_choice
@@ -113,10 +113,15 @@ def _open_part(root: Path, choice: Choice | None) -> tuple[Images, Images | None
     if (images.labels is not None or len(images) < 10000) and (found := list_shards(root, '.tar') or list_tables(root)):
         _logger.warning(
             f'{root} contains images and {found[0].name}: reading the images; use {found[0]} to read that instead')
-    if images.labels is None and len(images) < 10000 and (
-            found := [file for suffix in CSV_SUFFIXES for file in list_shards(root, suffix) if file.parent == root]):
+    if images.labels is None and len(images) < 10000 and (found := _list_sheets(root)):
         _logger.warning(f'{root} has no labels, but {found[0].name}: use {found[0]} to read the images that it lists')
     return images, None
+
+
+def _list_sheets(root: Path) -> list[Path]:
+    """Returns the CSV files and the like in `root` that are not `metadata`."""
+    files = (file for suffix in CSV_SUFFIXES for file in list_shards(root, suffix))
+    return [file for file in files if file.parent == root and file.name not in metadata.NAMES]
 
 
 def _open_file(path: Path, choice: Choice | None) -> tuple[Images, Images | None]:

@@ -44,7 +44,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
     if args.knn_data is not None:
         train, val = open_data(args.knn_data)
         if train.labels is None:
-            raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
+            raise ValueError(f'--knn-data {args.knn_data} has no labels; use class folders, a list or a table')
     knn = None  # without labels, or with too few images for one query per process
     if train.labels is not None and (len(train) // 5 if val is None else len(val)) >= world.size:
         knn = KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)

@@ -111,11 +111,11 @@ def is_missing(label: Any) -> bool:
     return label is None or label == '' or isinstance(label, float) and math.isnan(label)
 
 
-def _read_number(label: Any) -> float | int | None:
+def _read_number(label: Any) -> float | None:
     """Returns None for what is not a number."""
     if isinstance(label, (str, bytes)):
         text = _read_name(label)
-        return None if text is None or not _NUMBER.fullmatch(text) else float(text) if '.' in text else int(text[:20])
+        return None if text is None or not _NUMBER.fullmatch(text) else float(text)
     return label if isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label) else None
 
 
