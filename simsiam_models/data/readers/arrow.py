@@ -125,7 +125,8 @@ def _read_labels(rows: Any, image: str, choice: Choice) -> tuple[np.ndarray | No
     labels, classes, reason = None, [], ''
     if column is not None:
         try:
-            labels, classes = _number(_read_column(rows, column), getattr(features[column], 'names', None))
+            feature = getattr(features[column], 'feature', features[column])  # that of a list's items
+            labels, classes = _number(_read_column(rows, column), getattr(feature, 'names', None))
         except LabelError as e:
             reason = str(e) if e.at is None else f'row {e.at}: {e}'
     return labels, classes, describe_column(column, features, len(classes), reason)
@@ -147,7 +148,7 @@ def _kind(feature: Any) -> int | None:
     if hasattr(feature, 'feature') or isinstance(feature, list):
         return DOUBTFUL  # a list of one label in each row
     kind = str(getattr(feature, 'dtype', ''))
-    kinds = {('int', 'uint'): NUMBERED, ('string', 'large_string', 'bool'): PLAIN, ('float',): DOUBTFUL}
+    kinds = {('int', 'uint'): NUMBERED, ('string', 'large_string', 'bool'): PLAIN, ('float', 'decimal'): DOUBTFUL}
     return next((kinds[names] for names in kinds if kind.startswith(names)), None)
 
 
@@ -173,12 +174,14 @@ def _number(values: Any, names: list[str] | None) -> tuple[np.ndarray, list[str]
         values = pc.list_flatten(values)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
+    if pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
     if pa.types.is_boolean(values.type):
         values = pc.if_else(values, 'True', 'False')
-    if pa.types.is_floating(values.type):
+    if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
         missing = pc.is_null(values, nan_is_null=True)
     else:
-        missing = pc.is_null(values) if pa.types.is_integer(values.type) else pc.fill_null(pc.equal(values, ''), True)
+        missing = pc.fill_null(pc.equal(pc.binary_length(values), 0), True)
     if n := pc.sum(missing).as_py():
         raise LabelError(f'{n} of {len(values)} rows have no label', pc.index(missing, True).as_py())
     encoded = pc.dictionary_encode(values)

@@ -183,19 +183,26 @@ def test_the_label_of_an_image_has_its_name_or_is_the_only_one_of_the_sample(tmp
 
 @needs_datasets
 @pytest.mark.parametrize(
-    'type_', ['string', 'large_string', 'dictionary', 'int8', 'uint64', 'float32', 'list', 'ClassLabel'])
+    'type_', ['string', 'large_string', 'dictionary', 'int8', 'uint64', 'float32', 'decimal', 'list',
+              'ClassLabel'])
 def test_labels_of_every_type_are_used(tmp_path, pictures, type_):
     names = pa.array(['b', 'a', 'b'])
     column = {
         'string': names, 'large_string': names.cast(pa.large_string()), 'dictionary': names.dictionary_encode(),
         'int8': pa.array([1, 0, 1], pa.int8()), 'uint64': pa.array([1, 0, 1], pa.uint64()),
-        'float32': pa.array([1, 0, 1], pa.float32()), 'list': pa.array([[1], [0], [1]]), 'ClassLabel': names}[type_]
+        'float32': pa.array([1, 0, 1], pa.float32()), 'decimal': pa.array([1, 0, 1]).cast(pa.decimal128(19, 0)),
+        'list': pa.array([[1], [0], [1]]), 'ClassLabel': names}[type_]
     path = in_table(tmp_path, pictures, column)
     if type_ == 'ClassLabel':
         rows = datasets.load_dataset('parquet', data_files=[str(path)], split='train', cache_dir=str(tmp_path / 'c'))
         path = tmp_path / 'saved'
-        rows.cast_column('label', datasets.ClassLabel(names=['b', 'a', 'c'])).save_to_disk(path)
+        names = datasets.ClassLabel(names=['b', 'a', 'c'])
+        rows = rows.cast_column('label', names)
+        rows.save_to_disk(path)
         assert opened(path) == ([0, 1, 0], ['b', 'a', 'c'])  # the order of the data set
+        rows = rows.map(lambda row: {'labels': [row['label']]}, remove_columns='label')
+        rows.cast_column('labels', datasets.Sequence(names)).save_to_disk(tmp_path / 'lists')
+        assert opened(tmp_path / 'lists') == ([0, 1, 0], ['b', 'a', 'c'])
         return
     text = type_ in ('string', 'large_string', 'dictionary')
     assert opened(path) == ([1, 0, 1], ['a', 'b'] if text else ['0', '1'])
