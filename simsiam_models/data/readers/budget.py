@@ -1,4 +1,4 @@
-"""Bounds the memory of large images: the threads of a process decode and hold at most BUDGET pixels of them at a time.
+"""Bounds the memory of large images: the threads of a process decode and hold at most BUDGET bytes of them at a time.
 
 A thread of a pool holds the image that it decoded last until it decodes another or its call ends; elsewhere, an image
 counts while it is decoded. A thread that waits holds nothing, so threads cannot wait for each other forever.
@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-LARGE = 1 << 22  # pixels; smaller images do not count
-BUDGET = 1 << 28  # pixels; decoding takes up to 8 bytes for each, so 2 GiB
+LARGE = 1 << 24  # bytes; smaller images do not count
+BUDGET = 1 << 31  # bytes
 
 _changed = threading.Condition()
-_used = 0  # pixels, by all threads
-_own = threading.local()  # pixels: by this thread; abandoned: of the call that it makes, if it belongs to a pool
+_used = 0  # bytes, by all threads
+_own = threading.local()  # size: of this thread's image; abandoned: of the call that it makes, if it belongs to a pool
 
 
 class Abandoned(BaseException):
@@ -21,20 +21,20 @@ class Abandoned(BaseException):
 
 
 @contextmanager
-def decode_in_turn(pixels: int) -> Iterator[None]:
-    """Waits until an image of so many pixels fits into the budget, or is the only one."""
+def decode_in_turn(size: int) -> Iterator[None]:
+    """Waits until an image that takes `size` bytes while it is decoded fits into the budget, or is the only one."""
     global _used
     abandoned = getattr(_own, 'abandoned', None)
     _release()
-    if pixels < LARGE:
+    if size < LARGE:
         yield
         return
     with _changed:
-        _changed.wait_for(lambda: not _used or _used + pixels <= BUDGET or abandoned is not None and abandoned.is_set())
+        _changed.wait_for(lambda: not _used or _used + size <= BUDGET or abandoned is not None and abandoned.is_set())
         if abandoned is not None and abandoned.is_set():
             raise Abandoned
-        _used += pixels
-        _own.pixels = pixels
+        _used += size
+        _own.size = size
     try:
         yield
     finally:
@@ -61,7 +61,7 @@ def abandon(abandoned: threading.Event) -> None:
 
 def _release() -> None:
     global _used
-    if pixels := getattr(_own, 'pixels', 0):
+    if size := getattr(_own, 'size', 0):
         with _changed:
-            _used, _own.pixels = _used - pixels, 0
+            _used, _own.size = _used - size, 0
             _changed.notify_all()

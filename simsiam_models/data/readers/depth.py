@@ -38,7 +38,7 @@ def to_rgb(image: Image.Image, data: bytes | bytearray) -> np.ndarray:
             raise ValueError(f'16 bits per sample in separate planes, which Pillow misreads; {_REMEDY}')
         colours = zip(image.getbands(), np.atleast_2d(image.getextrema()), strict=True)
         _refuse_narrow(max(high for band, (_, high) in colours if band not in 'Aa') << 8 | 255)
-    return np.array(image.convert('RGB'))
+    return np.array(image if image.mode == 'RGB' else image.convert('RGB'))  # convert would copy
 
 
 def _read(tags: Mapping[int, Any], tag: int, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Threads decode and hold a bounded number of pixels of large images, and stop when nobody waits for them."""
+"""Threads decode and hold a bounded number of bytes of large images, and stop when nobody waits for them."""
 import contextlib
 import threading
 import time
@@ -9,6 +9,7 @@ from PIL import Image
 
 from simsiam_models.data import FolderImages
 from simsiam_models.data.readers import budget
+from simsiam_models.data.readers.decode import PIL_BYTES
 from simsiam_models.data.threads import make_threads, run_in_order
 
 
@@ -21,30 +22,30 @@ def small_budget(monkeypatch):
 
 
 class Gauge:
-    """Counts the pixels that are held at a time."""
+    """Counts the bytes that are held at a time."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
         self.lock = threading.Lock()
 
-    def hold(self, pixels: int) -> None:
+    def hold(self, size: int) -> None:
         with self.lock:
-            self.now += pixels
+            self.now += size
             self.most = max(self.most, self.now)
         time.sleep(0.002)
         with self.lock:
-            self.now -= pixels
+            self.now -= size
 
 
-@pytest.mark.parametrize('pixels, most', [(300, 900), (400, 800), (1000, 1000), (5000, 5000)])
-def test_images_wait_until_they_fit_into_the_budget_and_a_larger_one_comes_alone(pixels, most):
+@pytest.mark.parametrize('size, most', [(300, 900), (400, 800), (1000, 1000), (5000, 5000)])
+def test_images_wait_until_they_fit_into_the_budget_and_a_larger_one_comes_alone(size, most):
     gauge = Gauge()
 
     def read() -> None:
         for _ in range(5):
-            with budget.decode_in_turn(pixels):
+            with budget.decode_in_turn(size):
                 pass
-            gauge.hold(pixels)  # the image is used after it is decoded
+            gauge.hold(size)  # the image is used after it is decoded
 
     jobs = [(i, [read] * 4) for i in range(4)]
     assert list(run_in_order(make_threads(8), jobs)) == [0, 1, 2, 3]
@@ -73,7 +74,7 @@ def test_outside_a_pool_an_image_counts_only_while_it_is_decoded():
     assert budget._used == 0
 
 
-def test_a_call_that_fails_gives_its_pixels_back():
+def test_a_call_that_fails_gives_its_bytes_back():
     def fail() -> None:
         with budget.decode_in_turn(900):
             raise ValueError('broken')
@@ -110,4 +111,5 @@ def test_real_images_are_read_within_the_budget(tmp_path):
 
     jobs = [(i, [lambda i=i: read(i)]) for i in range(6)]
     assert list(run_in_order(make_threads(3), jobs)) == list(range(6))
-    assert sorted(value for value, _ in seen) == list(range(6)) and all(used == 600 for _, used in seen)
+    assert sorted(value for value, _ in seen) == list(range(6))
+    assert all(used == 600 * PIL_BYTES for _, used in seen)  # more than the budget, so one after the other
