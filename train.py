@@ -140,7 +140,7 @@ def train_one_epoch(run: Pretraining, epoch: int, step: int, last: int) -> int:
     args, trainer, views, journal, life, _ = run
     trainer.model.train()
     set_lr(trainer.optimizer, epoch, trainer.recipe)
-    for x1, x2 in journal.measure_waiting(views.epoch(epoch, step)):
+    for x1, x2 in journal.measure_waiting(life.interruptible(views.epoch(epoch, step))):
         loss, p1, z1 = train_step(trainer, x1, x2, epoch * len(views) + step + 1)
         step += 1
         journal.add_step(loss)  # reads the figures before this step, which keeps the device busy meanwhile
@@ -154,6 +154,7 @@ def train_one_epoch(run: Pretraining, epoch: int, step: int, last: int) -> int:
         if pause.due or pause.signal:
             save(run, epoch, step)
             life.stop_if_signalled()
+    journal.flush()
     if life.agree(epoch * len(views) + step, journal.failed).failed:
         raise RunError(f'{journal.diagnosis or "the outputs have collapsed"}; the last checkpoint is kept')
     return step

@@ -7,9 +7,10 @@ from typing import NamedTuple
 from ..runtime.messages import announce
 from .demo import demo_images
 from .parts import find_parts
-from .readers import arrow
+from .readers import arrow, metadata
 from .readers.cifar import open_cifar
 from .readers.images import EXTENSIONS, FolderImages, Images, Stream
+from .readers.labels import Choice, split_choice
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
 from .readers.names import TEST, VALIDATION, find_part, part_of
 from .readers.shards import TABLES, expand_pattern, list_shards, list_tables, split_by_name
@@ -20,7 +21,8 @@ from .readers.vision import open_torchvision
 FORMS = (
     "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or a folder of save_to_disk), a "
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
-    'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo')
+    'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo; after any of them, '
+    '#image=NAME,label=NAME (either or both) chooses columns of a table or CSV, or endings of the files in tars')
 
 
 class Unusable(NamedTuple):
@@ -65,66 +67,78 @@ def open_parts(
     spec: str | Path | None, images_per_epoch: int | None = None,
 ) -> tuple[Images | Stream, Images | None, Unusable | None]:
     """Opens the same as `open_data`; also returns why validation images that are there cannot be used."""
-    text = 'demo' if spec is None else str(spec)
+    text, choice = split_choice('demo' if spec is None else str(spec))
     if images_per_epoch is not None and images_per_epoch < 1:
         raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at least 1')
-    if spec is None or text == 'demo' and not os.path.exists(text):
+    if text == 'demo' and (spec is None or not os.path.exists(text)):
+        _refuse_choice(text, choice)
         return *demo_images(), None
     prefix, _, rest = text.partition(':')
     if prefix in ('hf', 'hf-stream', 'torchvision') and not rest:
         raise ValueError(f'{text} is not complete; DATA must be {FORMS}')
     if prefix == 'hf-stream':
-        return HubStream(*_split_repo(rest), images_per_epoch), None, None
+        return HubStream(*_split_repo(rest), images_per_epoch, choice), None, None
     if prefix in ('pipe', 'http', 'https'):
-        return WebStream(text, images_per_epoch), None, None
-    return _judge_validation(*_open_images(text, prefix, rest))
+        return WebStream(text, images_per_epoch, choice), None, None
+    return _judge_validation(*_open_images(text, prefix, rest, choice))
 
 
-def _open_images(text: str, prefix: str, rest: str) -> tuple[Images, Images | None]:
+def _refuse_choice(name: str | Path, choice: Choice | None) -> None:
+    if choice is not None:
+        raise ValueError(f'{name} has no columns or endings to choose from with #image= or #label=')
+
+
+def _open_images(text: str, prefix: str, rest: str, choice: Choice | None) -> tuple[Images, Images | None]:
     if prefix == 'torchvision':
+        _refuse_choice(text, choice)
         name, colon, root = rest.partition(':')
         return open_torchvision(name, root if colon else 'data')
     if prefix == 'hf':
         repo, split = _split_repo(rest)
         if split is not None or not Path(repo).is_dir():
-            return arrow.open_repo(repo, split, text)
-        return arrow.open_saved(Path(repo), text) or _open_table_folder(Path(repo), text)
+            return arrow.open_repo(repo, split, text, choice)
+        return arrow.open_saved(Path(repo), text, choice) or _open_table_folder(Path(repo), text, choice)
     path = Path(text)
     if path.is_dir():
-        return _open_folder(path)
+        return _open_folder(path, choice)
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, choice)
     if re.search(r'[*?\[{]', text) and path.suffix.lower() in ('.tar', *TABLES):
         files = expand_pattern(text)
         if not files:
             raise FileNotFoundError(f'{text}: no file matches this pattern')
         if path.suffix.lower() == '.tar':
-            return TarImages(files, text), None
+            return TarImages(files, text, choice), None
         if missing := next((file for file in files if not file.is_file()), None):
             raise FileNotFoundError(f'{missing}: no such file, of {len(files)} in {text}')
-        return arrow.open_files(files, text), None
+        return arrow.open_files(files, text, choice), None
     raise FileNotFoundError(f'{text}: no such file or folder; DATA must be {FORMS}')
 
 
-def _open_folder(root: Path) -> tuple[Images, Images | None]:
-    if pair := arrow.open_saved(root, str(root)) or open_cifar(root):
+def _open_folder(root: Path, choice: Choice | None) -> tuple[Images, Images | None]:
+    if pair := arrow.open_saved(root, str(root), choice):
+        return pair
+    if pair := open_cifar(root):
+        _refuse_choice(root, choice)
         return pair
     root, train, val = find_parts(root)
-    return _open_part(root) if train is None else (_open_part(train)[0], None if val is None else _open_part(val)[0])
+    if train is None:
+        return _open_part(root, choice)
+    return _open_part(train, choice)[0], None if val is None else _open_part(val, choice)[0]
 
 
-def _open_part(root: Path) -> tuple[Images, Images | None]:
+def _open_part(root: Path, choice: Choice | None) -> tuple[Images, Images | None]:
     """Opens a folder without parts."""
-    if pair := arrow.open_saved(root, str(root)):
+    if pair := arrow.open_saved(root, str(root), choice):
         return pair
     try:
-        images = FolderImages(root)
+        images = FolderImages(root, choice)
     except FileNotFoundError:
         if tars := list_shards(root, '.tar'):
             train, val = split_by_name(tars)
-            return TarImages(train, str(root)), TarImages(val, f'{root} (validation)') if val else None
+            return TarImages(train, str(root), choice), TarImages(val, f'{root} (validation)', choice) if val else None
         if list_tables(root):
-            return _open_table_folder(root, str(root))
+            return _open_table_folder(root, str(root), choice)
         if shards := next(filter(None, (list_shards(root, suffix) for suffix in COMPRESSED)), None):
             TarImages(shards, str(root))  # raises ValueError, which says why they cannot be read
         raise
@@ -132,18 +146,26 @@ def _open_part(root: Path) -> tuple[Images, Images | None]:
     if (images.labels is not None or len(images) < 10000) and (found := list_shards(root, '.tar') or list_tables(root)):
         announce(
             f'{root} contains images and {found[0].name}: reading the images; use {found[0]} to read that instead')
+    if images.labels is None and len(images) < 10000 and (found := _list_sheets(root)):
+        announce(f'{root} has no labels, but {found[0].name}: use {found[0]} to read the images that it lists')
     return images, None
 
 
-def _open_file(path: Path) -> tuple[Images, Images | None]:
+def _list_sheets(root: Path) -> list[Path]:
+    """Returns the CSV files and the like in `root` that are not `metadata`."""
+    files = (file for suffix in CSV_SUFFIXES for file in list_shards(root, suffix))
+    return [file for file in files if file.parent == root and file.name not in metadata.NAMES]
+
+
+def _open_file(path: Path, choice: Choice | None) -> tuple[Images, Images | None]:
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES + CSV_SUFFIXES:
         val = _find_validation_list(path)
-        return ListImages(path), None if val is None else ListImages(val)
+        return ListImages(path, choice), None if val is None else ListImages(val, choice)
     if suffix == '.tar' or path.name.lower().endswith(COMPRESSED):
-        return TarImages([path], str(path)), None
+        return TarImages([path], str(path), choice), None
     if suffix in TABLES:
-        return arrow.open_files([path], str(path)), None
+        return arrow.open_files([path], str(path), choice), None
     what = 'is a single image' if suffix in EXTENSIONS else 'is not a file that can be read here'
     raise ValueError(f'{path} {what}; DATA must be {FORMS}')
 
@@ -159,11 +181,12 @@ def _find_validation_list(file: Path) -> Path | None:
     return next((path for path in map(file.with_name, names) if path.is_file()), None)
 
 
-def _open_table_folder(root: Path, name: str) -> tuple[Images, Images | None]:
+def _open_table_folder(root: Path, name: str, choice: Choice | None) -> tuple[Images, Images | None]:
     train, val = split_by_name(list_tables(root))
     if not train:
         raise FileNotFoundError(f'{name}: no Parquet or Arrow file in that folder')
-    return arrow.open_files(train, name), arrow.open_files(val, f'{name} (validation)') if val else None
+    validation = arrow.open_files(val, f'{name} (validation)', choice) if val else None
+    return arrow.open_files(train, name, choice), validation
 
 
 def _split_repo(rest: str) -> tuple[str, str | None]:

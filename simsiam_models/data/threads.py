@@ -1,8 +1,11 @@
 """Runs jobs in a pool of threads and yields their results in order, a few jobs ahead of the consumer."""
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+
+from .readers.budget import abandon, call_in_pool
 
 AHEAD = 3  # batches that are filled while the consumer works on one
 
@@ -31,14 +34,16 @@ def run_in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead:
             yield result
         return
     waiting: deque[tuple[Any, list[Future]]] = deque()
+    abandoned = threading.Event()
     try:
         for result, calls in jobs:
-            waiting.append((result, [threads.submit(call) for call in calls]))
+            waiting.append((result, [threads.submit(call_in_pool, call, abandoned) for call in calls]))
             if len(waiting) > ahead:
                 yield _wait(*waiting.popleft())
         while waiting:
             yield _wait(*waiting.popleft())
     finally:  # runs also if the consumer stops early
+        abandon(abandoned)
         if isinstance(jobs, Generator):
             jobs.close()
         for future in (future for _, futures in waiting for future in futures):

@@ -26,6 +26,7 @@ from ..data.threads import run_in_order, split_range
 SHARE = 8  # images that a thread takes at a time
 CONSTANT = 0.01  # standard deviation of the pixels, of 0..1: about 2.5 of 255 levels
 ELONGATED = 3.0  # long side / short side
+BLOCK = 1 << 20  # pixels that are counted at a time
 MAX_NAMED = 10  # unreadable files and duplicates that are named
 ORIENTATION = 0x0112  # the EXIF tag
 HAS_ORIENTATION = ('JPEG', 'MPO', 'TIFF', 'WEBP')  # formats with the tag in the header, so without decoding
@@ -161,8 +162,11 @@ def _describe_file(pixels: np.ndarray, data: bytes | None) -> tuple[int, int, bo
 
 def _measure_colours(pixels: np.ndarray) -> tuple[bool, np.ndarray, np.ndarray]:
     """Returns whether the image is gray, and the exact means of x and x^2 per channel, from counts of 256 levels."""
-    counts = np.stack([np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(3)])  # (3, 256)
-    gray = (counts == counts[0]).all() and (pixels == pixels[..., :1]).all()
+    counts, gray, rows = np.zeros((3, 256), np.int64), True, max(1, BLOCK // pixels.shape[1])
+    for i in range(0, len(pixels), rows):  # bincount takes 8 bytes for each pixel
+        block = pixels[i:i + rows]
+        counts += np.stack([np.bincount(block[..., c].ravel(), minlength=256) for c in range(3)])
+        gray = gray and (block == block[..., :1]).all()
     n = counts[0].sum()
     return bool(gray), counts @ _LEVELS / n, counts @ _LEVELS**2 / n
 

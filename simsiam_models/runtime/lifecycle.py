@@ -1,7 +1,7 @@
 """The life of a long run: it claims its folder, resumes, saves when a checkpoint is due, and stops on a signal."""
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +136,27 @@ class Lifecycle:
             due = time.monotonic() - self._tried_at > 60 * self.minutes
             due |= bool(self.every_steps and steps % self.every_steps == 0)
         return Pause(*self.world.all_reduce_max([self.signals.number, int(due), int(failed)]))
+
+    def interruptible(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yields the batches of the steps, but no further one after a signal that comes while it waits for one.
+
+        Images may take minutes to decode, and a scheduler gives seconds. Of several processes, which step together,
+        each finishes the step.
+        """
+        source = iter(batches)
+        while True:
+            try:
+                self.signals.waiting = self.world.size == 1
+                if self.signals.waiting and self.signals.number:
+                    return
+                batch = next(source, None)
+            except Stopped:
+                return
+            finally:
+                self.signals.waiting = False
+            if batch is None:
+                return
+            yield batch
 
     def save(self, make_state: Callable[[], dict[str, Any]], epoch: int, step: int = 0) -> bool:
         """Writes a checkpoint of the entries that `make_state` returns on rank 0.

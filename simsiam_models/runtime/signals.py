@@ -20,11 +20,13 @@ class Stopped(KeyboardInterrupt):
 class Signals:
     """Inside the `with` block a signal raises Stopped, or only sets `number` while `deferred` is set.
 
-    The run sets `deferred` while no checkpoint holds its last steps. A second signal always raises Stopped.
+    The run sets `deferred` while no checkpoint holds its last steps, and `waiting` while it waits between two steps,
+    when Stopped may be raised after all. A second signal always raises Stopped.
     """
 
     def __init__(self) -> None:
-        self.number, self.deferred, self._before, self._received_at = 0, False, {}, -ECHO
+        self.number, self.deferred, self.waiting = 0, False, False
+        self._before, self._received_at = {}, -ECHO
 
     def __enter__(self) -> 'Signals':
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there
@@ -43,5 +45,5 @@ class Signals:
         if again and self.deferred and now - self._received_at < ECHO:
             return
         self.number, self._received_at = number, now
-        if again or not self.deferred:
+        if again or self.waiting or not self.deferred:
             raise Stopped(number)

@@ -44,7 +44,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
     if args.knn_data is not None:
         train, val = open_data(args.knn_data)
         if train.labels is None:
-            raise ValueError(f'--knn-data {args.knn_data} has no class folders, so it has no labels')
+            raise ValueError(f'--knn-data {args.knn_data} has no labels; use class folders, a list or a table')
         if not has_classes(train):
             raise ValueError(f'--knn-data {args.knn_data} has one class only; kNN needs at least two to tell apart')
     knn = None  # without several classes, or with too few images for one query per process

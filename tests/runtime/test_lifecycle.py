@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,42 @@ def test_a_signal_waits_for_the_checkpoint_and_then_stops_the_run(tmp_path):
         assert stopped.value.code == 128 + signal.SIGUSR1
     assert checkpoint.load(tmp_path / LAST, KEYS)[1]['step'] == 1
     assert not signals.deferred
+
+
+def test_a_signal_ends_the_wait_for_a_batch_but_not_a_step(tmp_path):
+    closed = []
+
+    def batches(slow: bool) -> Iterator[int]:
+        try:
+            yield 1
+            if slow:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            yield 2
+        finally:
+            closed.append(slow)
+
+    for slow in (True, False):
+        with Signals() as signals, life(tmp_path, signals) as one:
+            one.begin()
+            got = []
+            for batch in one.interruptible(batches(slow)):
+                if not slow:
+                    os.kill(os.getpid(), signal.SIGTERM)  # within a step
+                got.append(batch)
+            assert got == [1] and signals.number == signal.SIGTERM and not signals.waiting
+            one.save(lambda: state(0, 1), 0, 1)
+            with pytest.raises(Stopped):
+                one.stop_if_signalled()
+    assert closed == [True, False]
+
+
+def test_of_several_processes_none_leaves_the_step_that_all_take(tmp_path):
+    with Signals() as signals, life(tmp_path, signals) as one:
+        one.world = World(0, 2, torch.device('cpu'))
+        one.begin()
+        assert list(one.interruptible(os.kill(os.getpid(), signal.SIGTERM) or i for i in range(1))) == [0]
+        assert signals.number == signal.SIGTERM
 
 
 def test_a_signal_without_a_new_checkpoint_is_an_error(tmp_path, monkeypatch):

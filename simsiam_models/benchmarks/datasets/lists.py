@@ -11,7 +11,7 @@ import numpy as np
 
 from ...data.readers.images import EXTENSIONS, FileImages, Images
 from ...data.readers.index import Listing, load_or_build, open_index
-from ...data.readers.lists import MAX_CLASSES
+from ...data.readers.labels import MAX_CLASSES
 from ..samples import Subset, subset
 from .sizes import LABELLED, refusal
 

@@ -3,12 +3,12 @@
 Arrow files are memory-mapped in place. Parquet has no random access: the datasets library first converts it to Arrow
 files in its own cache (set by HF_DATASETS_CACHE).
 
-The images are the only column of type Image, or the one named image or img if there are several. In files without
-such types they are the only column of binary or of {bytes, path}. Labels are the first column of LABELS that has class
-names or integers, or else the only column of class names. They are ignored if one is missing or below 0.
+The images are the only column of type Image, or the one named image or img if there are several, or the one that
+`#image=COLUMN` chooses. In files without such types they are the only column of binary or of {bytes, path}. `labels`
+says which column has the labels; columns within a column are called OUTER.INNER.
 """
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +18,19 @@ import numpy as np
 from ...runtime.messages import announce, one_line
 from .decode import DataError, UnreadableError, decode, explain_read_errors, import_library
 from .index import digest
-from .lists import MAX_CLASSES
+from .labels import (
+    DOUBTFUL,
+    NAMED,
+    NUMBERED,
+    PLAIN,
+    SAMPLE,
+    Choice,
+    LabelError,
+    choose_column,
+    describe_column,
+    number_classes,
+)
 from .names import choose_parts, part_of
-
-LABELS = ('label', 'labels', 'fine_label', 'class', 'target')
 
 
 def import_datasets() -> ModuleType:
@@ -31,11 +40,14 @@ def import_datasets() -> ModuleType:
 class ArrowImages:
     """The images of a datasets.Dataset, decoded here. Raises ValueError unless exactly one column holds images."""
 
-    def __init__(self, rows: Any, name: str) -> None:
-        self.name, self.column = name, find_image_column(rows.features, name)
+    def __init__(self, rows: Any, name: str, choice: Choice | None = None) -> None:
+        choice = choice or Choice()
+        self.name, self.column = name, find_image_column(rows.features, name, choice)
         if not len(rows):
             raise ValueError(f'{name}: no image in it (a table of 0 rows)')
-        self.labels, self.classes = _read_labels(rows)
+        self.labels, self.classes, note = _read_labels(rows, self.column, choice)
+        if note:
+            announce(f'{name}: {note}')
         self._rows = select_undecoded(rows, self.column)
         self.digest = self._digest()
 
@@ -71,8 +83,12 @@ class ArrowImages:
         return digest(json.dumps([self.column, self.classes]), paths, sizes.astype('<i8'), labels.astype('<i8'))
 
 
-def find_image_column(features: Any, name: str) -> str:
+def find_image_column(features: Any, name: str, choice: Choice) -> str:
     datasets = import_datasets()
+    if choice.image is not None:
+        if choice.image not in features:
+            raise ValueError(f'{name}: #image={choice.image} is none of its columns, {", ".join(features)}')
+        return choice.image
     kinds = (lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
              lambda f: isinstance(f, dict) and 'bytes' in f)
     found = next(filter(None, ([c for c, f in features.items() if is_image(f)] for is_image in kinds)), [])
@@ -80,7 +96,9 @@ def find_image_column(features: Any, name: str) -> str:
         found = [column for column in ('image', 'img') if column in found][:1] or found
     if len(found) != 1:
         has = f'several columns of images ({", ".join(found)})' if found else 'no column of images'
-        raise ValueError(f'{name}: {has}; its columns are {", ".join(features)}, and exactly one must be of type Image')
+        raise ValueError(
+            f'{name}: {has}; its columns are {", ".join(features)}, and exactly one must be of type Image; '
+            '#image=COLUMN after the name chooses one')
     return found[0]
 
 
@@ -101,14 +119,83 @@ def read_encoded(value: Any) -> bytes | None:
     return value or None
 
 
-def _read_labels(rows: Any) -> tuple[np.ndarray | None, list[str]]:
-    named = {c: list(f.names) for c, f in rows.features.items() if isinstance(f, import_datasets().ClassLabel)}
-    numbered = [c for c, f in rows.features.items() if str(getattr(f, 'dtype', '')).startswith(('int', 'uint'))]
-    column = next((c for c in LABELS if c in (*named, *numbered)), next(iter(named)) if len(named) == 1 else None)
-    values = None if column is None else rows.select_columns([column]).with_format('arrow')[:][column]
-    if values is None or values.null_count or (labels := values.to_numpy()).min() < 0 or labels.max() >= MAX_CLASSES:
-        return None, []
-    return labels.astype(np.int32), named.get(column) or [str(i) for i in range(int(labels.max()) + 1)]
+def _read_labels(rows: Any, image: str, choice: Choice) -> tuple[np.ndarray | None, list[str], str]:
+    """Returns the labels, the names of the classes, and a line about them for the log."""
+    features = dict(_list_columns({c: f for c, f in rows.features.items() if c != image}))
+    kinds = {c: kind for c, f in features.items() if (kind := _kind(f)) is not None}
+    first = rows.select(range(min(len(rows), SAMPLE)))
+    column = choose_column(kinds, choice, lambda c: _read_column(first, c).to_pylist())
+    labels, classes, reason = None, [], ''
+    if column is not None:
+        try:
+            feature = getattr(features[column], 'feature', features[column])  # that of a list's items
+            labels, classes = _number(_read_column(rows, column), getattr(feature, 'names', None))
+        except LabelError as e:
+            reason = str(e) if e.at is None else f'row {e.at}: {e}'
+    return labels, classes, describe_column(column, features, len(classes), reason)
+
+
+def _list_columns(features: dict[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+    """Yields the name and feature of each column, those within others as OUTER.INNER."""
+    for name, feature in features.items():
+        if isinstance(feature, dict) and 'bytes' not in feature:
+            yield from _list_columns(feature, f'{prefix}{name}.')
+        else:
+            yield prefix + name, feature
+
+
+def _kind(feature: Any) -> int | None:
+    """Returns how a column may hold labels, NAMED to DOUBTFUL, or None if it cannot."""
+    if isinstance(feature, import_datasets().ClassLabel):
+        return NAMED
+    if hasattr(feature, 'feature') or isinstance(feature, list):
+        return DOUBTFUL  # a list of one label in each row
+    kind = str(getattr(feature, 'dtype', ''))
+    kinds = {('int', 'uint'): NUMBERED, ('string', 'large_string', 'bool'): PLAIN, ('float', 'decimal'): DOUBTFUL}
+    return next((kinds[names] for names in kinds if kind.startswith(names)), None)
+
+
+def _read_column(rows: Any, column: str) -> Any:
+    """Returns a column of `_list_columns` as a pyarrow.Array."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    outer, *inner = [column] if column in rows.features else column.split('.')
+    values = rows.select_columns([outer]).with_format('arrow')[:][outer]
+    for name in inner:
+        values = pc.struct_field(values, name)
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _number(values: Any, names: list[str] | None) -> tuple[np.ndarray, list[str]]:
+    """Returns the labels (N,) and the names of the classes; `names`: of a ClassLabel. Raises LabelError."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+        lengths = pc.list_value_length(values)
+        if not pc.all(pc.fill_null(pc.equal(lengths, 1), False)).as_py():
+            raise LabelError('a list of labels, and not of one in each row', None)
+        values = pc.list_flatten(values)
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    if pa.types.is_decimal(values.type):
+        values = values.cast(pa.float64())
+    if pa.types.is_boolean(values.type):
+        values = pc.if_else(values, 'True', 'False')
+    if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
+        missing = pc.is_null(values, nan_is_null=True)
+    else:
+        missing = pc.fill_null(pc.equal(pc.binary_length(values), 0), True)
+    if n := pc.sum(missing).as_py():
+        raise LabelError(f'{n} of {len(values)} rows have no label', pc.index(missing, True).as_py())
+    encoded = pc.dictionary_encode(values)
+    distinct, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    try:
+        labels, classes = number_classes(distinct)
+    except LabelError as e:
+        raise LabelError(str(e), int(np.argmax(codes == e.at))) from None
+    if names is not None and len(classes) > len(names):
+        raise LabelError(f'number {len(classes) - 1}, but there are only {len(names)} names of classes', None)
+    return np.array(labels, np.int32)[codes], names or classes
 
 
 def explain_open_errors(name: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -124,32 +211,38 @@ def explain_open_errors(name: str, call: Callable[..., Any], *args: Any, **optio
             f'{name} cannot be opened by the datasets library ({type(e).__name__}: {one_line(e, 300)})') from None
 
 
-def open_saved(folder: Path, name: str) -> tuple[ArrowImages, ArrowImages | None] | None:
+def open_saved(folder: Path, name: str, choice: Choice | None = None) -> tuple[ArrowImages, ArrowImages | None] | None:
     """Opens a folder of `save_to_disk`, all its splits or a single one; returns None if `folder` is not one."""
     if not (folder / 'dataset_dict.json').is_file() and not (folder / 'state.json').is_file():
         return None
     rows = explain_open_errors(str(folder), import_datasets().load_from_disk, str(folder))
-    return _choose_splits(rows if isinstance(rows, dict) else {'train': rows}, name)
+    return _choose_splits(rows if isinstance(rows, dict) else {'train': rows}, name, choice)
 
 
-def open_files(files: list[Path], name: str) -> ArrowImages:
+def open_files(files: list[Path], name: str, choice: Choice | None = None) -> ArrowImages:
     """Opens Parquet or Arrow files as one table."""
     datasets = import_datasets()
     if files[0].suffix == '.parquet':
-        return ArrowImages(explain_open_errors(
-            name, datasets.load_dataset, 'parquet', data_files=[str(f.resolve()) for f in files], split='train'), name)
-    return ArrowImages(explain_open_errors(
-        name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])), name)
+        rows = explain_open_errors(
+            name, datasets.load_dataset, 'parquet', data_files=[str(f.resolve()) for f in files], split='train')
+    else:
+        rows = explain_open_errors(
+            name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files]))
+    return ArrowImages(rows, name, choice)
 
 
-def open_repo(repo: str, split: str | None, name: str) -> tuple[ArrowImages, ArrowImages | None]:
+def open_repo(
+    repo: str, split: str | None, name: str, choice: Choice | None = None,
+) -> tuple[ArrowImages, ArrowImages | None]:
     """Downloads a data set of the Hub: all its splits, or the given one."""
     at = f'hf:{repo}' if split is None else f'hf:{repo}:{split}'
     rows = explain_open_errors(at, import_datasets().load_dataset, repo, split=split)
-    return _choose_splits(rows if split is None else {'train': rows}, name)
+    return _choose_splits(rows if split is None else {'train': rows}, name, choice)
 
 
-def _choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, ArrowImages | None]:
+def _choose_splits(
+    splits: dict[str, Any], name: str, choice: Choice | None,
+) -> tuple[ArrowImages, ArrowImages | None]:
     """Returns the training split, and the first one for validation (see `choose_parts`) that has labels."""
     parts = choose_parts(splits)
     if 'train' not in parts and len(splits) > 1:
@@ -162,9 +255,9 @@ def _choose_splits(splits: dict[str, Any], name: str) -> tuple[ArrowImages, Arro
         announce(f'{name}: its only split is {first}, which is used')
     for split in parts.get('val', []):
         if split != first and len(splits[split]):
-            val, used = ArrowImages(splits[split], f'{name} ({split})'), [first, split]
+            val, used = ArrowImages(splits[split], f'{name} ({split})', choice), [first, split]
             if val.labels is not None:
                 break
     if others := [split for split in splits if split not in used]:
         announce(f'{name}: splits that are not used: {", ".join(others)}')
-    return ArrowImages(splits[first], name), val
+    return ArrowImages(splits[first], name, choice), val

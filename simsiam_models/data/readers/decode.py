@@ -12,7 +12,11 @@ import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
 from ...runtime.messages import one_line
+from .budget import decode_in_turn
+from .depth import to_rgb
 
+MAX_PIXELS = 89_478_485  # of an image; above it, Pillow warns of a decompression bomb
+PIL_BYTES = 11  # for each pixel that PIL decodes: its own 4, 1 more before it converts gray ones, and two copies of 3
 # torchvision 0.29 announces the removal of its decoders (its Python function warns); PIL's take a sixth longer.
 _JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
 _UNCHANGED = 0  # torchvision.io.ImageReadMode: the channels of the file
@@ -49,24 +53,36 @@ def explain_read_errors(name: str, *errors: type[Exception]) -> Iterator[None]:
 
 
 def decode(data: bytes | bytearray, name: str) -> np.ndarray:
-    """Decodes to (H, W, 3) uint8, the pixels of PIL's convert('RGB'); 16-bit grayscale is scaled to 8 bits.
+    """Decodes to (H, W, 3) uint8, the pixels of PIL's convert('RGB'); `depth` scales samples of more than 8 bits.
 
-    As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped. Raises
-    UnreadableError, which contains `name`, if the data cannot be decoded.
+    As in torchvision's ImageFolder, an orientation in the EXIF data is not applied. Transparency is dropped. Of several
+    frames or pages, the first is read. Raises UnreadableError, which contains `name`, if the data cannot be decoded, if
+    the range of its samples cannot be known, or if it has more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
-            if _JPEG is not None and image.format == 'JPEG' and (pixels := _decode_jpeg(data)) is not None:
-                return pixels
-            if image.mode.startswith('I;16'):  # convert() would clip at 255: all white
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return np.array(image.convert('RGB'))
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(
+                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller, as every view is far '
+                    'smaller anyway')
+            by_torchvision = _JPEG is not None and image.format == 'JPEG'
+            with decode_in_turn(width * height * (4 if by_torchvision else PIL_BYTES)):
+                if by_torchvision and (pixels := _decode_jpeg(data)) is not None:
+                    return pixels
+                return to_rgb(image, data)
     except MemoryError:
         raise
     # PIL raises almost anything for a broken file: OSError, SyntaxError, ValueError, DecompressionBombError, ...
     except Exception as e:
-        reason = 'unknown format' if isinstance(e, UnidentifiedImageError) else one_line(e)
+        reason = _explain_unknown(data) if isinstance(e, UnidentifiedImageError) else one_line(e, 300)
         raise UnreadableError(f'{name}: cannot be read as an image ({reason})') from None
+
+
+def _explain_unknown(data: bytes | bytearray) -> str:
+    if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
+        return 'damaged, or a kind of TIFF that Pillow does not know; convert it to 8 bits per sample'
+    return 'unknown format'
 
 
 def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:

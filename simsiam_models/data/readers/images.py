@@ -16,6 +16,8 @@ import numpy as np
 from ...runtime.messages import announce
 from .decode import UnreadableError, decode, explain_read_errors
 from .index import Index, digest, open_index
+from .labels import Choice
+from .metadata import read_metadata
 from .names import EXTENSIONS
 
 MAX_FILE_BYTES = 1 << 30
@@ -147,15 +149,17 @@ def _read_file(path: str, start: int, length: int | None) -> bytes:
 class FolderImages(FileImages):
     """Images below `root`: one subfolder per class (ImageFolder layout), or a flat folder without labels.
 
+    A `metadata` file may have labels; `choice` is the column.
+
     The listing is memory-mapped from a cache, which is valid until a folder below `root` changes. Raises
     FileNotFoundError if there is no such folder, or no image in it.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, choice: Choice | None = None) -> None:
         root = Path(root)
         if not root.is_dir():
             raise FileNotFoundError(f'{root}: no such folder; DATA must be a folder of images')
-        index = open_index(root, EXTENSIONS)
+        index = read_metadata(root, open_index(root, EXTENSIONS), EXTENSIONS, choice or Choice())
         if not len(index):
             found = ''.join(f'; {note}' for note in index.notes)
             raise FileNotFoundError(f'{root}: no image in it or below it; looked for {" ".join(EXTENSIONS)}{found}')

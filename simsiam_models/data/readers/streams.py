@@ -16,6 +16,7 @@ from .arrow import explain_open_errors, find_image_column, import_datasets, read
 from .decode import DataError, import_library
 from .images import EXTENSIONS
 from .index import digest
+from .labels import Choice
 from .names import find_passed_over, part_of
 from .shards import TABLES, expand_braces, list_shards, split_by_name
 
@@ -57,7 +58,9 @@ class HubStream(_ShuffledStream):
         'the epoch): the same for any number of processes and after a restart, as long as the shards of the data set '
         "and the library's version stay the same")
 
-    def __init__(self, repo: str, split: str | None, images_per_epoch: int | None) -> None:
+    def __init__(
+        self, repo: str, split: str | None, images_per_epoch: int | None, choice: Choice | None = None,
+    ) -> None:
         datasets, split = import_datasets(), split or 'train'
         name = f'hf-stream:{repo}:{split}'
         source, options, what = repo, {'split': split}, [repo, split]
@@ -72,7 +75,7 @@ class HubStream(_ShuffledStream):
         if most and images_per_epoch and images_per_epoch > most:
             raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at most {most}, the images of {name}')
         super().__init__(name, images_per_epoch or most or 0, digest(*what, str(rows.features)))
-        self._column = find_image_column(rows.features, name)
+        self._column = find_image_column(rows.features, name, choice or Choice())
         self._rows = select_undecoded(rows, self._column)
 
     def _read_epoch(self, seed: int, epoch: int) -> Iterator[bytes]:
@@ -89,11 +92,12 @@ class WebStream(_ShuffledStream):
         f'the order is that of the shards and of a buffer of {BUFFER} images, both shuffled by the seed and the epoch: '
         'the same for any number of processes and after a restart, as long as every shard delivers the same images')
 
-    def __init__(self, spec: str, images_per_epoch: int | None) -> None:
+    def __init__(self, spec: str, images_per_epoch: int | None, choice: Choice | None = None) -> None:
         import_library('webdataset', f'{spec}: streams of tars')
         self._urls = expand_braces(spec)
         names = [re.split(r'[/\s]', url.rstrip('/'))[-1] for url in self._urls]
-        super().__init__(spec, images_per_epoch or 0, digest(*names))
+        self._image = None if choice is None or choice.image is None else choice.image.lower().lstrip('.')
+        super().__init__(spec, images_per_epoch or 0, digest(*names, *filter(None, [self._image])))
 
     def _read_epoch(self, seed: int, epoch: int) -> Iterator[bytes]:
         import webdataset
@@ -101,20 +105,27 @@ class WebStream(_ShuffledStream):
         # Every process reads all shards: if webdataset split them here, each process would see other batches.
         samples = webdataset.WebDataset(
             urls, shardshuffle=False, nodesplitter=lambda source: source, workersplitter=lambda source: source)
-        return _shuffle(_select_images(samples, self.name), seed, epoch)
+        return _shuffle(self._select_images(samples), seed, epoch)
 
+    def _select_images(self, samples: Iterator[dict[str, Any]]) -> Iterator[bytes]:
+        """Yields the image of each sample that has one; raises ValueError if a sample has several.
 
-def _select_images(samples: Iterator[dict[str, Any]], name: str) -> Iterator[bytes]:
-    """Yields the image of each sample that has one; says once if it passes over what systems write beside pictures."""
-    said = False
-    for sample in samples:
-        names = {key: f'{sample["__key__"]}.{key}' for key in sample if f'.{key}'.lower().endswith(EXTENSIONS)}
-        kept = [key for key in names if not find_passed_over(names[key])]
-        yield from (sample[key] for key in kept[:1])
-        if len(kept) < len(names) and not said:
-            said = True
-            passed = next(path for key, path in names.items() if key not in kept)
-            announce(f'{name}: hidden images, and what systems write beside pictures, are passed over: {short(passed)}')
+        Says once if it passes over what systems write beside pictures.
+        """
+        said = False
+        for sample in samples:
+            names = {key: f'{sample["__key__"]}.{key}' for key in sample if (
+                f'.{key}'.lower().endswith(EXTENSIONS) if self._image is None else key.lower() == self._image)}
+            kept = [key for key in names if not find_passed_over(names[key])]
+            if len(kept) < len(names) and not said:
+                said, passed = True, next(path for key, path in names.items() if key not in kept)
+                announce(f'{self.name}: hidden images, and what systems write beside pictures, are passed over: '
+                         f'{short(passed)}')
+            if len(kept) > 1:
+                raise ValueError(
+                    f'the sample {sample["__key__"]} has several images ({", ".join(kept)}); choose one with '
+                    f'#image={kept[0]} after the name of the tars')
+            yield from (sample[key] for key in kept)
 
 
 def _shuffle(items: Iterator[bytes], seed: int, epoch: int) -> Iterator[bytes]:

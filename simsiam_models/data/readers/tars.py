@@ -1,19 +1,22 @@
 """Tar shards, as WebDataset writes them: indexed once, then read at random without being unpacked.
 
-A sample is the files of a shard whose names agree up to the first dot of the last path component; its image is the one
-with an image extension, its label the integer in its .cls. A shard must be complete: it ends with the blocks of zeros
+A sample is the files of a shard whose names agree up to the first dot of the last path component; what follows that dot
+is the ending of a file. The image of a sample is the one with an image extension, or the one with the ending that the
+user chooses. Its label (see `labels`) is in the file whose ending is cls or cls.txt, or ends in that; of several, in
+the one that has the name of the image up to the last dot. A shard must be complete: it ends with the blocks of zeros
 that end every tar, and nothing follows them.
 """
+import json
 import logging
 import os
 import re
 import tarfile
 import threading
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,10 +24,11 @@ from ...runtime.messages import announce
 from .decode import decode, explain_read_errors
 from .images import EXTENSIONS
 from .index import Listing, load_or_build
-from .lists import MAX_CLASSES
+from .labels import COLUMNS, Choice, LabelError, Labels, is_missing
 from .names import find_passed_over
 
 MAX_OPEN = 64  # shards
+LABEL_BYTES = 1 << 16  # a longer file holds no label
 COMPRESSED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst', '.tar.lz4')
 _NAME = re.compile(r'((?:.*/)?[^./]+)\.([^/]*)', re.DOTALL)  # up to the first dot, and the rest
 
@@ -42,12 +46,13 @@ class _OpenFile:
 
 
 class TarImages:
-    """The images in `shards`, in the order of the shards and of the files in them.
+    """The images in `shards`, in the order of the shards and of the files in them. `choice`: endings of files.
 
-    Raises FileNotFoundError if a shard does not exist or none holds an image, ValueError if one is not a complete tar.
+    Raises FileNotFoundError if a shard does not exist or none holds an image, ValueError if one is not a complete tar
+    or has several images in a sample.
     """
 
-    def __init__(self, shards: list[Path], name: str) -> None:
+    def __init__(self, shards: list[Path], name: str, choice: Choice | None = None) -> None:
         for shard in shards:
             if shard.name.lower().endswith(COMPRESSED):
                 raise ValueError(
@@ -58,11 +63,14 @@ class TarImages:
         self._shards = [os.path.join(os.path.realpath(shard.parent), shard.name) for shard in shards]
         root = os.path.commonpath([os.path.dirname(shard) for shard in self._shards])
         names = [os.path.relpath(shard, root) for shard in self._shards]
-        self.name, self._index = name, load_or_build({'root': root, 'shards': names}, lambda: _scan(root, names))
+        key, given = {'root': root, 'shards': names}, [root, names]
+        if choice is not None:
+            key, given = {**key, 'choice': [choice.image, choice.label]}, [*given, choice]
+        self.name, self._index = name, load_or_build(key, lambda: _scan(*given))
         if not len(self._index):
+            looked = ' '.join(EXTENSIONS) if choice is None or choice.image is None else choice.image
             found = ''.join(f'; {note}' for note in self._index.notes)
-            raise FileNotFoundError(
-                f'{name}: no image in {len(shards)} tar shards; looked for {" ".join(EXTENSIONS)}{found}')
+            raise FileNotFoundError(f'{name}: no image in {len(shards)} tar shards; looked for {looked}{found}')
         for note in self._index.notes:
             announce(f'{name}: {note}')
         self.classes, self.labels, self.digest = self._index.classes, self._index.labels, self._index.digest
@@ -109,61 +117,119 @@ def _read(descriptor: int, start: int, size: int) -> bytearray:
     return data
 
 
-def _scan(root: str, names: list[str]) -> Listing:
-    listing, labels = Listing(), array('i')
+def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
+    listing, labels, others, endings = Listing(), Labels(), Counter(), _Endings(choice or Choice())
     listing.columns = {'shards': array('i'), 'starts': array('q'), 'sizes': array('q')}
-    listing.about = '\n'.join(names)
+    listing.about, labelled = '\n'.join(names), False
     _logger.info(f'listing {len(names)} tar shards in {root}')
     for number, name in enumerate(names):
         path = os.path.join(root, name)
         listing.watch_file(name, path)
-        rows: dict[str, int] = {}  # sample -> row of its image
-        found: dict[str, int] = {}  # sample -> label
-        for member, sample, label in _read_members(path, listing):
+        images: dict[str, str] = {}  # sample -> its image
+        found: dict[str, list[tuple[str, Any]]] = {}  # sample -> names and contents of its labels
+        rest: list[tuple[str, str]] = []  # samples and endings of all other files
+        for member, sample, ending, label in _read_members(path, endings, listing):
             if label is not None:
-                found[sample] = label
-                continue
-            if sample in rows:
+                found.setdefault(sample, []).append((member.name, label))
+            elif not endings.is_image(ending):
+                rest.append((sample, ending))
+                listing.leave_out(member.name)
+            elif sample in images:
                 raise ValueError(
-                    f'{path}: the sample {sample} has more than one image ({listing.path(rows[sample])} and '
-                    f'{member.name}); names must differ before their first dot')
-            rows[sample] = len(listing)
-            listing.add(member.name)
-            for column, value in zip(listing.columns.values(), (number, member.offset_data, member.size), strict=True):
-                column.append(value)
-        labels.extend(found.get(sample, -1) for sample in rows)  # in the order of the rows
-    missing = labels.count(-1)
-    if labels and not missing:
-        listing.labels, listing.classes = labels, [str(i) for i in range(max(labels) + 1)]
-    elif missing < len(labels):
-        _logger.warning(f'{root}: {missing} of {len(labels)} images have no .cls, so all labels are ignored')
+                    f'{path}: the sample {sample} has more than one image ({images[sample]} and {member.name}); choose '
+                    f'one by its ending, with #image={ending} after the name of the tar; or let names differ before '
+                    'their first dot')
+            else:
+                images[sample] = member.name
+                listing.add(member.name)
+                values = number, member.offset_data, member.size
+                for column, value in zip(listing.columns.values(), values, strict=True):
+                    column.append(value)
+        labelled = labelled or bool(found)
+        others.update(f'.{ending}' for sample, ending in rest if sample in images or not images)
+        for sample, image in images.items():  # in the order of the rows
+            place, label = _choose_label(image, found.get(sample, []))
+            labels.add(None if is_missing(label) else label, f'{path}: {place}')
+    _number(listing, labels, labelled, ' '.join(ending for ending, _ in others.most_common(10)))
     return listing
 
 
-def _read_members(path: str, listing: Listing) -> Iterator[tuple[tarfile.TarInfo, str, int | None]]:
-    """Yields the images and .cls files of a tar: the member, its sample, and the label if it is a .cls.
+class _Endings:
+    """Tells images and labels by what follows the first dot of their names."""
 
-    Counts other files in the listing.
+    def __init__(self, choice: Choice) -> None:
+        self.image, self.label = (end and end.lower().lstrip('.') for end in (choice.image, choice.label))
+
+    def is_image(self, ending: str) -> bool:
+        return f'.{ending}'.endswith(EXTENSIONS) if self.image is None else ending == self.image
+
+    def is_label(self, ending: str) -> bool:
+        return f'.{ending}'.endswith(('.cls', '.cls.txt')) if self.label is None else ending == self.label
+
+
+def _choose_label(image: str, found: list[tuple[str, Any]]) -> tuple[str, Any]:
+    """Returns name and content of a sample's label: the only one, or the one with the name of the image."""
+    def stem(name: str, ending: str) -> str:
+        return re.sub(ending, '', name.removeprefix('./').lower())
+
+    own = [item for item in found if stem(item[0], r'\.cls(\.txt)?$') == stem(image, r'\.[^.]*$')]
+    return (own or found)[0] if len(own or found) == 1 else (image, None)
+
+
+def _number(listing: Listing, labels: Labels, labelled: bool, others: str) -> None:
+    """Labels the listing, or notes why it has no labels; raises ValueError if a label breaks the rule.
+
+    Args:
+        labelled: whether there are labels at all.
+        others: endings of the files that are neither images nor labels, but belong to samples.
+    """
+    missing, n = labels.codes.count(-1), len(listing)
+    if labelled and n and not missing:
+        try:
+            listing.labels, listing.classes = labels.number()
+        except LabelError as e:
+            raise ValueError(f'{e.at}: {e}') from None
+        return
+    reason = ''
+    if labelled and n:
+        first = listing.path(labels.codes.index(-1))
+        reason = f'{missing} of {n} images have none, or several; the first is {first}'
+    elif n and others:
+        reason = f'no .cls beside the images, only {others}; #label=ENDING chooses other files'
+    elif len({os.path.dirname(listing.path(i)) for i in range(n)}) > 1:
+        reason = 'no .cls beside the images, and folders in a tar are not classes; unpack it for that'
+    if reason:
+        listing.remarks.append(f'no labels: {reason}')
+
+
+def _read_members(
+    path: str, endings: _Endings, listing: Listing,
+) -> Iterator[tuple[tarfile.TarInfo, str, str, Any]]:
+    """Yields the files of a tar that belong to a sample: member, sample, ending, and the content of a label or None.
+
+    Counts what systems write beside pictures, and files that belong to no sample, in the listing.
     """
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
             while (member := tar.next()) is not None:
                 tar.members = []  # otherwise tarfile keeps all of them
                 matched = _NAME.fullmatch(member.name)
-                extension = matched[2].lower() if matched else ''
                 if member.isdir():
                     continue
                 if passed_over := find_passed_over(member.name):
                     listing.pass_over(passed_over, member.name)
                     continue
-                if extension != 'cls' and not f'.{extension}'.endswith(EXTENSIONS):
+                if matched is None:
                     listing.leave_out(member.name)
                     continue
-                if not member.isreg() or member.issparse():
+                    continue
+                sample, ending = matched[1].removeprefix('./'), matched[2].lower()
+                wanted, is_label = endings.is_image(ending), endings.is_label(ending)
+                if (wanted or is_label) and (not member.isreg() or member.issparse()):
                     raise ValueError(
                         f'{path}: {member.name} is a link or a sparse file; write the tar with --dereference '
                         '--hard-dereference')
-                yield member, matched[1], _read_label(path, f, member) if extension == 'cls' else None
+                yield member, sample, ending, _read_label(path, f, member) if is_label and not wanted else None
             _check_end(path, f, tar.offset)
     except tarfile.TarError as e:
         raise ValueError(f'{path}: cut off, damaged or not a tar ({e}); download or create it again') from None
@@ -171,13 +237,20 @@ def _read_members(path: str, listing: Listing) -> Iterator[tuple[tarfile.TarInfo
         raise OSError(f'{path}: cannot be read ({e.strerror or e})') from None
 
 
-def _read_label(path: str, f: BinaryIO, member: tarfile.TarInfo) -> int:
-    text = _read(f.fileno(), member.offset_data, min(member.size, 32)).strip()
-    if not text.isdigit() or int(text) >= MAX_CLASSES:
-        raise ValueError(
-            f'{path}: {member.name} holds {bytes(text)!r}, which is not a class number; use integers from 0 to '
-            f'{MAX_CLASSES - 1}')
-    return int(text)
+def _read_label(path: str, f: BinaryIO, member: tarfile.TarInfo) -> str | int | float | bool:
+    """Returns the content of a label's file; of JSON, the value of the first of COLUMNS; '' if there is none."""
+    if member.size > LABEL_BYTES:
+        raise ValueError(f'{path}: {member.name} holds {member.size} bytes, too many for a label')
+    data = _read(f.fileno(), member.offset_data, member.size)
+    text = data.decode(errors='surrogateescape').strip()
+    if not member.name.lower().endswith('.json'):
+        return text
+    try:
+        record = json.loads(text)
+        values = [record[name] for name in COLUMNS if name in record] if isinstance(record, dict) else [record]
+    except (ValueError, RecursionError):
+        raise ValueError(f'{path}: {member.name} is not valid JSON') from None
+    return values[0] if values and isinstance(values[0], (str, int, float)) else ''
 
 
 def _check_end(path: str, f: BinaryIO, end: int) -> None:

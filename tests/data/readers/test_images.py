@@ -18,6 +18,7 @@ from simsiam_models.data import (
     UnreadableError,
     open_data,
 )
+from simsiam_models.data.readers import decode
 
 AUG = Augmentation(size=16)
 
@@ -157,7 +158,7 @@ def gray() -> Image.Image:
     ('bilevel.png', gray().convert('1')),
     ('cmyk.jpg', picture().convert('CMYK')),
     ('cmyk.tif', picture().convert('CMYK')),
-    ('sixteen.png', Image.fromarray(np.full((20, 24), 300, np.uint16))),
+    ('sixteen.png', Image.fromarray(np.full((20, 24), 30000, np.uint16))),
     ('rgba.png', picture().convert('RGBA')),
     ('palette.gif', picture().convert('P')),
     ('one.png', picture(0, 1, 1)),
@@ -187,6 +188,18 @@ def test_without_torchvisions_decoder_pil_gives_the_same_bits(tmp_path, monkeypa
     want = FolderImages(tmp_path).read(0)
     monkeypatch.setattr('simsiam_models.data.readers.decode._JPEG', None)
     assert np.array_equal(FolderImages(tmp_path).read(0), want)
+
+
+@pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.tif'])
+def test_an_image_of_too_many_pixels_is_unreadable_before_it_is_decoded(tmp_path, monkeypatch, name):
+    picture(1, 300, 200).save(tmp_path / name)
+    monkeypatch.setattr(decode, 'MAX_PIXELS', 60000)
+    assert FolderImages(tmp_path).read(0).shape == (200, 300, 3)
+    monkeypatch.setattr(decode, 'MAX_PIXELS', 59999)
+    monkeypatch.setattr(decode, 'to_rgb', fail(AssertionError()))
+    monkeypatch.setattr(decode, '_JPEG', fail(AssertionError()))
+    with pytest.raises(UnreadableError, match='300 x 200 pixels, more than 59,999; make it smaller'):
+        FolderImages(tmp_path).read(0)
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')

@@ -127,11 +127,18 @@ WRONG: dict[str, tuple[Callable[[Path, list[Sample]], str], str]] = {
     'a compressed tar': (lambda r, s: place(r, s, 'a.tar.gz', gzip.compress(b'x')), 'gunzip'),
     'a folder of compressed tars': (lambda r, s: str(edit(r / 'a.tgz', b'x').parent), 'gunzip'),
     'a tar with a bad label': (
-        lambda r, s: str(write_tar(r / 'a.tar', [('a.cls', b'dog', 0), ('a.png', b'', 0)], labels=False)),
-        "holds b'dog'"),
+        lambda r, s: str(write_tar(r / 'a.tar', [
+            ('a.cls', b'1', 0), ('a.png', b'', 0), ('b.cls', b'dog', 0), ('b.png', b'', 0)], labels=False)),
+        "a.tar: b.cls: the label 'dog' is not a class number"),
+    'a tar with a label of many lines': (
+        lambda r, s: str(write_tar(r / 'a.tar', [('a.cls', b'dog\ncat', 0), ('a.png', b'', 0)], labels=False)),
+        'a.cls: the label .* is not a class name or number'),
+    'a tar with a label of many bytes': (
+        lambda r, s: str(write_tar(r / 'a.tar', [('a.cls', b'x' * 70000, 0), ('a.png', b'', 0)], labels=False)),
+        'a.cls holds 70000 bytes, too many for a label'),
     'a tar with two images in a sample': (
         lambda r, s: str(write_tar(r / 'a.tar', [('a.1.png', b'', 0), ('a.2.png', b'', 0)], labels=False)),
-        'more than one image'),
+        'more than one image .* choose one by its ending, with #image=2.png after the name of the tar'),
     'a tar of links': (linked_tar, 'is a link or a sparse file; write the tar with --dereference'),
     'a shard that is missing': (
         lambda r, s: write_tars(r, s) + '/shard-{000..003}.tar', '003.tar: no such shard, of 4'),
