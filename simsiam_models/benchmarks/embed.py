@@ -18,7 +18,7 @@ from ..data import open_data
 from ..data.readers.images import Images
 from ..runtime.distributed import join_world
 from ..runtime.files import write_atomically
-from ..runtime.messages import require, silent
+from ..runtime.messages import printable, require, silent
 from .backbone import load_backbone
 from .features import NAMES, Features, extract
 from .options import add_extraction, add_model, check_extraction, make_transform, read_extraction, read_sizes
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     labels = None if features.labels is None else features.labels[rows].astype('int64')
     _save(args.output, features, labels, list_paths(images, rows))
     print(f'{args.output}: {", ".join(f"{n} {len(rows)} x {features.array(n).shape[1]}" for n in features.names)} '
-          f'of {images.name} by {backbone.name} (weights {backbone.digest})')
+          f'of {printable(images.name)} by {backbone.name} (weights {backbone.digest})')
     if args.tsne is not None:
         _draw_pictures(args, features, labels)
     return 0

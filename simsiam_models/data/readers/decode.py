@@ -11,7 +11,7 @@ import torch
 import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
-from ...runtime.messages import one_line
+from ...runtime.messages import one_line, printable
 
 # torchvision 0.29 announces the removal of its decoders (its Python function warns); PIL's take a sixth longer.
 _JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
@@ -20,7 +20,10 @@ _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the process lacks som
 
 
 class DataError(RuntimeError):
-    """The data cannot be used; the message says why in one sentence."""
+    """The data cannot be used; the message says why in one sentence, and is one line whatever the names of files."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UnreadableError(DataError):
