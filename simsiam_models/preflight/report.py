@@ -61,7 +61,7 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
         (s.images < FEW_IMAGES, f'{s.images:,} images are few: fine-tuning published weights will likely work better '
                                 f'(rule of thumb: below {FEW_IMAGES:,})'),
         (s.smaller_than(aug.size) > 0.5, f'most images are smaller than the {aug.size} px views and will be enlarged: '
-                                         + _suggest_size(s.short_side[1], aug.size)),
+                                         + suggest_size(s.short_side[1], aug.size)),
         (bool(s.turned), f'{s.turned} images are turned by EXIF, which training does not apply: rotate the files'),
         (s.grayscale > 0.9 and aug.brightness < 0.8,
          'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness 0.8 '
@@ -73,7 +73,7 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
                      + ('more images help most' if s.images < 256 else 'use --batch-size 64 or more'))]
 
 
-def _suggest_size(short: int, size: int) -> str:
+def suggest_size(short: int, size: int) -> str:
     """Suggests smaller views than `size` for images of the short side `short`, both in pixels."""
     smaller = short // 32 * 32 or short // 8 * 8
     return f'use --image-size {smaller}' if 8 <= smaller < size else 'larger images would teach more'

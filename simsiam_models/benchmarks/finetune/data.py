@@ -124,12 +124,12 @@ class Samples(Dataset):
                 items.append((self.transform(Image.fromarray(image)), label, reason))
         except DataError as e:
             return e
-        x, y, reasons = default_collate(items)
         worker = get_worker_info()
-        # All workers may be about to write a batch, and a DataLoader waits forever for one that found no room.
-        if worker is not None and free_shared_memory() < 2 * worker.num_workers * x.nbytes:
-            return [x.numpy(), y.numpy(), reasons]
-        return [x, y, reasons]
+        # All workers may be about to write a batch; one that found no room would end, or wait forever.
+        if worker is None or free_shared_memory() > 2 * worker.num_workers * len(items) * items[0][0].nbytes:
+            return default_collate(items)
+        images, labels, reasons = zip(*items, strict=True)
+        return [np.stack(images), np.array(labels), reasons]
 
     def _read(self, index: int) -> tuple[np.ndarray, int, str]:
         reason = ''
@@ -249,7 +249,7 @@ class Loader:
         try:
             yield from batches
         except RuntimeError as e:
-            if isinstance(e, DataError) or 'DataLoader worker (pid' not in str(e):
+            if isinstance(e, DataError) or not any(x in str(e) for x in ('DataLoader worker (pid', 'shared memory')):
                 raise
             raise RuntimeError(
                 f'a process that reads images ended ({one_line(e, 150)}): make room in memory and /dev/shm (in Docker '
