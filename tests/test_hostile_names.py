@@ -18,14 +18,14 @@ NETWORK = '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64], "stem_width": 
 
 @pytest.fixture(scope='module')
 def hostile(tmp_path_factory) -> Path:
-    """Six classes of digits, each with an image that cannot be read, in a folder with such a name."""
+    """Six classes of digits and an image that cannot be read, in a folder with such a name."""
     digits = write_digits(tmp_path_factory.mktemp('digits'), 150)
     root = os.fsencode(tmp_path_factory.mktemp('hostile')) + b'/data\nFORGED \x1b[2J'
     for i, name in enumerate(CLASSES):
         target = os.path.join(root, name)
         shutil.copytree(os.fsencode(digits / str(i)), target)
-        with open(os.path.join(target, b'torn\nFORGED\x1b[31m.png'), 'wb') as f:
-            f.write(b'no image')
+    with open(os.path.join(root, CLASSES[0], b'torn\nFORGED\x1b[31m.png'), 'wb') as f:
+        f.write(b'no image')
     return Path(os.fsdecode(root))
 
 
@@ -47,7 +47,8 @@ def test_train_py(hostile, tmp_path):
     assert_plain(done.stdout + done.stderr)
     assert 'torn\\nFORGED\\x1b[31m.png' in done.stdout
     assert_plain((tmp_path / 'run/unreadable.txt').read_text())
-    done = run('train.py', hostile, *TINY, '--output', tmp_path / 'stopped', '--batch-size', '16')
+    done = run('train.py', hostile, *TINY, '--output', tmp_path / 'stopped', '--batch-size', '16',
+               '--max-unreadable', '0')
     assert done.returncode == 1 and len(done.stderr.strip().split('\n')) == 1
     assert_plain(done.stdout + done.stderr)
     done = run('train.py', hostile, '--recipe', 'x\nFORGED\x1b[2J', '--no-such\nFORGED')
