@@ -74,8 +74,8 @@ def test_finetune_and_its_tables(hostile, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('args', [
-    ['knn', '--dataset', 'folder'], ['embed', '--allow-partial'], ['preflight', '--device', 'cpu', '--seconds', '2'],
-    ['linear', '--protocol', 'auto']])
+    ['knn', '--allow-partial'], ['embed', '--allow-partial'], ['preflight', '--device', 'cpu', '--seconds', '2'],
+    ['linear', '--protocol', 'auto', '--allow-partial']])
 def test_the_other_commands(hostile, tmp_path, capsys, args):
     command, *more = args
     if command != 'preflight':
@@ -86,5 +86,5 @@ def test_the_other_commands(hostile, tmp_path, capsys, args):
         data = Path(f'{tmp_path}/both\nFORGED')
         for part in ('train', 'val'):
             shutil.copytree(hostile, data / part)
-    cli.main([command, str(data), *more])
+    assert cli.main([command, str(data), *more]) == 0
     assert_plain(''.join(capsys.readouterr()))

@@ -101,13 +101,17 @@ def list_paths(images: Images, rows: np.ndarray) -> list[str]:
     """Returns the paths of the files, or numbers for images that are not files."""
     if not hasattr(images, 'path'):
         return [str(i) for i in rows]
-    # Bytes that are text in no encoding become replacement characters.
-    return [str(images.path(int(i))).encode(errors='surrogateescape').decode(errors='replace') for i in rows]
+    return [_as_text(images.path(int(i))) for i in rows]
+
+
+def _as_text(name: Any) -> str:
+    """Returns a name with replacement characters for bytes that are text in no encoding."""
+    return str(name).encode(errors='surrogateescape').decode(errors='replace')
 
 
 def _save(out: Path, features: Features, labels: np.ndarray | None, paths: list[str]) -> None:
     """Writes the readable rows to a .npz file, or to .npy files and images.json in a folder."""
-    rows, classes = features.readable, [str(name) for name in features.classes]
+    rows, classes = features.readable, [_as_text(name) for name in features.classes]
 
     def load(name: str) -> np.ndarray:
         return features.array(name) if len(rows) == len(features) else features.rows(name, rows)
