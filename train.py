@@ -32,7 +32,10 @@ from simsiam_models.runtime.checkpoint import LAST
 from simsiam_models.runtime.distributed import World, join_world
 from simsiam_models.runtime.lifecycle import Lifecycle, RunError
 from simsiam_models.runtime.log import RunLog, check_extras
+from simsiam_models.runtime.messages import printable
+from simsiam_models.runtime.precision import suggest_off
 from simsiam_models.runtime.signals import Signals, Stopped
+from simsiam_models.runtime.terminal import plain_terminal
 from simsiam_models.training.journal import Journal
 from simsiam_models.training.options import build_parser, resolve_recipe
 from simsiam_models.training.schedule import set_lr
@@ -63,6 +66,7 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
         record, state = claim(args, name, recipe, model, views.images, life)
         trainer = make_trainer(args, recipe, model, record, life, state is not None)
         journal = Journal(log, trainer, len(views), knn, on_collapse=args.on_collapse)
+        life.on_restored = journal.restore
         log.say(describe(name, trainer, views, knn, folder))
         run = Pretraining(args, trainer, views, journal, life, record)
         epoch, step = begin(run, state)
@@ -187,8 +191,8 @@ def save(run: Pretraining, epoch: int, step: int) -> bool:
     journal.gather_unreadable(views, epoch)
     if not trainer.is_finite():
         raise FloatingPointError(
-            f'a weight is not a finite number at epoch {epoch}, step {step}: lower --lr ({trainer.recipe.lr:g}), or '
-            f'use --amp off (now {trainer.amp}); the last checkpoint is kept')
+            f'a weight is not a finite number at epoch {epoch}, step {step}: lower --lr ({trainer.recipe.lr:g})'
+            f'{suggest_off(trainer.amp)}; the last checkpoint is kept')
     identity = {**{k: v for k, v in record.items() if k not in FREE}, 'amp': trainer.amp}
     return life.save(lambda: {
         **trainer.state_dict(), **journal.state_dict(), 'epoch': epoch, 'step': step, 'unreadable': views.unreadable,
@@ -202,25 +206,26 @@ def another_is_gone(e: RuntimeError) -> bool:
 
 
 if __name__ == '__main__':
-    try:
-        main()
-    except torch.OutOfMemoryError as e:
-        print(f'train.py: out of memory: lower --batch-size, or use more processes or --amp ({e})', file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, OSError, MemoryError, FloatingPointError, RunError, DataError) as e:
-        # All processes raise the same error, except for what each of them reads.
-        if os.environ.get('RANK', '0') == '0' or isinstance(e, DataError):
-            print(f'train.py: {str(e) or "out of memory"}', file=sys.stderr)
-        sys.exit(1)
-    except Stopped as e:
-        if os.environ.get('RANK', '0') == '0':
-            print(f'train.py: {e}; the same command continues from the last checkpoint', file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(e.code)  # a thread that waits for a stream would delay a plain exit
-    except RuntimeError as e:
-        if not another_is_gone(e):
-            raise
-        why = str(e).splitlines()[0]
-        print(f'train.py: another process of this run is gone, so this one ends too ({why})', file=sys.stderr)
-        sys.exit(1)
+    with plain_terminal():
+        try:
+            main()
+        except torch.OutOfMemoryError as e:
+            print(f'train.py: out of memory: lower --batch-size, or use more processes or --amp ({e})', file=sys.stderr)
+            sys.exit(1)
+        except (ValueError, OSError, MemoryError, FloatingPointError, RunError, DataError) as e:
+            # All processes raise the same error, except for what each of them reads.
+            if os.environ.get('RANK', '0') == '0' or isinstance(e, DataError):
+                print(f'train.py: {printable(str(e)) or "out of memory"}', file=sys.stderr)
+            sys.exit(1)
+        except Stopped as e:
+            if os.environ.get('RANK', '0') == '0':
+                print(f'train.py: {e}; the same command continues from the last checkpoint', file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(e.code)  # a thread that waits for a stream would delay a plain exit
+        except RuntimeError as e:
+            if not another_is_gone(e):
+                raise
+            why = printable(str(e).splitlines()[0])
+            print(f'train.py: another process of this run is gone, so this one ends too ({why})', file=sys.stderr)
+            sys.exit(1)

@@ -1,7 +1,6 @@
 """The `simsiam` command: a table of subcommands."""
 import argparse
 import functools
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -15,7 +14,9 @@ from .benchmarks.linear import command as linear
 from .benchmarks.results import report
 from .benchmarks.svm import command as svm
 from .preflight.report import preflight
+from .runtime.messages import printable
 from .runtime.signals import Signals
+from .runtime.terminal import Parser, plain_terminal
 from .weights import sources
 from .weights.convert import TARGETS, convert
 from .weights.publish import publish, publish_all
@@ -137,7 +138,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('simsiam', description='SimSiam weights and benchmarks.')
+    parser = Parser('simsiam', description='SimSiam weights and benchmarks.')
     top = parser.add_subparsers(required=True, metavar='COMMAND')
     weights = top.add_parser('weights', help='published weights: list them, show one, verify one').add_subparsers(
         required=True, metavar='COMMAND')
@@ -149,15 +150,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@plain_terminal()
 def main(argv: list[str] | None = None) -> int:
     args = None
     try:
         with Signals():
             args = build_parser().parse_args(argv)
-            for stream in (sys.stdout, sys.stderr):  # file names may not be valid text
-                if hasattr(stream, 'reconfigure'):
-                    stream.reconfigure(errors='backslashreplace')
-            logging.basicConfig(format='%(message)s')
             status = args.run(args) or 0
             sys.stdout.flush()
             return status
@@ -166,8 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (ValueError, RuntimeError, OSError, FloatingPointError, MemoryError) as e:
         text = f'not enough memory ({e})' if isinstance(e, MemoryError) else str(e)
-        text = ''.join(c if c.isprintable() or c == '\n' else repr(c)[1:-1] for c in text)  # no terminal commands
-        print(f'simsiam: {text}', file=sys.stderr)
+        print(f'simsiam: {printable(text)}', file=sys.stderr)
         return 1
     except KeyboardInterrupt as e:  # Stopped, or Python's own before Signals takes over
         if os.environ.get('RANK', '0') == '0':

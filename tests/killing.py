@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import zipfile
@@ -93,11 +94,21 @@ def full_for_a_while(count: int) -> None:
 
 
 def vanished(count: int) -> None:
-    """The run's folder is gone from step `count` on, for four steps: a mount that is lost for a while."""
+    """The run's folder is gone from step `count` on, for four steps: a link to a mount that is lost for a while."""
     folder = Path(sys.argv[sys.argv.index('--output') + 1])
     away = folder.with_name(folder.name + '-away')
-    at_call(torch.optim.SGD, 'step', count, lambda: folder.rename(away))
-    at_call(torch.optim.SGD, 'step', count + 4, lambda: away.rename(folder))
+
+    def lose() -> None:
+        folder.rename(away)
+        folder.symlink_to('no such mount')
+
+    at_call(torch.optim.SGD, 'step', count, lose)
+    at_call(torch.optim.SGD, 'step', count + 4, lambda: away.replace(folder) if folder.unlink() is None else None)
+
+
+def deleted(count: int) -> None:
+    """The run's folder is deleted at step `count`."""
+    at_call(torch.optim.SGD, 'step', count, lambda: shutil.rmtree(sys.argv[sys.argv.index('--output') + 1]))
 
 
 def signals(number: int) -> Callable[[int], None]:
@@ -162,6 +173,7 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
         resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))),
     'full for a while': full_for_a_while,
     'vanished': vanished,
+    'deleted': deleted,
     'no number': no_number,
 }
 

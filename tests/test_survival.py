@@ -371,6 +371,30 @@ def test_a_run_goes_on_while_no_checkpoint_can_be_written(few_digits, tmp_path, 
         assert torch.equal(v, weights(output)[k])
 
 
+def test_a_deleted_output_is_made_again_and_the_run_ends_in_the_same_bits(few_digits, tmp_path, undisturbed):
+    output = tmp_path / 'run'
+    code, out, err = run(few_digits, output, '--checkpoint-steps', '2', '--workers', '0', accident=('deleted', 5))
+    assert code == 0, err
+    assert out.count(f'{output} was deleted; it is made again') == 1
+    assert {'args.json', 'log.jsonl', 'checkpoint.pth', 'backbone'} <= {p.name for p in output.iterdir()}
+    for k, v in weights(undisturbed).items():
+        assert torch.equal(v, weights(output)[k])
+
+
+def test_a_second_run_on_one_output_is_one_line_and_a_killed_one_is_continued_at_once(few_digits, tmp_path):
+    output = tmp_path / 'run'
+    args = few_digits, output, '--workers', '0', '--epochs', '9999'
+    first = Process(*args)
+    first.wait_for('step 2/')
+    code, _, err = run(*args)
+    assert code == 1 and len(err.strip().splitlines()) == 1, err
+    assert f'in use by another run (process {first.pid} on ' in err
+    first.send(signal.SIGKILL)
+    code, out, err = run(*args, '--max-steps', '1')
+    assert code == 0 and 'waiting' not in out, err
+    first.wait()
+
+
 def test_a_run_stops_when_the_newest_checkpoint_gets_too_old_and_keeps_it(few_digits, tmp_path, undisturbed):
     output = tmp_path / 'run'
     args = few_digits, output, '--checkpoint-minutes', '0.0001', '--checkpoint-steps', '2', '--workers', '0'

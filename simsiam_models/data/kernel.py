@@ -11,15 +11,20 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from ..runtime.files import cache_folder, replacing
-from ..runtime.messages import one_line
+from ..runtime.files import ABANDONED, cache_folder, replacing, write_synced
+from ..runtime.messages import one_line, silent
+from ..runtime.runlock import RunLock
+from .kernel_check import find_fault
 
 SOURCE = Path(__file__).with_name('kernel.c')
 # No contraction of a * b + c, so that every processor gives the same numbers. The last two only drop errno and signals.
@@ -27,6 +32,7 @@ FLAGS = ['-O3', '-std=gnu11', '-fPIC', '-shared', '-ffp-contract=off', '-fno-mat
 # The first set that the compiler accepts; wide vectors are worth it here.
 NATIVE = (['-march=native', '-mprefer-vector-width=512'], ['-march=native'], ['-mcpu=native'], [])
 COMPILE_SECONDS = 120
+TEMPORARY = 'simsiam_models-kernel-'
 
 _logger = logging.getLogger('simsiam_models')
 _lock, _thread = threading.Lock(), threading.local()
@@ -64,28 +70,102 @@ def _load_or_compile() -> ctypes.CDLL:
     # No code is loaded from a folder that other users can write to.
     if folder is None or hasattr(os, 'getuid') and (
             folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022):
-        with tempfile.TemporaryDirectory(prefix='simsiam_models-') as once:  # the mapping outlives the file
-            return _compile(compiler, Path(once) / 'kernel.so')
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY) as once:  # the mapping outlives the file
+            return _build(compiler, Path(once), '')
     # Machines with different processors may share a home folder.
     built_for = repr((SOURCE.read_bytes(), FLAGS, NATIVE, compiler, platform.machine(), _processor_flags()))
-    path = folder / f'kernel-{hashlib.sha256(built_for.encode()).hexdigest()[:16]}.so'
+    key = _hash(built_for.encode())
+    if (library := _load_cached(folder, key)) is not None:
+        return library
+    with _hold_build_lock(folder / f'kernel-{key}.lock'):
+        for left in folder.glob(f'kernel-{key}*.part'):  # by a process that was killed
+            left.unlink(missing_ok=True)
+        return _load_cached(folder, key) or _build(compiler, folder, key)
+
+
+def _load_cached(folder: Path, key: str) -> ctypes.CDLL | None:
+    """Returns the kernel from the cache, or None; deletes what is damaged."""
+    for path in sorted(folder.glob(f'kernel-{key}-*.so')):
+        with suppress(OSError):
+            # Its hash first: loading a file that was cut off may end the process.
+            if _hash(path.read_bytes()) == path.stem.rpartition('-')[2]:
+                library = ctypes.CDLL(str(path))
+                if not find_fault(library):
+                    return library
+        with suppress(OSError):
+            path.unlink()
+    return None
+
+
+@contextmanager
+def _hold_build_lock(path: Path) -> Iterator[None]:
+    """Lets one process build for all that share the cache; after COMPILE_SECONDS, each for itself."""
+    lock, end = RunLock(path, silent), time.monotonic() + COMPILE_SECONDS
+    while time.monotonic() < end:
+        try:
+            lock.acquire()
+            break
+        except ValueError:  # another process is building
+            time.sleep(0.1)
     try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # dlopen does not say whether it is missing or damaged; compiling it again costs a second
-        return _compile(compiler, path)
+        yield
+    finally:
+        lock.release()
 
 
-def _compile(compiler: str, path: Path) -> ctypes.CDLL:
-    with replacing(path, shared=True) as part:
+def _build(compiler: str, folder: Path, key: str) -> ctypes.CDLL:
+    """Compiles the kernel, and keeps it in `folder` if it computes what it should.
+
+    Raises:
+        RuntimeError: no set of flags leads to a kernel that does.
+    """
+    fault = ''
+    _remove_abandoned()
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY) as once:
+        made = Path(once) / 'kernel.so'
         for native in NATIVE:
             done = subprocess.run(
-                [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(part), '-lm'], stdin=subprocess.DEVNULL,
-                capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS)
-            if done.returncode == 0:
-                break
-        else:
-            raise RuntimeError(f'{compiler}: {done.stderr or done.stdout or f"exit status {done.returncode}"}')
+                [*compiler.split(), *FLAGS, *native, str(SOURCE), '-o', str(made), '-lm'], stdin=subprocess.DEVNULL,
+                capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS,
+                env={**os.environ, 'TMPDIR': once})
+            if done.returncode:
+                fault = done.stderr or done.stdout or f'exit status {done.returncode}'
+                continue
+            try:
+                return _keep(made.read_bytes(), folder, key)
+            except RuntimeError as e:
+                fault = f'its result with {" ".join(native) or "plain flags"} is wrong: {e}'
+    raise RuntimeError(f'{compiler}: {fault}')
+
+
+def _remove_abandoned() -> None:
+    """Removes the temporary folders of processes that were killed."""
+    for left in Path(tempfile.gettempdir()).glob(f'{TEMPORARY}*'):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > ABANDONED:
+                shutil.rmtree(left)
+
+
+def _keep(data: bytes, folder: Path, key: str) -> ctypes.CDLL:
+    """Puts a new kernel into `folder`; raises RuntimeError if it does not compute what it should."""
+    path = folder / f'kernel-{key}-{_hash(data)}.so'
+    with replacing(path, shared=True) as part:
+        write_synced(part, lambda f: f.write(data))
+        if fault := _check_apart(part):
+            raise RuntimeError(fault)
     return ctypes.CDLL(str(path))
+
+
+def _check_apart(path: Path) -> str:
+    """Returns what is wrong with a new kernel; a process of its own loads it, since bad code may end the process."""
+    done = subprocess.run(
+        [sys.executable, '-I', find_fault.__code__.co_filename, str(path)], stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS)
+    return '' if done.returncode == 0 else done.stderr.strip() or f'exit status {done.returncode}'
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _processor_flags() -> str:

@@ -59,6 +59,27 @@ class Batch:
     bad: dict[int, str] = field(default_factory=dict)  # unreadable images
 
 
+def check_batch(batch: int, name: str, images: int, world: int) -> None:
+    """Raises ValueError if the batch does not fit the images of `name` or the processes."""
+    most = images // world * world
+    if most < 2 * world:
+        raise ValueError(
+            f'{name} has {images} images, but a batch needs 2 for each of {world} processes: add images'
+            f'{", or use fewer processes" if world > 1 else ""}')
+    if batch % world:
+        raise ValueError(
+            f'--batch-size {batch} does not divide by {world} processes; use a multiple of {world}'
+            + (f' from {2 * world} to {most}' if not 2 * world <= batch // world * world < most else ''))
+    if batch > images:
+        raise ValueError(
+            f'--batch-size {batch} is larger than the data set: {name} has {images} images; '
+            f'use at most {most}, or let simsiam preflight choose a recipe')
+    if batch < 2 * world:
+        raise ValueError(
+            f'--batch-size {batch} on {world} processes: batch norm needs at least 2 samples per process; use at '
+            f'least {2 * world}')
+
+
 class TwoViews:
     """The training data: `epoch(e)` yields (x1, x2) on the device, each (B / world, 3, S, S) float32.
 
@@ -83,18 +104,9 @@ class TwoViews:
         device: torch.device | str = 'cpu', workers: int = 0, max_unreadable: float = 0.0,
         on_device: bool | None = None,
     ) -> None:
-        if batch % world:
-            raise ValueError(f'--batch-size {batch} does not divide by {world} processes; use a multiple of {world}')
-        if batch > len(images):
-            raise ValueError(
-                f'--batch-size {batch} is larger than the data set: {images.name} has {len(images)} images; '
-                f'use at most {len(images)}, or let simsiam preflight choose a recipe')
-        if batch // world < 2:
-            raise ValueError(
-                f'--batch-size {batch} on {world} processes: batch norm needs at least 2 samples per process; use at '
-                f'least {2 * world}')
+        check_batch(batch, images.name, len(images), world)
         self.images, self.aug, self.seed, self.device = images, aug, seed, torch.device(device)
-        self._allowed, self.unreadable = int(max_unreadable * len(images)), {}
+        self.max_unreadable, self._allowed, self.unreadable = max_unreadable, int(max_unreadable * len(images)), {}
         self.batch, self.rank, self.world, self.share = batch, rank, world, batch // world
         self.whole = not on_device and self.device.type == 'cpu' and kernel.load_library() is not None  # finished views
         self.buffers = _BufferPool(
@@ -138,7 +150,8 @@ class TwoViews:
         if len(found) > self._allowed:
             raise UnreadableError(
                 f'{found[0]}; {len(found)} unreadable so far, {self._allowed} of {len(self.images)} allowed: repair '
-                'or remove it, or allow a share of them with --max-unreadable 0.01')
+                f'or remove them (simsiam preflight --all counts them), or raise --max-unreadable, now '
+                f'{self.max_unreadable:g}')
 
     def _shuffle(self, epoch: int, start: int) -> Iterator[Job]:
         """Yields batches in the order of the epoch's permutation. Every process takes its slice of each."""
@@ -155,9 +168,11 @@ class TwoViews:
             raw += itertools.islice(samples, self.batch)
             if len(raw) < self.batch:
                 had = b * self.batch + len(raw)
+                advice = f'use --images-per-epoch {had} or less' if had >= self.batch else (
+                    f'that is less than a batch of {self.batch}: check the stream')
                 raise DataError(
                     f'{self.images.name}: the stream ended after {had} images of epoch {epoch}, but '
-                    f'{len(self.images)} were expected; use --images-per-epoch {had} or less')
+                    f'{len(self.images)} were expected; {advice}')
 
         jobs = (((b, raw), [functools.partial(take, b, raw)]) for b in range(start, len(self)) for raw in [[]])
         try:

@@ -15,9 +15,9 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import open_data
-from ..runtime.distributed import choose_device, default_workers
+from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
-from ..runtime.messages import check_flags
+from ..runtime.messages import check_flags, printable
 from ..training.recipes import RECIPES
 from .plan import MEASURED, PUBLISHED, Line, Plan, estimate_cost
 from .survey import ELONGATED, Survey, survey
@@ -36,8 +36,8 @@ def list_warnings(
         *_check_images(s, plan), (slow, f'{cost["hours"]:,.0f} hours on this CPU: use a GPU, or --recipe demo'),
         (not slow and cost['hours'] > 24 * 7,
          f'{cost["hours"] / 24:,.0f} days here: use more GPUs, or fewer --epochs'),
-        (waiting > 0.1, f'training waits for data {100 * waiting:.0f} % of the time: use more --workers (now {used}), '
-                        'or smaller files'),
+        (waiting > 0.1, f'training waits for data {100 * waiting:.0f} % of the time: use '
+                        + (f'more --workers (now {used}), or ' if used < cores() else '') + 'smaller files'),
         (cost['disk_bytes'] > cost['disk_free_bytes'],
          f'the run needs {size_text(cost["disk_bytes"])} and {size_text(cost["disk_free_bytes"])} are free in '
          f'{Path.cwd()}: put --output on another disk'),
@@ -61,7 +61,7 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
         (s.images < FEW_IMAGES, f'{s.images:,} images are few: fine-tuning published weights will likely work better '
                                 f'(rule of thumb: below {FEW_IMAGES:,})'),
         (s.smaller_than(aug.size) > 0.5, f'most images are smaller than the {aug.size} px views and will be enlarged: '
-                                         f'use --image-size {max(32, s.short_side[1] // 32 * 32)}'),
+                                         + suggest_size(s.short_side[1], aug.size)),
         (bool(s.turned), f'{s.turned} images are turned by EXIF, which training does not apply: rotate the files'),
         (s.grayscale > 0.9 and aug.brightness < 0.8,
          'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness 0.8 '
@@ -71,6 +71,12 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
          'corrects most of it, so change nothing unless training fails (rule of thumb)'),
         (batch < 64, f'batch norm sees {batch} samples; the paper tried no batch below 64: '
                      + ('more images help most' if s.images < 256 else 'use --batch-size 64 or more'))]
+
+
+def suggest_size(short: int, size: int) -> str:
+    """Suggests smaller views than `size` for images of the short side `short`, both in pixels."""
+    smaller = short // 32 * 32 or short // 8 * 8
+    return f'use --image-size {smaller}' if 8 <= smaller < size else 'larger images would teach more'
 
 
 def data_lines(s: Survey, size: int) -> list[Line]:
@@ -178,8 +184,8 @@ def preflight(
     if file is not None:
         write_json(file, record)
     if warnings:
-        say('\n'.join(['WARNINGS', *(f'  - {text}' for text in warnings)]))
-    say(f'\n{plan.command}')
+        say('\n'.join(['WARNINGS', *(f'  - {printable(text)}' for text in warnings)]))
+    say(f'\n{printable(plan.command)}')
     if where.type == 'cuda' and (n := torch.cuda.device_count()) > 1:
         say(f'on all {n} cards (not measured): torchrun --nproc-per-node {n} {plan.command.removeprefix("python ")}')
     return record
@@ -187,7 +193,7 @@ def preflight(
 
 def _show(say: Callable[[str], Any], title: str, lines: list[Line]) -> list[dict[str, str]]:
     """Prints a section as soon as it is ready, and returns its lines for the record."""
-    say('\n'.join([title, *(f'  {kind:15}{text}' for kind, text in lines)]))
+    say('\n'.join([printable(title), *(f'  {kind:15}{printable(text)}' for kind, text in lines)]))
     return [{'section': title.split()[0].lower(), 'kind': kind, 'text': text} for kind, text in lines]
 
 

@@ -253,7 +253,7 @@ def _train(t: Trial, trainer: Trainer, images: Images, workers: int, end: float)
     synchronize(device)
     spent = time.perf_counter() - began
     t.last = Reading(loss, x1, p1, z1, trainer.model).read()
-    diagnosis = Doctor(recipe.lr, t.batch).examine(t.last)
+    diagnosis = Doctor(recipe.lr, t.batch, len(images), t.amp).examine(t.last)
     t.collapsed = diagnosis is not None and diagnosis.collapsed
     t.diagnosis = diagnosis and str(diagnosis)
     if t.steps > 1:

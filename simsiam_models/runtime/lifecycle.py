@@ -1,14 +1,16 @@
 """The life of a long run: it claims its folder, resumes, saves when a checkpoint is due, and stops on a signal."""
+import errno
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import checkpoint
 from .distributed import World
-from .files import hold_lock, write_json
+from .files import write_atomically, write_json
+from .messages import silent
+from .runlock import RunLock
 from .signals import Signals, Stopped
 
 ARGS = 'args.json'
@@ -44,8 +46,8 @@ class Lifecycle:
                 life.stop_if_signalled()
 
     Processes take every decision together, and only rank 0 touches files. Between `claim` and the end of the block no
-    other process can claim the folder. While a checkpoint cannot be written (disk full, folder gone) the run
-    continues and keeps the previous one.
+    other run can claim the folder. While a checkpoint cannot be written (disk full, mount lost) the run continues and
+    keeps the previous one. A deleted folder is made again at the next save.
 
     Args:
         newest: path of the newest checkpoint.
@@ -54,6 +56,8 @@ class Lifecycle:
         keep_last: checkpoints that are kept; with 2 or more, the run falls back from a damaged one to the one before.
         keep_every: keep the checkpoint of every N-th epoch for good; 0: none.
         start_over: what errors tell the user to do to start again.
+
+    `on_restored` is called, on rank 0, after the folder was made again.
     """
 
     def __init__(
@@ -66,15 +70,18 @@ class Lifecycle:
         self.minutes, self.every_steps = minutes, every_steps
         self.keep_last, self.keep_every, self.start_over = keep_last, keep_every, start_over
         self.position = self.saved = None  # (epoch, step) of the last attempt to save, and of the newest checkpoint
+        self.on_restored: Callable[[], Any] = silent
         self._saved_at = self._tried_at = time.monotonic()
-        self._stack = ExitStack()
+        self._lock: RunLock | None = None  # rank 0's
+        self._device = self._args = None  # of the folder: the file system it is on, and the bytes of args.json
 
     def __enter__(self) -> 'Lifecycle':
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.signals.deferred = False
-        self._stack.close()
+        if self._lock is not None:
+            self._lock.release()
 
     def claim(self, args: dict[str, Any], free: set[str] = frozenset(), fresh: bool = False) -> dict[str, Any]:
         """Makes the folder this run's, or finds that it already is, and returns the arguments recorded there.
@@ -84,7 +91,8 @@ class Lifecycle:
             fresh: refuse to continue a run.
 
         Raises:
-            ValueError: the folder holds another run, or files of an unknown one; nothing in it is touched.
+            ValueError: the folder holds another run, or files of an unknown one; nothing in it is touched. Or another
+                process is running it.
         """
         def check() -> dict[str, Any] | None:
             return _read_claim(self.folder, args, free, fresh)
@@ -92,6 +100,7 @@ class Lifecycle:
         def write() -> dict[str, Any]:
             if (old := check()) is None:
                 write_json(self.folder / ARGS, args)
+            self._args = (self.folder / ARGS).read_bytes()
             return old or args
 
         self.world.broadcast_from_main(check)  # before anything is written, the lock included
@@ -99,8 +108,17 @@ class Lifecycle:
         return self.world.broadcast_from_main(write)
 
     def lock(self, path: Path | None = None) -> None:
-        """Waits until no other process runs in the folder; `path` is the lock file if it is not FOLDER/lock."""
-        self._stack.enter_context(hold_lock(path or self.folder / 'lock', self.world))
+        """Keeps other runs out of the folder; `path` is the lock file if it is not FOLDER/lock.
+
+        Raises:
+            ValueError: another process has it; the message names the process.
+        """
+        def take() -> None:
+            lock = RunLock(path or self.folder / 'lock', self.say)
+            lock.acquire()
+            self._lock, self._device = lock, _find_device(self.folder)
+
+        self.world.broadcast_from_main(take)
 
     def resume(self, run: dict[str, Any], free: set[str] = frozenset()) -> dict[str, Any] | None:
         """Returns the newest undamaged checkpoint on every process, or None if there is no checkpoint.
@@ -168,7 +186,7 @@ class Lifecycle:
             Whether it was written; if not, the previous one is kept.
 
         Raises:
-            RunError: none could be written for PATIENCE times `minutes`.
+            RunError: none could be written for PATIENCE times `minutes`, or another run has taken the folder over.
         """
         self.position = epoch, step
         keep = epoch if self.keep_every and step == 0 and epoch and epoch % self.keep_every == 0 else 0
@@ -176,6 +194,7 @@ class Lifecycle:
         def write() -> bool:
             self._tried_at = time.monotonic()
             try:
+                self._restore()
                 checkpoint.save(self.newest, make_state(), self.keep_last, keep)
             except OSError as e:
                 self._tolerate(e)
@@ -187,6 +206,35 @@ class Lifecycle:
         if written:
             self.saved = self.position
         return written
+
+    def _restore(self) -> None:
+        """Makes the folder, its lock and args.json again if they were deleted.
+
+        Raises:
+            RunError: another run has taken the folder over.
+            OSError: the folder is not there because its disk is not there, or it cannot be written to.
+        """
+        if self._lock is None:
+            return
+        record, device, gone = self.folder / ARGS, _find_device(self.folder), not self.folder.exists()
+        try:
+            kept = self._lock.check()
+            if not kept:
+                if device != self._device:  # what is written to the place of a lost mount is lost, too
+                    raise OSError(errno.ENODEV, 'its disk is not there')
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock.renew()
+        except ValueError as e:
+            raise RunError(str(e)) from None
+        self._device = device
+        if record.exists():
+            self._args = record.read_bytes()
+        elif self._args is not None:
+            write_atomically(record, lambda f: f.write(self._args))
+            kept = False
+        if not kept:
+            self.say(f'{self.folder} was deleted{"" if gone else " in part"}; it is made again, and the run continues')
+            self.on_restored()
 
     def _tolerate(self, e: OSError) -> None:
         minutes = PATIENCE * self.minutes
@@ -214,6 +262,13 @@ class Lifecycle:
             raise RunError(
                 'the last checkpoint could not be written; make room, and the same command continues from '
                 'the one before')
+
+
+def _find_device(path: Path) -> int:
+    """Returns the number of the file system that holds `path`, or would hold it."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def _read_claim(folder: Path, args: dict[str, Any], free: set[str], fresh: bool) -> dict[str, Any] | None:

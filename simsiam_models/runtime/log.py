@@ -45,9 +45,7 @@ class RunLog:
             return
         folder = self.path.parent
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1 if step else None)
+            self._open_tensorboard(step)
         if wandb:
             import wandb as wb
 
@@ -59,6 +57,22 @@ class RunLog:
             except Exception as e:  # wandb raises errors of its own: no login, no network, ...
                 raise ValueError(
                     f'--wandb {wandb}: {one_line(e)}; run `wandb login`, or set WANDB_MODE=offline') from None
+
+    def _open_tensorboard(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            str(self.path.parent / 'tensorboard'), purge_step=step + 1 if step else None)
+
+    def restore(self) -> None:
+        """Opens new files after the folder was deleted and made again; call it on rank 0."""
+        if self._writer is not None:
+            try:
+                self._writer.close()
+                self._open_tensorboard(0)
+            except Exception as e:  # tensorboard raises errors of its own
+                self._writer = None
+                self.say(f'TensorBoard failed ({one_line(e)}); the run continues without it')
 
     def start(self, total: int, done: int) -> None:
         """Shows a progress bar on a terminal, in optimizer steps."""

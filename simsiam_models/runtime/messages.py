@@ -1,12 +1,15 @@
 """Text for users: errors in one line, rules for flags, lengths of time."""
+import html
 import importlib.util
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
 _logger = logging.getLogger('simsiam_models')
+FORMULA = tuple('=+-@\t\r\n\uff1d\uff0b\uff0d\uff20')  # the first characters, also in full width (OWASP)
 
 Rule = tuple[str, Any, bool, str]  # flag, its value, whether the value is allowed, what it must be
 
@@ -25,9 +28,34 @@ def require(what: str, **packages: str) -> None:
         raise RuntimeError(f'{what} needs {" and ".join(missing)}: pip install {" ".join(missing)}')
 
 
+def printable(text: str, keep: str = '') -> str:
+    """Writes every character that is not printable as Python does, except for those in `keep`.
+
+    These are control characters of terminals and of bidirectional text, line breaks, and bytes that are no text.
+    """
+    return text if text.isprintable() else ''.join(
+        c if c.isprintable() or c in keep else c.encode('unicode_escape', 'backslashreplace').decode() for c in text)
+
+
+def inert_cell(value: Any) -> Any:
+    """Returns a cell of a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    if isinstance(value, str) and value.startswith(FORMULA):
+        try:
+            float(value)
+        except ValueError:
+            return f"'{value}"
+    return value
+
+
+def plain_markdown(text: str) -> str:
+    """Returns Markdown, also in a cell of a table, that shows exactly this text: no link, code, emphasis or HTML."""
+    text = html.escape(printable(text), quote=False)
+    return re.sub(r'[\\|\[\]`*~]|(?<![^\W_])_|_(?![^\W_])', r'\\\g<0>', text)
+
+
 def one_line(error: Any, most: int = 200) -> str:
     """Returns the text of an error without line breaks, at most `most` characters; its type if it has no text."""
-    return ' '.join(str(error).split())[:most] or type(error).__name__
+    return printable(' '.join(str(error).split()))[:most] or type(error).__name__
 
 
 def short(value: Any, most: int = 80) -> str:

@@ -16,6 +16,11 @@ def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     return torch.autocast(device.type, AMP[amp]) if AMP[amp] else nullcontext()
 
 
+def suggest_off(amp: str) -> str:
+    """Returns advice for numbers that are not finite: ', or use --amp off (...)', or '' if it is off already."""
+    return '' if amp == 'off' else f', or use --amp off (now {amp})'
+
+
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Scales the loss in float16, and does nothing otherwise."""
     return torch.amp.GradScaler(device.type, enabled=amp == 'float16')

@@ -4,9 +4,11 @@ The symptom comes from the figures of a reading, the cause from evidence: the pi
 Without evidence the doctor calls the cause unknown.
 """
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
+from ..runtime.precision import suggest_off
 from .monitor import MIN_SAMPLES, is_collapsed
 
 # Chosen on runs of seeds 0 and 1. tests/perf/collapse.py then measured on seeds 2 and 3, runs of 120 steps: no alarm in
@@ -30,10 +32,13 @@ class Diagnosis:
 
 
 class Doctor:
-    """Examines readings one by one; `lr`: per 256 samples, `batch`: what a batch norm sees, over all processes."""
+    """Examines readings one by one; `lr`: per 256 samples, `batch`: what a batch norm sees, over all processes.
 
-    def __init__(self, lr: float, batch: int) -> None:
-        self.lr, self.batch = lr, batch
+    `images`, of an epoch, and `amp` decide what it can suggest.
+    """
+
+    def __init__(self, lr: float, batch: int, images: int = sys.maxsize, amp: str = 'off') -> None:
+        self.lr, self.batch, self.images, self.amp = lr, batch, images, amp
         self.in_a_row = 0  # collapsed readings
 
     @property
@@ -60,7 +65,7 @@ class Doctor:
         if not all(math.isfinite(f[k]) for k in ('loss', 'std', 'rank')):
             return Diagnosis(
                 'not finite', 'the loss or the outputs are not finite numbers',
-                f'lower --lr ({self.lr:g}) or use --amp off')
+                f'lower --lr ({self.lr:g}){suggest_off(self.amp)}')
         collapsed = is_collapsed(f['std'], f['rank'], f['samples'])
         if f['pixels'] < BLANK_STD:
             return Diagnosis(
@@ -69,7 +74,9 @@ class Doctor:
         if self.batch < MIN_SAMPLES:
             return Diagnosis(
                 'batch too small', f'batch norm makes {self.batch} samples differ whatever the network does, so std '
-                'and rank cannot show a collapse', 'use --batch-size 64 or more', collapsed)
+                'and rank cannot show a collapse',
+                'use --batch-size 64 or more' if self.images >= 64 else 'add images, for a batch of 64 or more',
+                collapsed)
         unwell = collapsed or f['std'] < UNWELL_STD or f['p_std'] < UNWELL_P_STD
         unwell |= f['samples'] >= MIN_SAMPLES and f['rank'] < UNWELL_RANK
         if self.lr > HIGH_LR and unwell:

@@ -1,6 +1,5 @@
 """Reports on a run: figures of its steps, unreadable images, kNN accuracy, and the first signs of a collapse."""
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from ..runtime.distributed import mean_over_processes
 from ..runtime.files import write_atomically
 from ..runtime.log import RunLog
 from ..runtime.messages import clock_time
+from ..runtime.precision import suggest_off
 from .doctor import Diagnosis, Doctor
 from .monitor import KnnMonitor, Moment, Reading, is_collapsed
 from .step import Trainer
@@ -31,7 +31,8 @@ class Journal:
     def __init__(
         self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, on_collapse: str) -> None:
         self.log, self.trainer, self.steps, self.knn, self.on_collapse = log, trainer, steps, knn, on_collapse
-        self.doctor = Doctor(trainer.recipe.lr, trainer.recipe.batch_size)
+        self.doctor = Doctor(
+            trainer.recipe.lr, trainer.recipe.batch_size, steps * trainer.recipe.batch_size, trainer.amp)
         self.figures: dict[str, Any] = {'knn': {}}
         self.diagnosis: Diagnosis | None = None
         self.failed = False
@@ -45,6 +46,11 @@ class Journal:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.figures['knn'] = state['knn']
         self.doctor.load_state_dict(state['doctor'])
+
+    def restore(self) -> None:
+        """Opens new files after the folder was deleted and made again; call it on rank 0."""
+        self._named = 0  # so that UNREADABLE is written again
+        self.log.restore()
 
     def measure_waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Yields the batches of an epoch, and adds up the time spent waiting for them."""
@@ -81,7 +87,7 @@ class Journal:
         if not math.isfinite(f['loss']):
             raise FloatingPointError(
                 f'the loss is {f["loss"]} at epoch {f["epoch"]}, step {f["step"]}: lower --lr '
-                f'({self.trainer.recipe.lr:g}), or use --amp off (now {self.trainer.amp}); the last checkpoint is kept')
+                f'({self.trainer.recipe.lr:g}){suggest_off(self.trainer.amp)}; the last checkpoint is kept')
         f['collapsed'] = is_collapsed(f['std'], f['rank'], f['samples'])
         before, now = self.diagnosis, self.doctor.examine(f)
         self.diagnosis, f['diagnosis'] = now, now and now.name
@@ -139,7 +145,7 @@ class Journal:
         self._named = len(found)
         if self.log.main:
             path = self.log.path.with_name(UNREADABLE)
-            text = os.fsencode(''.join(f'{found[i]}\n' for i in sorted(found)))
+            text = ''.join(f'{found[i]}\n' for i in sorted(found)).encode()
             try:
                 write_atomically(path, lambda f: f.write(text))
             except OSError as e:

@@ -7,6 +7,7 @@ from typing import Any
 from ..data.augment import Augmentation
 from ..runtime.messages import check_flags, json_object
 from ..runtime.precision import AMP
+from ..runtime.terminal import Parser
 from .recipes import RECIPES, Recipe
 
 # Group -> field of Recipe or Augmentation -> help; without the flag the recipe's own number holds.
@@ -50,7 +51,7 @@ SPECIAL = {
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='train.py', description=description, epilog=_recipe_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for title, add_flags in (

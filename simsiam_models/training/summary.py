@@ -3,6 +3,7 @@ import math
 from pathlib import Path
 
 from ..data import TwoViews
+from ..runtime.messages import printable
 from .journal import UNREADABLE, Journal
 from .monitor import KnnMonitor, explain_no_monitor
 from .schedule import scaled_lr
@@ -17,7 +18,7 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
     parameters = sum(p.numel() for p in trainer.model.parameters())
     kind = 'no labels' if images.labels is None else f'{len(images.classes)} classes'
     lines = [
-        f'{images.name}: {len(images)} images, {kind}; {len(views)} steps per epoch',
+        f'{printable(images.name)}: {len(images)} images, {kind}; {len(views)} steps per epoch',
         f'recipe {name}: {r.model}, {parameters:,} parameters, {r.epochs} epochs, batch {r.batch_size} '
         f'({r.batch_size // world.size} x {world.size} processes), lr {r.lr:g} per 256 samples = {scaled_lr(r):g}, '
         f'{world.device.type}, amp {trainer.amp}, {trainer.perf} -> {folder}']
@@ -25,7 +26,7 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
         lines.append(images.promise)
     if knn is None:
         lines.append(f'{explain_no_monitor(images)}, so no kNN monitor; --knn-data DATA names labelled images')
-    if r.batch_size >= 1024 and not r.warmup_epochs:
+    if r.batch_size >= 1024 and not r.warmup_epochs and r.epochs > 10:
         lines.append('the paper warms up for 10 epochs at batches of 1024 and more: --warmup-epochs 10')
     if r.batch_size < 64:
         lines.append(f'batch norm sees {r.batch_size} samples; the paper tried no batch below 64')

@@ -2,9 +2,14 @@
 import itertools
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +21,7 @@ from test_augment import MEAN, OPERATORS, STD, colours, gaussian, parameters, ph
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as F
 
-from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel
+from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel, kernel_check
 from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray, resize
 from simsiam_models.data.philox import philox
 
@@ -433,6 +438,125 @@ def test_it_is_compiled_once_and_a_damaged_copy_again(tmp_path):
     made.write_bytes(made.read_bytes()[:100])
     assert in_a_process(SIMSIAM_CACHE=str(tmp_path)) == (first, '')
     assert [p.name for p in tmp_path.iterdir()] == [made.name]
+
+
+@pytest.fixture
+def good() -> Path:
+    """A compiled kernel: a compiler that copies it saves seconds."""
+    kernel._load_once.cache_clear()
+    return Path(kernel.load_library()._name)
+
+
+@pytest.fixture
+def cache(good, tmp_path, monkeypatch) -> Iterator[Path]:
+    folder = tmp_path / 'cache'
+    monkeypatch.setenv('SIMSIAM_CACHE', str(folder))
+    yield folder
+    kernel._load_once.cache_clear()
+
+
+def load() -> bool:
+    """Whether a process that has not loaded the kernel yet gets one."""
+    kernel._load_once.cache_clear()
+    return kernel.load_library() is not None
+
+
+def in_a_fork(do: Callable[[], bool]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if do() else 1)
+    return pid
+
+
+def make_compiler(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sets CC to a shell script that is given cc's arguments, with the name of its result in $out."""
+    path = folder / 'compiler'
+    path.write_text(f'#!/bin/sh\nfor a; do test "$last" = -o && out=$a; last=$a; done\n{script}\n')
+    path.chmod(0o755)
+    monkeypatch.setenv('CC', str(path))
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda data: b'', lambda data: data[:64], lambda data: data[:len(data) // 2], lambda data: data[:-1],
+    lambda data: b'garbage' * 999, lambda data: data.replace(b'\x7fELF', b'\x7fELG'),
+    lambda data: data[:5000] + bytes(5000) + data[10000:]])
+def test_a_cached_kernel_of_other_bytes_is_never_loaded_and_built_again(cache, good, tmp_path, monkeypatch, spoil):
+    make_compiler(tmp_path, f'cp {good} "$out"', monkeypatch)
+    assert os.waitpid(in_a_fork(load), 0)[1] == 0
+    made, = cache.iterdir()
+    made.write_bytes(spoil(good.read_bytes()))
+    assert os.waitpid(in_a_fork(load), 0)[1] == 0
+    assert [p.name for p in cache.iterdir()] == [made.name] and made.read_bytes() == good.read_bytes()
+
+
+def test_a_cached_kernel_that_computes_wrong_numbers_is_built_again_once(cache, good, tmp_path, monkeypatch):
+    make_compiler(tmp_path, f'cp {good} "$out"', monkeypatch)
+    assert load()
+    made, = cache.iterdir()
+    faults = iter(['it computes wrong numbers'])
+    monkeypatch.setattr(kernel, 'find_fault', lambda library: next(faults))
+    monkeypatch.setattr(kernel, '_check_apart', lambda path: '')
+    stamp = made.stat().st_mtime_ns
+    assert load() and made.stat().st_mtime_ns > stamp
+
+
+@pytest.mark.parametrize('script, words', [
+    ('head -c 9000 GOOD > "$out"', 'wrong'),
+    ('echo garbage > "$out"', 'invalid ELF header|file too short|wrong'),
+    ('echo "int x;" | cc -shared -fPIC -x c - -o "$out"', 'missing'),
+    ('echo "void abort(void); __attribute__((constructor)) static void f(void) { abort(); }" '
+     '| cc -shared -fPIC -x c - -o "$out"', 'exit status -6'),
+    ('mkdir "$out.d"; for a; do case "$a" in *kernel.c) sed s/0xD2511F53/0xD2511F55/ "$a" > "$out.d/k.c";; esac; done; '
+     'cc -O1 -std=gnu11 -fPIC -shared "$out.d/k.c" -o "$out" -lm', 'computes wrong numbers')])
+def test_a_bad_result_is_not_kept_and_one_line_says_why(cache, good, tmp_path, monkeypatch, caplog, script, words):
+    make_compiler(tmp_path, script.replace('GOOD', str(good)), monkeypatch)
+    assert not load()
+    record, = caplog.records
+    assert re.search(words, record.message) and 'continuing without it' in record.message
+    assert '\n' not in record.message and not list(cache.iterdir())
+
+
+def test_flags_that_lead_to_a_bad_result_give_way_to_the_next(cache, good, tmp_path, monkeypatch, caplog):
+    bad = 'case "$*" in *-march*|*-mcpu*) echo bad > "$out"'
+    make_compiler(tmp_path, f'{bad};; *) cp {good} "$out";; esac', monkeypatch)
+    assert load() and not caplog.records and len(list(cache.iterdir())) == 1
+
+
+def test_four_processes_at_once_compile_once(cache, good, tmp_path, monkeypatch):
+    make_compiler(tmp_path, f'echo >> {tmp_path}/calls; sleep 0.5; cp {good} "$out"', monkeypatch)
+    children = [in_a_fork(load) for _ in range(4)]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 4
+    assert (tmp_path / 'calls').read_text().count('\n') == 1
+    assert [p.suffix for p in cache.iterdir()] == ['.so']
+
+
+def test_a_kill_during_the_compile_leaves_nothing_that_the_next_process_does_not_remove(
+    cache, good, tmp_path, monkeypatch,
+):
+    first = f'if test ! -e {tmp_path}/pid; then echo $$ > {tmp_path}/pid; exec sleep 60; fi'
+    make_compiler(tmp_path, f'{first}; cp {good} "$out"', monkeypatch)
+    child = in_a_fork(load)
+    end = time.monotonic() + 60
+    while not (tmp_path / 'pid').exists() or not (tmp_path / 'pid').read_text():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.kill(int((tmp_path / 'pid').read_text()), signal.SIGKILL)
+    (cache / f'kernel-{kernel_key(cache)}.0123.part').write_text('of a kill a moment later')
+    assert load()
+    assert [p.suffix for p in cache.iterdir()] == ['.so']
+
+
+def kernel_key(cache: Path) -> str:
+    lock, = cache.glob('kernel-*.lock')
+    return lock.stem.removeprefix('kernel-')
+
+
+def test_the_known_resize_is_pils():
+    pixels = np.array(kernel_check.PIXELS, np.uint8).reshape(4, 4)
+    assert np.asarray(Image.fromarray(pixels).resize((2, 2), Image.BILINEAR)).ravel().tolist() == kernel_check.RESIZED
+    assert philox(np.zeros((1, 4), np.uint64), (0, 0))[0].tolist() == kernel_check.WORDS
 
 
 def test_a_folder_that_cannot_be_written_or_that_others_can_write_is_not_used(tmp_path):

@@ -2,8 +2,8 @@
 import errno
 import json
 import os
+import shutil
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,7 @@ import pytest
 import torch
 from processes import spawn
 
-from simsiam_models.runtime import checkpoint
+from simsiam_models.runtime import checkpoint, lifecycle
 from simsiam_models.runtime.checkpoint import LAST
 from simsiam_models.runtime.distributed import World
 from simsiam_models.runtime.lifecycle import ARGS, Lifecycle, RunError, amend_claim
@@ -69,24 +69,62 @@ def test_a_file_is_no_folder_and_a_broken_record_is_named(tmp_path):
             one.claim(RUN)
 
 
-def test_a_second_process_waits_for_the_lock_and_then_finds_the_run(tmp_path, capsys):
-    order = []
-
-    def second() -> None:
-        with life(tmp_path) as other:
-            other.claim(RUN)
-            order.append(('second', other.resume(RUN)['epoch']))
+def test_a_second_run_is_refused_by_a_sentence_that_names_the_first(tmp_path):
     with life(tmp_path) as one:
         one.claim(RUN)
-        thread = threading.Thread(target=second)
-        thread.start()
-        end = time.monotonic() + 30
-        while 'waiting for another process' not in capsys.readouterr().err and time.monotonic() < end:
-            time.sleep(0.01)
+        words = f'in use by .*process {os.getpid()} on .*, since'
+        with life(tmp_path) as other, pytest.raises(ValueError, match=words):
+            other.claim(RUN)
         one.save(lambda: state(7), 7)
-        order.append(('first', 7))
-    thread.join(30)
-    assert order == [('first', 7), ('second', 7)]
+    with life(tmp_path) as other:
+        other.claim(RUN)
+        assert other.resume(RUN)['epoch'] == 7
+
+
+def test_a_deleted_folder_is_made_again_at_the_next_save(tmp_path):
+    said, restored, folder = [], [], tmp_path / 'runs/run'
+    with life(folder, said=said) as one:
+        one.claim(RUN)
+        amend_claim(folder, {'perf': 'fast'})
+        one.on_restored = lambda: restored.append(sorted(p.name for p in folder.iterdir()))
+        one.save(state, 0)
+        shutil.rmtree(folder.parent)
+        assert one.save(lambda: state(1), 1)
+        assert len(said) == 1 and 'was deleted; it is made again' in said[0]
+        assert restored == [[ARGS, 'lock']]
+        (folder / ARGS).unlink()
+        assert one.save(lambda: state(2), 2)
+        assert len(said) == 2 and 'was deleted in part' in said[1]
+        with life(folder) as other, pytest.raises(ValueError, match='in use'):
+            other.claim({**RUN, 'perf': 'fast'})
+        assert one.save(lambda: state(3), 3) and len(said) == 2
+    assert json.loads((folder / ARGS).read_text()) == {**RUN, 'perf': 'fast'}
+    assert checkpoint.load(folder / LAST, KEYS)[1]['epoch'] == 3
+
+
+def test_nothing_is_written_to_the_place_of_a_lost_mount(tmp_path, monkeypatch):
+    said, folder = [], tmp_path / 'mount/run'
+    with life(folder, said=said) as one:
+        one.claim(RUN)
+        shutil.rmtree(folder)
+        with monkeypatch.context() as m:
+            m.setattr(lifecycle, '_find_device', lambda path: -1)
+            assert not one.save(state, 0)
+        assert 'its disk is not there' in said[0] and not folder.exists()
+        assert one.save(state, 0)
+
+
+def test_a_run_that_lost_its_folder_to_another_stops_and_keeps_out(tmp_path):
+    with life(tmp_path / 'run') as one:
+        one.claim(RUN)
+        one.save(state, 0)
+        shutil.rmtree(tmp_path / 'run')
+        with life(tmp_path / 'run') as other:
+            other.claim(RUN)
+            with pytest.raises(RunError, match=f'process {os.getpid()}.*taken it over'):
+                one.save(lambda: state(1), 1)
+            assert other.resume(RUN) is None
+            assert other.save(lambda: state(2), 2)
 
 
 def test_what_is_decided_later_is_added_to_the_claim(tmp_path):

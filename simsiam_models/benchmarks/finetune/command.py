@@ -21,7 +21,7 @@ from ...runtime.checkpoint import LAST
 from ...runtime.distributed import default_workers, join_world
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import json_object
+from ...runtime.messages import json_object, printable
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..backbone import load_backbone
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         runs = [(args.output, resolve_plain(args, MIXED, LEAST))] if plain else resolve_semi(args)
         images, validation = open_source(args)
         report_pair(images, world)
-        say(f'{len(images.train)} training images of {images.classes} classes; validation: {validation}')
+        say(f'{len(images.train)} training images of {images.classes} classes; validation: {printable(validation)}')
         if plain:
             own = SIZE
             if args.image_size is None:

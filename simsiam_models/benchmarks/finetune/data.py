@@ -4,23 +4,27 @@ timm's transforms draw from the generators of Python, NumPy and torch. All three
 before each image, so neither the number of workers nor a restart changes the result for an image.
 """
 import argparse
+import logging
 import math
 import random
+import shutil
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from ...data import DataError, UnreadableError
 from ...data.philox import permutation, uniforms
 from ...data.readers.images import Images
 from ...runtime import signals
 from ...runtime.distributed import World
+from ...runtime.messages import one_line
 from ..datasets.classification import open_pair
 from ..datasets.lists import labelled_subset
 from ..samples import Pair, check_every_class_trains, open_labelled
@@ -30,6 +34,8 @@ MAX_UNREADABLE = 0.1  # share of the images
 
 ImageTransform = Callable[[Image.Image], Tensor]
 Key = tuple[int, int]  # epoch, index
+
+_logger = logging.getLogger('simsiam_models')
 
 
 def open_source(args: argparse.Namespace) -> tuple[Pair, str]:
@@ -73,7 +79,10 @@ class Samples(Dataset):
         return len(self.images)
 
     def __getitem__(self, keys: list[Key]) -> list | DataError:
-        """Returns a batch, or a DataError: a worker process would raise it as a traceback."""
+        """Returns a batch, or a DataError: a worker process would raise it as a traceback.
+
+        A worker process hands tensors over in shared memory; arrays, for which the pipe will do, where that is short.
+        """
         items = []
         try:
             for epoch, index in keys:
@@ -83,7 +92,12 @@ class Samples(Dataset):
                 items.append((self.transform(Image.fromarray(image)), label, reason))
         except DataError as e:
             return e
-        return default_collate(items)
+        worker = get_worker_info()
+        # All workers may be about to write a batch; one that found no room would end, or wait forever.
+        if worker is None or free_shared_memory() > 2 * worker.num_workers * len(items) * items[0][0].nbytes:
+            return default_collate(items)
+        images, labels, reasons = zip(*items, strict=True)
+        return [np.stack(images), np.array(labels), reasons]
 
     def _read(self, index: int) -> tuple[np.ndarray, int, str]:
         reason = ''
@@ -146,6 +160,18 @@ def plan_eval_batches(n: int, batch: int, world: World) -> list[list[Key]]:
     return [[(0, i) for i in mine[k:k + batch]] for k in range(0, len(mine), batch)]
 
 
+def free_shared_memory() -> float:
+    """Returns the free bytes where worker processes leave tensors: 64 MB in a container by default."""
+    try:
+        return shutil.disk_usage('/dev/shm').free
+    except OSError:  # a system that has it elsewhere
+        return math.inf
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
 def _ignore_signals(worker: int) -> None:
     """Lets the main process alone decide when a run stops: signals often go to all processes of a group."""
     for name in signals.NAMES:
@@ -162,18 +188,40 @@ class Loader:
 
     def load(self, keys: list[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields (B, 3, S, S) and (B,); raises DataError if more than MAX_UNREADABLE of the images cannot be read."""
-        fork = self.workers and 'fork' in torch.multiprocessing.get_all_start_methods()
-        loader = DataLoader(
-            self.samples, batch_size=None, sampler=keys, num_workers=self.workers,
-            pin_memory=self.device.type == 'cuda', generator=torch.Generator(), worker_init_fn=_ignore_signals,
-            multiprocessing_context='fork' if fork else None)  # fork: no process needs a copy of the images
-        for batch, items in zip(keys, loader, strict=True):
+        for batch, items in zip(keys, self._read(keys), strict=True):
             if isinstance(items, DataError):
                 raise items
-            x, y, reasons = items
+            x, y, reasons = torch.as_tensor(items[0]), torch.as_tensor(items[1]), items[2]
             self.unreadable |= {index: why for (_, index), why in zip(batch, reasons, strict=True) if why}
             self._check_unreadable()
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def _read(self, keys: list[list[Key]]) -> Iterator[Any]:
+        """Yields what `samples` returns for the keys; raises RuntimeError if a worker process ends."""
+        fork = self.workers and 'fork' in torch.multiprocessing.get_all_start_methods()
+        loader = DataLoader(
+            self.samples, batch_size=None, sampler=keys, num_workers=self.workers, collate_fn=_unchanged,
+            pin_memory=self.device.type == 'cuda', generator=torch.Generator(), worker_init_fn=_ignore_signals,
+            multiprocessing_context='fork' if fork else None)  # fork: no process needs a copy of the images
+        try:
+            batches = iter(loader)
+        except OSError as e:  # no semaphore, for which /dev/shm is needed too, or no process
+            if not self.workers:
+                raise
+            _logger.warning(
+                f'no worker process can be started ({e.strerror or e}; is /dev/shm there, and not full?), so the main '
+                'process reads the images, slower')
+            self.workers = 0
+            yield from self._read(keys)
+            return
+        try:
+            yield from batches
+        except RuntimeError as e:
+            if isinstance(e, DataError) or not any(x in str(e) for x in ('DataLoader worker (pid', 'shared memory')):
+                raise
+            raise RuntimeError(
+                f'a process that reads images ended ({one_line(e, 150)}): make room in memory and /dev/shm (in Docker '
+                '--shm-size), or use --workers 0') from None
 
     def join(self, world: World) -> None:
         """Gathers `unreadable` from all processes; raises DataError like `load`."""

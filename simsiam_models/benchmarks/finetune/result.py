@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ...runtime.files import write_atomically
+from ...runtime.messages import inert_cell, printable, short
 from ..results.record import format_record, write_record
 from ..samples import Pair
 from .settings import Settings, list_deviations
@@ -48,7 +49,7 @@ def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
         classifier.backbone, images.data(), metrics, seconds=sum(row['seconds'] for row in run.history), extra=extra)
     report_result(run, pairs, rows)
     epoch = f'best epoch {best["epoch"]} of {run.epoch}' if plain else f'epoch {best["epoch"]}'
-    run.life.say(f'{epoch}, {run.identity["validation"]}\n{format_record(record)}')
+    run.life.say(f'{epoch}, {printable(run.identity["validation"])}\n{format_record(record)}')
     first = 'import simsiam_models; ' if classifier.name == 'simsiam_resnet18_cifar' else ''  # plain timm has none
     run.life.say(
         f"the classifier: {first}timm.create_model('local-dir:{folder}', pretrained=True); {folder / PER_CLASS}, "
@@ -73,7 +74,7 @@ def report_result(run: Finetuning, pairs: Pairs, rows: list[dict[str, Any]]) -> 
         say(format_confusion(pairs, rows))
     else:
         worst = sorted((r for r in rows if r['images']), key=lambda r: r['accuracy'])[:5]
-        say('worst classes: ' + ', '.join(f'{r["class"]} {r["accuracy"]:.1f} %' for r in worst))
+        say('worst classes: ' + ', '.join(f'{short(r["class"])} {r["accuracy"]:.1f} %' for r in worst))
     if len(rows) > WHOLE:
         say(f'{CONFUSION} lists the pairs that occur, not all {len(rows)} x {len(rows)}')
     if train := list(run.train.unreadable.values()):
@@ -110,7 +111,7 @@ def make_confusion_rows(pairs: Pairs, classes: list[str]) -> list[list[Any]]:
 
 def format_confusion(pairs: Pairs, rows: list[dict[str, Any]]) -> str:
     """Returns a table. Rows: labels; columns: predicted classes by number; the last column: percent right."""
-    names = [f'{i} {r["class"]}'[:24] for i, r in enumerate(rows)]
+    names = [printable(f'{i} {r["class"]}')[:24] for i, r in enumerate(rows)]
     head = 'label, predicted as'
     wide, cell = max(map(len, [head, *names])), max(4, len(str(max(pairs.values()))) + 1)
     lines = [f'{head:{wide}}' + ''.join(f'{i:>{cell}}' for i in range(len(rows))) + '   right']
@@ -132,5 +133,5 @@ def format_grid(settings: list[Settings], records: list[dict[str, Any]]) -> str:
 
 def _write_csv(path: Path, rows: list[Any]) -> None:
     text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows(rows)
+    csv.writer(text, lineterminator='\n').writerows([inert_cell(cell) for cell in row] for row in rows)
     write_atomically(path, lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))

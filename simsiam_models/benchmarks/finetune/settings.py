@@ -119,7 +119,8 @@ def fit_batch(s: Settings, n: int, processes: int, say: Callable[[str], Any]) ->
         return s
     batch = n // multiple * multiple
     if batch < max(2, multiple):
-        hint = ', or use --mixup 0 --cutmix 0' if multiple > processes else ''
+        hint = ', or use --mixup 0 --cutmix 0' if n >= max(2, processes) and multiple > processes else (
+            ', or use fewer processes' if processes > 1 else '')
         raise ValueError(f'{n} training images are too few for a batch of {processes} processes; add images{hint}')
     say(f'--batch-size {s.batch_size} is more than the {n} training images; {batch} is used')
     return dataclasses.replace(s, batch_size=batch, lr=s.lr * batch / s.batch_size)

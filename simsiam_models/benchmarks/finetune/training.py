@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...runtime.distributed import World, gather_rows, mean_over_processes, parallel, synchronize_batchnorm
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.messages import one_line
-from ...runtime.precision import autocast, make_scaler
+from ...runtime.precision import autocast, make_scaler, suggest_off
 from ..protocols import SEMI_LR_GAMMA
 from .data import Loader, plan_eval_batches, plan_train_batches, seed_generators
 from .model import Classifier, find_last_layers
@@ -267,4 +267,4 @@ def save(run: Finetuning) -> None:
 
 def check_loss(run: Finetuning, loss: float) -> None:
     if not math.isfinite(loss):
-        raise RuntimeError(f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr, or use --amp off')
+        raise RuntimeError(f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr{suggest_off(run.trainer.amp)}')

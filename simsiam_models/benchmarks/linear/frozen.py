@@ -51,7 +51,7 @@ class FrozenBackbone:
 
 
 @contextmanager
-def explain_out_of_memory(advice: str = 'in the backbone: lower --micro-batch') -> Iterator[None]:
+def explain_out_of_memory(advice: str) -> Iterator[None]:
     """Turns a CUDA out-of-memory error into a one-line RuntimeError that ends in `advice`."""
     try:
         yield

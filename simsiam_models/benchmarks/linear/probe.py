@@ -118,7 +118,7 @@ def run_auto(args: argparse.Namespace, backbone: Backbone, pair: Pair, world: Wo
     report_pair(pair, world)
     transform, started = make_transform(args, backbone, say), time.perf_counter()
     extraction = Extraction(args.cache, args.micro_batch or 256, args.workers, args.amp, args.allow_partial)
-    with explain_out_of_memory():
+    with explain_out_of_memory('in the backbone: lower --micro-batch'):
         parts = [
             extract(backbone, images, ['avgpool'], transform, extraction, world) for images in (pair.train, pair.test)]
     if not world.main:

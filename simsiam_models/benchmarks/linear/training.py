@@ -19,6 +19,7 @@ from ...data import EvalImages, Transform, UnreadableError
 from ...data.augment import send
 from ...runtime.distributed import gather_rows
 from ...runtime.lifecycle import Lifecycle
+from ...runtime.precision import suggest_off
 from ..features import CPU_BATCH
 from ..metrics import right_within
 from ..protocols import LinearProtocol
@@ -140,7 +141,7 @@ def train_one_epoch(run: LinearRun, epoch: int, step: int) -> float:
         if (pause or step == steps or step % CHECK_EVERY == 0) and not math.isfinite(run.sums[0]):
             raise RuntimeError(
                 f'protocol {run.chosen.label}: the loss is not finite in epoch {epoch + 1}, by step {step}; lower --lr '
-                f'({p.lr:g}), or use --amp off (now {run.frozen.amp})')
+                f'({p.lr:g}){suggest_off(run.frozen.amp)}')
         if pause and step < steps:
             run.save(epoch, step)
             life.stop_if_signalled()
@@ -162,7 +163,8 @@ def extract(run: LinearRun, piece: Piece) -> list[Tensor]:
     device, backbone = run.life.world.device, run.frozen.backbone
     if not len(piece.rows):
         return [torch.zeros(0, channels * values, device=device) for channels, values in run.frozen.shapes]
-    with explain_out_of_memory():
+    advice = 'lower --micro-batch' if len(piece.rows) > 1 else 'use a smaller --model, or another --device'
+    with explain_out_of_memory(f'in the backbone: {advice}'):
         return run.frozen.extract(finish(piece, device, backbone.mean, backbone.std))
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...runtime.messages import short
+from ...runtime.messages import plain_markdown, short
 from ..protocols import KNN_KS, KNN_T, LOW_SHOT_KS
 from .compare import TOLERANCE, compare, strip_layer
 from .record import NoRecordError, describe_source, format_published, read_record
@@ -60,7 +60,6 @@ PAGE = [
         ('Pascal VOC 2007 + 2012', 2, {'voc0712_faster_rcnn_c4_24k': {'AP50': 'AP50'}}),
         ('COCO2017', 1, {'coco_mask_rcnn_r50_fpn_ms_1x': COCO}),
         ('Pascal VOC 2012 + Aug', 2, {'voc12aug_fcn_r50_d8_512_20k': {'mIOU': 'mIoU'}}))]
-ESCAPES = str.maketrans({**{c: f'\\{c}' for c in '\\|[]`'}, '&': '&amp;', '<': '&lt;', '>': '&gt;'})  # of Markdown
 WIDTH = 120  # characters of a line if the terminal's width is unknown
 
 
@@ -91,7 +90,7 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
     tables = [_fill(table, compared, label) for table, compared in chosen if compared] + tabulate(others, label)
     blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in tables]
     if left_out:
-        lines = [f'- {text.translate(ESCAPES) if markdown else text}' for text in left_out]
+        lines = [f'- {plain_markdown(text) if markdown else text}' for text in left_out]
         blocks.append('\n'.join(['Files left out, as they are not records:', *lines]))
     return '\n\n'.join(blocks)
 
@@ -204,9 +203,9 @@ def _published_cells(table: PageTable, entries: list[dict[str, Any]], notes: dic
 
 
 def _to_markdown(table: ResultTable) -> str:
-    header, *rows = (f'| {" | ".join(cell.translate(ESCAPES) for cell in row)} |' for row in table.rows)
-    lines = [f'### {table.title.translate(ESCAPES)}', '', header, '|' + ' --- |' * len(table.rows[0]), *rows]
-    return '\n'.join(lines + ([''] if table.notes else []) + [f'- {note.translate(ESCAPES)}' for note in table.notes])
+    header, *rows = (f'| {" | ".join(plain_markdown(cell) for cell in row)} |' for row in table.rows)
+    lines = [f'### {plain_markdown(table.title)}', '', header, '|' + ' --- |' * len(table.rows[0]), *rows]
+    return '\n'.join(lines + ([''] if table.notes else []) + [f'- {plain_markdown(note)}' for note in table.notes])
 
 
 def _to_text(table: ResultTable, width: int) -> str:

@@ -11,7 +11,7 @@ import torch
 import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
-from ...runtime.messages import one_line
+from ...runtime.messages import one_line, printable
 from .budget import decode_in_turn
 from .depth import to_rgb
 
@@ -24,7 +24,10 @@ _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the process lacks som
 
 
 class DataError(RuntimeError):
-    """The data cannot be used; the message says why in one sentence."""
+    """The data cannot be used; the message says why in one sentence, and is one line whatever the names of files."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UnreadableError(DataError):

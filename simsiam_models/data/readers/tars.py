@@ -121,6 +121,8 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
     listing, labels, others, endings = Listing(), Labels(), Counter(), _Endings(choice or Choice())
     listing.columns = {'shards': array('i'), 'starts': array('q'), 'sizes': array('q')}
     listing.about, labelled = '\n'.join(names), False
+    if endings.image:
+        listing.left_out.what = f'left out, as their names do not end in {endings.image}'
     _logger.info(f'listing {len(names)} tar shards in {root}')
     for number, name in enumerate(names):
         path = os.path.join(root, name)
@@ -133,7 +135,7 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
                 found.setdefault(sample, []).append((member.name, label))
             elif not endings.is_image(ending):
                 rest.append((sample, ending))
-                listing.leave_out(member.name)
+                listing.leave_out(member.name, f'.{ending}' if endings.image else '')
             elif sample in images:
                 raise ValueError(
                     f'{path}: the sample {sample} has more than one image ({images[sample]} and {member.name}); choose '
