@@ -194,7 +194,7 @@ def test_junk_in_a_tar_is_passed_over_and_counted(tmp_path, caplog):
                      'cat/._2.jpg', 'cat/Thumbs.db', 'cat/1.json', 'cat/2.json'):
             add(tar, name, b'x')
     images, _ = open_data(tmp_path / 'a.tar')
-    assert len(images) == 2 and caplog.text.count('\n') == 2
+    assert len(images) == 2 and caplog.text.count('\n') == 3 and 'no labels: no .cls' in caplog.text
     assert ': 5 (1 .ipynb_checkpoints, 1 ._*' in caplog.text.replace('1 ._*, 1 .ipynb_checkpoints',
                                                                      '1 .ipynb_checkpoints, 1 ._*')
     assert 'of images: 2 (2 .json), the first cat/1.json' in caplog.text
