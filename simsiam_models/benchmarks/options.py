@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.evaluation import Transform
 from ..runtime.distributed import World
-from ..runtime.messages import check_flags, short
+from ..runtime.messages import check_flags, printable, short
 from .backbone import Backbone
 from .features import Extraction
 from .protocols import LEAST, SIZE
@@ -122,7 +122,7 @@ def report_pair(pair: Pair, world: World) -> None:
     if not world.main:
         return
     if pair.held_out:
-        print(f'{pair.train.name} has no validation part; the test images are {pair.held_out}')
+        print(f'{printable(pair.train.name)} has no validation part; the test images are {pair.held_out}')
     pair.shared = report_shared(pair.train, pair.test, print)
     present = np.unique(pair.train.labels)
     absent, untested = np.setdiff1d(np.arange(pair.classes), present), np.setdiff1d(present, pair.test.labels)

@@ -17,6 +17,7 @@ import numpy as np
 from ..data import UnreadableError
 from ..data.readers.images import Images, name_of, stored_bytes, stored_sizes
 from ..data.threads import split_range
+from ..runtime.messages import printable
 
 MAX_READ = 100_000  # images that are read in part; where more have a size of both parts, some are not compared
 MIDDLE = 64  # bytes
@@ -33,7 +34,7 @@ def report_shared(train: Images, test: Images, say: Callable[[str], Any]) -> dic
     elif found['shared']:
         other = f', {found["other_label"]:,} of them with another label' if found['other_label'] else ''
         say(f'{found["shared"]:,} of {n:,} test images are also training images, byte for byte{other}{part}: the '
-            f'result is better than on new images; the first: {found["first"][0]} is {found["first"][1]}')
+            f'result is better than on new images; the first: {" is ".join(map(printable, found["first"]))}')
     elif part:
         say(f'no test image is also a training image, byte for byte{part}')
     return found

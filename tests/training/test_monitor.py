@@ -172,7 +172,7 @@ def test_one_class_or_no_labels_give_no_monitor(tmp_path, few_digits):
         assert not has_classes(FolderImages(folder)) and why in explain_no_monitor(FolderImages(folder))
     shutil.copytree(few_digits / '4', tmp_path / 'one' / '4')
     assert has_classes(FolderImages(tmp_path / 'one'))
-    for folder, said in ((few_digits / '3', 'has no class folders'), (tmp_path / 'single', 'has one class only')):
+    for folder, said in ((few_digits / '3', 'has no labels'), (tmp_path / 'single', 'has one class only')):
         if not folder.exists():
             shutil.copytree(few_digits / '3', folder / '3')
         args = build_parser('x').parse_args([str(few_digits), '--recipe', 'demo', '--knn-data', str(folder)])
