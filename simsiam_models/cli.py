@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .benchmarks import embed
+from .benchmarks.detection import command as detect
 from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
@@ -131,6 +132,9 @@ COMMANDS = {
     'finetune': Command(
         finetune.add_arguments, finetune.run,
         'fine-tune a backbone on a labelled folder, or by the semi-supervised protocols'),
+    'detect': Command(
+        detect.add_arguments, detect.run,
+        'train a detector on a ResNet backbone, and measure it: VOC 07+12, COCO, or your own objects'),
     'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE'),
     'report': Command(
         report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers'),

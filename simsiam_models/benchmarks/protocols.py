@@ -103,3 +103,115 @@ SEMI_FIXED = {
 SEMI_LR_GAMMA = 0.2  # the rate is multiplied by it after each of the steps
 SEMI_WEIGHT_DECAY = {'semi_1pct': 5e-4, 'semi_10pct': 1e-4}
 SEMI_LRS, SEMI_HEAD_MULTIPLIERS = (0.1, 0.01, 0.001), (1.0, 10.0, 100.0)  # of the backbone; of the classifier's rate
+
+# Detection: configs/benchmarks/mmdetection of MMSelfSup, which run mmdet 2.25; facebookresearch/moco, detection/, which
+# runs detectron2. Where the two differ, a variant is one or the other in everything.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionVariant:
+    """What the frameworks do differently."""
+
+    best_anchors: str  # `boxes.match`: of an object, the anchors that overlap it most
+    inside: bool  # C4: anchors that leave the image are not trained
+    size_major: bool  # order of a cell's anchors
+    rpn_divisor: int | None  # per image; None: the number of sampled anchors
+    clamp_below: bool  # `boxes.decode`
+    objects_first: bool  # objects join the proposals before them, unmatched, or behind them
+    rescale_first: bool  # detections get the image's original size before NMS, or behind it
+    divisor: int  # sides of the padded images are its multiples
+    antialias: bool  # resized as PIL does it, or OpenCV
+    difficult: bool  # VOC: difficult objects are positives, or background
+    decay_norms: bool  # weight decay on batch norms
+    precise_bn: int  # iterations that measure the batch norms' statistics before an evaluation
+
+
+DETECTION_VARIANTS = {
+    'mmdet': DetectionVariant(
+        best_anchors='floor', inside=True, size_major=False, rpn_divisor=None, clamp_below=True, objects_first=True,
+        rescale_first=True, divisor=32, antialias=False, difficult=False, decay_norms=True, precise_bn=0),
+    'detectron2': DetectionVariant(
+        best_anchors='always', inside=False, size_major=True, rpn_divisor=256, clamp_below=False, objects_first=False,
+        rescale_first=False, divisor=1, antialias=True, difficult=True, decay_norms=False, precise_bn=200)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorNumbers:
+    """The numbers of a detector; the defaults hold for all three."""
+
+    variant: str = 'mmdet'
+    ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width of anchors
+    scales: tuple[float, ...]  # of anchors, in strides
+    strides: tuple[int, ...]  # of the maps with anchors
+    inside: bool  # whether the variant's rule of anchors that leave the image applies
+    rpn_iou: tuple[float, float] = (0.3, 0.7)  # negative below, positive from
+    rpn_samples: int = 256  # anchors per image
+    rpn_share: float = 0.5  # of positives, at most
+    train_proposals: tuple[int, int]  # per map before NMS, per image behind it
+    test_proposals: tuple[int, int]
+    rpn_nms: float = 0.7
+    roi_iou: float = 0.5
+    best_rois: str  # `boxes.match`
+    rois: int = 512  # per image in training
+    roi_share: float = 0.25
+    pool_size: int  # cells per side of a RoI
+    box_stds: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)
+    mask_size: int = 0  # cells per side of a RoI for the mask head; 0: there is none, or it shares the box head's
+    score: float = 0.05  # detections need a higher one
+    nms: float = 0.5
+    detections: int = 100  # per image
+
+    @property
+    def rules(self) -> DetectionVariant:
+        return DETECTION_VARIANTS[self.variant]
+
+
+C4 = dict(scales=(2.0, 4.0, 8.0, 16.0, 32.0), strides=(16,), inside=True, train_proposals=(12000, 2000),
+          test_proposals=(6000, 1000), best_rois='none', pool_size=14)
+DETECTORS = {
+    'fasterrcnn_c4': DetectorNumbers(**C4),  # _base_/models/faster_rcnn_r50_c4.py
+    'maskrcnn_c4': DetectorNumbers(**C4),  # coco/mask_rcnn_r50_c4_mstrain_1x_coco.py
+    # coco/mask_rcnn_r50_fpn_mstrain_1x_coco.py
+    'maskrcnn_fpn': DetectorNumbers(
+        scales=(8.0,), strides=(4, 8, 16, 32, 64), inside=False, train_proposals=(2000, 1000),
+        test_proposals=(1000, 1000), best_rois='floor', pool_size=7, mask_size=14)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionProtocol:
+    """How a detector is trained and measured."""
+
+    benchmark: str  # its name in weights/published.json
+    detector: str  # a key of DETECTORS
+    dataset: str  # a key of datasets.sizes.SIZES
+    batch_size: int = 16  # images per iteration, over all processes
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    iterations: int | None = None
+    epochs: int | None = None  # instead of iterations
+    lr_steps: tuple[int, ...]  # iterations, or epochs, after which the rate is multiplied by lr_gamma
+    lr_gamma: float = 0.1
+    warmup: int  # iterations
+    warmup_ratio: float = 0.001
+    short_sides: tuple[int, ...]  # pixels, one of which is drawn for each training image
+    test_side: int = 800
+    long_side: int = 1333  # at most
+    flip_p: float = 0.5
+    eval_every: int  # iterations, or epochs
+
+
+COCO = dict(dataset='coco', warmup=1000, short_sides=(640, 672, 704, 736, 768, 800), eval_every=1)
+COCO_1X, COCO_2X = dict(epochs=12, lr_steps=(8, 11), **COCO), dict(epochs=24, lr_steps=(16, 22), **COCO)
+DETECTION = {
+    # voc0712/faster_rcnn_r50_c4_mstrain_24k_voc0712.py; moco: detection/configs/pascal_voc_R_50_C4_24k_moco.yaml
+    'voc0712_c4_24k': DetectionProtocol(
+        benchmark='voc0712_faster_rcnn_c4_24k', detector='fasterrcnn_c4', dataset='voc0712', iterations=24000,
+        lr_steps=(18000, 22000), warmup=100, short_sides=tuple(range(480, 801, 32)), eval_every=2000),
+    # coco/mask_rcnn_r50_{fpn,c4}_mstrain_{1x,2x}_coco.py
+    'coco_fpn_1x': DetectionProtocol(
+        benchmark='coco_mask_rcnn_r50_fpn_ms_1x', detector='maskrcnn_fpn', **COCO_1X),
+    'coco_fpn_2x': DetectionProtocol(
+        benchmark='coco_mask_rcnn_r50_fpn_ms_2x', detector='maskrcnn_fpn', **COCO_2X),
+    'coco_c4_1x': DetectionProtocol(benchmark='coco_mask_rcnn_r50_c4_ms_1x', detector='maskrcnn_c4', **COCO_1X),
+    'coco_c4_2x': DetectionProtocol(benchmark='coco_mask_rcnn_r50_c4_ms_2x', detector='maskrcnn_c4', **COCO_2X)}

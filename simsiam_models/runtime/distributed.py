@@ -246,7 +246,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class GlobalBatchNorm(_BatchNorm):
-    """Batch norm over the samples of all processes; plain torch, for CPU processes."""
+    """Batch norm over the samples of all processes, however many each holds; plain torch, for CPU processes."""
 
     def __init__(self, bn: _BatchNorm) -> None:
         super().__init__(bn.num_features, bn.eps, bn.momentum, bn.affine, bn.track_running_stats)
@@ -267,8 +267,11 @@ class GlobalBatchNorm(_BatchNorm):
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         dtype, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        n = x.numel() // x.shape[1] * dist.get_world_size()  # every process holds the same number of samples
-        mean = _SumOverProcesses.apply(x.sum(dims)) / n  # (C,)
+        # The processes may hold different numbers of samples: of the regions in a detector, for example.
+        own = x.new_full((1,), x.numel() // x.shape[1])
+        sums = _SumOverProcesses.apply(torch.cat([x.sum(dims), own]))
+        n = sums[-1].detach()
+        mean = sums[:-1] / n  # (C,)
         centred = x - mean.view(shape)
         var = _SumOverProcesses.apply(centred.square().sum(dims)) / n  # (C,)
         y = centred * torch.rsqrt(var + self.eps).view(shape)

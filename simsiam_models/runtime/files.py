@@ -1,12 +1,14 @@
 """Writes files that are complete or absent, locks folders between processes, and finds the cache folder."""
+import csv
 import errno
+import io
 import json
 import math
 import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from .distributed import World
+from .messages import inert_cell
 
 ABANDONED = 3600  # seconds after which a temporary file counts as left over by a killed process
 
@@ -123,6 +126,13 @@ def write_json(path: Path, value: Any) -> None:
     """Writes indented JSON; see `finite`."""
     text = json.dumps(finite(value), indent=2) + '\n'
     write_atomically(path, lambda f: f.write(text.encode()))
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table; a cell that a spreadsheet would take for a formula becomes text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([inert_cell(cell) for cell in row] for row in rows)
+    write_atomically(path, lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))
 
 
 @contextmanager

@@ -1,6 +1,4 @@
 """Writes the results of a fine-tuning run: a folder for timm, a confusion matrix, class accuracies, a record."""
-import csv
-import io
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -8,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...runtime.files import write_atomically
-from ...runtime.messages import inert_cell, printable, short
+from ...runtime.files import write_csv
+from ...runtime.messages import printable, short
 from ..results.record import format_record, write_record
 from ..samples import Pair
 from .settings import Settings, list_deviations
@@ -29,8 +27,8 @@ def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
     classifier.export(best['weights'])
     pairs = count_pairs(labels, best['predicted'][:, 0])
     rows = measure_classes(pairs, classes)
-    _write_csv(folder / PER_CLASS, [['class', 'images', 'right', 'accuracy'], *(r.values() for r in rows)])
-    _write_csv(folder / CONFUSION, make_confusion_rows(pairs, classes))
+    write_csv(folder / PER_CLASS, [['class', 'images', 'right', 'accuracy'], *(r.values() for r in rows)])
+    write_csv(folder / CONFUSION, make_confusion_rows(pairs, classes))
     metrics = measure_accuracy(best['predicted'], labels)
     if len(classes) <= 5:
         del metrics['top5']
@@ -129,9 +127,3 @@ def format_grid(settings: list[Settings], records: list[dict[str, Any]]) -> str:
         f'{"lr of the backbone":20}{"x for the classifier":>22}{"top-1":>8}',
         *(f'{lr:<20g}{multiplier:>22g}{top1:8.2f}' for lr, multiplier, top1 in rows),
         f'best pair: {lr:g} and {multiplier:g}, chosen on the test images'])
-
-
-def _write_csv(path: Path, rows: list[Any]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([inert_cell(cell) for cell in row] for row in rows)
-    write_atomically(path, lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))
