@@ -1,0 +1,128 @@
+"""A sheet of pictures: the true objects of images beside the predicted ones."""
+import colorsys
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+from ...runtime.files import write_atomically
+from ...runtime.messages import printable
+from .masks import resize_mask
+
+MOST = 16  # pictures
+PANEL, GAP, TITLE = 480, 12, 26  # pixels: the longest side of a picture, space between them, height of a heading
+FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
+
+
+class Drawn(NamedTuple):
+    """Objects of one image, in its pixels."""
+
+    boxes: np.ndarray  # (n, 4) x1 y1 x2 y2
+    labels: np.ndarray  # (n,)
+    scores: np.ndarray | None = None  # (n,)
+    masks: np.ndarray | None = None  # (n, H, W) of 0 and 1
+
+
+class SheetRow(NamedTuple):
+    """A picture of the sheet."""
+
+    title: str  # its file
+    image: np.ndarray  # (H, W, 3) uint8
+    truth: Drawn
+    predicted: Drawn
+
+
+def write_sheet(path: str | Path, rows: list[SheetRow], classes: list[str]) -> None:
+    """Writes a sheet of pictures, each with its objects: on the left the true ones, on the right the predicted ones.
+
+    Args:
+        path: a .png, .jpg or .jpeg file.
+        rows: 1 to 16 pictures.
+        classes: the name of each label.
+
+    Raises:
+        ValueError: the name of the file has another ending, or there are no pictures or more than 16.
+        OSError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f'{path}: a sheet of pictures must end in {", ".join(FORMATS)}')
+    if not 1 <= len(rows) <= MOST:
+        raise ValueError(f'{path}: {len(rows)} pictures; a sheet has 1 to {MOST}')
+    colours = [_colour(k) for k in range(len(classes))]
+    names = [_plain(name) for name in classes]
+    pairs = [[_draw(row.image, drawn, names, colours) for drawn in (row.truth, row.predicted)] for row in rows]
+    heights = [pair[0].height + TITLE + GAP for pair in pairs]
+    sheet = Image.new('RGB', (2 * PANEL + 3 * GAP, sum(heights) + GAP), 'white')
+    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(15), GAP
+    for row, pair, height in zip(rows, pairs, heights, strict=True):
+        for x, picture, what, drawn in zip(
+                (GAP, PANEL + 2 * GAP), pair, ('truth', 'prediction'), (row.truth, row.predicted), strict=True):
+            count = f'{what}: {len(drawn.boxes)}'
+            draw.text((x, y + 4), count, 'black', font)
+            room = PANEL - draw.textlength(f'{count}   ', font)
+            title = _fit(_plain(row.title), draw, font, room)
+            draw.text((x + PANEL - room, y + 4), title, 'gray', font)
+            sheet.paste(picture, (x, y + TITLE))
+        y += height
+    write_atomically(path, lambda file: sheet.save(file, FORMATS[path.suffix.lower()]))
+
+
+def _draw(
+    image: np.ndarray, drawn: Drawn, names: list[str], colours: list[tuple[int, int, int]],
+) -> Image.Image:
+    height, width = image.shape[:2]
+    scale = PANEL / max(height, width)
+    w, h = max(1, round(width * scale)), max(1, round(height * scale))
+    picture = torch.from_numpy(np.array(Image.fromarray(image).resize((w, h), Image.Resampling.BILINEAR)))
+    picture, n = picture.permute(2, 0, 1), len(drawn.boxes)
+    boxes = np.asarray(drawn.boxes, np.float64).reshape(n, 4) * np.array([w / width, h / height] * 2)
+    boxes = np.clip(boxes, 0, [w - 1, h - 1] * 2)
+    each = [colours[k] for k in drawn.labels]
+    if drawn.masks is not None and np.any(drawn.masks):
+        masks = np.stack([resize_mask(np.asarray(mask, bool), h, w) for mask in drawn.masks])
+        if masks.any():
+            picture = draw_segmentation_masks(picture, torch.from_numpy(masks), 0.45, each)
+    if n:
+        picture = draw_bounding_boxes(picture, torch.from_numpy(boxes), colors=each, width=2)
+    out = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+    for i in reversed(range(n)):  # the first lies on top
+        score = '' if drawn.scores is None else f' {drawn.scores[i]:.2f}'
+        _write(out, boxes[i], names[drawn.labels[i]] + score, each[i])
+    return out
+
+
+def _write(picture: Image.Image, box: np.ndarray, text: str, colour: tuple[int, int, int]) -> None:
+    """Writes the caption of a box above its corner, on its colour; inside the picture."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    text = _fit(text, draw, font, picture.width - 4)
+    width, height = draw.textlength(text, font) + 4, 17
+    x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
+    draw.rectangle((x, y, x + width, y + height), colour)
+    dark = np.dot(colour, (0.299, 0.587, 0.114)) < 128
+    draw.text((x + 2, y + 1), text, 'white' if dark else 'black', font)
+
+
+def _fit(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
+    """The end of a text that is too wide: of a path, the file."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(f'...{text}', font) > width:
+        text = text[1:]
+    return f'...{text}'
+
+
+def _plain(text: str) -> str:
+    """Pillow's font has the characters of ASCII: letters lose their accents, and others become \\u and a number."""
+    letters = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
+    return printable(letters).encode('ascii', 'backslashreplace').decode()
+
+
+def _colour(k: int) -> tuple[int, int, int]:
+    """Colours of neighbouring labels lie far apart: each goes on by the golden section of the circle."""
+    red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75 + 0.25 * (k % 2), 1 - 0.25 * (k // 2 % 2))
+    return round(255 * red), round(255 * green), round(255 * blue)
