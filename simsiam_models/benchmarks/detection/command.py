@@ -22,7 +22,7 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import require, short
+from ...runtime.messages import printable, require, short
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         log = RunLog(args.output, world.main)
         pair = open_objects(
             args.dataset or s.protocol.dataset, args.data, args.variant, args.allow_partial, args.val_share, args.seed)
-        log.say(pair.describe())
+        log.say(describe_data(pair))
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
@@ -179,6 +179,13 @@ def describe_protocol(args: argparse.Namespace, s: Settings, schedule: Schedule,
         'name': args.protocol, 'variant': args.variant, 'detector': s.protocol.detector,
         **dataclasses.asdict(schedule), **dataclasses.asdict(s.numbers), **s.list_images(), 'amp': args.amp,
         'seed': s.seed, **({'changed': changed} if changed else {})}
+
+
+def describe_data(pair: ObjectPair) -> str:
+    """Returns how many images there are, and what of the annotations is left out."""
+    source = f': {pair.held_out}' if pair.held_out else ''
+    lines = [f'{len(pair.train):,} training and {len(pair.test):,} test images of {pair.classes} classes{source}']
+    return printable('\n'.join([*lines, *pair.train.notes, *(pair.test.notes if not pair.held_out else [])]), '\n')
 
 
 def describe_run(args: argparse.Namespace, s: Settings, schedule: Schedule, epoch: int) -> str:
