@@ -1,0 +1,1 @@
+"""Detection: a detector is trained on annotated objects and measured by average precision."""
