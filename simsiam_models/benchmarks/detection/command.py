@@ -38,6 +38,7 @@ from .settings import Settings, make_schedule, resolve
 from .training import Evaluation, Normalizer, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
+LEAST, EPOCHS = 1000, 12  # iterations on a user's own images by default: at least so many, and so many epochs
 FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
 
 
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
     add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and the '
         'number of iterations follow')
-    add('--iterations', **COUNT, help='the steps of the learning rate keep their places')
+    add('--iterations', **COUNT, help='the steps of the learning rate keep their places (default for --dataset folder: '
+        f'{EPOCHS} epochs, at least {LEAST})')
     add('--lr', type=float, metavar='X', help='learning rate, not scaled')
     add('--image-size', **COUNT, help='short side in pixels, in training and tests')
     add('--rois', **COUNT, help='RoIs that train, per image (default: 512)')
@@ -101,6 +103,8 @@ def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecyc
 
     batches = open_batches(args.batch_size or s.protocol.batch_size)
     epoch = batches.plan.per_epoch
+    if args.dataset == 'folder' and args.iterations is None:  # the protocols are for thousands of images
+        args.iterations = max(LEAST, EPOCHS * epoch)
     schedule = make_schedule(s, args, epoch)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,

@@ -36,7 +36,7 @@ def make_row(images: ObjectImages, row: int, found: Detections) -> SheetRow:
         truth = np.array([rasterize(s, *size) for s in objects.segmentations]).reshape(-1, *size)
         masks = np.array([rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept])
     return SheetRow(
-        name_of(images, row), image, Drawn(objects.boxes, objects.labels, None, truth),
+        Path(name_of(images, row)).name, image, Drawn(objects.boxes, objects.labels, None, truth),
         Drawn(found.boxes[best], found.labels[best], found.scores[best], None if masks is None else masks.reshape(-1, *size)))
 
 
