@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data.readers.decode import decode
@@ -16,8 +17,6 @@ from ...runtime.checkpoint import LAST
 from ...runtime.distributed import choose_device
 from ...runtime.files import write_json
 from ...runtime.messages import short
-from safetensors.torch import load_file
-
 from ...weights import tensorfile
 from ...weights.export import export_backbone
 from ...weights.folders import check_network, read_json
