@@ -202,7 +202,7 @@ def _parse_segmentations(rows: Rows, sizes: np.ndarray, notes: list[str]) -> Seg
             why = e if isinstance(e, ValueError) else 'has a coordinate that is not a number'
             raise ValueError(f'annotation {rows[i]["id"]}: segmentation {why}; correct or remove it') from None
         starts.append(len(polygons) - 1)
-    points, ends = np.array(coordinates, np.float64), np.array(polygons, np.int64)
+    points, ends = np.frombuffer(coordinates, np.float64), np.frombuffer(polygons, np.int64)
     if len(odd := np.flatnonzero(~(np.abs(points) <= MAX_COORDINATE))):
         at = np.searchsorted(starts, np.searchsorted(ends, odd[0], 'right') - 1, 'right') - 1
         raise ValueError(f'annotation {rows[at]["id"]}: segmentation has the coordinate {points[odd[0]]:g}, which lies '
@@ -210,7 +210,7 @@ def _parse_segmentations(rows: Rows, sizes: np.ndarray, notes: list[str]) -> Seg
     if short_of:
         notes.append(f'{len(short_of):,} polygons have fewer than three points and are left out, the first is of '
                      f'annotation {short_of[0]}')
-    outlines = Segmentations(points, ends, np.array(starts, np.int64), encodings)
+    outlines = Segmentations(points, ends, np.frombuffer(starts, np.int64), encodings)
     if (n := np.count_nonzero(outlines.present)) and n < len(rows):
         notes.append(f'no masks are used, as {len(rows) - n:,} of {len(rows):,} annotations have no segmentation, the '
                      f'first is annotation {rows[outlines.present.argmin()]["id"]}')
