@@ -1,4 +1,4 @@
-"""A second implementation of the detectors, as an oracle: plain loops, written from the protocols, not from the package.
+"""A second implementation of the detectors, as an oracle: plain loops, written from the protocols, not the package.
 
 Layers are torch.nn.functional on a state dict, RoIs are pooled by torchvision, and all else is float32 NumPy, image by
 image and box by box. Every candidate is a sample: the numbers of samples have to be larger than that of candidates.
@@ -20,7 +20,8 @@ def fill(module: nn.Module) -> None:
         for i, (name, tensor) in enumerate(module.state_dict().items()):
             if not tensor.is_floating_point():
                 continue
-            wave = torch.sin(torch.arange(tensor.numel(), dtype=torch.float64) * (1.7 + 0.01 * i) + i).view(tensor.shape)
+            steps = torch.arange(tensor.numel(), dtype=torch.float64)
+            wave = torch.sin(steps * (1.7 + 0.01 * i) + i).view(tensor.shape)
             if name.endswith('running_var') or (tensor.ndim == 1 and name.endswith('weight')):
                 wave = 1 + 0.3 * wave
             elif tensor.ndim == 1:
@@ -125,6 +126,9 @@ class PlainDetector:
         weight = self.w[f'{name}.weight']
         return F.conv2d(x, weight, self.w.get(f'{name}.bias'), stride, weight.shape[-1] // 2)
 
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.w[f'{name}.weight'], self.w[f'{name}.bias'])
+
     def norm(self, x: Tensor, name: str) -> Tensor:
         if self.training:
             mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
@@ -189,7 +193,9 @@ class PlainDetector:
     # Losses
 
     @torch.no_grad()
-    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]], divisor: float | None) -> dict[str, Tensor]:
+    def losses(
+        self, images: list[Tensor], targets: list[dict[str, Tensor]], divisor: float | None,
+    ) -> dict[str, Tensor]:
         """`divisor` of the RPN's losses, for each image; None: mmdet's."""
         maps = self.maps(images)
         outputs = self.rpn(maps)
@@ -221,7 +227,8 @@ class PlainDetector:
                 logit, delta = outputs[level][0][b, j], outputs[level][1][b, j]
                 if number >= 0:
                     cls = cls + F.softplus(-logit)
-                    box = box + (delta - torch.tensor(to_deltas(anchors[level][j], own[number], (1, 1, 1, 1)))).abs().sum()
+                    goal = to_deltas(anchors[level][j], own[number], (1, 1, 1, 1))
+                    box = box + (delta - torch.tensor(goal)).abs().sum()
                 elif number == -1:
                     cls = cls + F.softplus(logit)
             positive, negative = int((assigned >= 0).sum()), int((assigned == -1).sum())
@@ -267,11 +274,10 @@ class PlainDetector:
         if self.pyramid:
             for i in range(4):
                 x = self.norm(self.conv(x, f'{name}.shared.{i}.0'), f'{name}.shared.{i}.1').relu()
-            x = F.linear(x.reshape(len(x), -1), self.w[f'{name}.shared.5.weight'], self.w[f'{name}.shared.5.bias']).relu()
+            x = self.linear(x.reshape(len(x), -1), f'{name}.shared.5').relu()
         else:
             x = F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]
-        logits, deltas = (F.linear(x, self.w[f'{name}.{y}.weight'], self.w[f'{name}.{y}.bias']) for y in (
-            'fc_cls', 'fc_reg'))
+        logits, deltas = self.linear(x, f'{name}.fc_cls'), self.linear(x, f'{name}.fc_reg')
         return logits, deltas.view(len(x), self.classes, 4)
 
     def mask_head(self, x: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def test_the_first_anchors_of_mmdet_have_one_ratio_and_growing_scales():
     found = boxes.make_base_anchors(16, SCALES, RATIOS, size_major=False)
     r = math.sqrt(2)
     assert found.shape == (15, 4)
-    torch.testing.assert_close(found[:2], boxes_of((-16 * r, -8 * r, 16 * r, 8 * r), (-32 * r, -16 * r, 32 * r, 16 * r)))
+    torch.testing.assert_close(
+        found[:2], boxes_of((-16 * r, -8 * r, 16 * r, 8 * r), (-32 * r, -16 * r, 32 * r, 16 * r)))
     torch.testing.assert_close(found[5], torch.tensor([-16.0, -16, 16, 16]))
     torch.testing.assert_close(found[14], torch.tensor([-128 * r, -256 * r, 128 * r, 256 * r]))
 
