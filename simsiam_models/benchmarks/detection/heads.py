@@ -85,7 +85,7 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (n, C, S, S) to logits (n, classes + 1), the last of which is the background, and (n, classes, 4)."""
         x = x.mean((2, 3)) if self.shared is None else self.shared(x)
-        return self.fc_cls(x).float(), self.fc_reg(x).float().view(len(x), -1, 4)
+        return self.fc_cls(x).float(), self.fc_reg(x).float().unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
