@@ -120,7 +120,9 @@ def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
     return read_record(Path(output) / RECORD)
 
 
-def fit_detector(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog) -> None:
+def fit_detector(
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog,
+) -> None:
     """Trains a new detector, or the rest of one, and exports and measures it."""
     world, say, preparation = life.world, log.say, s.prepare(True)
     workers = default_workers(world.device) if args.workers is None else args.workers
