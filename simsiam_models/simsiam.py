@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .resnet import default_cfgs, find_weights
@@ -16,7 +17,7 @@ from .weights import sources
 from .weights.folders import create_from_folder
 from .weights.layouts import load_checkpoint, recognize
 from .weights.published import NAME
-from .weights.reading import require_safetensors
+from .weights.reading import require_numbers, require_safetensors
 from .weights.tensorfile import HEADS
 
 _logger = logging.getLogger('simsiam_models')
@@ -109,6 +110,10 @@ def create_simsiam(
     """
     if backbone_kwargs.setdefault('num_classes', 0) != 0:
         raise ValueError(f'num_classes={backbone_kwargs["num_classes"]}: SimSiam has no classifier; leave it out')
+    if pretrained and backbone_kwargs.get('checkpoint_path'):
+        raise ValueError(
+            f'checkpoint_path={str(backbone_kwargs["checkpoint_path"])!r} would fill the backbone alone, and the heads '
+            'would be those of other weights: pass pretrained_cfg_overlay=dict(file=PATH)')
     if model_name.startswith('local-dir:'):
         folder = Path(model_name.removeprefix('local-dir:'))
         heads = _read_heads(folder) if pretrained else {}
@@ -140,7 +145,9 @@ def _read_heads(folder: Path) -> dict[str, Tensor]:
         raise ValueError(f'{folder} holds no {HEADS}, so no projector and predictor; create its backbone with timm, or '
                          'name the checkpoint that they are in')
     require_safetensors(file)
-    return load_file(file)
+    heads = load_file(file)
+    require_numbers(heads, f'{file}: ')
+    return heads
 
 
 def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,6 +157,7 @@ def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """
     name, _, tag = model_name.partition('.')
     cfg, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = vars(cfg) if isinstance(cfg, PretrainedCfg) else cfg
     given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
     if own := given.get('state_dict') or given.get('file'):
         branch = kwargs.get('branch')

@@ -155,7 +155,7 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """Turns timm's many kinds of errors into one sentence."""
     try:
         return create()
-    except (TypeError, AssertionError, KeyError, AttributeError, SafetensorError) as e:  # wrong arguments, for example
+    except (TypeError, AssertionError, LookupError, ArithmeticError, AttributeError, SafetensorError) as e:  # arguments
         raise ValueError(f'--model {name}: timm cannot build it ({one_line(e)})') from None
     except RuntimeError as e:
         text = one_line(e, 1000)

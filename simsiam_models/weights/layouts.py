@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.messages import one_line, short
+from ..runtime.messages import one_line, printable, short
 from . import tensorfile
 from .published import WEIGHTS, find_tag
-from .reading import Opaque, find_export, read, read_onnx, require_safetensors
+from .reading import Opaque, find_export, read, read_onnx, require_numbers, require_safetensors
 from .tensorfile import HEADS
 
 State = dict[str, Tensor]
@@ -56,7 +56,8 @@ class Checkpoint:
         parts = ', '.join(f'{name} {n} entries' if n else f'no {name}' for name, n in sizes.items())
         dropped = ', '.join(f'{group} ({n})' for group, n in self.info.get('dropped', {}).items())
         dropped = [f'dropped {dropped}'] if dropped else []
-        return '; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])])
+        # Names from the file must not look like lines of a report.
+        return printable('; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])]))
 
 
 def _rename_mm_head(key: str) -> str:
@@ -223,6 +224,7 @@ def _recognize(raw: Mapping, branch: str | None) -> Checkpoint:
         name = layout.renames.get(part, str)(name)
         if name in parts[part]:
             raise ValueError(f'two entries of the file are {part}.{name}')
+        require_numbers({key: value})
         if value.is_floating_point() and value.dtype != torch.float32:
             converted[str(value.dtype).removeprefix('torch.')] += 1
             value = value.float()

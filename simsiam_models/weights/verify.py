@@ -45,15 +45,13 @@ def compute_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def compare_fingerprints(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Returns the largest difference in units of the first one's std; inf if the two cannot be compared."""
-    x, y = (torch.tensor([f['mean'], f['std'], *f['outputs']], dtype=torch.float64) for f in (a, b))
+    try:
+        x, y = (torch.tensor([f['mean'], f['std'], *f['outputs']], dtype=torch.float64) for f in (a, b))
+    except (KeyError, TypeError, ValueError):  # a file with other contents
+        return float('inf')
     if x.shape != y.shape or not bool((x.isfinite() & y.isfinite()).all()) or a['std'] <= 0:
         return float('inf')
     return ((x - y).abs().max() / a['std']).item()
-
-
-def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that hold NaN or infinity."""
-    return [k for k, v in tensors.items() if not v.isfinite().all()]
 
 
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
@@ -86,7 +84,7 @@ def _check_model(checkpoint: Checkpoint, path: Path, pin: dict[str, Any], dtype:
         model.load_state_dict(state, strict=True)
     except RuntimeError as e:
         return [(False, f'keys: {one_line(e)}')]
-    bad = find_nonfinite({**state, **checkpoint.heads_state()})
+    bad = tensorfile.find_nonfinite({**state, **checkpoint.heads_state()})
     found = compute_fingerprint(model.to(getattr(torch, dtype)))
     return [
         (True, f'keys: all {len(model.state_dict())} entries are present and fit'),
