@@ -209,3 +209,11 @@ def test_images_beside_class_folders_are_the_reason_in_the_error(tmp_path, class
     for call in (lambda: open_pair('folder', tmp_path / 'data'), lambda: open_labelled(str(tmp_path / 'data'), 0.2, 0)):
         with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
             call()
+
+
+def test_a_link_that_leads_nowhere_hides_no_part(tmp_path):
+    fill(tmp_path, 'train/a/1.png train/b/1.png val/a/1.png val/b/1.png')
+    for i in range(20):  # folders list their names in any order
+        (tmp_path / f'link{i}').symlink_to(f'link{i}')  # to itself
+    assert find_parts(tmp_path) == (tmp_path, tmp_path / 'train', tmp_path / 'val')
+    assert holds_images(tmp_path)
