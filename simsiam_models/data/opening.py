@@ -136,6 +136,9 @@ def _open_part(root: Path, choice: Choice | None) -> tuple[Images, Images | None
         images = FolderImages(root, choice)
     except FileNotFoundError:
         if tars := list_shards(root, '.tar'):
+            if left := [shard for suffix in COMPRESSED for shard in list_shards(root, suffix)]:
+                announce(f'{root}: {len(left)} compressed tars are left out, as they cannot be read at random; the '
+                         f'first is {left[0].name}')
             train, val = split_by_name(tars)
             return TarImages(train, str(root), choice), TarImages(val, _name_part(root, val), choice) if val else None
         if list_tables(root):

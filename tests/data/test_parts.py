@@ -265,3 +265,10 @@ def test_the_same_classes_in_another_order_are_said_to_be_that(tmp_path, classes
         for part, names in (('train', ['cat', 'dog']), ('test', ['dog', 'cat']))}).save_to_disk(str(tmp_path / 'saved'))
     assert 'they are numbered in another order' in open_parts(tmp_path / 'saved')[2].reason
     assert open_pair('folder', tmp_path / 'saved').test.labels.tolist() == [1, 0]
+
+
+def test_compressed_tars_beside_others_are_said_to_be_left_out(tmp_path, classes, caplog):
+    write_tar(tmp_path / 'a-0.tar', {file: file.read_bytes() for file in classes.rglob('*.png')}, True)
+    (tmp_path / 'a-1.tar.gz').touch()
+    open_data(tmp_path)
+    assert f'{tmp_path}: 1 compressed tars are left out' in caplog.text and 'a-1.tar.gz' in caplog.text
