@@ -119,4 +119,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, bool]]:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not is_passed_over(entry.name):
-                yield entry.name, entry.is_dir()
+                is_folder = False
+                with suppress(OSError):  # a link to itself, or to a place that is out of reach
+                    is_folder = entry.is_dir()
+                yield entry.name, is_folder

@@ -1,7 +1,9 @@
 """The parts of a data set are found in its folders whatever their spelling, and never taken for classes in silence."""
+import io
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -209,3 +211,64 @@ def test_images_beside_class_folders_are_the_reason_in_the_error(tmp_path, class
     for call in (lambda: open_pair('folder', tmp_path / 'data'), lambda: open_labelled(str(tmp_path / 'data'), 0.2, 0)):
         with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
             call()
+
+
+def test_a_link_that_leads_nowhere_hides_no_part(tmp_path):
+    fill(tmp_path, 'train/a/1.png train/b/1.png val/a/1.png val/b/1.png')
+    for i in range(20):  # folders list their names in any order
+        (tmp_path / f'link{i}').symlink_to(f'link{i}')  # to itself
+    assert find_parts(tmp_path) == (tmp_path, tmp_path / 'train', tmp_path / 'val')
+    assert holds_images(tmp_path)
+
+
+@pytest.mark.parametrize('root', ['data', 'training data'])
+@pytest.mark.parametrize('form', ['tar', 'parquet'])
+def test_unlabelled_test_files_are_not_used_and_a_share_is_held_out(tmp_path, classes, root, form, caplog):
+    """As with a folder of test images without labels."""
+    root = tmp_path / root
+    root.mkdir()
+    pictures = {file: file.read_bytes() for file in sorted(classes.rglob('*.png'))}
+    test = dict(list(pictures.items())[:1])
+    for part, some, labelled in (('train', pictures, True), ('test', test, False)):
+        if form == 'tar':
+            write_tar(root / f'{part}-0.tar', some, labelled)
+        else:
+            pa, parquet = map(pytest.importorskip, ('pyarrow', 'pyarrow.parquet'))
+            pytest.importorskip('datasets')
+            columns = {'image': list(some.values()), 'label': [file.parent.name for file in some]}
+            if not labelled:
+                del columns['label']
+            parquet.write_table(pa.table(columns), root / f'{part}-0.parquet')
+    train, _, unusable = open_parts(root)
+    assert unusable.is_test and unusable.images.name == f'{root} (test)'
+    pair, (mine, held, _) = open_pair('folder', root), open_labelled(str(root), 0.2, 0)
+    assert len(pair.train) + len(pair.test) == len(mine) + len(held) == len(train) == len(pictures)
+    assert f'not used for validation: {root} (test): its images have no labels' in caplog.text
+
+
+def write_tar(file: Path, pictures: dict[Path, bytes], labelled: bool) -> None:
+    with tarfile.open(file, 'w') as f:
+        for path, data in pictures.items():
+            name = f'{path.parent.name}-{path.stem}'
+            for ending, content in (('png', data), ('cls', path.parent.name.encode()))[:1 + labelled]:
+                member = tarfile.TarInfo(f'{name}.{ending}')
+                member.size = len(content)
+                f.addfile(member, io.BytesIO(content))
+
+
+def test_the_same_classes_in_another_order_are_said_to_be_that(tmp_path, classes):
+    datasets = pytest.importorskip('datasets')
+    picture = next(classes.rglob('*.png')).read_bytes()
+    datasets.DatasetDict({part: datasets.Dataset.from_dict(
+        {'image': [{'bytes': picture, 'path': None}] * 2, 'label': [0, 1]}, features=datasets.Features(
+            {'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)}))
+        for part, names in (('train', ['cat', 'dog']), ('test', ['dog', 'cat']))}).save_to_disk(str(tmp_path / 'saved'))
+    assert 'they are numbered in another order' in open_parts(tmp_path / 'saved')[2].reason
+    assert open_pair('folder', tmp_path / 'saved').test.labels.tolist() == [1, 0]
+
+
+def test_compressed_tars_beside_others_are_said_to_be_left_out(tmp_path, classes, caplog):
+    write_tar(tmp_path / 'a-0.tar', {file: file.read_bytes() for file in classes.rglob('*.png')}, True)
+    (tmp_path / 'a-1.tar.gz').touch()
+    open_data(tmp_path)
+    assert f'{tmp_path}: 1 compressed tars are left out' in caplog.text and 'a-1.tar.gz' in caplog.text

@@ -86,6 +86,15 @@ def name_some(names: list[str]) -> str:
     return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
 
 
+def describe_alike(classes: list[str]) -> str:
+    """Returns the line on classes that are perhaps the same under two spellings; '' if there are none."""
+    spellings: dict[str, list[str]] = {}
+    for name in classes:
+        spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
+    alike = [name for names in spellings.values() if len(names) > 1 for name in names]
+    return f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}' if alike else ''
+
+
 class Tally:
     """Counts what is left out, by its kind, and keeps the first name."""
 
@@ -179,12 +188,8 @@ class Listing:
     def notes(self) -> list[str]:
         """Returns the sentences on what the images are not, each for one line."""
         tallies = self.passed_over, self.left_out, self.loops, self.unreadable, self.nested
-        notes, spellings = [tally.describe() for tally in tallies if tally.counts] + self.remarks, {}
-        for name in self.classes:
-            spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
-        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
-            notes.append(f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}')
-        return notes
+        notes = [tally.describe() for tally in tallies if tally.counts]
+        return [*notes, *self.remarks, *filter(None, [describe_alike(self.classes)])]
 
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:

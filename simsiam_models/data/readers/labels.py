@@ -116,7 +116,8 @@ def _read_number(label: Any) -> float | None:
     if isinstance(label, (str, bytes)):
         text = _read_name(label)
         return None if text is None or not _NUMBER.fullmatch(text) else float(text)
-    return label if isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label) else None
+    is_number = isinstance(label, (int, float)) and not isinstance(label, bool)
+    return label if is_number and -math.inf < label < math.inf else None
 
 
 def _read_name(label: Any) -> str | None:
