@@ -54,7 +54,7 @@ class SimSiam(nn.Module):
     def __init__(self, backbone: nn.Module, dim: int = 2048, pred_dim: int = 512, proj_layers: int = 3) -> None:
         super().__init__()
         if getattr(backbone, 'num_classes', 0) != 0:
-            raise ValueError(f'the backbone has num_classes={backbone.num_classes}, SimSiam needs its features: create '
+            raise ValueError(f'the backbone has num_classes={backbone.num_classes}, but SimSiam needs features: create '
                              'it with num_classes=0')
         # Some timm models (MobileNetV3, VGG) keep a hidden layer after the pooling without a classifier.
         width = getattr(backbone, 'head_hidden_size', None) or getattr(backbone, 'num_features', None)
@@ -68,14 +68,14 @@ class SimSiam(nn.Module):
         """Applies f: (B, 3, H, W) -> z (B, dim)."""
         f = self.backbone(x)  # (B, C)
         if f.ndim != 2:
-            raise ValueError(f'the backbone returns shape {tuple(f.shape)}, SimSiam needs pooled features (B, C): '
+            raise ValueError(f'the backbone returns shape {tuple(f.shape)}, but SimSiam needs pooled features (B, C): '
                              "create it with num_classes=0 and without global_pool=''")
         return self.projector(f)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Maps two views (B, 3, H, W) to p1, p2, z1, z2, each (B, dim); z1 and z2 are detached (Algorithm 1).
 
-        Each view is a pass of its own, so batch statistics are per view.
+        Each view is a separate pass, so batch statistics are per view.
         """
         z1, z2 = self.encode(x1), self.encode(x2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
@@ -138,7 +138,7 @@ def _read_heads(folder: Path) -> dict[str, Tensor]:
     file = folder / HEADS
     if not file.exists():
         raise ValueError(f'{folder} holds no {HEADS}, so no projector and predictor; create its backbone with timm, or '
-                         'name the checkpoint that they are in')
+                         'name the checkpoint that holds them')
     require_safetensors(file)
     return load_file(file)
 

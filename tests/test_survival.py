@@ -375,7 +375,7 @@ def test_a_deleted_output_is_made_again_and_the_run_ends_in_the_same_bits(few_di
     output = tmp_path / 'run'
     code, out, err = run(few_digits, output, '--checkpoint-steps', '2', '--workers', '0', accident=('deleted', 5))
     assert code == 0, err
-    assert out.count(f'{output} was deleted; it is made again') == 1
+    assert out.count(f'{output} was deleted; it is recreated') == 1
     assert {'args.json', 'log.jsonl', 'checkpoint.pth', 'backbone'} <= {p.name for p in output.iterdir()}
     for k, v in weights(undisturbed).items():
         assert torch.equal(v, weights(output)[k])

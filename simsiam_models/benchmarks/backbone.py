@@ -101,7 +101,7 @@ def _load_model(
     """Returns the network, the tag that the weights claim, timm's arguments, and whether a hash proves the tag."""
     path = Path(name).expanduser()
     if branch is not None and not path.is_file():
-        raise ValueError(f'--branch {branch}: chooses a network of a checkpoint file, and --model {name} is none')
+        raise ValueError(f'--branch {branch}: selects a network from a checkpoint file, but --model {name} is not one')
     if name.endswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -161,7 +161,7 @@ def load(
         try:
             state = read(path, keys)
         except DamagedError as e:
-            say(f'{e}; trying the one before')
+            say(f'{e}; trying the previous one')
             damaged.append(path)
             continue
         except ValueError as e:

@@ -120,7 +120,7 @@ class RunLock:
             yield
         except OSError as e:
             raise type(e)(
-                f'{self.path.parent} cannot be written to ({e.strerror or e}); make that possible, or give another '
+                f'{self.path.parent} cannot be written to ({e.strerror or e}); make it writable, or give another '
                 '--output') from None
 
     def _measure_age(self, touched: int) -> float:

@@ -213,8 +213,8 @@ def _describe_origin(weights: Weights, origin: dict[str, str], measured: str | N
     """Says which file these weights come from, and whether that was verified; `measured`: whose hash was measured."""
     sha256, prefix = origin['upstream_sha256'], weights.sha256_prefix
     if measured is None:
-        return (f'converted from a file that had already been converted, from one with the SHA-256 {sha256} as its '
-                "header says, so that it could not be compared with the authors' own file")
+        return (f'converted from an already converted file, whose header names a source with the SHA-256 {sha256}; '
+                "it could not be compared with the authors' own file")
     if prefix is None:
         return (f'converted from {measured}, with the SHA-256 {sha256}; its authors publish no hash to compare it '
                 'with, so that its identity is not verified')

@@ -67,7 +67,7 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
-                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller, as every view is far '
+                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '
                     'smaller anyway')
             by_torchvision = _JPEG is not None and image.format == 'JPEG'
             with decode_in_turn(width * height * (4 if by_torchvision else PIL_BYTES)):

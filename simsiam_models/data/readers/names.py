@@ -1,4 +1,4 @@
-"""What names mean: which files are images, what is passed over, and which names are the parts of a data set.
+"""What names mean: which files are images, which are skipped, and which names are the parts of a data set.
 
 These rules hold in folders, tars, tables and lists, and so for every command.
 """

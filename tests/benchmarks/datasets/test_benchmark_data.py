@@ -306,7 +306,7 @@ def test_hidden_folders_are_not_classes(part: str, stray: str, tmp_path: Path, c
     assert after.data() == before.data() and after.train.classes == before.train.classes
     name = Path(stray).parts[0]
     kind = '._*' if name.startswith('._') else name
-    assert f'{tmp_path / part}: passed over, as hidden or as what systems write beside pictures: 1 (1 {kind})' in (
+    assert f'{tmp_path / part}: hidden and system files, skipped: 1 (1 {kind})' in (
         caplog.text)
 
 
