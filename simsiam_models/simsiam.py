@@ -99,9 +99,9 @@ def create_simsiam(
     The defaults give the paper's model with 38,199,360 parameters. timm initializes the last batch norm of each
     residual block to zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
     `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of
-    a `local-dir:` folder. With other timm models the heads start at random, with a warning. Of a file with several
-    networks, `branch` names one (see `load_checkpoint`). The last batch norm of the projector has a scale and a shift
-    only if that of the file has them, which is not so in the paper.
+    a `local-dir:` folder. With other timm models the heads start at random, with a warning. `branch` selects one of
+    several networks in a file (see `load_checkpoint`). The projector's last batch norm has a scale and a shift only if
+    the file's has them; the paper's has none.
 
     Raises:
         ValueError: the weights hold no heads, or heads that do not match dim, pred_dim and proj_layers.

@@ -1,6 +1,6 @@
 """Locks a folder for one run, also on shared disks: the lock is a file that names its process.
 
-Locks of the operating system are missing on many network disks, and the children of a dead process go on holding them.
+Locks of the operating system are missing on many network disks, and the children of a dead process keep holding them.
 """
 import json
 import os

@@ -70,7 +70,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     """Publishes every tag of WEIGHTS from its authors' server, never from the Hub, and pins it.
 
     What is done is skipped: tags that are pinned and on the Hub with the pinned hashes or, with `dry_run`, complete
-    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others go on. Returns whether none failed.
+    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others continue. Returns whether none failed.
     Raises RuntimeError if there is no token.
     """
     if dry_run is None:

@@ -110,7 +110,7 @@ class WebStream(_ShuffledStream):
     def _select_images(self, samples: Iterator[dict[str, Any]]) -> Iterator[bytes]:
         """Yields the image of each sample that has one; raises ValueError if a sample has several.
 
-        Says once if it passes over what systems write beside pictures.
+        Logs once if it skips hidden or system files.
         """
         said = False
         for sample in samples:

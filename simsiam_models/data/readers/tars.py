@@ -209,7 +209,7 @@ def _read_members(
 ) -> Iterator[tuple[tarfile.TarInfo, str, str, Any]]:
     """Yields the files of a tar that belong to a sample: member, sample, ending, and the content of a label or None.
 
-    Counts what systems write beside pictures, and files that belong to no sample, in the listing.
+    Counts system files, and files that belong to no sample, in the listing.
     """
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
