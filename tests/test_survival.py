@@ -316,7 +316,7 @@ def test_a_refused_file_leaves_no_folder_and_its_precision_is_kept(half_way, tmp
     code, out, err = run(*new, '--amp', 'auto')
     assert code == 0 and 'amp off' in out, err
     code, out, err = run(*new)
-    assert code == 0 and 'is not used' in out
+    assert code == 0 and 'is ignored' in out
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(half_way):

@@ -133,7 +133,7 @@ class FeatureModel:
         flat['avgpool'] = average
         for name in names:
             if name not in flat:
-                raise ValueError(f'{name}: {self.backbone.name} has only {len(maps)} stages')
+                raise ValueError(f'{name}: {self.backbone.name} has maps of {len(maps)} stages only')
         return {name: flat[name] for name in names}
 
     def measure_widths(self, names: Sequence[str]) -> dict[str, int]:

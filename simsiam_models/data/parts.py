@@ -22,7 +22,7 @@ def find_parts(root: Path) -> tuple[Path, Path | None, Path | None]:
     """
     at = _look_through(root)
     if at != root:
-        announce(f'{root}: all its images are in {at}, which is used')
+        announce(f'{root}: all its images are in {at}')
     folders, loose = list_entries(at)
     parts = choose_parts(folders)
     named = [name for names in parts.values() for name in names]
@@ -66,7 +66,7 @@ def _look_through_part(part: Path) -> Path:
         inside = part / holding[0]
         folders, loose = list_entries(inside)
         if not loose and len(_find_two(inside, folders)) == 2:
-            announce(f'{part}: all its images are in {inside}, which is used')
+            announce(f'{part}: all its images are in {inside}')
             return inside
     return part
 

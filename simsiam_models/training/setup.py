@@ -91,6 +91,8 @@ def claim(
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
 
     def read_given() -> dict[str, Any]:
+        if not Path(args.resume).is_file():
+            raise FileNotFoundError(f'--resume {args.resume}: no such file; name a checkpoint, or use auto or never')
         given = checkpoint.read(Path(args.resume), KEYS)
         if differing := checkpoint.find_differences(given['run'], record, free):
             raise ValueError(f'--resume {args.resume} belongs to another run ({differing})')

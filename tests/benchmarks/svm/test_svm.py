@@ -814,7 +814,7 @@ def test_an_output_that_takes_no_files_is_found_before_anything_slow(
     (['--low-shot', '--samples', '0'], '--samples 0: must be at least 1'),
     (['--k', '4', '8'], '--k 4 8: must be used with --low-shot; add that flag'),
     (['--samples', '3'], '--samples 3: must be used with --low-shot; add that flag'),
-    (['--model', 'convnext_atto:random'], 'feat5: .* has only 4 stages; name those that it has with --taps'),
+    (['--model', 'convnext_atto:random'], 'feat5: .* 4 stages only; name those that it has with --taps'),
     (['--low-shot', '--k', '40'], r'--k 40 needs 40 and 760; .*\(possible here: 1 2\)'),
     (['--image-size', '40'], '--resize 36: must be at least'), (['--batch-size', '0'], '--batch-size 0: must be'),
     (['--model', 'no_such_model:random'], 'no_such_model')])
