@@ -29,6 +29,9 @@ RANDOM = ':random'
 # MMSelfSup's pooling of the five maps at 224 px: side of the map; kernel, stride, padding. Zeros count in the mean.
 POOLS = ((112, 10, 10, 4), (56, 16, 8, 0), (28, 13, 5, 0), (14, 8, 3, 0), (7, 6, 1, 0))
 OTHER_WEIGHTS = '--model PATH takes a checkpoint that you have, and NAME:random untrained weights'
+WRONG_NAMES = {  # what timm says -> what to do
+    'Unknown model': 'timm.list_models() lists the names',
+    'Invalid pretrained tag': 'timm.list_pretrained() lists the tags'}
 VALUES = 9216  # adaptive pooling leaves at most this many values per map
 # Networks that a bare checkpoint may hold. The first one whose entries have the same names and shapes is chosen.
 KNOWN = ('simsiam_resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
@@ -163,6 +166,9 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
             text = f'--model {name}: {text[:300]}'
         if 'could not be loaded' in text or 'No pretrained weights' in text:
             text = f'{text.rstrip(".")}. {OTHER_WEIGHTS}'
+        for problem, hint in WRONG_NAMES.items():
+            if problem in text:
+                text = f'{text.rstrip(".")}; {hint}'
         raise RuntimeError(text) from None
     except OSError as e:  # includes the Hub client's errors, which have many lines
         raise RuntimeError(

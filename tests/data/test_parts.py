@@ -188,7 +188,7 @@ def test_a_training_part_alone_is_divided_too_but_a_published_set_needs_its_own_
     shutil.copytree(classes, tmp_path / 'train')
     pair = open_pair('folder', tmp_path)
     assert pair.held_out and 'held_out' in pair.data()
-    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has no validation part .none of val'):
         open_pair('imagenet', tmp_path, partial=True)
     shutil.copytree(classes, tmp_path / 'dev')
     assert 'held_out' not in open_pair('folder', tmp_path).data()  # the identity of runs that exist

@@ -47,7 +47,7 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
     train, test = KINDS[kind](str(root), partial)
     if test is None and kind != 'folder':
         raise FileNotFoundError(
-            f'{root} has train, but none of {", ".join(VALIDATION)}; a benchmark needs images to measure on')
+            f'{root} has no validation part (none of {", ".join(VALIDATION)}); a benchmark needs images to measure on')
     held_out = ''
     if test is None and train.labels is not None:
         check_several_classes(train)

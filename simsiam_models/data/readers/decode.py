@@ -39,7 +39,7 @@ def import_library(name: str, users: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"{users} need the {name} library: pip install 'simsiam-models[data]'") from None
+        raise DataError(f'{users} need the {name} library: pip install {name}') from None
 
 
 @contextmanager
