@@ -22,7 +22,7 @@ FORMS = (
     "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or a folder of save_to_disk), a "
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
     'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo; after any of them, '
-    '#image=NAME,label=NAME (either or both) chooses columns of a table or CSV, or endings of the files in tars')
+    '#image=NAME,label=NAME (either or both) chooses columns of a table or CSV, or file extensions in tars')
 
 
 class Unusable(NamedTuple):
@@ -86,7 +86,7 @@ def open_parts(
 
 def _refuse_choice(name: str | Path, choice: Choice | None) -> None:
     if choice is not None:
-        raise ValueError(f'{name} has no columns or endings to choose from with #image= or #label=')
+        raise ValueError(f'{name} has no columns or file extensions that #image= or #label= could choose')
 
 
 def _open_images(text: str, prefix: str, rest: str, choice: Choice | None) -> tuple[Images, Images | None]:

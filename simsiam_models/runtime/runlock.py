@@ -1,6 +1,6 @@
 """Locks a folder for one run, also on shared disks: the lock is a file that names its process.
 
-Locks of the operating system are missing on many network disks, and the children of a dead process go on holding them.
+Locks of the operating system are missing on many network disks, and the children of a dead process keep holding them.
 """
 import json
 import os
@@ -143,7 +143,7 @@ class RunLock:
             yield
         except OSError as e:
             raise type(e)(
-                f'{self.path.parent} cannot be written to ({e.strerror or e}); make that possible, or give another '
+                f'{self.path.parent} cannot be written to ({e.strerror or e}); make it writable, or give another '
                 '--output') from None
 
     def _measure_age(self, touched: int) -> float:

@@ -42,11 +42,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises FileNotFoundError, or ValueError if it holds no such object."""
     require_file(file)
     if file.stat().st_size > LONGEST:
-        raise ValueError(f'{file} has more than {LONGEST >> 20} MB, too many for a description of weights')
+        raise ValueError(f'{file} is larger than {LONGEST >> 20} MB, too large for a description of weights')
     try:
         value = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or get it again') from None
+        raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or download it again') from None
     if not isinstance(value, dict):
         raise ValueError(f'{file} holds no JSON object')
     return value

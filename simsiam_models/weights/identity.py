@@ -65,7 +65,7 @@ def check_identity(checkpoint: Checkpoint, tag: str, weights: Weights, origin: M
     """
     layout, converted = checkpoint.layout, 'layout' in origin
     if layout != weights.layout and layout in {w.layout for w in WEIGHTS.values()}:
-        raise ValueError(f'the file has the layout {layout}, {tag} is a file of the layout {weights.layout}')
+        raise ValueError(f'the file has the layout {layout}, but {tag} is a file of the layout {weights.layout}')
     classes = len(checkpoint.model_state().get('fc.weight', ()))
     if classes != weights.num_classes:
         raise ValueError(f'the file has {f"a classifier of {classes} classes" if classes else "no classifier"}, {tag} '
@@ -82,7 +82,7 @@ def check_identity(checkpoint: Checkpoint, tag: str, weights: Weights, origin: M
     check_origin(origin, tag, weights)
     if not converted and layout != weights.layout:
         raise ValueError(
-            f'the file has the layout {layout}, as any ResNet-50 may have, and nothing tells that it comes from the '
+            f'the file has the layout {layout}, as any ResNet-50 may have, and nothing shows that it comes from the '
             f"authors' file of {tag}, which has the layout {weights.layout}: use that file ({weights.url})")
     if checkpoint.info.get('bgr', False) != weights.bgr:
         raise ValueError(
@@ -118,8 +118,8 @@ def check_origin(origin: Mapping[str, str], tag: str, weights: Weights) -> None:
         raise ValueError(f"the authors' file has the SHA-256 {sha256[:12]}..., that of {tag} begins with {prefix}: it "
                          'is another file, or a damaged one')
     if origin.get('layout', weights.layout) != weights.layout:
-        raise ValueError(f'the file was converted from the layout {origin["layout"]}, {tag} is a file of the layout '
-                         f'{weights.layout}')
+        raise ValueError(f'the file was converted from the layout {origin["layout"]}, but {tag} is a file of the '
+                         f'layout {weights.layout}')
 
 
 def _check_stated(checkpoint: Checkpoint, tag: str, weights: Weights) -> None:

@@ -316,7 +316,7 @@ def _choose_network(state: State, networks: dict[str, Layout], branch: str | Non
             f'holds {len(roots)} networks, {" and ".join(names[root] for root in roots)}: choose one with '
             f'branch={names[roots[0]]!r} (on the command line: --branch {names[roots[0]]})')
     left = [names[root] for root in networks if root != roots[0] and not _is_copy(state, root, roots[0])]
-    return roots[0], [f'took {names[roots[0]]} and left out {", ".join(left)} (branch chooses)'] if left else []
+    return roots[0], [f'loaded {names[roots[0]]} and left out {", ".join(left)} (choose with branch)'] if left else []
 
 
 def _shorten(networks: dict[str, Layout]) -> dict[str, str]:
@@ -385,7 +385,7 @@ def _fix_backbone(parts: dict[str, State], notes: list[str]) -> dict[str, Any]:
 
 
 def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter, notes: list[str]) -> None:
-    """Keeps a linear classifier and multi-head ones; anything else is left out, and said."""
+    """Keeps a linear classifier and multi-head ones; leaves anything else out, with a note."""
     state = parts['classifier']
     if not state or any(k.startswith(('fcs.', 'norms.')) for k in state):
         return
@@ -398,7 +398,7 @@ def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter, notes:
         return
     parts['classifier'] = {}
     dropped['fc'] += len(state)
-    notes.append(f'the {len(state)} entries behind the backbone are no linear classifier and were left out')
+    notes.append(f'the {len(state)} entries after the backbone are not a linear classifier and were left out')
 
 
 def _leave_out_unused(parts: dict[str, State], notes: list[str]) -> None:

@@ -70,7 +70,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     """Publishes every tag of WEIGHTS from its authors' server, never from the Hub, and pins it.
 
     What is done is skipped: tags that are pinned and on the Hub with the pinned hashes or, with `dry_run`, complete
-    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others go on. Returns whether none failed.
+    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others continue. Returns whether none failed.
     Raises RuntimeError if there is no token.
     """
     if dry_run is None:
@@ -215,8 +215,8 @@ def _describe_origin(weights: Weights, origin: dict[str, str], measured: str | N
     """Says which file these weights come from, and whether that was verified; `measured`: whose hash was measured."""
     sha256, prefix = origin['upstream_sha256'], weights.sha256_prefix
     if measured is None:
-        return (f'converted from a file that had already been converted, from one with the SHA-256 {sha256} as its '
-                "header says, so that it could not be compared with the authors' own file")
+        return (f'converted from an already converted file, whose header names a source with the SHA-256 {sha256}; '
+                "it could not be compared with the authors' own file")
     if prefix is None:
         return (f'converted from {measured}, with the SHA-256 {sha256}; its authors publish no hash to compare it '
                 'with, so that its identity is not verified')

@@ -82,7 +82,7 @@ def require_file(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist')
     if not path.is_file():
-        raise ValueError(f'{path} is a FIFO, a socket or a device, not a file; name a file of weights')
+        raise ValueError(f'{path} is a FIFO, a socket or a device, not a file; name a weights file')
 
 
 def read_head(path: Path) -> bytes:
@@ -108,7 +108,7 @@ def _name_kind(path: Path) -> str:
     if head.lstrip()[:1] == b'<':
         return f'a web page (it begins with {head.lstrip()[:30]!r}); download the file itself'
     text = bool(head) and min(head.translate(None, b'\t\n\f\r'), default=0) >= 32
-    return 'a text file; name a file of weights, or the folder of a run' if text else ''
+    return 'a text file; name a weights file, or the folder of a run' if text else ''
 
 
 def require_safetensors(path: Path) -> None:
@@ -153,7 +153,7 @@ def find_export(folder: Path) -> Path:
     endings = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.safetensors')
     others = [name for name in names if name.endswith(endings) and name != HEADS]
     raise FileNotFoundError(f'{folder}: no {MODEL} there; ' + (
-        f'name the file in it, {folder / others[0]}' if others else 'name a folder that was exported for timm'))
+        f'name the file itself, {folder / others[0]}' if others else 'name a folder that was exported for timm'))
 
 
 class DiskFile(io.FileIO):

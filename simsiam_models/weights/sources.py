@@ -1,6 +1,6 @@
 """Finds published weights in the caches, on the Hugging Face Hub, or on their authors' servers, in this order.
 
-A name is not a proof: the Hub, and its cache, count for a tag only if its repository is pinned (revision and hash), or
+A name proves nothing: the Hub, and its cache, count for a tag only if its repository is pinned (revision and hash), or
 if the user named the namespace by SIMSIAM_HUB_NAMESPACE, because anybody may register a name there. From wherever a
 file comes, it is compared with its row of WEIGHTS (see `identity`).
 
@@ -68,7 +68,7 @@ def fetch(
         return path
     if constants.HF_HUB_OFFLINE:
         places = f'neither {hub_id(name)} nor {converted}' if hub else converted
-        reasons.append(f'HF_HUB_OFFLINE is set and no cache has it, {places}')
+        reasons.append(f'HF_HUB_OFFLINE is set and no cache has it ({places})')
     else:
         with _lock_download(converted):
             # another process may have been faster
@@ -219,7 +219,7 @@ def _compare_first(sha256: str, weights: Weights, cache_dir: str | Path | None) 
     first = record.read_text(errors='replace')[:64]
     if first != sha256:
         raise ValueError(
-            f"the authors' file has the SHA-256 {sha256}, at the first download it had {first} ({record}): if they "
+            f"the authors' file has the SHA-256 {sha256}, but at the first download it had {first} ({record}): if they "
             'announced a new file, delete that record and try again, otherwise do not trust it')
 
 

@@ -114,8 +114,8 @@ def _check_published(tag: str) -> tuple[Path, list[Finding]]:
             revision = sources.read_pin(name)['revision']
             finding = True, f'hash: equals the one pinned for {repo} at revision {revision[:12]}, {path}'
         else:
-            finding = None, (f'hash: the one that {repo} itself states, which proves the transport only; there is no '
-                             f'independent reference that these are the published weights, {path}')
+            finding = None, (f'hash: the one that {repo} itself states, which proves only the download; no independent '
+                             f'reference shows that these are the published weights, {path}')
     else:
         sha256, prefix = read_origin(path)['upstream_sha256'], weights.sha256_prefix
         text = f"hash: the authors' file, {weights.url}, had the SHA-256 {sha256}"
@@ -160,7 +160,7 @@ def _check_claims(path: Path, checkpoint: Checkpoint) -> list[Finding]:
     for tag in dict.fromkeys([*tags, *([named] if isinstance(named, str) and named in WEIGHTS else [])]):
         try:
             check_identity(checkpoint, tag, WEIGHTS[tag], {'layout': WEIGHTS[tag].layout, **origin})
-            findings.append((None, f'origin: said to be {tag}, and layout, classes and shapes agree; no proof'))
+            findings.append((None, f'origin: claims to be {tag}; layout, classes and shapes agree, which is no proof'))
         except ValueError as e:
-            findings.append((False, f'origin: said to be {tag}, but {e}'))
+            findings.append((False, f'origin: claims to be {tag}, but {e}'))
     return findings

@@ -65,7 +65,7 @@ def test_parts_of_any_usual_spelling_are_parts_in_every_command(tmp_path, classe
     ('train/a/1.png test/a/1.png cover.png', ('.', 'train', 'test'), 'these are left out: cover.png'),
     ('train/a/1.png extra/x.png', ('.', 'train', None), 'train is used, and these are left out: extra'),
     ('train/a/1.png trainval/a/1.png test/a/1.png', ('.', 'train', 'test'), 'left out: trainval'),
-    ('CUB/train/a/1.png CUB/test/a/1.png', ('CUB', 'CUB/train', 'CUB/test'), 'looked through, since all its images'),
+    ('CUB/train/a/1.png CUB/test/a/1.png', ('CUB', 'CUB/train', 'CUB/test'), 'all its images are in'),
     ('CUB/Train/a/1.png CUB/Valid/a/1.png __MACOSX/CUB/._x.png .DS_Store', ('CUB', 'CUB/Train', 'CUB/Valid'), 'CUB$'),
     ('x/y/train/a/1.png x/y/val/a/1.png notes/a.txt', ('x/y', 'x/y/train', 'x/y/val'), 'x/y$'),
     ('PetImages/Cat/1.jpg PetImages/Dog/1.jpg readme.txt', ('PetImages', None, None), 'PetImages$'),
@@ -75,7 +75,7 @@ def test_parts_of_any_usual_spelling_are_parts_in_every_command(tmp_path, classe
      'seg_pred/1.png', ('.', 'seg_train/seg_train', 'seg_test/seg_test'), 'left out: seg_pred'),
     ('train/images/a/1.png train/images/b/1.png', ('.', 'train/images', None), 'train/images$'),
     ('train/person/a/1.png train/person/b/1.png', ('.', 'train', None), ''),
-    ('valid/1.png invalid/1.png', ('.', None, None), 'valid is taken for a class like invalid'),
+    ('valid/1.png invalid/1.png', ('.', None, None), 'valid is treated as a class like invalid'),
     ('cat/1.png toy_train/1.png', ('.', None, None), ''),
 ])
 def test_parts_and_classes_are_told_apart_and_what_is_not_used_is_named(tmp_path, caplog, names, found, said):
@@ -190,7 +190,7 @@ def test_a_training_part_alone_is_divided_too_but_a_published_set_needs_its_own_
     shutil.copytree(classes, tmp_path / 'train')
     pair = open_pair('folder', tmp_path)
     assert pair.held_out and 'held_out' in pair.data()
-    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has no validation part .none of val'):
         open_pair('imagenet', tmp_path, partial=True)
     shutil.copytree(classes, tmp_path / 'dev')
     assert 'held_out' not in open_pair('folder', tmp_path).data()  # the identity of runs that exist
@@ -201,7 +201,7 @@ def test_one_class_gives_no_number(tmp_path, classes, parts):
     for part in parts:
         shutil.copytree(classes / '0', tmp_path / part / 'only')
     for call in (lambda: open_pair('folder', tmp_path), lambda: open_labelled(str(tmp_path), 0.2, 0)):
-        with pytest.raises(ValueError, match=r'one class only \(only\); a classifier needs at least two'):
+        with pytest.raises(ValueError, match=r'only one class \(only\); a classifier needs at least two'):
             call()
 
 

@@ -949,7 +949,7 @@ def test_verify_passes_a_hash_only_against_another_source(net, request, monkeypa
     digest = fake.sha256(openmmlab(1))
     assert line.startswith('ok   hash: ' if case in ('pinned', 'hash') else '     hash: ')
     assert {
-        'named': 'proves the transport only; there is no independent reference', 'pinned': 'equals the one pinned',
+        'named': 'proves only the download; no independent reference', 'pinned': 'equals the one pinned',
         'hash': f'had the SHA-256 {digest}; the published one begins with {digest[:8]}',
         'no hash': f'{digest}; its authors publish none, so there is no independent reference'}[case] in line
     assert 'promises' not in line
@@ -1114,7 +1114,8 @@ def test_the_first_download_is_remembered_and_another_file_is_refused_with_both_
         left.unlink()
     net.files.files['/x/checkpoint_0099.pth.tar'] = two
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f'{fake.sha256(two)}, at the first download it had {fake.sha256(one)}'):
+        said = f'{fake.sha256(two)}, but at the first download it had {fake.sha256(one)}'
+        with pytest.raises(RuntimeError, match=said):
             fetch()
         assert not path.exists()
     record.unlink()  # the way on that the message names

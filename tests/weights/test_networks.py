@@ -139,7 +139,7 @@ def test_of_averaged_weights_timm_s_choice_is_taken(
     checkpoint = load_checkpoint(path)
     assert equal(checkpoint.backbone, timm.models.load_state_dict(str(path)))
     assert equal(checkpoint.backbone, disk.part(model, 'backbone'))
-    assert f'took {ema} and left out {key}' in checkpoint.describe()
+    assert f'loaded {ema} and left out {key}' in checkpoint.describe()
     assert equal(load_checkpoint(path, key).backbone, disk.part(other, 'backbone'))
 
 
@@ -217,7 +217,7 @@ def test_of_moco_the_trained_encoder_is_taken_and_its_projection_is_no_classifie
     checkpoint = recognize(contents)
     assert equal(checkpoint.backbone, disk.part(model, 'backbone')) and checkpoint.classifier is None
     text = checkpoint.describe()
-    assert f'took {names[0]} and left out {names[1]}' in text and 'no linear classifier' in text
+    assert f'loaded {names[0]} and left out {names[1]}' in text and 'not a linear classifier' in text
     assert checkpoint.info['dropped'].items() >= {'fc': len(fc), 'queue': 1, 'optimizer': 2}.items()
     assert equal(recognize(contents, names[1]).backbone, disk.part(other, 'backbone'))
 

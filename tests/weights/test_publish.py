@@ -312,7 +312,7 @@ def test_a_missing_classifier_is_refused(pretrained, linear, tmp_path):
 
 
 def test_the_file_of_another_tag_is_refused(pretrained, state, tmp_path):
-    refused(pretrained[0], LIN, tmp_path / 'out', f'layout fair, {LIN} is a file of the layout fair_linear')
+    refused(pretrained[0], LIN, tmp_path / 'out', f'layout fair, but {LIN} is a file of the layout fair_linear')
     refused(pretrained[0], 'fb_bs256_ep200_in1k', tmp_path / 'out', 'epoch 100, .* trained for 200 epochs')
 
 

@@ -87,7 +87,7 @@ def find_image_column(features: Any, name: str, choice: Choice) -> str:
     datasets = import_datasets()
     if choice.image is not None:
         if choice.image not in features:
-            raise ValueError(f'{name}: #image={choice.image} is none of its columns, {", ".join(features)}')
+            raise ValueError(f'{name}: no column {choice.image} for #image=; its columns are {", ".join(features)}')
         return choice.image
     kinds = (lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
              lambda f: isinstance(f, dict) and 'bytes' in f)
@@ -173,7 +173,7 @@ def _number(values: Any, names: list[str] | None) -> tuple[np.ndarray, list[str]
     if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         lengths = pc.list_value_length(values)
         if not pc.all(pc.fill_null(pc.equal(lengths, 1), False)).as_py():
-            raise LabelError('a list of labels, and not of one in each row', None)
+            raise LabelError('lists of labels, not all with exactly one', None)
         values = pc.list_flatten(values)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
@@ -264,7 +264,7 @@ def _choose_splits(
     """Returns the training split, and the first one for validation (see `choose_parts`) that has labels."""
     parts = choose_parts(splits)
     if 'train' not in parts and len(splits) > 1:
-        raise ValueError(f'{name} has no split train but {", ".join(splits)}; choose one with hf:REPO:SPLIT')
+        raise ValueError(f'{name} has no split train; choose one of {", ".join(splits)} with hf:REPO:SPLIT')
     if not splits:
         raise ValueError(f'{name} has no splits')
     first, val = parts.get('train', list(splits))[0], None
@@ -277,5 +277,5 @@ def _choose_splits(
             if val.labels is not None:
                 break
     if others := [split for split in splits if split not in used]:
-        announce(f'{name}: splits that are not used: {", ".join(others)}')
+        announce(f'{name}: unused splits: {", ".join(others)}')
     return ArrowImages(splits[first], name, choice), val

@@ -40,7 +40,7 @@ def import_library(name: str, users: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"{users} need the {name} library: pip install 'simsiam-models[data]'") from None
+        raise DataError(f'{users} need the {name} library: pip install {name}') from None
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
-                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller, as every view is far '
+                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '
                     'smaller anyway')
             by_torchvision = _JPEG is not None and image.format == 'JPEG'
             each = 4 if by_torchvision else FRAMES_BYTES.get(image.format, PIL_BYTES)

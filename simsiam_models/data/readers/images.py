@@ -38,7 +38,7 @@ class Images(Protocol):
 
 @runtime_checkable
 class Stream(Protocol):
-    """A source without random access: undecoded images in an order of its own, and never labels."""
+    """A source without random access: undecoded images in its own order, and never labels."""
 
     name: str
     labels: None

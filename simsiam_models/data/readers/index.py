@@ -124,11 +124,11 @@ class Listing:
         self.folders: dict[str, list[int] | None] = {}  # stamps of all folders, and of links that lead to none
         self.files: dict[str, list[int] | None] = {}  # stamps of all files that were read
         self.lasting = True  # whether the stamps will show every later change
-        self.passed_over = Tally('passed over, as hidden or as what systems write beside pictures')
-        self.left_out = Tally('left out, as their names do not end like those of images')
-        self.loops = Tally('links that lead back to a folder above them, and are not followed')
-        self.unreadable = Tally('folders that cannot be read, and are left out')
-        self.nested = Tally('images in subfolders of class folders, which have the class of the topmost folder')
+        self.passed_over = Tally('hidden and system files, skipped')
+        self.left_out = Tally('files without an image extension, skipped')
+        self.loops = Tally('links to a folder above them, not followed')
+        self.unreadable = Tally('unreadable folders, skipped')
+        self.nested = Tally('images in subfolders of class folders, labelled by the topmost folder')
         self.remarks: list[str] = []  # other sentences for `Index.notes`
         self._settled = time.time_ns() - RACY_NS
 
@@ -254,7 +254,7 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     if not loose:
         listing.label_runs(runs)
         if empty := sorted(name for name, n in runs if not n):
-            listing.remarks.append(f'folders without an image, which are no classes: {name_some(empty)}')
+            listing.remarks.append(f'folders without images, not used as classes: {name_some(empty)}')
         return listing
     listing.nested.counts.clear()
     if classes := [name for name, n in runs if n]:

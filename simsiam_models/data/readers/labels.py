@@ -141,7 +141,7 @@ def choose_column(kinds: Mapping[str, int], choice: Choice, read_first: Callable
     """
     if choice.label is not None:
         if choice.label not in kinds:
-            raise ValueError(f'#label={choice.label}: no such column of labels, but {", ".join(kinds) or "none"}')
+            raise ValueError(f'#label={choice.label}: no such column of labels; there are {", ".join(kinds) or "none"}')
         return choice.label
     typed = [name for name in COLUMNS[:5] if kinds.get(name) in (NAMED, NUMBERED)]
     named = [column for column, kind in kinds.items() if kind == NAMED]

@@ -43,7 +43,7 @@ class ListImages(FileImages):
         first = range(min(len(self), 100))
         if not any(os.path.exists(self.path(i)) for i in first):  # Path.exists raises for some names
             raise FileNotFoundError(
-                f'{file}: its first image {self.path(0)} is not there, nor is any of the first {len(first)}; paths are '
+                f'{file}: neither its first image {self.path(0)} nor any of the first {len(first)} exists; paths are '
                 f'relative to the folder of the list')
 
 

@@ -70,7 +70,7 @@ def _choose_path(file: Path, line: int, names: list[str], found: list[int], choi
     lower = [name.lower() for name in names]
     if choice.image is not None:
         if choice.image not in names:
-            raise ValueError(f'{file}#image={choice.image}: no such column, but {", ".join(names)}')
+            raise ValueError(f'{file}#image={choice.image}: no such column; there are {", ".join(names)}')
         return names.index(choice.image)
     known = next((lower.index(name) for name in PATH_COLUMNS if name in lower), None)
     if known is None and len(found) > 1:

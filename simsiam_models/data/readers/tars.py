@@ -122,7 +122,7 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
     listing.columns = {'shards': array('i'), 'starts': array('q'), 'sizes': array('q')}
     listing.about, labelled = '\n'.join(names), False
     if endings.image:
-        listing.left_out.what = f'left out, as their names do not end in {endings.image}'
+        listing.left_out.what = f'files that do not end in {endings.image}, skipped'
     _logger.info(f'listing {len(names)} tar shards in {root}')
     for number, name in enumerate(names):
         path = os.path.join(root, name)
@@ -216,7 +216,7 @@ def _read_members(
 ) -> Iterator[tuple[tarfile.TarInfo, str, str, Any]]:
     """Yields the files of a tar that belong to a sample: member, sample, ending, and the content of a label or None.
 
-    Counts what systems write beside pictures, and files that belong to no sample, in the listing.
+    Counts system files, and files that belong to no sample, in the listing.
     """
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:

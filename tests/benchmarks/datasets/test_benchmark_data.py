@@ -264,7 +264,7 @@ def test_a_flat_val_names_what_may_be_put_where(tmp_path: Path):
     assert f'{tree}/meta/train.txt and {tree}/meta/val.txt' in str(e.value)
     assert f'LOC_val_solution.csv of Kaggle into {tree} or up to three folders above' in str(e.value)
     shutil.rmtree(tree / 'val')
-    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has no validation part .none of val'):
         open_pair('imagenet', str(tmp_path))
 
 
@@ -306,7 +306,7 @@ def test_hidden_folders_are_not_classes(part: str, stray: str, tmp_path: Path, c
     assert after.data() == before.data() and after.train.classes == before.train.classes
     name = Path(stray).parts[0]
     kind = '._*' if name.startswith('._') else name
-    assert f'{tmp_path / part}: passed over, as hidden or as what systems write beside pictures: 1 (1 {kind})' in (
+    assert f'{tmp_path / part}: hidden and system files, skipped: 1 (1 {kind})' in (
         caplog.text)
 
 

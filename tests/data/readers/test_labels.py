@@ -303,7 +303,7 @@ def test_one_of_several_columns_of_images_is_chosen_by_its_name(tmp_path, pictur
             open_data(spec)
         left, right = (open_data(f'{spec}#image={name}')[0] for name in ('left', 'right'))
         assert left.digest != right.digest and not np.array_equal(left.read(0), right.read(0))
-    with pytest.raises(ValueError, match='#image=up is none of its columns, left, right'):
+    with pytest.raises(ValueError, match='no column up for #image=; its columns are left, right'):
         open_data(f'{tmp_path}#image=up')
     stream, _ = open_data(f'hf-stream:{tmp_path}#image=right', 3)
     assert sorted(stream.samples(0, 0, 0)) == sorted(pictures[5:8])
