@@ -95,7 +95,7 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
     whole = [value for value in values if type(value) is int]
     if whole and not -MAX_WHOLE <= min(whole) <= max(whole) <= MAX_WHOLE:
         at = next(i for i, v in enumerate(values) if type(v) is int and abs(v) > MAX_WHOLE)
-        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, more than 64 bits hold; correct it')
+        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, more than 64 bits; correct it')
     return values
 
 
