@@ -15,6 +15,7 @@ from .annotations import Annotated, Annotations, Segmentations
 
 FORM = 'images, annotations and categories, as instances_train2017.json of COCO has'
 WHOLE, FLAG, NUMBER = (int,), (int, bool), (int, float)  # the types of values
+MAX_WHOLE = 2**63 - 1
 MAX_COORDINATE = 1e6  # of polygons, in pixels: pycocotools takes memory for every pixel of an outline
 FOLDERS = ('annotations', 'annotation', 'labels', 'json')  # names that say: the images are elsewhere
 MIN_POLYGON = 6  # coordinates; pycocotools takes a list of four for a box
@@ -48,7 +49,7 @@ def parse_coco(file: Path, known: Annotated | None = None) -> Annotated:
             raise ValueError('it has no image')
         sizes, notes = sizes.astype(np.int64), []
         objects = _parse_objects(content['annotations'], ids, sizes, category_ids, notes)
-    except (ValueError, OverflowError) as e:  # OverflowError: a number beyond 64 bits
+    except ValueError as e:
         raise ValueError(f'{file}: {one_line(e, 500)}') from None
     return Annotated(str(file), file.parent, [path.replace('\\', '/') for path in paths], ids, sizes, classes,
                      category_ids, objects, notes)
@@ -91,6 +92,10 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
             raise ValueError(f'{_name(rows[at], what, at)} has no {key}, only {keys or "nothing"}; give a file '
                              f'with {FORM}')
         raise ValueError(f'{_name(rows[at], what, at)}: {key} is {short(value)}, not {rule}; correct it')
+    whole = [value for value in values if type(value) is int]
+    if whole and not -MAX_WHOLE <= min(whole) <= max(whole) <= MAX_WHOLE:
+        at = next(i for i, v in enumerate(values) if type(v) is int and abs(v) > MAX_WHOLE)
+        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, more than 64 bits; correct it')
     return values
 
 
