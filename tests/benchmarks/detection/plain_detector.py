@@ -113,7 +113,7 @@ def suppress(boxes: np.ndarray, scores: np.ndarray, groups: np.ndarray, most: fl
 
 
 class PlainDetector:
-    """`variant`, 'mmdet' or 'detectron2'; `proposals`: per map before suppression, per image behind it; `mask_size`: 0 in C4."""
+    """`variant`, 'mmdet' or 'detectron2'; `proposals`: per map before suppression, per image behind it."""
 
     def __init__(self, state: dict[str, Tensor], kind: str, variant: str, training: bool,
                  proposals: tuple[int, int], pool_size: int, mask_size: int = 0) -> None:
