@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -22,29 +22,30 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import require, short
+from ...runtime.messages import printable, require, short
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
 from ..protocols import DETECTION, DETECTION_VARIANTS
-from ..results.record import check_output
+from ..results.record import check_output, read_record
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import EvalLoader, TrainLoader
 from .metrics import Detections
 from .model import build
-from .result import write_predictions, write_result
-from .settings import Settings, make_schedule, resolve
+from .result import RECORD, write_predictions, write_result
+from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, Normalizer, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
+LEAST, EPOCHS = 1000, 12  # iterations on a user's own images by default: at least so many, and so many epochs
 FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder your '
-        'own: a COCO json or a folder with one, or a VOC folder')
+    add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder '
+        'your own: a COCO json or a folder with one, or a VOC folder')
     add_model(parser)
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run, its detector and its record; the same command continues the run')
@@ -61,9 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--amp', choices=['off', 'bfloat16', 'float16'], default='off', help='precision (default: off, as published)')
     add('--checkpoint-minutes', type=float, default=10.0, metavar='X', help='default: 10')
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
-    add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and the '
-        'number of iterations follow')
-    add('--iterations', **COUNT, help='the steps of the learning rate keep their places')
+    add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and '
+        'the number of iterations follow')
+    add('--iterations', **COUNT, help='the steps of the learning rate keep their places (default for --dataset folder: '
+        f'{EPOCHS} epochs, at least {LEAST})')
     add('--lr', type=float, metavar='X', help='learning rate, not scaled')
     add('--image-size', **COUNT, help='short side in pixels, in training and tests')
     add('--rois', **COUNT, help='RoIs that train, per image (default: 512)')
@@ -81,16 +83,46 @@ def run(args: argparse.Namespace) -> int:
         log = RunLog(args.output, world.main)
         pair = open_objects(
             args.dataset or s.protocol.dataset, args.data, args.variant, args.allow_partial, args.val_share, args.seed)
-        log.say(pair.describe())
+        log.say(describe_data(pair))
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
                 args.output / LAST, KEYS, world, signals, log.say, minutes=args.checkpoint_minutes) as life:
-            train(args, s, pair, life, log)
+            fit_detector(args, s, pair, life, log)
     return 0
 
 
-def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecycle, log: RunLog) -> None:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
+    """Trains and measures a detector as `simsiam detect DATA --output OUTPUT` does; returns its record.
+
+        detection.train('my_objects', 'runs/mine', dataset='folder', model='simsiam_resnet50', protocol='coco_fpn_1x')
+
+    Args:
+        data, output: folders or files, as for the command.
+        flags: those of the command, without dashes: batch_size=4 for --batch-size 4, allow_partial=True.
+
+    Raises:
+        ValueError: a flag is wrong or unknown.
+        As the command, whose errors are ValueError, RuntimeError, OSError.
+    """
+    parser = _Parser('detection.train', add_help=False)
+    add_arguments(parser)
+    words = [str(data), '--output', str(output)]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
+    run(parser.parse_args(words))
+    return read_record(Path(output) / RECORD)
+
+
+def fit_detector(
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog,
+) -> None:
     """Trains a new detector, or the rest of one, and exports and measures it."""
     world, say, preparation = life.world, log.say, s.prepare(True)
     workers = default_workers(world.device) if args.workers is None else args.workers
@@ -101,6 +133,8 @@ def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecyc
 
     batches = open_batches(args.batch_size or s.protocol.batch_size)
     epoch = batches.plan.per_epoch
+    if args.dataset == 'folder' and args.iterations is None:  # the protocols are for thousands of images
+        args.iterations = max(LEAST, EPOCHS * epoch)
     schedule = make_schedule(s, args, epoch)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,
@@ -132,7 +166,7 @@ def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecyc
         say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / stored.BACKBONE}")
 
 
-def measure_again(args: argparse.Namespace, s: Settings, pair: ObjectPair, world: World, log: RunLog) -> int:
+def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog) -> int:
     """Measures a trained detector, as --eval-only asks for."""
     detector, config, protocol, name = stored.open_trained(args.eval_only)
     if detector.names != pair.test.classes:
@@ -153,7 +187,7 @@ def measure_again(args: argparse.Namespace, s: Settings, pair: ObjectPair, world
 
 
 def make_evaluation(
-    args: argparse.Namespace, s: Settings, pair: ObjectPair, normalize: Normalizer, world: World,
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, normalize: Normalizer, world: World,
 ) -> Evaluation:
     workers = min(16, cores()) if args.workers is None else args.workers
     loader = EvalLoader(pair.test, np.arange(len(pair.test)), s.prepare(False), world, workers)
@@ -165,14 +199,14 @@ def make_evaluation(
     return Evaluation(pair.test, loader, normalize, pair.name == 'voc0712', write)
 
 
-def name_benchmark(args: argparse.Namespace, s: Settings) -> str:
+def name_benchmark(args: argparse.Namespace, s: DetectionSettings) -> str:
     """Returns the name of the record: that of a published benchmark, if the data are its own."""
     if (args.dataset or s.protocol.dataset) != s.protocol.dataset:
         return f'detect_{s.protocol.detector}'
     return s.protocol.benchmark + ('' if args.variant == 'mmdet' else f'_{args.variant}')
 
 
-def describe_protocol(args: argparse.Namespace, s: Settings, schedule: Schedule, epoch: int) -> dict[str, Any]:
+def describe_protocol(args: argparse.Namespace, s: DetectionSettings, schedule: Schedule, epoch: int) -> dict[str, Any]:
     """Returns a record's protocol; `epoch` is the iterations of one with the protocol's batch size."""
     changed = s.describe_changes(schedule, epoch)
     return {
@@ -181,11 +215,19 @@ def describe_protocol(args: argparse.Namespace, s: Settings, schedule: Schedule,
         'seed': s.seed, **({'changed': changed} if changed else {})}
 
 
-def describe_run(args: argparse.Namespace, s: Settings, schedule: Schedule, epoch: int) -> str:
+def describe_data(pair: ObjectPair) -> str:
+    """Returns how many images there are, and what of the annotations is left out."""
+    source = f': {pair.held_out}' if pair.held_out else ''
+    lines = [f'{len(pair.train):,} training and {len(pair.test):,} test images of {pair.classes} classes{source}']
+    return printable('\n'.join([*lines, *pair.train.notes, *(pair.test.notes if not pair.held_out else [])]), '\n')
+
+
+def describe_run(args: argparse.Namespace, s: DetectionSettings, schedule: Schedule, epoch: int) -> str:
     """Returns the numbers of a run in a line; rate and iterations also as published if the batch size is another."""
     p, x = s.protocol, schedule
     text = (f'{args.protocol}, variant {args.variant}: {x.iterations:,} iterations of {x.batch_size} images '
-            f'({x.iterations / epoch:.1f} epochs), lr {x.lr:g}, x {x.lr_gamma:g} after {", ".join(map(str, x.lr_steps))}')
+            f'({x.iterations / epoch:.1f} epochs), lr {x.lr:g}, x {x.lr_gamma:g} after '
+            f'{", ".join(map(str, x.lr_steps))}')
     if x.batch_size != p.batch_size:
         published = f'{p.iterations:,} iterations' if p.iterations else f'{p.epochs} epochs'
         text += f' (published: {published} of {p.batch_size} images, lr {p.lr:g})'

@@ -8,6 +8,7 @@ from torchvision.ops import batched_nms
 
 from ..protocols import DetectorNumbers
 from . import boxes
+from .heads import widen
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 
@@ -35,7 +36,7 @@ class RPN(nn.Module):
 
     def _forward_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.rpn_conv(x).relu()
-        logits, deltas = (y.permute(0, 2, 3, 1).float() for y in (self.rpn_cls(x), self.rpn_reg(x)))
+        logits, deltas = (widen(y.permute(0, 2, 3, 1)) for y in (self.rpn_cls(x), self.rpn_reg(x)))
         return logits.reshape(len(x), -1), deltas.reshape(len(x), -1, 4)
 
     def make_anchors(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -43,7 +44,7 @@ class RPN(nn.Module):
         n = self.numbers
         return [
             boxes.make_anchors(
-                boxes.make_base_anchors(stride, n.scales, n.ratios, n.rules.size_major).to(x.device, torch.float32),
+                boxes.make_base_anchors(stride, n.scales, n.ratios, n.rules.size_major).to(x),
                 stride, *x.shape[-2:])
             for stride, x in zip(n.strides, maps, strict=True)]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ...data.readers.decode import decode
@@ -16,8 +17,6 @@ from ...runtime.checkpoint import LAST
 from ...runtime.distributed import choose_device
 from ...runtime.files import write_json
 from ...runtime.messages import short
-from safetensors.torch import load_file
-
 from ...weights import tensorfile
 from ...weights.export import export_backbone
 from ...weights.folders import check_network, read_json
@@ -58,6 +57,7 @@ def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> 
 
 def export(detector: Detector, folder: Path, test_side: int, long_side: int) -> None:
     """Writes FOLDER/detector for `load`, and FOLDER/backbone for timm."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     tensorfile.write(folder / FOLDER / MODEL, detector.state_dict())
     write_json(folder / FOLDER / CONFIG, describe(detector, test_side, long_side))
     source = detector.source

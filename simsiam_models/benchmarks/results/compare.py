@@ -27,6 +27,7 @@ LINEAR = {  # benchmark -> protocol, parameters that count if the protocol uses 
     'imagenet_linear': ('fair', AVGPOOL), 'imagenet_linear_avgpool': ('mmselfsup', AVGPOOL),
     'imagenet_mhead_linear': ('mhead', MHEAD), 'places205_mhead_linear': ('mhead_places205', MHEAD),
     'inat18_mhead_linear': ('mhead_inat18', MHEAD)}
+DETECTION = ('batch_size', 'lr', 'momentum', 'weight_decay', 'short_sides', 'test_side', 'long_side', 'flip_p')
 # Benchmark -> the parameters that a record's protocol must state for its numbers to be comparable, as JSON holds them.
 REQUIRED: dict[str, dict[str, Any]] = json.loads(json.dumps({
     f'imagenet_knn_T{protocols.KNN_T:g}': {'T': protocols.KNN_T, 'features': 'avgpool', **CENTRE},
@@ -35,6 +36,10 @@ REQUIRED: dict[str, dict[str, Any]] = json.loads(json.dumps({
     **dict.fromkeys(('imagenet_semi_1pct', 'imagenet_semi_10pct'), {
         'optimizer': SEMI_FIXED['optimizer'], **SEMI, 'steps': SEMI_FIXED['steps'],
         'momentum': SEMI_FIXED['momentum'], **CENTRE}),
+    **{p.benchmark: {
+        'name': name, 'variant': 'mmdet', 'rois': protocols.DETECTORS[p.detector].rois,
+        **({'iterations': p.iterations, 'lr_steps': p.lr_steps} if p.iterations else {}),
+        **{key: getattr(p, key) for key in DETECTION}} for name, p in protocols.DETECTION.items()},
     'voc07_svm': {'costs': protocols.SVM_COSTS, 'folds': protocols.SVM_FOLDS, **SQUASHED},
     'voc07_lowshot_svm': {
         'costs': protocols.SVM_COSTS, 'samples': protocols.LOW_SHOT_DRAWS,
