@@ -10,8 +10,11 @@ from shapes import write_shapes
 from simsiam_models.benchmarks import detection
 
 SMALL = dict(
-    dataset='folder', model='resnet10t:random', batch_size=4, rois=32, proposals=100, device='cpu', workers=1)
-KINDS = {'fasterrcnn_c4': ('voc0712_c4_24k', 8), 'maskrcnn_fpn': ('coco_fpn_1x', 7)}  # protocol, pool size
+    dataset='folder', model='resnet10t:random', batch_size=4, pool_size=4, proposals=100, lr=0.02, device='cpu',
+    workers=1)
+KINDS = {
+    'fasterrcnn_c4': dict(protocol='voc0712_c4_24k', rois=32), 'maskrcnn_fpn': dict(protocol='coco_fpn_1x', rois=16)}
+EIGHT, SHAPES = dict(iterations=400, image_size=128), dict(iterations=800, image_size=96)
 
 
 def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
@@ -39,9 +42,8 @@ def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Path):
     coco = unpack_real('coco_mini.zip', tmp_path / 'coco')
-    data, (protocol, pool_size) = pick_pictures(coco, tmp_path / 'eight', 8), KINDS[kind]
-    record = detection.train(
-        data, tmp_path / 'run', **SMALL, protocol=protocol, iterations=400, image_size=128, pool_size=pool_size, lr=0.02)
+    data = pick_pictures(coco, tmp_path / 'eight', 8)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **EIGHT)
     assert record['metrics']['box_AP50'] >= 90
     assert record['metrics'].get('mask_AP50', 100) >= 80
 
@@ -50,7 +52,6 @@ def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Pat
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_detector_finds_shapes_that_it_has_not_seen(kind: str, tmp_path: Path):
-    data, (protocol, pool_size) = write_shapes(tmp_path / 'shapes', 300, 50, side=128), KINDS[kind]
-    record = detection.train(
-        data, tmp_path / 'run', **SMALL, protocol=protocol, iterations=800, image_size=96, pool_size=pool_size, lr=0.02)
+    data = write_shapes(tmp_path / 'shapes', 300, 50, side=128)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **SHAPES)
     assert record['metrics']['box_AP50'] >= 80
