@@ -72,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--rois', **COUNT, help='RoIs that train, per image (default: 512)')
     add('--pool-size', **COUNT, help='cells per side of a pooled RoI (default: 14; with a pyramid 7, and 14 for masks)')
     add('--proposals', **COUNT, help='proposals per image, in training and tests')
-    add('--eval-every', **COUNT, help=f'iterations between evaluations (default for --dataset folder: 1/{EVALUATIONS} of all)')
+    add('--eval-every', **COUNT, help='iterations between evaluations (default for --dataset folder: '
+        f'1/{EVALUATIONS} of all)')
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
