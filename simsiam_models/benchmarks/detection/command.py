@@ -28,6 +28,7 @@ from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
+from ..shared_images import report_shared
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import EvalLoader, TrainLoader
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         pair = open_objects(
             args.dataset or s.protocol.dataset, args.data, args.variant, args.allow_partial, args.val_share, args.seed)
         log.say(describe_data(pair))
+        if world.main:
+            pair.shared = report_shared(pair.train, pair.test, log.say)
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
