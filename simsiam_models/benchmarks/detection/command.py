@@ -26,6 +26,7 @@ from ...runtime.messages import require, short
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
+from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
@@ -35,7 +36,7 @@ from .metrics import Detections
 from .model import build
 from .result import write_predictions, write_result
 from .settings import Settings, make_schedule, resolve
-from .training import Evaluation, Normalizer, make_example, make_inputs
+from .training import Evaluation, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
 FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
