@@ -238,8 +238,8 @@ def finish_interval(run: Transfer) -> None:
         '', {'step': run.step, **entry['metrics']}, f'iteration {run.step}: ' + ', '.join(
             f'{name} {value:.2f}' for name, value in entry['metrics'].items()), run.step)
     if run.batches.unreadable:
-        first = next(iter(run.batches.unreadable.values()))
-        life.say(f'{len(run.batches.unreadable)} training images cannot be read; others replace them; the first: {first}')
+        reasons = list(run.batches.unreadable.values())
+        life.say(f'{len(reasons)} training images cannot be read; others replace them; the first: {reasons[0]}')
     save(run)
     life.stop_if_signalled()
 

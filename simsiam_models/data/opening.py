@@ -160,7 +160,7 @@ def _list_sheets(root: Path) -> list[Path]:
 def _open_file(path: Path, choice: Choice | None) -> tuple[Images, Images | None]:
     suffix = path.suffix.lower()
     if suffix in TEXT_SUFFIXES + CSV_SUFFIXES:
-        val = _find_validation_list(path)
+        val = find_validation_list(path)
         return ListImages(path, choice), None if val is None else ListImages(val, choice)
     if suffix == '.tar' or path.name.lower().endswith(COMPRESSED):
         return TarImages([path], str(path), choice), None
@@ -170,7 +170,7 @@ def _open_file(path: Path, choice: Choice | None) -> tuple[Images, Images | None
     raise ValueError(f'{path} {what}; DATA must be {FORMS}')
 
 
-def _find_validation_list(file: Path) -> Path | None:
+def find_validation_list(file: Path) -> Path | None:
     """Finds the list with the same name as `file`, but for the word that tells its part: train_a.txt and val_a.txt."""
     if part_of(file.name) != 'train':
         return None

@@ -7,6 +7,7 @@ Steps of both models are timed in turn, on the same images and objects. Nothing 
 """
 import argparse
 import contextlib
+import functools
 import io
 import json
 import multiprocessing
@@ -84,7 +85,7 @@ def compare_steps(args: argparse.Namespace, device: torch.device) -> None:
     spent: dict[str, list[float]] = {'ours': [], 'torchvision': []}
     for i in range(args.rounds + 1):
         for name, step in (('ours', ours), ('torchvision', theirs)):
-            seconds = time_call(lambda step=step, i=i: step(batch, i), device)
+            seconds = time_call(functools.partial(step, batch, i), device)
             if i:  # the first one warms up
                 spent[name].append(seconds)
     medians = {name: statistics.median(times) for name, times in spent.items()}
@@ -124,7 +125,8 @@ def time_protocols(args: argparse.Namespace, device: torch.device) -> None:
         step = make_ours(device, args.amp, p.detector, classes)
         batch = make_batch(p.batch_size, 800, 1088, device, classes)
         step(batch, 0)
-        seconds = statistics.median(time_call(lambda i=i: step(batch, i), device) for i in range(args.rounds))
+        seconds = statistics.median(
+            time_call(functools.partial(step, batch, i), device) for i in range(args.rounds))
         print(f'{name}: {p.batch_size / seconds:.1f} images/s, batch {p.batch_size}, 800 x 1088, amp {args.amp}, peak '
               f'{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB, n {args.rounds}')
 
@@ -176,7 +178,8 @@ def compare_metrics(rounds: int) -> None:
                 evaluation.summarize()
 
         cpu = torch.device('cpu')
-        pairs = [(time_call(lambda: coco_metrics(test, rows, found), cpu), time_call(alone, cpu)) for _ in range(rounds)]
+        measure = functools.partial(coco_metrics, test, rows, found)
+        pairs = [(time_call(measure, cpu), time_call(alone, cpu)) for _ in range(rounds)]
         ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
         print(f'20,000 detections: ours {ours:.2f} s, pycocotools alone {theirs:.2f} s, ratio {ours / theirs:.3f}, '
               f'n {rounds}')

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from ...data.readers.images import EXTENSIONS, FileImages, Images
 from ...data.readers.index import Listing, load_or_build, open_index
 from ...data.readers.labels import MAX_CLASSES
+from ...runtime.messages import short
 from ..samples import Subset, subset
 from .sizes import LABELLED, refusal
 
@@ -28,6 +30,28 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         for line, text in enumerate(f, 1):
             if text := text.strip():
                 yield line, text
+
+
+def find_present(
+    kind: str, folder: Path, names: Sequence[str], part: str, partial: bool, what: str = 'images',
+) -> np.ndarray:
+    """Returns which of the files that a list names are below `folder`, (N,) bool; with `partial`, warns of the others.
+
+    Raises FileNotFoundError if one is missing (with `partial`: all are). `part`: whose list it is.
+    """
+    listed: dict[str, set[str]] = {}
+    for above in {name.rpartition('/')[0] for name in names}:
+        with suppress(OSError):  # no such folder
+            listed[above] = {*os.listdir(folder / above)}
+    there = ((listed.get(above, ()), name) for above, _, name in (name.rpartition('/') for name in names))
+    present = np.array([name in folder_names for folder_names, name in there], bool)
+    if not present.all():
+        message = (f'{present.sum():,} {what} found in {folder}, {len(names):,} named for {part} '
+                   f'(missing: {short(names[present.argmin()], 200)})')
+        if not partial or not present.any():
+            raise FileNotFoundError(refusal(kind, str(folder.parent), message))
+        _logger.warning(f'{message}: the others are left out')
+    return present
 
 
 def parse_list(file: Path) -> Listing:

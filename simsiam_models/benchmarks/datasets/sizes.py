@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 class Size(NamedTuple):
     title: str
-    train: int  # images; VOC07: of trainval
-    test: int  # images; ImageNet, Places205 and iNaturalist: of val
+    train: int  # images; VOC: of trainval
+    test: int  # images; ImageNet, Places205, iNaturalist and COCO: of val
     classes: int  # in each part
     source: str  # where to get it
 
@@ -25,7 +25,12 @@ SIZES = {
     'cifar10': Size('CIFAR-10', 50000, 10000, 10, 'https://www.cs.toronto.edu/~kriz/cifar.html'),
     'cifar100': Size('CIFAR-100', 50000, 10000, 100, 'https://www.cs.toronto.edu/~kriz/cifar.html'),
     'voc07': Size('VOC07', 5011, 4952, 20, 'VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of '
-                  'http://host.robots.ox.ac.uk/pascal/VOC/voc2007')}
+                  'http://host.robots.ox.ac.uk/pascal/VOC/voc2007'),
+    'voc0712': Size('VOC07+12', 16551, 4952, 20, 'VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar of '
+                    'http://host.robots.ox.ac.uk/pascal/VOC/voc2007, and VOCtrainval_11-May-2012.tar of '
+                    'http://host.robots.ox.ac.uk/pascal/VOC/voc2012'),
+    'coco': Size('COCO 2017', 118287, 5000, 80, 'train2017.zip, val2017.zip and annotations_trainval2017.zip of '
+                 'https://cocodataset.org')}
 # Lines of imagenet_subsets/{1percent,10percent}.txt of google-research/simclr, which MMSelfSup's lists are made of.
 LABELLED = {'1pct': 12811, '10pct': 128116}
 
@@ -52,6 +57,8 @@ def deviation(kind: str, counts: Mapping[str, Any], labelled: int | None = None)
 
 def refusal(kind: str, root: str, found: str) -> str:
     """Returns the error message for a data set that is not the complete one; `found` says how it differs."""
+    if kind not in SIZES:
+        return f'{root}: {found}; add what is missing, or pass --allow-partial to leave it out'
     size = SIZES[kind]
     return (f'{root} is not the complete {size.title}: {found}; complete it ({size.source}), or pass --allow-partial '
             'to measure the part that is there; its numbers cannot be compared with published ones')

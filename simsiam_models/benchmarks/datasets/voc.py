@@ -1,5 +1,4 @@
 """VOC07 classification: for each of 20 classes, an image shows it, lacks it, or shows it only as a difficult object."""
-import logging
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +9,7 @@ import numpy as np
 
 from ...data.readers.images import FileImages, contents_digest
 from ...data.readers.index import Listing, digest
-from .lists import read_lines
+from .lists import find_present, read_lines
 from .sizes import SIZES, deviation, refusal
 
 NAMES = [  # alphabetical, as the columns of the labels
@@ -20,8 +19,6 @@ PARTS = ('trainval', 'test')
 # Value in a file -> label: present, absent, difficult, as in MMSelfSup v0.9.1, tools/data_converters (its SVMLabels).
 LABEL = {'1': 1, '-1': 0, '0': -1}
 _LINE = re.compile(r'([^/\s\0]+)\s+(1|0|-1)')
-
-_logger = logging.getLogger('simsiam_models')
 
 
 @dataclass
@@ -51,24 +48,13 @@ def open_voc07(root: str | Path, partial: bool = False) -> Voc07:
     class is malformed or names other images, or the number of images is not that of VOC07. `partial` accepts fewer
     images than the lists name, and fewer classes.
     """
-    tried = [Path(root, below) for below in ('.', 'VOC2007', 'VOCdevkit/VOC2007')]
-    folder = next((p for p in tried if (p / 'ImageSets' / 'Main').is_dir() and (p / 'JPEGImages').is_dir()), None)
-    if folder is None:
-        raise FileNotFoundError(
-            f'{root}: neither it nor VOCdevkit/VOC2007 below it has JPEGImages and ImageSets/Main; unpack '
-            f'{SIZES["voc07"].source} there')
-    main, files = folder / 'ImageSets' / 'Main', {path.name for path in (folder / 'JPEGImages').iterdir()}
+    folder = find_folder(root, ('.', 'VOC2007', 'VOCdevkit/VOC2007'), ('JPEGImages', 'ImageSets/Main'), 'voc07')
+    main = folder / 'ImageSets' / 'Main'
     names, images, labels = _list_classes(main, partial), {}, {}
     for part in PARTS:
         ids, labels[part] = _read_labels(main, names, part)
-        present = np.array([f'{i}.jpg' in files for i in ids])
-        if not present.all():
-            message = (f'{present.sum():,} images found in {folder / "JPEGImages"}, {len(ids):,} named for {part} '
-                       f'(missing: {ids[present.argmin()]}.jpg)')
-            if not partial or not present.any():
-                raise FileNotFoundError(refusal('voc07', str(folder), message))
-            _logger.warning(f'{message}: the others are left out')
-            labels[part] = labels[part][present]
+        present = find_present('voc07', folder / 'JPEGImages', [f'{i}.jpg' for i in ids], part, partial)
+        labels[part] = labels[part][present]
         listing = Listing()
         for i in np.flatnonzero(present):
             listing.add(f'JPEGImages/{ids[i]}.jpg')
@@ -77,6 +63,17 @@ def open_voc07(root: str | Path, partial: bool = False) -> Voc07:
     if not partial and (found := deviation('voc07', counts)):
         raise ValueError(refusal('voc07', str(folder), found))
     return Voc07(images['trainval'], images['test'], names, labels['trainval'], labels['test'], counts)
+
+
+def find_folder(root: str | Path, places: tuple[str, ...], needed: tuple[str, ...], kind: str) -> Path:
+    """Returns the first of `places` below `root` that has the needed folders; raises FileNotFoundError if none has."""
+    for place in places:
+        if all((Path(root, place) / name).is_dir() for name in needed):
+            return Path(root, place)
+    first = 'it' if places[0] == '.' else places[0]
+    raise FileNotFoundError(
+        f'{root}: neither {first} nor {places[-1]} below it has {", ".join(needed[:-1])} and {needed[-1]}; unpack '
+        f'{SIZES[kind].source} there')
 
 
 def _list_classes(main: Path, partial: bool) -> list[str]:

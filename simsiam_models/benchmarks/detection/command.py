@@ -22,7 +22,7 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import require, short
+from ...runtime.messages import printable, require, short
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
@@ -35,17 +35,18 @@ from .data import EvalLoader, TrainLoader
 from .metrics import Detections
 from .model import build
 from .result import write_predictions, write_result
-from .settings import Settings, make_schedule, resolve
+from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
+LEAST, EPOCHS = 1000, 12  # iterations on a user's own images by default: at least so many, and so many epochs
 FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder your '
-        'own: a COCO json or a folder with one, or a VOC folder')
+    add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder '
+        'your own: a COCO json or a folder with one, or a VOC folder')
     add_model(parser)
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run, its detector and its record; the same command continues the run')
@@ -62,9 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--amp', choices=['off', 'bfloat16', 'float16'], default='off', help='precision (default: off, as published)')
     add('--checkpoint-minutes', type=float, default=10.0, metavar='X', help='default: 10')
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
-    add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and the '
-        'number of iterations follow')
-    add('--iterations', **COUNT, help='the steps of the learning rate keep their places')
+    add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and '
+        'the number of iterations follow')
+    add('--iterations', **COUNT, help='the steps of the learning rate keep their places (default for --dataset folder: '
+        f'{EPOCHS} epochs, at least {LEAST})')
     add('--lr', type=float, metavar='X', help='learning rate, not scaled')
     add('--image-size', **COUNT, help='short side in pixels, in training and tests')
     add('--rois', **COUNT, help='RoIs that train, per image (default: 512)')
@@ -82,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         log = RunLog(args.output, world.main)
         pair = open_objects(
             args.dataset or s.protocol.dataset, args.data, args.variant, args.allow_partial, args.val_share, args.seed)
-        log.say(pair.describe())
+        log.say(describe_data(pair))
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecycle, log: RunLog) -> None:
+def train(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog) -> None:
     """Trains a new detector, or the rest of one, and exports and measures it."""
     world, say, preparation = life.world, log.say, s.prepare(True)
     workers = default_workers(world.device) if args.workers is None else args.workers
@@ -102,6 +104,8 @@ def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecyc
 
     batches = open_batches(args.batch_size or s.protocol.batch_size)
     epoch = batches.plan.per_epoch
+    if args.dataset == 'folder' and args.iterations is None:  # the protocols are for thousands of images
+        args.iterations = max(LEAST, EPOCHS * epoch)
     schedule = make_schedule(s, args, epoch)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,
@@ -133,7 +137,7 @@ def train(args: argparse.Namespace, s: Settings, pair: ObjectPair, life: Lifecyc
         say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / stored.BACKBONE}")
 
 
-def measure_again(args: argparse.Namespace, s: Settings, pair: ObjectPair, world: World, log: RunLog) -> int:
+def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog) -> int:
     """Measures a trained detector, as --eval-only asks for."""
     detector, config, protocol, name = stored.open_trained(args.eval_only)
     if detector.names != pair.test.classes:
@@ -154,7 +158,7 @@ def measure_again(args: argparse.Namespace, s: Settings, pair: ObjectPair, world
 
 
 def make_evaluation(
-    args: argparse.Namespace, s: Settings, pair: ObjectPair, normalize: Normalizer, world: World,
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, normalize: Normalizer, world: World,
 ) -> Evaluation:
     workers = min(16, cores()) if args.workers is None else args.workers
     loader = EvalLoader(pair.test, np.arange(len(pair.test)), s.prepare(False), world, workers)
@@ -166,14 +170,14 @@ def make_evaluation(
     return Evaluation(pair.test, loader, normalize, pair.name == 'voc0712', write)
 
 
-def name_benchmark(args: argparse.Namespace, s: Settings) -> str:
+def name_benchmark(args: argparse.Namespace, s: DetectionSettings) -> str:
     """Returns the name of the record: that of a published benchmark, if the data are its own."""
     if (args.dataset or s.protocol.dataset) != s.protocol.dataset:
         return f'detect_{s.protocol.detector}'
     return s.protocol.benchmark + ('' if args.variant == 'mmdet' else f'_{args.variant}')
 
 
-def describe_protocol(args: argparse.Namespace, s: Settings, schedule: Schedule, epoch: int) -> dict[str, Any]:
+def describe_protocol(args: argparse.Namespace, s: DetectionSettings, schedule: Schedule, epoch: int) -> dict[str, Any]:
     """Returns a record's protocol; `epoch` is the iterations of one with the protocol's batch size."""
     changed = s.describe_changes(schedule, epoch)
     return {
@@ -182,11 +186,19 @@ def describe_protocol(args: argparse.Namespace, s: Settings, schedule: Schedule,
         'seed': s.seed, **({'changed': changed} if changed else {})}
 
 
-def describe_run(args: argparse.Namespace, s: Settings, schedule: Schedule, epoch: int) -> str:
+def describe_data(pair: ObjectPair) -> str:
+    """Returns how many images there are, and what of the annotations is left out."""
+    source = f': {pair.held_out}' if pair.held_out else ''
+    lines = [f'{len(pair.train):,} training and {len(pair.test):,} test images of {pair.classes} classes{source}']
+    return printable('\n'.join([*lines, *pair.train.notes, *(pair.test.notes if not pair.held_out else [])]), '\n')
+
+
+def describe_run(args: argparse.Namespace, s: DetectionSettings, schedule: Schedule, epoch: int) -> str:
     """Returns the numbers of a run in a line; rate and iterations also as published if the batch size is another."""
     p, x = s.protocol, schedule
     text = (f'{args.protocol}, variant {args.variant}: {x.iterations:,} iterations of {x.batch_size} images '
-            f'({x.iterations / epoch:.1f} epochs), lr {x.lr:g}, x {x.lr_gamma:g} after {", ".join(map(str, x.lr_steps))}')
+            f'({x.iterations / epoch:.1f} epochs), lr {x.lr:g}, x {x.lr_gamma:g} after '
+            f'{", ".join(map(str, x.lr_steps))}')
     if x.batch_size != p.batch_size:
         published = f'{p.iterations:,} iterations' if p.iterations else f'{p.epochs} epochs'
         text += f' (published: {published} of {p.batch_size} images, lr {p.lr:g})'

@@ -149,8 +149,8 @@ def build(
     resnet = source.model
     if not isinstance(resnet, ResNet) or [i['reduction'] for i in resnet.feature_info[-4:]] != STRIDES:
         raise ValueError(
-            f'--model {source.name}: detectors need a ResNet of timm whose stages have the strides 4, 8, 16 and 32, such '
-            'as simsiam_resnet50 or resnet18')
+            f'--model {source.name}: detectors need a ResNet of timm whose stages have the strides 4, 8, 16 and 32, '
+            'such as simsiam_resnet50 or resnet18')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         detector = Detector(kind, source, names, numbers)

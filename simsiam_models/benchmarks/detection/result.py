@@ -12,8 +12,8 @@ from ..backbone import Backbone
 from ..datasets.objects import ObjectImages, ObjectPair
 from ..panels import MOST
 from ..results.record import format_record, write_record
-from .metrics import Detections, to_coco_results
 from .masks import rasterize
+from .metrics import Detections, to_coco_results
 from .pictures import Drawn, SheetRow, write_sheet
 
 RECORD, PER_CLASS, PREDICTIONS, SHEET = 'record.json', 'per_class.csv', 'predictions.json', 'sheet.jpg'
@@ -35,10 +35,11 @@ def make_row(images: ObjectImages, row: int, found: Detections) -> SheetRow:
     size, best, truth, masks = image.shape[:2], found.scores >= SURE, None, None
     if found.masks is not None:
         truth = np.array([rasterize(s, *size) for s in objects.segmentations]).reshape(-1, *size)
-        masks = np.array([rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept])
+        masks = [rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept]
+        masks = np.array(masks).reshape(-1, *size)
     return SheetRow(
-        name_of(images, row), image, Drawn(objects.boxes, objects.labels, None, truth),
-        Drawn(found.boxes[best], found.labels[best], found.scores[best], None if masks is None else masks.reshape(-1, *size)))
+        Path(name_of(images, row)).name, image, Drawn(objects.boxes, objects.labels, None, truth),
+        Drawn(found.boxes[best], found.labels[best], found.scores[best], masks))
 
 
 def write_result(

@@ -16,7 +16,7 @@ from .rpn import Draw
 FINEST = 56  # pixels: RoIs with sides below twice that are pooled from the finest map of a pyramid
 
 
-class Samples(NamedTuple):
+class SampledRoIs(NamedTuple):
     """The sampled RoIs of one image, the positives first."""
 
     rois: Tensor  # (n, 4)
@@ -69,7 +69,7 @@ class RoIHead(nn.Module):
             for x, rows, stride in zip(maps, features, strides, strict=True)]
         return torch.cat(parts)[torch.cat(features).argsort()]
 
-    def sample(self, proposals: Tensor, objects: Tensor, labels: Tensor, rng: torch.Generator) -> Samples:
+    def sample(self, proposals: Tensor, objects: Tensor, labels: Tensor, rng: torch.Generator) -> SampledRoIs:
         """Draws RoIs from an image's proposals (n, 4) and its objects (m, 4), which are RoIs too."""
         n, m = self.numbers, len(objects)
         if n.rules.objects_first:
@@ -82,7 +82,7 @@ class RoIHead(nn.Module):
         positive, negative = boxes.sample(matched, n.rois, n.roi_share, rng)
         rois, number = candidates[torch.cat([positive, negative])], matched[positive]
         background = labels.new_full((len(negative),), self.classes)
-        return Samples(rois, torch.cat([labels[number], background]), number)
+        return SampledRoIs(rois, torch.cat([labels[number], background]), number)
 
     def compute_losses(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], objects: Sequence[Tensor],
@@ -113,7 +113,7 @@ class RoIHead(nn.Module):
         return losses
 
     def _compute_mask_loss(
-        self, maps: Sequence[Tensor], taken: list[Samples], masks: Sequence[Tensor], shared: Tensor, draw: Draw,
+        self, maps: Sequence[Tensor], taken: list[SampledRoIs], masks: Sequence[Tensor], shared: Tensor, draw: Draw,
     ) -> Tensor:
         """Returns the mean binary cross-entropy over the positives' pixels; `shared`: their features in C4."""
         count = draw.mean_count(len(shared))

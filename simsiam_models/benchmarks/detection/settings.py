@@ -15,7 +15,7 @@ ELSEWHERE = {'eval_every', 'log_every', 'variant'}  # fields that do not change 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class DetectionSettings:
     """The numbers in use. `changed` names those that are not the protocol's, with both values."""
 
     protocol: DetectionProtocol
@@ -32,7 +32,7 @@ class Settings:
         `epoch` is the iterations of an epoch with the protocol's batch size.
         """
         used = {**_flatten(schedule), **_flatten(self.numbers), **self.list_images()}
-        published = Settings(
+        published = DetectionSettings(
             protocol=self.protocol, seed=0, **_take_images(self.protocol),
             numbers=dataclasses.replace(DETECTORS[self.protocol.detector], variant=self.numbers.variant))
         rules = {
@@ -51,7 +51,7 @@ class Settings:
         return {k: getattr(self, k) for k in ('short_sides', 'test_side', 'long_side', 'flip_p')}
 
 
-def resolve(args: argparse.Namespace) -> Settings:
+def resolve(args: argparse.Namespace) -> DetectionSettings:
     """Returns the numbers that the flags ask for, or raises ValueError for a wrong flag."""
     protocol = DETECTION[args.protocol]
     size, least = args.image_size, SMALLEST
@@ -75,11 +75,11 @@ def resolve(args: argparse.Namespace) -> Settings:
         images |= {
             'short_sides': (size,), 'test_side': size,
             'long_side': round(size * protocol.long_side / protocol.test_side)}
-    return Settings(
+    return DetectionSettings(
         protocol=protocol, numbers=resolve_numbers(protocol.detector, changes), seed=args.seed, **images)
 
 
-def make_schedule(s: Settings, args: argparse.Namespace | None, epoch: int) -> Schedule:
+def make_schedule(s: DetectionSettings, args: argparse.Namespace | None, epoch: int) -> Schedule:
     """Returns the schedule; `epoch` is the iterations of one. Without `args`, it is the protocol's own.
 
     With another batch size, the rate is in proportion to it, and the iterations are in inverse proportion, so that the

@@ -56,6 +56,7 @@ def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> 
 
 def export(detector: Detector, folder: Path, test_side: int, long_side: int) -> None:
     """Writes FOLDER/detector for `load`, and FOLDER/backbone for timm."""
+    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
     tensorfile.write(folder / FOLDER / MODEL, detector.state_dict())
     write_json(folder / FOLDER / CONFIG, describe(detector, test_side, long_side))
     source = detector.source

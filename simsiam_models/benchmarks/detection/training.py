@@ -78,9 +78,9 @@ class Evaluation:
         """Returns the metrics in percent, and per_class and unreadable images."""
         mine = world.all_or_none(lambda: predict(detector, self.loader, self.normalize))
         parts = world.gather((*mine, self.loader.unreadable))
-        pairs = sorted(
-            ((row, d) for rows, found, _ in parts for row, d in zip(rows, found, strict=True)), key=lambda pair: pair[0])
-        rows, found = [row for row, _ in pairs], [d for _, d in pairs]
+        by_row = {row: d for rows, found, _ in parts for row, d in zip(rows, found, strict=True)}
+        rows = sorted(by_row)
+        found = [by_row[row] for row in rows]
 
         def compute() -> tuple[dict[str, float], list[dict[str, Any]]]:
             self.write(rows, found)

@@ -1,6 +1,5 @@
 """Writes the results of a fine-tuning run: a folder for timm, a confusion matrix, class accuracies, a record."""
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np

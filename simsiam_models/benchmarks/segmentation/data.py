@@ -31,7 +31,7 @@ class MaskedItem(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation:
+class CropAugmentation:
     """How an image and its mask become an item; the names are those of `protocols.SegmentationProtocol`."""
 
     box: tuple[int, int]
@@ -46,7 +46,7 @@ class Augmentation:
     hue: int
 
 
-def prepare(image: np.ndarray, mask: np.ndarray, index: int, key: Key, a: Augmentation) -> MaskedItem:
+def prepare(image: np.ndarray, mask: np.ndarray, index: int, key: Key, a: CropAugmentation) -> MaskedItem:
     """Returns an image (H, W, 3) uint8 and its mask (H, W) uint8 as they train; what is drawn depends on `key` alone.
 
     The item is smaller than a crop if the resized image is.
@@ -63,7 +63,7 @@ def prepare(image: np.ndarray, mask: np.ndarray, index: int, key: Key, a: Augmen
                       index)
 
 
-def resize_pair(image: np.ndarray, mask: np.ndarray, u: float, a: Augmentation) -> tuple[Tensor, np.ndarray]:
+def resize_pair(image: np.ndarray, mask: np.ndarray, u: float, a: CropAugmentation) -> tuple[Tensor, np.ndarray]:
     """Resizes an image, (3, h, w), and its mask, (h, w), to fit in the box times a ratio, drawn by `u` in [0, 1).
 
     The sides of that box are truncated to whole pixels.
@@ -74,7 +74,7 @@ def resize_pair(image: np.ndarray, mask: np.ndarray, u: float, a: Augmentation) 
     return resize_image(image, h, w), resize_mask(mask, h, w)
 
 
-def choose_crop(mask: np.ndarray, u: list[float], a: Augmentation) -> tuple[int, int]:
+def choose_crop(mask: np.ndarray, u: list[float], a: CropAugmentation) -> tuple[int, int]:
     """Returns the top and the left of a crop, drawn again while one class fills too much of it.
 
     A crop is accepted if it has several classes (the background is one, ignored pixels are none), and each has less
@@ -113,7 +113,7 @@ class ShuffledPlan:
             yield (place + i) % self.images
 
 
-def load_training(images: Any, a: Augmentation, batch: int, world: World, *, seed: int, workers: int) -> TrainItems:
+def load_training(images: Any, a: CropAugmentation, batch: int, world: World, *, seed: int, workers: int) -> TrainItems:
     """Returns the training batches of `images`, a `datasets.masks.MaskedImages`.
 
     Raises:

@@ -10,7 +10,7 @@ from .model import Segmenter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Test:
+class Inference:
     """How an image is measured: resized to fit in `box` (long, short), then whole, or in windows."""
 
     box: tuple[int, int]  # pixels
@@ -34,7 +34,7 @@ def list_windows(height: int, width: int, crop: int, stride: int) -> Iterator[tu
 
 
 @torch.no_grad()
-def compute_logits(segmenter: Segmenter, image: Tensor, t: Test) -> Tensor:
+def compute_logits(segmenter: Segmenter, image: Tensor, t: Inference) -> Tensor:
     """Returns logits (classes, H, W) of a normalised image (3, H, W)."""
     if t.test == 'whole':
         return segmenter.compute_logits(image[None])[0]
@@ -47,7 +47,7 @@ def compute_logits(segmenter: Segmenter, image: Tensor, t: Test) -> Tensor:
     return total / windows
 
 
-def segment(segmenter: Segmenter, image: Tensor, size: Sequence[int], t: Test) -> np.ndarray:
+def segment(segmenter: Segmenter, image: Tensor, size: Sequence[int], t: Inference) -> np.ndarray:
     """Returns the label of each pixel, (H, W) uint8, of a normalised image (3, h, w) whose original size is (H, W)."""
     logits = segmenter.resize(compute_logits(segmenter, image, t)[None], size)[0]
     return logits.argmax(0).to(torch.uint8).cpu().numpy()

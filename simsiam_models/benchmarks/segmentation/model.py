@@ -1,4 +1,4 @@
-"""FCN-D8: a timm ResNet whose last two stages are dilated, a decode head and an auxiliary head, as in mmsegmentation."""
+"""FCN-D8 as in mmsegmentation: a timm ResNet whose last two stages are dilated, a decode and an auxiliary head."""
 from collections.abc import Sequence
 
 import torch
@@ -155,7 +155,7 @@ def build(
         model_args: keyword arguments of the backbone.
         channels: of the decode head and the auxiliary head; published are 512 and 256.
         dropout: the share of channels that drop out before the classes.
-        loss_mean: the losses are means over 'all' pixels, ignored ones included, as published, or over the 'valid' ones.
+        loss_mean: the losses are means over 'all' pixels, also ignored ones, as published, or over 'valid' ones.
 
     Raises:
         ValueError: the network is not a ResNet that can be dilated, or a number is out of range.
@@ -210,10 +210,10 @@ def check_batch(images: Tensor, masks: Tensor, classes: int) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ValueError(f'images (B, 3, H, W) are needed, not {tuple(images.shape)}')
     if masks.shape != (len(images), *images.shape[2:]) or masks.is_floating_point():
-        raise ValueError(
-            f'masks {(len(images), *images.shape[2:])} of integers are needed, not {tuple(masks.shape)} of {masks.dtype}')
+        needed = len(images), *images.shape[2:]
+        raise ValueError(f'masks {needed} of integers are needed, not {tuple(masks.shape)} of {masks.dtype}')
     valid = masks[masks != IGNORED]
     if valid.numel() and not 0 <= int(valid.min()) <= int(valid.max()) < classes:
         raise ValueError(
-            f'labels {int(valid.min())} to {int(valid.max())}, but the classes are 0 to {classes - 1}, and {IGNORED} is '
-            'ignored')
+            f'labels {int(valid.min())} to {int(valid.max())}, but the classes are 0 to {classes - 1} ({IGNORED}: '
+            'ignored)')
