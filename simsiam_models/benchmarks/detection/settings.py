@@ -83,7 +83,8 @@ def make_schedule(s: DetectionSettings, args: argparse.Namespace | None, epoch: 
     """Returns the schedule; `epoch` is the iterations of one. Without `args`, it is the protocol's own.
 
     With another batch size, the rate is in proportion to it, and the iterations are in inverse proportion, so that the
-    images that train remain the same. With --iterations, the steps of the rate keep their places.
+    images that train remain the same. With --iterations, the steps of the rate keep their places. The warm-up is at
+    most a tenth of the iterations.
     """
     p = s.protocol
     given = {k: getattr(args, k, None) for k in ('iterations', 'batch_size', 'lr', 'eval_every')}
@@ -97,7 +98,7 @@ def make_schedule(s: DetectionSettings, args: argparse.Namespace | None, epoch: 
     return Schedule(
         iterations=iterations, batch_size=batch, lr=p.lr / factor if given['lr'] is None else given['lr'],
         momentum=p.momentum, weight_decay=p.weight_decay, decay_norms=s.numbers.rules.decay_norms,
-        warmup=round(p.warmup * factor * min(1.0, shrink)), warmup_ratio=p.warmup_ratio,
+        warmup=min(round(p.warmup * factor), iterations // 10), warmup_ratio=p.warmup_ratio,
         lr_steps=tuple(round(at * unit * shrink) for at in p.lr_steps), lr_gamma=p.lr_gamma, eval_every=every)
 
 
