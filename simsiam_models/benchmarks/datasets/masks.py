@@ -9,6 +9,7 @@ folder       a user's own: images and masks, in folders of these names, paired b
 """
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -52,6 +53,14 @@ class MaskedImages:
         sizes = stored_sizes(self.masks, self.indices)
         return digest(json.dumps([self.images.digest, self.masks.digest, self.kinds.names, self.kinds.ids]),
                       self.indices.astype('<i8'), sizes.astype('<i8'))
+
+    def mask_path(self, index: int) -> Path:
+        """Returns the path of a mask, ending in .png, relative to the folder that holds all masks of this part."""
+        return self.masks.path(int(self.indices[index])).relative_to(self._above).with_suffix('.png')
+
+    @cached_property
+    def _above(self) -> str:
+        return os.path.commonpath([self.masks.path(row).parent for row in self.indices.tolist()])
 
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError if the image cannot be decoded."""
