@@ -85,8 +85,8 @@ def test_semi_supervised_fine_tuning_has_the_numbers_of_mmselfsup():
     assert set(protocols.SEMI_LRS) == {0.1, 0.01, 0.001} and set(protocols.SEMI_HEAD_MULTIPLIERS) == {1, 10, 100}
 
 
-# configs/benchmarks/mmsegmentation/{voc12aug,cityscapes} of MMSelfSup v0.9.1, with their _base_ files and the defaults of
-# mmsegmentation 0.24.1.
+# configs/benchmarks/mmsegmentation/{voc12aug,cityscapes} of MMSelfSup v0.9.1, with their _base_ files and the defaults
+# of mmsegmentation 0.24.1.
 FCN = {
     'channels': 512, 'aux_channels': 256, 'dropout': 0.1, 'aux_weight': 0.4, 'loss_mean': 'all', 'ratios': (0.5, 2.0),
     'cat_max_ratio': 0.75, 'redraws': 10, 'flip_p': 0.5, 'brightness': 32, 'contrast': (0.5, 1.5),

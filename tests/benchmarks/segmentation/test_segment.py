@@ -22,7 +22,8 @@ from simsiam_models.benchmarks.segmentation.metrics import compute_metrics, coun
 from simsiam_models.cli import main
 
 NETWORK = '{"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": "deep"}'
-TINY = ['--model', 'resnet18:random', '--model-args', NETWORK, '--head-channels', '12', '--device', 'cpu', '--workers', '0']
+TINY = [
+    '--model', 'resnet18:random', '--model-args', NETWORK, '--head-channels', '12', '--device', 'cpu', '--workers', '0']
 SMALL = ['--dataset', 'folder', *TINY, '--iterations', '6', '--batch-size', '4', '--image-size', '48']
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -50,9 +51,11 @@ def test_a_run_leaves_a_record_masks_a_sheet_and_a_table_of_classes(trained: Pat
     changed = record['protocol']['changed']
     assert changed['batch_size'] == {'used': 4, 'published': 16} and changed['crop'] == {'used': 48, 'published': 512}
     assert changed['lr'] == {'used': 0.0025, 'published': 0.01} and changed['box']['used'] == [192, 48]
-    assert record['protocol']['loss_mean'] == 'all' and record['data']['counts'] == {'train': 10, 'test': 3, 'classes': 3}
+    assert record['protocol']['loss_mean'] == 'all'
+    assert record['data']['counts'] == {'train': 10, 'test': 3, 'classes': 3}
     masks = read_masks(trained / 'masks')
-    assert list(masks) == ['0000.png', '0001.png', '0002.png'] and Image.open(trained / 'masks' / '0000.png').mode == 'P'
+    assert list(masks) == ['0000.png', '0001.png', '0002.png']
+    assert Image.open(trained / 'masks' / '0000.png').mode == 'P'
     truth = read_masks(scenes / 'masks' / 'val')
     counts = sum(count_pixels(truth[name], masks[name], 3) for name in masks)
     assert compute_metrics(counts, NAMES)[0] == pytest.approx(record['metrics'])
@@ -64,7 +67,9 @@ def test_a_run_leaves_a_record_masks_a_sheet_and_a_table_of_classes(trained: Pat
     assert logged[0]['loss'] == pytest.approx(logged[0]['decode'] + 0.4 * logged[0]['aux'])
 
 
-def test_a_trained_segmenter_predicts_the_same_in_files_arrays_and_pil_images(trained: Path, scenes: Path, tmp_path: Path):
+def test_a_trained_segmenter_predicts_the_same_in_files_arrays_and_pil_images(
+    trained: Path, scenes: Path, tmp_path: Path,
+):
     predictor, file = segmentation.load(trained, device='cpu'), scenes / 'images' / 'val' / '0001.jpg'
     image = Image.open(file)
     found = predictor([file, image, np.asarray(image)])
@@ -121,7 +126,8 @@ def test_another_run_does_not_continue_this_one(
     (['--model', 'vit_tiny_patch16_224:random', '--model-args', '{}'], 'need a ResNet of timm'),
     (['--model-args', '{"output_stride": 32}'], 'leave it out of --model-args'),
     (['--image-size', '8'], '--image-size 8: must be at least 32'), (['--lr', '-1'], '--lr -1.0: must be above 0'),
-    (['--head-channels', '1'], '--head-channels 1: must be at least 2'), (['--amp', 'float16'], 'does not run on a CPU'),
+    (['--head-channels', '1'], '--head-channels 1: must be at least 2'),
+    (['--amp', 'float16'], 'does not run on a CPU'),
     (['--batch-size', '11'], '10 images to train on are less than a batch of 11'),
     (['--model', 'nothing_like_this'], 'neither a model of timm nor a file'),
     (['--classes', 'nowhere.txt'], 'nowhere.txt: no such list of classes'),
@@ -137,8 +143,8 @@ def test_wrong_flags_are_refused_in_one_sentence(
 def test_a_segmenter_of_other_classes_is_not_measured(trained: Path, scenes: Path, tmp_path: Path, capsys):
     shutil.copytree(scenes, tmp_path / 'other')
     (tmp_path / 'other' / 'classes.txt').write_text('ground\ncircle\nsquare\n')
-    assert main(['segment', str(tmp_path / 'other'), '--dataset', 'folder', '--eval-only', str(trained), '--device', 'cpu',
-                 '--output', str(tmp_path / 'again')]) == 1
+    assert main(['segment', str(tmp_path / 'other'), '--dataset', 'folder', '--eval-only', str(trained), '--device',
+                 'cpu', '--output', str(tmp_path / 'again')]) == 1
     assert 'give the data set that it was trained on' in capsys.readouterr().err
 
 
@@ -191,7 +197,8 @@ def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_one(scenes: Path, tmp_p
 
 
 def test_three_lines_train_on_a_users_own_folder(scenes: Path):
-    segmenter = segmentation.build('resnet18:random', classes=NAMES, align_corners=False, model_args=json.loads(NETWORK))
+    segmenter = segmentation.build(
+        'resnet18:random', classes=NAMES, align_corners=False, model_args=json.loads(NETWORK))
     losses = segmenter.losses(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
     (losses['decode'] + 0.4 * losses['aux']).backward()
     assert segmenter.names == NAMES
@@ -199,7 +206,8 @@ def test_three_lines_train_on_a_users_own_folder(scenes: Path):
 
 def test_the_voc_layout_runs_every_path(tmp_path: Path, capsys: pytest.CaptureFixture):
     root = unpack_real('voc_mini.zip', tmp_path) / 'VOCdevkit'
-    flags = ['segment', str(root), *TINY, '--iterations', '2', '--batch-size', '4', '--image-size', '64', '--test', 'slide']
+    flags = [
+        'segment', str(root), *TINY, '--iterations', '2', '--batch-size', '4', '--image-size', '64', '--test', 'slide']
     assert main([*flags, '--output', str(tmp_path / 'run')]) == 1
     assert 'not the complete VOC2012 with SBD: 27 training images found' in capsys.readouterr().err
     assert main([*flags, '--allow-partial', '--output', str(tmp_path / 'run')]) == 0
