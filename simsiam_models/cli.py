@@ -71,14 +71,14 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('out', type=Path, metavar='OUT')
     text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
-    parser.add_argument('--branch', metavar='NAME', help='the network to take of a file with several')
+    parser.add_argument('--branch', metavar='NAME', help='which network to load from a file with several')
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', type=Path, nargs='?', metavar='CHECKPOINT')
-    parser.add_argument('--tag', help=f'the repository is NAMESPACE/{NAME}.TAG')
+    parser.add_argument('--tag', help=f'the repository is NAMESPACE/MODEL.TAG, such as {NAME}.TAG')
     parser.add_argument(
-        '--all', action='store_true', help="publish every tag from its authors' server; again, it continues")
+        '--all', action='store_true', help="publish every tag from its authors' server; run it again to continue")
     parser.add_argument('--license', help='licence of your own weights; published tags keep theirs')
     parser.add_argument(
         '--dry-run', type=Path, metavar='DIR',

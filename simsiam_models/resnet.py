@@ -101,7 +101,7 @@ def choose_entries(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor
         model.pretrained_cfg['num_classes'] = classes  # timm takes a classifier of this size, and drops any other
     if model.num_classes not in (0, classes):
         found = f'a classifier of {classes} classes' if classes else 'no classifier'
-        _logger.warning(f'the weights hold {found}: that of the model, with {model.num_classes} classes, is random')
+        _logger.warning(f"the weights hold {found}; the model's, with {model.num_classes} classes, starts at random")
     return state if model.num_classes == classes else checkpoint.backbone
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from .resnet import default_cfgs, find_weights
@@ -16,7 +17,7 @@ from .weights import sources
 from .weights.folders import create_from_folder
 from .weights.layouts import load_checkpoint, recognize
 from .weights.published import NAME
-from .weights.reading import require_safetensors
+from .weights.reading import require_numbers, require_safetensors
 from .weights.tensorfile import HEADS
 
 _logger = logging.getLogger('simsiam_models')
@@ -54,7 +55,7 @@ class SimSiam(nn.Module):
     def __init__(self, backbone: nn.Module, dim: int = 2048, pred_dim: int = 512, proj_layers: int = 3) -> None:
         super().__init__()
         if getattr(backbone, 'num_classes', 0) != 0:
-            raise ValueError(f'the backbone has num_classes={backbone.num_classes}, SimSiam needs its features: create '
+            raise ValueError(f'the backbone has num_classes={backbone.num_classes}, but SimSiam needs features: create '
                              'it with num_classes=0')
         # Some timm models (MobileNetV3, VGG) keep a hidden layer after the pooling without a classifier.
         width = getattr(backbone, 'head_hidden_size', None) or getattr(backbone, 'num_features', None)
@@ -68,14 +69,14 @@ class SimSiam(nn.Module):
         """Applies f: (B, 3, H, W) -> z (B, dim)."""
         f = self.backbone(x)  # (B, C)
         if f.ndim != 2:
-            raise ValueError(f'the backbone returns shape {tuple(f.shape)}, SimSiam needs pooled features (B, C): '
+            raise ValueError(f'the backbone returns shape {tuple(f.shape)}, but SimSiam needs pooled features (B, C): '
                              "create it with num_classes=0 and without global_pool=''")
         return self.projector(f)
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Maps two views (B, 3, H, W) to p1, p2, z1, z2, each (B, dim); z1 and z2 are detached (Algorithm 1).
 
-        Each view is a pass of its own, so batch statistics are per view.
+        Each view is a separate pass, so batch statistics are per view.
         """
         z1, z2 = self.encode(x1), self.encode(x2)
         p1, p2 = self.predictor(z1), self.predictor(z2)
@@ -99,9 +100,9 @@ def create_simsiam(
     The defaults give the paper's model with 38,199,360 parameters. timm initializes the last batch norm of each
     residual block to zero, as the released recipes do. `pretrained=True` loads backbone, projector and predictor of
     `simsiam_resnet50` (tags as for timm), of a checkpoint file given by `pretrained_cfg_overlay=dict(file=...)`, or of
-    a `local-dir:` folder. With other timm models the heads start at random, with a warning. Of a file with several
-    networks, `branch` names one (see `load_checkpoint`). The last batch norm of the projector has a scale and a shift
-    only if that of the file has them, which is not so in the paper.
+    a `local-dir:` folder. With other timm models the heads start at random, with a warning. `branch` selects one of
+    several networks in a file (see `load_checkpoint`). The projector's last batch norm has a scale and a shift only if
+    the file's has them; the paper's has none.
 
     Raises:
         ValueError: the weights hold no heads, or heads that do not match dim, pred_dim and proj_layers.
@@ -109,6 +110,10 @@ def create_simsiam(
     """
     if backbone_kwargs.setdefault('num_classes', 0) != 0:
         raise ValueError(f'num_classes={backbone_kwargs["num_classes"]}: SimSiam has no classifier; leave it out')
+    if pretrained and backbone_kwargs.get('checkpoint_path'):
+        raise ValueError(
+            f'checkpoint_path={str(backbone_kwargs["checkpoint_path"])!r} would fill the backbone alone, and the heads '
+            'would be those of other weights: pass pretrained_cfg_overlay=dict(file=PATH)')
     if model_name.startswith('local-dir:'):
         folder = Path(model_name.removeprefix('local-dir:'))
         heads = _read_heads(folder) if pretrained else {}
@@ -138,9 +143,11 @@ def _read_heads(folder: Path) -> dict[str, Tensor]:
     file = folder / HEADS
     if not file.exists():
         raise ValueError(f'{folder} holds no {HEADS}, so no projector and predictor; create its backbone with timm, or '
-                         'name the checkpoint that they are in')
+                         'name the checkpoint that holds them')
     require_safetensors(file)
-    return load_file(file)
+    heads = load_file(file)
+    require_numbers(heads, f'{file}: ')
+    return heads
 
 
 def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,6 +157,7 @@ def _find_heads(model_name: str, kwargs: dict[str, Any]) -> dict[str, Tensor]:
     """
     name, _, tag = model_name.partition('.')
     cfg, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = vars(cfg) if isinstance(cfg, PretrainedCfg) else cfg
     given = {**(cfg if isinstance(cfg, dict) else {}), **overlay}
     if own := given.get('state_dict') or given.get('file'):
         branch = kwargs.get('branch')

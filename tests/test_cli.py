@@ -186,7 +186,7 @@ def test_weights_that_cannot_be_had_and_files_that_are_none_name_the_way_on(few_
         'simsiam_resnet50': 'Do this. --model PATH takes a checkpoint that you have, and NAME:random untrained weights',
         'simsiam_resnet18_cifar': 'random init. --model PATH takes a checkpoint',
         f'{tmp_path / "notes.txt"}':
-            'notes.txt cannot be read as a checkpoint: it is a text file; name a file of weights',
+            'notes.txt cannot be read as a checkpoint: it is a text file; name a weights file',
     }.items():
         assert main(['knn', str(tmp_path), '--model', model, '--device', 'cpu', '--out', str(tmp_path / 'out')]) == 1
         said = capsys.readouterr().err

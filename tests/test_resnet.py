@@ -376,7 +376,7 @@ def test_a_classifier_of_another_size_is_random_and_a_line_says_so(
     model = timm.create_model(
         R50, pretrained=True, num_classes=asked, pretrained_cfg_overlay=dict(file=str(tmp_path / 'x.pth')), **SMALL)
     assert model.fc.out_features == asked and torch.equal(model.conv1.weight, state['conv1.weight'])
-    assert words in caplog.text and f'with {asked} classes, is random' in caplog.text
+    assert words in caplog.text and f'with {asked} classes, starts at random' in caplog.text
 
 
 @pytest.mark.parametrize('num_classes', [0, 7, 10])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from simsiam_models import SimSiam, create_simsiam, simsiam_loss
@@ -253,3 +254,22 @@ def test_a_last_norm_with_scale_and_shift_is_kept(tmp_path: Path):
     x = torch.randn(2, 3, 64, 64)
     for a, b in zip(model.eval()(x, x), again.eval()(x, x), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('heads', [True, False])
+def test_a_file_in_timm_s_configuration_object_counts_as_well(heads: bool, tmp_path: Path):
+    model = create_simsiam('resnet18', dim=16, pred_dim=4, **TINY)
+    torch.save({'model': (model if heads else model.backbone).state_dict()}, tmp_path / 'x.pth')
+    cfg = PretrainedCfg(file=str(tmp_path / 'x.pth'), num_classes=0)
+    if not heads:
+        with pytest.raises(ValueError, match='holds no projector and predictor'):
+            create_simsiam('resnet18', pretrained=True, dim=16, pred_dim=4, pretrained_cfg=cfg, **TINY)
+        return
+    again = create_simsiam('resnet18', pretrained=True, dim=16, pred_dim=4, pretrained_cfg=cfg, **TINY)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_heads_are_never_those_of_other_weights_than_the_backbone(tmp_path: Path):
+    torch.save(create_simsiam('simsiam_resnet50', dim=16, pred_dim=4, **TINY).backbone.state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=r'checkpoint_path=.*x\.pth.* pass pretrained_cfg_overlay'):
+        create_simsiam(pretrained=True, dim=16, pred_dim=4, checkpoint_path=str(tmp_path / 'x.pth'), **TINY)

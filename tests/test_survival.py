@@ -316,7 +316,7 @@ def test_a_refused_file_leaves_no_folder_and_its_precision_is_kept(half_way, tmp
     code, out, err = run(*new, '--amp', 'auto')
     assert code == 0 and 'amp off' in out, err
     code, out, err = run(*new)
-    assert code == 0 and 'is not used' in out
+    assert code == 0 and 'is ignored' in out
 
 
 def test_resume_never_refuses_a_folder_that_holds_a_run(half_way):
@@ -375,7 +375,7 @@ def test_a_deleted_output_is_made_again_and_the_run_ends_in_the_same_bits(few_di
     output = tmp_path / 'run'
     code, out, err = run(few_digits, output, '--checkpoint-steps', '2', '--workers', '0', accident=('deleted', 5))
     assert code == 0, err
-    assert out.count(f'{output} was deleted; it is made again') == 1
+    assert out.count(f'{output} was deleted; it is recreated') == 1
     assert {'args.json', 'log.jsonl', 'checkpoint.pth', 'backbone'} <= {p.name for p in output.iterdir()}
     for k, v in weights(undisturbed).items():
         assert torch.equal(v, weights(output)[k])

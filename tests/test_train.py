@@ -257,6 +257,7 @@ def assert_one_line(result: subprocess.CompletedProcess, words: str) -> None:
     (['--crop-scale', '0.5', '0.2'], '--crop-scale'),
     (['--amp', 'float16'], '--amp float16'),
     (['--knn-data', '/no/such/folder'], 'no such file or folder'),
+    (['--resume', '/no/such/file.pth'], '--resume /no/such/file.pth: no such file; name a checkpoint'),
 ])
 def test_wrong_arguments_end_in_one_line(few_digits, tmp_path, extra, words):
     result = run_train(few_digits, *TINY, '--workers', '0', '--output', tmp_path / 'out', *extra)

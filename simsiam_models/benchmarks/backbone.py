@@ -29,6 +29,9 @@ RANDOM = ':random'
 # MMSelfSup's pooling of the five maps at 224 px: side of the map; kernel, stride, padding. Zeros count in the mean.
 POOLS = ((112, 10, 10, 4), (56, 16, 8, 0), (28, 13, 5, 0), (14, 8, 3, 0), (7, 6, 1, 0))
 OTHER_WEIGHTS = '--model PATH takes a checkpoint that you have, and NAME:random untrained weights'
+WRONG_NAMES = {  # what timm says -> what to do
+    'Unknown model': 'timm.list_models() lists the names',
+    'Invalid pretrained tag': 'timm.list_pretrained() lists the tags'}
 VALUES = 9216  # adaptive pooling leaves at most this many values per map
 # Networks that a bare checkpoint may hold. The first one whose entries have the same names and shapes is chosen.
 KNOWN = ('simsiam_resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
@@ -101,7 +104,7 @@ def _load_model(
     """Returns the network, the tag that the weights claim, timm's arguments, and whether a hash proves the tag."""
     path = Path(name).expanduser()
     if branch is not None and not path.is_file():
-        raise ValueError(f'--branch {branch}: chooses a network of a checkpoint file, and --model {name} is none')
+        raise ValueError(f'--branch {branch}: selects a network from a checkpoint file, but --model {name} is not one')
     if name.endswith(RANDOM):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -155,7 +158,7 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """Turns timm's many kinds of errors into one sentence."""
     try:
         return create()
-    except (TypeError, AssertionError, KeyError, AttributeError, SafetensorError) as e:  # wrong arguments, for example
+    except (TypeError, AssertionError, LookupError, ArithmeticError, AttributeError, SafetensorError) as e:  # arguments
         raise ValueError(f'--model {name}: timm cannot build it ({one_line(e)})') from None
     except RuntimeError as e:
         text = one_line(e, 1000)
@@ -163,6 +166,9 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
             text = f'--model {name}: {text[:300]}'
         if 'could not be loaded' in text or 'No pretrained weights' in text:
             text = f'{text.rstrip(".")}. {OTHER_WEIGHTS}'
+        for problem, hint in WRONG_NAMES.items():
+            if problem in text:
+                text = f'{text.rstrip(".")}; {hint}'
         raise RuntimeError(text) from None
     except OSError as e:  # includes the Hub client's errors, which have many lines
         raise RuntimeError(

@@ -153,8 +153,8 @@ def check_count(n: int) -> None:
     """Raises ValueError if n images are too few for the perplexity."""
     if n <= TSNE['perplexity']:
         raise ValueError(
-            f'{n} images for a t-SNE of perplexity {TSNE["perplexity"]:g}: more than that are needed, in the first '
-            f'{CLASSES} classes if there are labels; add images, or leave --tsne out')
+            f'{n} images are too few: a t-SNE of perplexity {TSNE["perplexity"]:g} needs more than that, in the first '
+            f'{CLASSES} classes if there are labels; add images, or omit --tsne')
 
 
 def select_shown(labels: np.ndarray | None, n: int) -> np.ndarray:

@@ -21,7 +21,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         '--model', default='simsiam_resnet50', metavar='NAME',
         help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
     parser.add_argument(
-        '--branch', metavar='NAME', help='the network to take of a checkpoint with several: teacher, for example')
+        '--branch', metavar='NAME', help='which network to load from a checkpoint with several, for example teacher')
 
 
 def add_held_out(parser: argparse.ArgumentParser, seed: bool = True) -> None:

@@ -113,9 +113,10 @@ class DetectionVariant:
     """What the frameworks do differently."""
 
     best_anchors: str  # `boxes.match`: of an object, the anchors that overlap it most
-    inside: bool  # C4: anchors that leave the image are not trained
+    inside: bool  # anchors in the batch's padding and, in C4, those that leave the image are not trained
     size_major: bool  # order of a cell's anchors
-    rpn_divisor: int | None  # per image; None: the number of sampled anchors
+    divide_by_drawn: bool  # the RPN's losses by the anchors drawn, or by `rpn_samples` for each image
+    rank_logits: bool  # proposals by logits, or by probabilities, of which the highest are all 1
     clamp_below: bool  # `boxes.decode`
     objects_first: bool  # objects join the proposals before them, unmatched, or behind them
     rescale_first: bool  # detections get the image's original size before NMS, or behind it
@@ -128,11 +129,13 @@ class DetectionVariant:
 
 DETECTION_VARIANTS = {
     'mmdet': DetectionVariant(
-        best_anchors='floor', inside=True, size_major=False, rpn_divisor=None, clamp_below=True, objects_first=True,
-        rescale_first=True, divisor=32, antialias=False, difficult=False, decay_norms=True, precise_bn=0),
+        best_anchors='floor', inside=True, size_major=False, divide_by_drawn=True, rank_logits=False,
+        clamp_below=True, objects_first=True, rescale_first=True, divisor=32, antialias=False, difficult=False,
+        decay_norms=True, precise_bn=0),
     'detectron2': DetectionVariant(
-        best_anchors='always', inside=False, size_major=True, rpn_divisor=256, clamp_below=False, objects_first=False,
-        rescale_first=False, divisor=1, antialias=True, difficult=True, decay_norms=False, precise_bn=200)}
+        best_anchors='always', inside=False, size_major=True, divide_by_drawn=False, rank_logits=True,
+        clamp_below=False, objects_first=False, rescale_first=False, divisor=1, antialias=True, difficult=True,
+        decay_norms=False, precise_bn=200)}
 
 
 @dataclass(frozen=True, kw_only=True)

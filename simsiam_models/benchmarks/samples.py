@@ -97,8 +97,8 @@ def check_several_classes(images: Images) -> None:
     """Raises ValueError if all images are of one class: every classifier is right then."""
     if len(names := np.unique(images.labels)) < 2:
         raise ValueError(
-            f'{images.name}: one class only{f" ({images.classes[names[0]]})" if len(names) else ""}; a classifier '
-            'needs at least two, each in a folder of its own')
+            f'{images.name}: only one class{f" ({images.classes[names[0]]})" if len(names) else ""}; a classifier '
+            'needs at least two, each in its own folder')
 
 
 def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset, str]:

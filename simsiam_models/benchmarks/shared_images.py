@@ -33,8 +33,8 @@ def report_shared(train: Images, test: Images, say: Callable[[str], Any]) -> dic
         say('whether test images are also training images is unknown: their bytes were not compared')
     elif found['shared']:
         other = f', {found["other_label"]:,} of them with another label' if found['other_label'] else ''
-        say(f'{found["shared"]:,} of {n:,} test images are also training images, byte for byte{other}{part}: the '
-            f'result is better than on new images; the first: {" is ".join(map(printable, found["first"]))}')
+        say(f'{found["shared"]:,} of {n:,} test images are also training images, byte for byte{other}{part}, so '
+            f'the result is better than on new images; the first: {" is ".join(map(printable, found["first"]))}')
     elif part:
         say(f'no test image is also a training image, byte for byte{part}')
     return found

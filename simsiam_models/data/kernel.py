@@ -157,7 +157,7 @@ def _keep(data: bytes, folder: Path, key: str) -> ctypes.CDLL:
 
 
 def _check_apart(path: Path) -> str:
-    """Returns what is wrong with a new kernel; a process of its own loads it, since bad code may end the process."""
+    """Returns what is wrong with a new kernel; loads it in a separate process, which bad code may crash."""
     done = subprocess.run(
         [sys.executable, '-I', find_fault.__code__.co_filename, str(path)], stdin=subprocess.DEVNULL,
         capture_output=True, text=True, errors='replace', timeout=COMPILE_SECONDS)

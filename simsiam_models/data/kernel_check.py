@@ -1,6 +1,6 @@
 """Checks a compiled kernel by computations with known results.
 
-`python kernel_check.py FILE` checks it in a process of its own: wrong code may not fail, but end its process.
+`python kernel_check.py FILE` checks it in a separate process, which wrong code may crash.
 """
 import ctypes
 import sys

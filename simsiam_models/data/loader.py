@@ -1,6 +1,6 @@
 """Batches of two views, in an order and with an augmentation that depend on (seed, epoch, index) alone.
 
-A stream has an order of its own; its index is the position in the epoch.
+A stream has its own order; its index is the position in the epoch.
 
 Threads fill each batch in place: decoding and kernel.c release the interpreter lock, so nothing is pickled, copied or
 collated, and the images are in memory once.

@@ -22,7 +22,7 @@ FORMS = (
     "a folder (of images, tar shards, Parquet or Arrow files, CIFAR's binary files, or a folder of save_to_disk), a "
     'list (.txt or .csv), .tar or .parquet files (also as shards-{000..009}.tar or *.tar), hf:REPO[:SPLIT], '
     'hf-stream:REPO[:SPLIT], torchvision:NAME[:ROOT], pipe:COMMAND, http(s)://...tar, or demo; after any of them, '
-    '#image=NAME,label=NAME (either or both) chooses columns of a table or CSV, or endings of the files in tars')
+    '#image=NAME,label=NAME (either or both) chooses columns of a table or CSV, or file extensions in tars')
 
 
 class Unusable(NamedTuple):
@@ -37,7 +37,8 @@ class Unusable(NamedTuple):
     @property
     def is_test(self) -> bool:
         """Returns whether these are test images without labels, as competitions have them."""
-        found = find_part(Path(self.images.name).name)
+        in_brackets = re.search(r'\((\w+)\)$', self.images.name)  # the part of what is no folder
+        found = find_part(in_brackets[1] if in_brackets else Path(self.images.name).name)
         return self.images.labels is None and found is not None and found[1] in TEST
 
 
@@ -85,7 +86,7 @@ def open_parts(
 
 def _refuse_choice(name: str | Path, choice: Choice | None) -> None:
     if choice is not None:
-        raise ValueError(f'{name} has no columns or endings to choose from with #image= or #label=')
+        raise ValueError(f'{name} has no columns or file extensions that #image= or #label= could choose')
 
 
 def _open_images(text: str, prefix: str, rest: str, choice: Choice | None) -> tuple[Images, Images | None]:
@@ -135,8 +136,11 @@ def _open_part(root: Path, choice: Choice | None) -> tuple[Images, Images | None
         images = FolderImages(root, choice)
     except FileNotFoundError:
         if tars := list_shards(root, '.tar'):
+            if left := [shard for suffix in COMPRESSED for shard in list_shards(root, suffix)]:
+                announce(f'{root}: {len(left)} compressed tars are left out, as they cannot be read at random; the '
+                         f'first is {left[0].name}')
             train, val = split_by_name(tars)
-            return TarImages(train, str(root), choice), TarImages(val, f'{root} (validation)', choice) if val else None
+            return TarImages(train, str(root), choice), TarImages(val, _name_part(root, val), choice) if val else None
         if list_tables(root):
             return _open_table_folder(root, str(root), choice)
         if shards := next(filter(None, (list_shards(root, suffix) for suffix in COMPRESSED)), None):
@@ -185,8 +189,13 @@ def _open_table_folder(root: Path, name: str, choice: Choice | None) -> tuple[Im
     train, val = split_by_name(list_tables(root))
     if not train:
         raise FileNotFoundError(f'{name}: no Parquet or Arrow file in that folder')
-    validation = arrow.open_files(val, f'{name} (validation)', choice) if val else None
+    validation = arrow.open_files(val, _name_part(name, val), choice) if val else None
     return arrow.open_files(train, name, choice), validation
+
+
+def _name_part(name: str | Path, files: list[Path]) -> str:
+    """Returns the name of images that are in files for validation, which tells whether these are test files."""
+    return f'{name} ({"test" if find_part(files[0].name)[1] in TEST else "validation"})'
 
 
 def _split_repo(rest: str) -> tuple[str, str | None]:
@@ -205,6 +214,7 @@ def _judge_validation(train: Images, val: Images | None) -> tuple[Images, Images
     elif val.classes == train.classes or val.classes == numbers == train.classes[:len(numbers)]:
         return train, val, None
     else:
-        odd = min({*val.classes} ^ {*train.classes}, default=val.classes[0])
-        reason = f'not the {len(train.classes)} classes of {train.name}: {odd!r} is in one of them only'
+        odd = {*val.classes} ^ {*train.classes}
+        how = f'{min(odd)!r} is in one of them only' if odd else 'they are numbered in another order'
+        reason = f'not the {len(train.classes)} classes of {train.name}: {how}'
     return train, None, Unusable(val, reason)

@@ -22,7 +22,7 @@ def find_parts(root: Path) -> tuple[Path, Path | None, Path | None]:
     """
     at = _look_through(root)
     if at != root:
-        announce(f'{root}: looked through, since all its images are in {at}')
+        announce(f'{root}: all its images are in {at}')
     folders, loose = list_entries(at)
     parts = choose_parts(folders)
     named = [name for names in parts.values() for name in names]
@@ -66,7 +66,7 @@ def _look_through_part(part: Path) -> Path:
         inside = part / holding[0]
         folders, loose = list_entries(inside)
         if not loose and len(_find_two(inside, folders)) == 2:
-            announce(f'{part}: looked through, since all its images are in {inside}')
+            announce(f'{part}: all its images are in {inside}')
             return inside
     return part
 
@@ -79,7 +79,7 @@ def _check_classes(root: Path, named: list[str], others: list[str]) -> None:
         raise ValueError(
             f'{root}: {name_some(named)} may be parts of a data set, but none is the training part; call that one '
             f'train, or give {root / named[0]} itself, or give classes other names')
-    announce(f'{root}: {named[0]} is taken for a class like {name_some(others)}, as there is no training part')
+    announce(f'{root}: {named[0]} is treated as a class like {name_some(others)}, as there is no training part')
 
 
 def list_entries(folder: Path) -> tuple[list[str], list[str]]:
@@ -119,4 +119,7 @@ def _scan(folder: Path) -> Iterator[tuple[str, bool]]:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if not is_passed_over(entry.name):
-                yield entry.name, entry.is_dir()
+                is_folder = False
+                with suppress(OSError):  # a link to itself, or to a place that is out of reach
+                    is_folder = entry.is_dir()
+                yield entry.name, is_folder

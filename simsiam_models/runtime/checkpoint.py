@@ -78,7 +78,7 @@ def read(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         with open(path, 'rb') as f:
             if damage := _find_damage(f):
-                raise DamagedError(f'{path} cannot be read: it is damaged ({damage})')
+                raise DamagedError(f'{path} cannot be read: it is damaged, or not a checkpoint ({damage})')
             f.seek(0)
             state = _load(f)
     except OSError as e:
@@ -161,7 +161,7 @@ def load(
         try:
             state = read(path, keys)
         except DamagedError as e:
-            say(f'{e}; trying the one before')
+            say(f'{e}; trying the previous one')
             damaged.append(path)
             continue
         except ValueError as e:

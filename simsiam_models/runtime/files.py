@@ -37,7 +37,7 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yields a temporary name beside `path`; the file written there replaces `path` if the block succeeds.
 
     Args:
-        shared: other processes may write the same file at the same time, so each gets a name of its own.
+        shared: other processes may write the same file at the same time, so each gets its own name.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.

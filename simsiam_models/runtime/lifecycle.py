@@ -47,7 +47,7 @@ class Lifecycle:
 
     Processes take every decision together, and only rank 0 touches files. Between `claim` and the end of the block no
     other run can claim the folder. While a checkpoint cannot be written (disk full, mount lost) the run continues and
-    keeps the previous one. A deleted folder is made again at the next save.
+    keeps the previous one. A deleted folder is recreated at the next save.
 
     Args:
         newest: path of the newest checkpoint.
@@ -233,7 +233,7 @@ class Lifecycle:
             write_atomically(record, lambda f: f.write(self._args))
             kept = False
         if not kept:
-            self.say(f'{self.folder} was deleted{"" if gone else " in part"}; it is made again, and the run continues')
+            self.say(f'{self.folder} was deleted{"" if gone else " in part"}; it is recreated, and the run continues')
             self.on_restored()
 
     def _tolerate(self, e: OSError) -> None:

@@ -50,7 +50,9 @@ def inert_cell(value: Any) -> Any:
 def plain_markdown(text: str) -> str:
     """Returns Markdown, also in a cell of a table, that shows exactly this text: no link, code, emphasis or HTML."""
     text = html.escape(printable(text), quote=False)
-    return re.sub(r'[\\|\[\]`*~]|(?<![^\W_])_|_(?![^\W_])', r'\\\g<0>', text)
+    marks = r'[\\|\[\]`*~]|(?<![^\W_])_|_(?![^\W_])|^[#+-](?=\s)'
+    links = r':(?=//)|(?<=www)\.|@'  # that GitHub makes of plain addresses
+    return re.sub(f'{marks}|{links}', r'\\\g<0>', text, flags=re.IGNORECASE)
 
 
 def one_line(error: Any, most: int = 200) -> str:

@@ -1,6 +1,6 @@
 """Locks a folder for one run, also on shared disks: the lock is a file that names its process.
 
-Locks of the operating system are missing on many network disks, and the children of a dead process go on holding them.
+Locks of the operating system are missing on many network disks, and the children of a dead process keep holding them.
 """
 import json
 import os
@@ -68,9 +68,32 @@ class RunLock:
                     f'{describe(self.path, holder)}; wait for it or stop it, or give another --output')
             if alive is None:
                 time.sleep(min(1.0, BEAT))
-            elif read_lock(self.path) == found:
-                self.path.unlink(missing_ok=True)
+            else:
+                self._break(found)
         self._heart.start()
+
+    def _break(self, found: tuple[dict[str, Any], int]) -> None:
+        """Removes the lock `found` of a dead process; one that another process has taken meanwhile stays."""
+        aside = self._name_aside()
+        with suppress(FileNotFoundError):
+            os.rename(self.path, aside)  # of several processes, one gets the file
+            try:
+                if read_lock(aside) != found:
+                    self._put_back(aside)
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def _put_back(self, aside: Path) -> None:
+        try:
+            os.link(aside, self.path)
+        except FileExistsError:  # its owner, or yet another process, was faster
+            pass
+        except OSError:  # a file system without links
+            os.replace(aside, self.path)
+
+    def _name_aside(self) -> Path:
+        """Returns a name beside the lock that is this process's own."""
+        return self.path.with_name(f'{self.path.name}.{self.mine["token"][:12]}.part')
 
     def check(self) -> bool:
         """Returns whether the file is there; if not, `renew` makes it again.
@@ -120,12 +143,12 @@ class RunLock:
             yield
         except OSError as e:
             raise type(e)(
-                f'{self.path.parent} cannot be written to ({e.strerror or e}); make that possible, or give another '
+                f'{self.path.parent} cannot be written to ({e.strerror or e}); make it writable, or give another '
                 '--output') from None
 
     def _measure_age(self, touched: int) -> float:
         """Returns the seconds since `touched`, by the clock that dates the files of this disk."""
-        probe = self.path.with_name(f'{self.path.name}.{self.mine["token"][:12]}.part')
+        probe = self._name_aside()
         try:
             probe.touch()
             return max(0.0, (probe.stat().st_mtime_ns - touched) / 1e9)

@@ -1,4 +1,4 @@
-"""What the commands write to a terminal: text that cannot command it, whatever the names of files and classes hold."""
+"""What the commands write to a terminal: no control characters, whatever the names of files and classes hold."""
 import argparse
 import logging
 import sys

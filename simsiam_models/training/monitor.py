@@ -148,7 +148,7 @@ def explain_no_monitor(images: Images) -> str:
     """Returns why these images have no kNN monitor."""
     if images.labels is None:
         return 'no labels'
-    return 'too few images' if has_classes(images) else 'one class only, and every neighbour is of it'
+    return 'too few images' if has_classes(images) else 'only one class, so every neighbour has the right label'
 
 
 class KnnMonitor:

@@ -14,7 +14,7 @@ def scaled_lr(recipe: Recipe) -> float:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Builds SGD over all parameters. The predictor is a group of its own; `fix_lr` keeps its rate from decaying."""
+    """Builds SGD over all parameters. The predictor is a separate group; `fix_lr` keeps its rate from decaying."""
     groups = [
         dict(params=[p for n, p in model.named_parameters() if n.startswith('predictor.') == predictor], fix_lr=fix_lr)
         for predictor, fix_lr in ((False, False), (True, recipe.fix_pred_lr))]

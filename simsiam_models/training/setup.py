@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
         if train.labels is None:
             raise ValueError(f'--knn-data {args.knn_data} has no labels; use class folders, a list or a table')
         if not has_classes(train):
-            raise ValueError(f'--knn-data {args.knn_data} has one class only; kNN needs at least two to tell apart')
+            raise ValueError(f'--knn-data {args.knn_data} has only one class; kNN needs at least two')
     knn = None  # without several classes, or with too few images for one query per process
     if has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
         knn = KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
@@ -91,6 +91,8 @@ def claim(
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
 
     def read_given() -> dict[str, Any]:
+        if not Path(args.resume).is_file():
+            raise FileNotFoundError(f'--resume {args.resume}: no such file; name a checkpoint, or use auto or never')
         given = checkpoint.read(Path(args.resume), KEYS)
         if differing := checkpoint.find_differences(given['run'], record, free):
             raise ValueError(f'--resume {args.resume} belongs to another run ({differing})')
@@ -105,7 +107,7 @@ def claim(
         life.say(f'{life.folder} holds this run: continuing it')
     state = life.resume(record, free)
     if state is not None and given is not None:
-        life.say(f'{life.folder} has checkpoints of its own, so --resume {args.resume} is not used')
+        life.say(f'{life.folder} already has checkpoints, so --resume {args.resume} is ignored')
     return record, state or given
 
 

@@ -63,7 +63,7 @@ def describe_gain(trained: float, before: float, queries: int) -> str:
     """Compares two accuracies in percent; a difference within two standard errors counts as none."""
     difference, p = trained - before, [x / 100 for x in (trained, before)]
     if abs(difference) <= 200 * math.sqrt(sum(x * (1 - x) for x in p) / queries):
-        return f'no difference from the better of them that {queries} queries could show.'
+        return f'no significant difference from the better of them with {queries} queries.'
     if difference < 0:
         return f'{-difference:.1f} points below the better of them; these features are of no use yet.'
     return f'{difference:+.1f} points over the better of them, learned without labels.'

@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg, is_model
 from torch import nn
 
 from ..runtime.messages import one_line, short
-from .reading import find_export, require_file
+from .reading import find_export, require_file, require_numbers
 from .tensorfile import CONFIG
 
 LONGEST = 1 << 24  # bytes: 21,000 class names take 0.5 MB
@@ -42,18 +42,21 @@ def read_json(file: Path) -> dict[str, Any]:
     """Returns the JSON object in a file. Raises FileNotFoundError, or ValueError if it holds no such object."""
     require_file(file)
     if file.stat().st_size > LONGEST:
-        raise ValueError(f'{file} has more than {LONGEST >> 20} MB, too many for a description of weights')
+        raise ValueError(f'{file} is larger than {LONGEST >> 20} MB, too large for a description of weights')
     try:
         value = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or get it again') from None
+        raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or download it again') from None
     if not isinstance(value, dict):
         raise ValueError(f'{file} holds no JSON object')
     return value
 
 
 def check_network(name: Any, args: Any, where: Path) -> Network:
-    """Returns a network that a file names, if it is one of timm's with plain arguments; raises ValueError if not."""
+    """Returns a network that a file names, if it is one of timm's with plain arguments; raises ValueError if not.
+
+    The number of classes is none of its arguments: the weights, or the caller, decide on it.
+    """
     if not isinstance(name, str) or not is_model(name := name.split('.')[0]):
         raise ValueError(f'{where}: {short(name)!r} is not the name of a timm model')
     if not isinstance(args := {} if args is None else args, dict):
@@ -64,7 +67,7 @@ def check_network(name: Any, args: Any, where: Path) -> Network:
         if not _is_plain(value):
             raise ValueError(
                 f'{where}: model_args holds {short(key)!r} {short(value)}, which is not a number or a plain name')
-    return Network(name, args)
+    return Network(name, {k: v for k, v in args.items() if k != 'num_classes'})
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:
@@ -104,6 +107,7 @@ def create_from_folder(folder: str | Path, pretrained: bool = True, **kwargs: An
     args, classes = {**args, **kwargs}, kwargs.pop('num_classes', None)
     args.pop('num_classes', None)
     state = load_file(find_export(Path(folder))) if pretrained else {}
+    require_numbers(state, f'{folder}: ')
     model = timm.create_model(name, pretrained_cfg=cfg, **args)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
         model.load_state_dict(state)

@@ -11,10 +11,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ..runtime.messages import short
 from . import tensorfile
 from .export import describe_mismatch
 from .layouts import Checkpoint
 from .published import WEIGHTS, Weights
+from .reading import require_numbers
 
 HEAD_WIDTHS = 2048, 512  # of z and p, and inside the predictor
 ORIGIN = ('url', 'upstream_sha256', 'layout')  # what the header of a converted file says about the authors' file
@@ -63,7 +65,7 @@ def check_identity(checkpoint: Checkpoint, tag: str, weights: Weights, origin: M
     """
     layout, converted = checkpoint.layout, 'layout' in origin
     if layout != weights.layout and layout in {w.layout for w in WEIGHTS.values()}:
-        raise ValueError(f'the file has the layout {layout}, {tag} is a file of the layout {weights.layout}')
+        raise ValueError(f'the file has the layout {layout}, but {tag} is a file of the layout {weights.layout}')
     classes = len(checkpoint.model_state().get('fc.weight', ()))
     if classes != weights.num_classes:
         raise ValueError(f'the file has {f"a classifier of {classes} classes" if classes else "no classifier"}, {tag} '
@@ -75,11 +77,12 @@ def check_identity(checkpoint: Checkpoint, tag: str, weights: Weights, origin: M
     heads = checkpoint.heads_state()
     if heads or not (weights.linear or converted):
         check_heads(heads, tag, weights)
+    _check_finite(checkpoint.model_state(), tag)
     _check_stated(checkpoint, tag, weights)
     check_origin(origin, tag, weights)
     if not converted and layout != weights.layout:
         raise ValueError(
-            f'the file has the layout {layout}, as any ResNet-50 may have, and nothing tells that it comes from the '
+            f'the file has the layout {layout}, as any ResNet-50 may have, and nothing shows that it comes from the '
             f"authors' file of {tag}, which has the layout {weights.layout}: use that file ({weights.url})")
     if checkpoint.info.get('bgr', False) != weights.bgr:
         raise ValueError(
@@ -89,6 +92,7 @@ def check_identity(checkpoint: Checkpoint, tag: str, weights: Weights, origin: M
 
 def check_heads(heads: dict[str, Tensor], tag: str, weights: Weights) -> None:
     """Raises ValueError if projector and predictor are not whole, or have other widths than the published ones."""
+    require_numbers(heads)
     counts, expected = ([sum(k.startswith(part) for k in x) for part in ('projector', 'predictor')]
                         for x in (heads, {} if weights.linear else expect_heads()))
     if counts != expected:
@@ -96,6 +100,13 @@ def check_heads(heads: dict[str, Tensor], tag: str, weights: Weights) -> None:
                          f'{expected[0]} and {expected[1]}: the file is incomplete, or another one')
     if not weights.linear and (mismatch := describe_mismatch(heads, expect_heads())):
         raise ValueError(f'projector and predictor are not those of {tag}: {mismatch}')
+    _check_finite(heads, tag)
+
+
+def _check_finite(tensors: dict[str, Tensor], tag: str) -> None:
+    if bad := tensorfile.find_nonfinite(tensors):
+        raise ValueError(
+            f'the file holds NaN or infinity in {len(bad)} tensors ({", ".join(bad[:3])}), {tag} holds none')
 
 
 def check_origin(origin: Mapping[str, str], tag: str, weights: Weights) -> None:
@@ -107,8 +118,8 @@ def check_origin(origin: Mapping[str, str], tag: str, weights: Weights) -> None:
         raise ValueError(f"the authors' file has the SHA-256 {sha256[:12]}..., that of {tag} begins with {prefix}: it "
                          'is another file, or a damaged one')
     if origin.get('layout', weights.layout) != weights.layout:
-        raise ValueError(f'the file was converted from the layout {origin["layout"]}, {tag} is a file of the layout '
-                         f'{weights.layout}')
+        raise ValueError(f'the file was converted from the layout {origin["layout"]}, but {tag} is a file of the '
+                         f'layout {weights.layout}')
 
 
 def _check_stated(checkpoint: Checkpoint, tag: str, weights: Weights) -> None:
@@ -117,12 +128,12 @@ def _check_stated(checkpoint: Checkpoint, tag: str, weights: Weights) -> None:
         return  # OpenMMLab's files have a hash
     stated = checkpoint.info
     if stated.get('arch', 'resnet50') != 'resnet50':
-        raise ValueError(f'the file states the network {stated["arch"]}, {tag} is a resnet50')
+        raise ValueError(f'the file states the network {short(stated["arch"])}, {tag} is a resnet50')
     if checkpoint.layout == 'fair' and stated.get('epoch', weights.epochs) != weights.epochs:
         raise ValueError(f'the file states epoch {stated["epoch"]}, but {tag} was trained for {weights.epochs} epochs')
-    top1 = stated.get('best_acc1', weights.top1)
+    top1 = stated.get('best_acc1')
     if checkpoint.layout == 'fair_linear' and not _is_near(top1, weights.top1):
-        raise ValueError(f'the file states {top1} % top-1, but the authors report {weights.top1} % for {tag}')
+        raise ValueError(f'the file states {short(top1)} % top-1, but the authors report {weights.top1} % for {tag}')
 
 
 def _is_near(a: object, b: float) -> bool:

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..runtime.messages import one_line, short
+from ..runtime.messages import one_line, printable, short
 from . import tensorfile
 from .published import WEIGHTS, find_tag
-from .reading import Opaque, find_export, read, read_onnx, require_safetensors
+from .reading import Opaque, find_export, read, read_onnx, require_numbers, require_safetensors
 from .tensorfile import HEADS
 
 State = dict[str, Tensor]
@@ -56,7 +56,8 @@ class Checkpoint:
         parts = ', '.join(f'{name} {n} entries' if n else f'no {name}' for name, n in sizes.items())
         dropped = ', '.join(f'{group} ({n})' for group, n in self.info.get('dropped', {}).items())
         dropped = [f'dropped {dropped}'] if dropped else []
-        return '; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])])
+        # Names from the file must not look like lines of a report.
+        return printable('; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])]))
 
 
 def _rename_mm_head(key: str) -> str:
@@ -223,6 +224,7 @@ def _recognize(raw: Mapping, branch: str | None) -> Checkpoint:
         name = layout.renames.get(part, str)(name)
         if name in parts[part]:
             raise ValueError(f'two entries of the file are {part}.{name}')
+        require_numbers({key: value})
         if value.is_floating_point() and value.dtype != torch.float32:
             converted[str(value.dtype).removeprefix('torch.')] += 1
             value = value.float()
@@ -314,7 +316,7 @@ def _choose_network(state: State, networks: dict[str, Layout], branch: str | Non
             f'holds {len(roots)} networks, {" and ".join(names[root] for root in roots)}: choose one with '
             f'branch={names[roots[0]]!r} (on the command line: --branch {names[roots[0]]})')
     left = [names[root] for root in networks if root != roots[0] and not _is_copy(state, root, roots[0])]
-    return roots[0], [f'took {names[roots[0]]} and left out {", ".join(left)} (branch chooses)'] if left else []
+    return roots[0], [f'loaded {names[roots[0]]} and left out {", ".join(left)} (choose with branch)'] if left else []
 
 
 def _shorten(networks: dict[str, Layout]) -> dict[str, str]:
@@ -383,7 +385,7 @@ def _fix_backbone(parts: dict[str, State], notes: list[str]) -> dict[str, Any]:
 
 
 def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter, notes: list[str]) -> None:
-    """Keeps a linear classifier and multi-head ones; anything else is left out, and said."""
+    """Keeps a linear classifier and multi-head ones; leaves anything else out, with a note."""
     state = parts['classifier']
     if not state or any(k.startswith(('fcs.', 'norms.')) for k in state):
         return
@@ -396,7 +398,7 @@ def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter, notes:
         return
     parts['classifier'] = {}
     dropped['fc'] += len(state)
-    notes.append(f'the {len(state)} entries behind the backbone are no linear classifier and were left out')
+    notes.append(f'the {len(state)} entries after the backbone are not a linear classifier and were left out')
 
 
 def _leave_out_unused(parts: dict[str, State], notes: list[str]) -> None:

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.utils import validate_repo_id
 
 from ..runtime.files import write_json
-from ..runtime.messages import one_line
+from ..runtime.messages import one_line, short
 from . import sources, tensorfile
 from .card import CardFacts, format_card
 from .export import export_checkpoint
@@ -22,7 +22,7 @@ from .layouts import Checkpoint, load_checkpoint
 from .published import NAME, WEIGHTS, Weights
 from .reading import find_export, read, require_safetensors
 from .tensorfile import CONFIG, HEADS, MODEL
-from .verify import FINGERPRINT, compute_fingerprint, find_nonfinite
+from .verify import FINGERPRINT, compute_fingerprint
 
 OWN = "the uploader's own training, not a published file"  # an origin
 CARD = 'README.md'
@@ -70,7 +70,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     """Publishes every tag of WEIGHTS from its authors' server, never from the Hub, and pins it.
 
     What is done is skipped: tags that are pinned and on the Hub with the pinned hashes or, with `dry_run`, complete
-    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others go on. Returns whether none failed.
+    folders `dry_run`/REPOSITORY. A tag that fails is reported, and the others continue. Returns whether none failed.
     Raises RuntimeError if there is no token.
     """
     if dry_run is None:
@@ -166,6 +166,9 @@ def _write_repository(source: Path, tag: str, repo: str, folder: Path, license: 
     if weights := WEIGHTS.get(tag):
         origin = _find_origin(source, checkpoint, weights)
         check_identity(checkpoint, tag, weights, origin)
+        if 'upstream_sha256' not in origin:
+            raise ValueError(f"the header of {source} does not say the SHA-256 of the authors' file of {tag}, which "
+                             f'the card states: publish that file ({weights.url})')
         text = _describe_origin(weights, origin, 'a file' if 'layout' not in origin else None)
         return [line, *_write_published(checkpoint, tag, repo, folder, (origin, text))]
     _check_finite({**checkpoint.model_state(), **checkpoint.heads_state()}, source)
@@ -179,7 +182,6 @@ def _write_published(
 ) -> list[str]:
     """Writes the repository of a published file. `origin`: of its header, and in words."""
     weights, (header, text) = WEIGHTS[tag], origin
-    _check_finite({**checkpoint.model_state(), **checkpoint.heads_state()}, tag)
     cfg = {'tag': tag, 'license': weights.license, 'origin_url': weights.project}
     export_checkpoint(checkpoint, folder, cfg, make_origin(weights, header['upstream_sha256'], weights.layout))
     _finish_repository(tag, tag, repo, folder, (text, weights.license))
@@ -213,8 +215,8 @@ def _describe_origin(weights: Weights, origin: dict[str, str], measured: str | N
     """Says which file these weights come from, and whether that was verified; `measured`: whose hash was measured."""
     sha256, prefix = origin['upstream_sha256'], weights.sha256_prefix
     if measured is None:
-        return (f'converted from a file that had already been converted, from one with the SHA-256 {sha256} as its '
-                "header says, so that it could not be compared with the authors' own file")
+        return (f'converted from an already converted file, whose header names a source with the SHA-256 {sha256}; '
+                "it could not be compared with the authors' own file")
     if prefix is None:
         return (f'converted from {measured}, with the SHA-256 {sha256}; its authors publish no hash to compare it '
                 'with, so that its identity is not verified')
@@ -222,7 +224,7 @@ def _describe_origin(weights: Weights, origin: dict[str, str], measured: str | N
 
 
 def _check_finite(tensors: dict[str, Any], source: Path | str) -> None:
-    if bad := find_nonfinite(tensors):
+    if bad := tensorfile.find_nonfinite(tensors):
         raise ValueError(f'{source} holds NaN or infinity in {len(bad)} tensors ({", ".join(bad[:3])}): not published')
 
 
@@ -232,7 +234,7 @@ def _copy_export(source: Path, folder: Path, cfg: dict[str, Any]) -> None:
         raise ValueError(f'{folder} is the source itself: write the dry run to another folder')
     config = _read_config(source)
     config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION} | cfg
-    config.get('model_args', {}).pop('num_classes', None)  # transformers passes it too, and fails
+    (config.get('model_args') or {}).pop('num_classes', None)  # transformers passes it too, and fails
     folder.mkdir(parents=True, exist_ok=True)
     for name in (MODEL, HEADS):
         (folder / name).unlink(missing_ok=True)
@@ -247,6 +249,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / CONFIG)
     if not {'architecture', 'num_classes', 'num_features', 'pretrained_cfg'} <= set(config):
         raise ValueError(f'{folder / CONFIG} is not that of a model exported for timm: it has only {", ".join(config)}')
+    size = config['pretrained_cfg'].get('input_size')
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f'{folder / CONFIG}: pretrained_cfg has the input_size {short(size)}, but the card needs '
+                         'channels, height and width: export the folder again')
     return config
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from . import tensorfile
@@ -93,7 +94,19 @@ RESULTS: list[dict[str, Any]] = json.loads(Path(__file__).with_name('published.j
 
 def hub_id(name: str) -> str:
     """Returns the Hub repository of 'simsiam_resnet50.TAG'."""
-    return f'{os.environ.get("SIMSIAM_HUB_NAMESPACE") or "simsiam-models"}/{name}'
+    return f'{hub_namespace() or "simsiam-models"}/{name}'
+
+
+def hub_namespace() -> str:
+    """Returns the namespace that SIMSIAM_HUB_NAMESPACE names, '' if none. Raises ValueError if it can be none."""
+    namespace = os.environ.get('SIMSIAM_HUB_NAMESPACE', '').strip()
+    try:
+        validate_repo_id(f'{namespace}/{NAME}' if namespace else NAME)
+    except HFValidationError:
+        raise ValueError(
+            f'SIMSIAM_HUB_NAMESPACE={namespace!r} cannot be a user or an organization on the Hub, whose names consist '
+            'of letters, digits, "-", "_" and "."; correct it, or unset it') from None
+    return namespace
 
 
 def pixel_statistics(bgr: bool) -> dict[str, tuple[float, float, float]]:

@@ -33,6 +33,7 @@ STORAGES = {
     'UntypedStorage': torch.uint8,
 }
 COUNTER = 'num_batches_tracked'
+REAL = ('weight', 'bias', 'running_mean', 'running_var')  # entries with these names hold floating-point numbers
 PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
 SHARD = re.compile(r'-\d+-of-0*([2-9]|[1-9]\d+)\.\w+$')  # model-00001-of-00003.safetensors
 MERGE = 'read all shards where they were made, and save their entries as one file'
@@ -81,7 +82,7 @@ def require_file(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist')
     if not path.is_file():
-        raise ValueError(f'{path} is a FIFO, a socket or a device, not a file; name a file of weights')
+        raise ValueError(f'{path} is a FIFO, a socket or a device, not a file; name a weights file')
 
 
 def read_head(path: Path) -> bytes:
@@ -107,7 +108,7 @@ def _name_kind(path: Path) -> str:
     if head.lstrip()[:1] == b'<':
         return f'a web page (it begins with {head.lstrip()[:30]!r}); download the file itself'
     text = bool(head) and min(head.translate(None, b'\t\n\f\r'), default=0) >= 32
-    return 'a text file; name a file of weights, or the folder of a run' if text else ''
+    return 'a text file; name a weights file, or the folder of a run' if text else ''
 
 
 def require_safetensors(path: Path) -> None:
@@ -116,6 +117,21 @@ def require_safetensors(path: Path) -> None:
     if not is_safetensors(head):
         kind = 'a torch file' if head.startswith((b'PK\x03\x04', b'\x80')) else _name_kind(path) or 'another file'
         raise ValueError(f'{path} is not a safetensors file but {kind}; export its folder again')
+
+
+def require_numbers(state: dict[str, Tensor], where: str = '') -> None:
+    """Raises ValueError for an entry that torch would copy into a network as other numbers, or not at all.
+
+    `where` is what the message begins with.
+    """
+    for key, value in state.items():
+        kind = ''
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            kind = 'on the device meta' if value.is_meta else 'quantized' if value.is_quantized else str(value.layout)
+        elif key.rpartition('.')[2] in REAL and not value.is_floating_point():
+            kind = str(value.dtype)
+        if kind:
+            raise ValueError(f'{where}{short(key)} is {kind}: save the weights as dense floating-point tensors')
 
 
 def find_export(folder: Path) -> Path:
@@ -137,7 +153,7 @@ def find_export(folder: Path) -> Path:
     endings = ('.bin', '.pth', '.pt', '.tar', '.ckpt', '.safetensors')
     others = [name for name in names if name.endswith(endings) and name != HEADS]
     raise FileNotFoundError(f'{folder}: no {MODEL} there; ' + (
-        f'name the file in it, {folder / others[0]}' if others else 'name a folder that was exported for timm'))
+        f'name the file itself, {folder / others[0]}' if others else 'name a folder that was exported for timm'))
 
 
 class DiskFile(io.FileIO):
@@ -414,6 +430,7 @@ def read_onnx(path: str | Path) -> dict[str, Tensor]:
     try:
         model = onnx.load(path)
         counters = json.loads({p.key: p.value for p in model.metadata_props}.get(COUNTER, '{}'))
+        counters = {name: torch.tensor(int(n)) for name, n in counters.items() if name.endswith(COUNTER)}
         state = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
     except (OSError, MemoryError):  # not the contents
         raise
@@ -421,4 +438,4 @@ def read_onnx(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f'{path} is not a readable ONNX file ({type(error).__name__})') from error
     if not state:
         raise ValueError(f'{path} is not an ONNX file with weights in it')
-    return state | {name: torch.tensor(n) for name, n in counters.items()}
+    return state | counters

@@ -1,6 +1,6 @@
 """Finds published weights in the caches, on the Hugging Face Hub, or on their authors' servers, in this order.
 
-A name is not a proof: the Hub, and its cache, count for a tag only if its repository is pinned (revision and hash), or
+A name proves nothing: the Hub, and its cache, count for a tag only if its repository is pinned (revision and hash), or
 if the user named the namespace by SIMSIAM_HUB_NAMESPACE, because anybody may register a name there. From wherever a
 file comes, it is compared with its row of WEIGHTS (see `identity`).
 
@@ -34,8 +34,8 @@ from ..runtime.messages import one_line
 from . import tensorfile
 from .identity import ORIGIN, check_heads, check_identity, check_origin, make_origin, read_origin
 from .layouts import load_checkpoint, reverse_channels
-from .published import NAME, WEIGHTS, Weights, hub_id
-from .reading import read
+from .published import NAME, WEIGHTS, Weights, hub_id, hub_namespace
+from .reading import read, require_file
 from .tensorfile import HEADS, MODEL
 
 # tag -> {repo, revision, files: {name: sha256}, fingerprint}; `simsiam publish` writes it.
@@ -68,7 +68,7 @@ def fetch(
         return path
     if constants.HF_HUB_OFFLINE:
         places = f'neither {hub_id(name)} nor {converted}' if hub else converted
-        reasons.append(f'HF_HUB_OFFLINE is set and no cache has it, {places}')
+        reasons.append(f'HF_HUB_OFFLINE is set and no cache has it ({places})')
     else:
         with _lock_download(converted):
             # another process may have been faster
@@ -125,7 +125,7 @@ def is_pinned(name: str, filename: str = MODEL) -> bool:
 
 def may_use_hub(name: str, filename: str = MODEL) -> bool:
     """Returns whether the Hub counts as a source of a file: it is pinned, or the user named the namespace."""
-    return bool(os.environ.get('SIMSIAM_HUB_NAMESPACE')) or is_pinned(name, filename)
+    return bool(hub_namespace()) or is_pinned(name, filename)
 
 
 def _explain(e: Exception) -> str:
@@ -160,12 +160,15 @@ def _find_in_caches(
         if not isinstance(path, str | Path) or not os.path.exists(path):
             continue
         try:
+            require_file(Path(path))
             problem = 'is damaged' if not _is_intact(Path(path), name, filename) else ''
             if not problem:
                 _check_row(Path(path), name, weights, cache_dir)
                 return Path(path)
         except ValueError as e:
             problem = f'cannot be {name}: {str(e).removeprefix(f"{path}: ")}'
+        except FileNotFoundError:  # another process has just removed it
+            continue
         except OSError as e:  # says nothing about the contents, so the file stays
             raise RuntimeError(
                 f'{name}: {path} is in the cache but cannot be read ({e.strerror or e}); check the disk and the '
@@ -212,10 +215,11 @@ def _compare_first(sha256: str, weights: Weights, cache_dir: str | Path | None) 
         with contextlib.suppress(OSError):  # a cache may be read-only
             write_atomically(record, lambda file: file.write(f'{sha256}  {weights.url}\n'.encode()), shared=True)
         return
+    require_file(record)
     first = record.read_text(errors='replace')[:64]
     if first != sha256:
         raise ValueError(
-            f"the authors' file has the SHA-256 {sha256}, at the first download it had {first} ({record}): if they "
+            f"the authors' file has the SHA-256 {sha256}, but at the first download it had {first} ({record}): if they "
             'announced a new file, delete that record and try again, otherwise do not trust it')
 
 

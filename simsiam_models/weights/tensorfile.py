@@ -27,6 +27,11 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors that hold NaN or infinity."""
+    return [k for k, v in tensors.items() if not v.isfinite().all()]
+
+
 def hash_file(path: str | Path) -> str:
     """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -45,15 +45,13 @@ def compute_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 def compare_fingerprints(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Returns the largest difference in units of the first one's std; inf if the two cannot be compared."""
-    x, y = (torch.tensor([f['mean'], f['std'], *f['outputs']], dtype=torch.float64) for f in (a, b))
+    try:
+        x, y = (torch.tensor([f['mean'], f['std'], *f['outputs']], dtype=torch.float64) for f in (a, b))
+    except (KeyError, TypeError, ValueError):  # a file with other contents
+        return float('inf')
     if x.shape != y.shape or not bool((x.isfinite() & y.isfinite()).all()) or a['std'] <= 0:
         return float('inf')
     return ((x - y).abs().max() / a['std']).item()
-
-
-def find_nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """Returns the names of the tensors that hold NaN or infinity."""
-    return [k for k, v in tensors.items() if not v.isfinite().all()]
 
 
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
@@ -86,7 +84,7 @@ def _check_model(checkpoint: Checkpoint, path: Path, pin: dict[str, Any], dtype:
         model.load_state_dict(state, strict=True)
     except RuntimeError as e:
         return [(False, f'keys: {one_line(e)}')]
-    bad = find_nonfinite({**state, **checkpoint.heads_state()})
+    bad = tensorfile.find_nonfinite({**state, **checkpoint.heads_state()})
     found = compute_fingerprint(model.to(getattr(torch, dtype)))
     return [
         (True, f'keys: all {len(model.state_dict())} entries are present and fit'),
@@ -116,8 +114,8 @@ def _check_published(tag: str) -> tuple[Path, list[Finding]]:
             revision = sources.read_pin(name)['revision']
             finding = True, f'hash: equals the one pinned for {repo} at revision {revision[:12]}, {path}'
         else:
-            finding = None, (f'hash: the one that {repo} itself states, which proves the transport only; there is no '
-                             f'independent reference that these are the published weights, {path}')
+            finding = None, (f'hash: the one that {repo} itself states, which proves only the download; no independent '
+                             f'reference shows that these are the published weights, {path}')
     else:
         sha256, prefix = read_origin(path)['upstream_sha256'], weights.sha256_prefix
         text = f"hash: the authors' file, {weights.url}, had the SHA-256 {sha256}"
@@ -162,7 +160,7 @@ def _check_claims(path: Path, checkpoint: Checkpoint) -> list[Finding]:
     for tag in dict.fromkeys([*tags, *([named] if isinstance(named, str) and named in WEIGHTS else [])]):
         try:
             check_identity(checkpoint, tag, WEIGHTS[tag], {'layout': WEIGHTS[tag].layout, **origin})
-            findings.append((None, f'origin: said to be {tag}, and layout, classes and shapes agree; no proof'))
+            findings.append((None, f'origin: claims to be {tag}; layout, classes and shapes agree, which is no proof'))
         except ValueError as e:
-            findings.append((False, f'origin: said to be {tag}, but {e}'))
+            findings.append((False, f'origin: claims to be {tag}, but {e}'))
     return findings

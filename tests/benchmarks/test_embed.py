@@ -47,7 +47,7 @@ def test_too_few_images_for_a_picture_are_found_before_the_features_are_made(few
     n = len(list((few_digits / '3').iterdir()))
     assert n < 31
     assert cli.main(_command(few_digits / '3', out, '--out', str(out), '--tsne')) == 1
-    assert f'simsiam: {n} images for a t-SNE of perplexity 30: more than that are needed' in capsys.readouterr().err
+    assert f'simsiam: {n} images are too few: a t-SNE of perplexity 30 needs more than that' in capsys.readouterr().err
     assert not out.exists() and not (tmp_path / 'cache').exists()
 
 

@@ -510,8 +510,10 @@ def test_weights_that_fill_no_network_are_refused(tmp_path):
     with pytest.raises(ValueError, match='fill none of'):
         load_backbone(str(tmp_path / 'x.pth'))
     for name, match in {
-        'nonsense': 'neither a model of timm', 'resnet18:randomly': 'neither', 'nonsense:random': 'Unknown model',
-        f'{tmp_path}': 'neither config.json', 'local-dir:/nowhere': 'no config.json', __file__: 'cannot be read',
+        'nonsense': 'neither a model of timm', 'resnet18:randomly': 'neither',
+        'nonsense:random': r'Unknown model .*; timm.list_models\(\)',
+        'resnet18.odd': r'tag .*; timm.list_pretrained\(\)', f'{tmp_path}': 'neither config.json',
+        'local-dir:/nowhere': 'no config.json', __file__: 'cannot be read',
     }.items():
         with pytest.raises((ValueError, RuntimeError, FileNotFoundError), match=match) as e:
             load_backbone(name)

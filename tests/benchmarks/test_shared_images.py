@@ -215,7 +215,7 @@ def test_one_class_gives_no_knn_number(tmp_path, capsys):
         if folder.name != '3':
             shutil.rmtree(folder)
     assert cli.main(['knn', str(tmp_path), '--model', 'resnet10t:random', '--out', str(tmp_path / 'out')]) == 1
-    assert 'one class only (3)' in capsys.readouterr().err
+    assert 'only one class (3)' in capsys.readouterr().err
 
 
 def test_copies_in_voc07_are_found(tmp_path):

@@ -1,7 +1,9 @@
 """The parts of a data set are found in its folders whatever their spelling, and never taken for classes in silence."""
+import io
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +65,7 @@ def test_parts_of_any_usual_spelling_are_parts_in_every_command(tmp_path, classe
     ('train/a/1.png test/a/1.png cover.png', ('.', 'train', 'test'), 'these are left out: cover.png'),
     ('train/a/1.png extra/x.png', ('.', 'train', None), 'train is used, and these are left out: extra'),
     ('train/a/1.png trainval/a/1.png test/a/1.png', ('.', 'train', 'test'), 'left out: trainval'),
-    ('CUB/train/a/1.png CUB/test/a/1.png', ('CUB', 'CUB/train', 'CUB/test'), 'looked through, since all its images'),
+    ('CUB/train/a/1.png CUB/test/a/1.png', ('CUB', 'CUB/train', 'CUB/test'), 'all its images are in'),
     ('CUB/Train/a/1.png CUB/Valid/a/1.png __MACOSX/CUB/._x.png .DS_Store', ('CUB', 'CUB/Train', 'CUB/Valid'), 'CUB$'),
     ('x/y/train/a/1.png x/y/val/a/1.png notes/a.txt', ('x/y', 'x/y/train', 'x/y/val'), 'x/y$'),
     ('PetImages/Cat/1.jpg PetImages/Dog/1.jpg readme.txt', ('PetImages', None, None), 'PetImages$'),
@@ -73,7 +75,7 @@ def test_parts_of_any_usual_spelling_are_parts_in_every_command(tmp_path, classe
      'seg_pred/1.png', ('.', 'seg_train/seg_train', 'seg_test/seg_test'), 'left out: seg_pred'),
     ('train/images/a/1.png train/images/b/1.png', ('.', 'train/images', None), 'train/images$'),
     ('train/person/a/1.png train/person/b/1.png', ('.', 'train', None), ''),
-    ('valid/1.png invalid/1.png', ('.', None, None), 'valid is taken for a class like invalid'),
+    ('valid/1.png invalid/1.png', ('.', None, None), 'valid is treated as a class like invalid'),
     ('cat/1.png toy_train/1.png', ('.', None, None), ''),
 ])
 def test_parts_and_classes_are_told_apart_and_what_is_not_used_is_named(tmp_path, caplog, names, found, said):
@@ -188,7 +190,7 @@ def test_a_training_part_alone_is_divided_too_but_a_published_set_needs_its_own_
     shutil.copytree(classes, tmp_path / 'train')
     pair = open_pair('folder', tmp_path)
     assert pair.held_out and 'held_out' in pair.data()
-    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has no validation part .none of val'):
         open_pair('imagenet', tmp_path, partial=True)
     shutil.copytree(classes, tmp_path / 'dev')
     assert 'held_out' not in open_pair('folder', tmp_path).data()  # the identity of runs that exist
@@ -199,7 +201,7 @@ def test_one_class_gives_no_number(tmp_path, classes, parts):
     for part in parts:
         shutil.copytree(classes / '0', tmp_path / part / 'only')
     for call in (lambda: open_pair('folder', tmp_path), lambda: open_labelled(str(tmp_path), 0.2, 0)):
-        with pytest.raises(ValueError, match=r'one class only \(only\); a classifier needs at least two'):
+        with pytest.raises(ValueError, match=r'only one class \(only\); a classifier needs at least two'):
             call()
 
 
@@ -209,3 +211,64 @@ def test_images_beside_class_folders_are_the_reason_in_the_error(tmp_path, class
     for call in (lambda: open_pair('folder', tmp_path / 'data'), lambda: open_labelled(str(tmp_path / 'data'), 0.2, 0)):
         with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
             call()
+
+
+def test_a_link_that_leads_nowhere_hides_no_part(tmp_path):
+    fill(tmp_path, 'train/a/1.png train/b/1.png val/a/1.png val/b/1.png')
+    for i in range(20):  # folders list their names in any order
+        (tmp_path / f'link{i}').symlink_to(f'link{i}')  # to itself
+    assert find_parts(tmp_path) == (tmp_path, tmp_path / 'train', tmp_path / 'val')
+    assert holds_images(tmp_path)
+
+
+@pytest.mark.parametrize('root', ['data', 'training data'])
+@pytest.mark.parametrize('form', ['tar', 'parquet'])
+def test_unlabelled_test_files_are_not_used_and_a_share_is_held_out(tmp_path, classes, root, form, caplog):
+    """As with a folder of test images without labels."""
+    root = tmp_path / root
+    root.mkdir()
+    pictures = {file: file.read_bytes() for file in sorted(classes.rglob('*.png'))}
+    test = dict(list(pictures.items())[:1])
+    for part, some, labelled in (('train', pictures, True), ('test', test, False)):
+        if form == 'tar':
+            write_tar(root / f'{part}-0.tar', some, labelled)
+        else:
+            pa, parquet = map(pytest.importorskip, ('pyarrow', 'pyarrow.parquet'))
+            pytest.importorskip('datasets')
+            columns = {'image': list(some.values()), 'label': [file.parent.name for file in some]}
+            if not labelled:
+                del columns['label']
+            parquet.write_table(pa.table(columns), root / f'{part}-0.parquet')
+    train, _, unusable = open_parts(root)
+    assert unusable.is_test and unusable.images.name == f'{root} (test)'
+    pair, (mine, held, _) = open_pair('folder', root), open_labelled(str(root), 0.2, 0)
+    assert len(pair.train) + len(pair.test) == len(mine) + len(held) == len(train) == len(pictures)
+    assert f'not used for validation: {root} (test): its images have no labels' in caplog.text
+
+
+def write_tar(file: Path, pictures: dict[Path, bytes], labelled: bool) -> None:
+    with tarfile.open(file, 'w') as f:
+        for path, data in pictures.items():
+            name = f'{path.parent.name}-{path.stem}'
+            for ending, content in (('png', data), ('cls', path.parent.name.encode()))[:1 + labelled]:
+                member = tarfile.TarInfo(f'{name}.{ending}')
+                member.size = len(content)
+                f.addfile(member, io.BytesIO(content))
+
+
+def test_the_same_classes_in_another_order_are_said_to_be_that(tmp_path, classes):
+    datasets = pytest.importorskip('datasets')
+    picture = next(classes.rglob('*.png')).read_bytes()
+    datasets.DatasetDict({part: datasets.Dataset.from_dict(
+        {'image': [{'bytes': picture, 'path': None}] * 2, 'label': [0, 1]}, features=datasets.Features(
+            {'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)}))
+        for part, names in (('train', ['cat', 'dog']), ('test', ['dog', 'cat']))}).save_to_disk(str(tmp_path / 'saved'))
+    assert 'they are numbered in another order' in open_parts(tmp_path / 'saved')[2].reason
+    assert open_pair('folder', tmp_path / 'saved').test.labels.tolist() == [1, 0]
+
+
+def test_compressed_tars_beside_others_are_said_to_be_left_out(tmp_path, classes, caplog):
+    write_tar(tmp_path / 'a-0.tar', {file: file.read_bytes() for file in classes.rglob('*.png')}, True)
+    (tmp_path / 'a-1.tar.gz').touch()
+    open_data(tmp_path)
+    assert f'{tmp_path}: 1 compressed tars are left out' in caplog.text and 'a-1.tar.gz' in caplog.text

@@ -90,7 +90,7 @@ def test_a_deleted_folder_is_made_again_at_the_next_save(tmp_path):
         one.save(state, 0)
         shutil.rmtree(folder.parent)
         assert one.save(lambda: state(1), 1)
-        assert len(said) == 1 and 'was deleted; it is made again' in said[0]
+        assert len(said) == 1 and 'was deleted; it is recreated' in said[0]
         assert restored == [[ARGS, 'lock']]
         (folder / ARGS).unlink()
         assert one.save(lambda: state(2), 2)

@@ -180,3 +180,30 @@ def test_what_is_no_file_is_one_sentence(tmp_path, monkeypatch, kind):
     path.mkdir() if kind == 'folder' else path.symlink_to('nowhere')
     with pytest.raises(OSError, match='lock'):
         acquire(path)
+
+
+@pytest.mark.parametrize('links', [True, False])
+def test_who_breaks_a_dead_lock_leaves_that_of_a_faster_process(tmp_path, monkeypatch, links):
+    path, removed = write_lock(tmp_path / 'lock', started='1'), []
+
+    def be_late(call):
+        def late(at, *rest, **options) -> None:
+            if at == path and not removed:  # at the last moment, another process breaks the lock and takes it
+                removed.append(at)
+                unlink(path)
+                write_lock(path, token='faster')
+            call(at, *rest, **options)
+        return late
+
+    def link(*names) -> None:
+        raise PermissionError
+
+    unlink = os.unlink
+    monkeypatch.setattr(os, 'rename', be_late(os.rename))
+    monkeypatch.setattr(Path, 'unlink', be_late(Path.unlink))
+    if not links:
+        monkeypatch.setattr(os, 'link', link)
+    with pytest.raises(ValueError, match='in use'):
+        acquire(path)
+    assert removed and json.loads(path.read_text())['token'] == 'faster'
+    assert [file.name for file in tmp_path.iterdir()] == ['lock']

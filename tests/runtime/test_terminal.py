@@ -75,8 +75,10 @@ def test_numbers_and_names_stay_as_they_are(cell):
 
 
 @pytest.mark.parametrize('name, want', [
-    ('a|b', r'a\|b'), ('`x`', r'\`x\`'), ('[x](http://y)', r'\[x\](http://y)'), ('![x](y)', r'!\[x\](y)'),
+    ('a|b', r'a\|b'), ('`x`', r'\`x\`'), ('[x](http://y)', r'\[x\](http\://y)'), ('![x](y)', r'!\[x\](y)'),
     ('<img src=x>', '&lt;img src=x&gt;'), ('a&lt;b', 'a&amp;lt;b'), ('a\n# b', r'a\\n# b'), ('**x**', r'\*\*x\*\*'),
-    ('_x_', r'\_x\_'), ('~~x~~', r'\~\~x\~\~'), ('simsiam_resnet50', 'simsiam_resnet50'), ('\\|', r'\\\|')])
+    ('_x_', r'\_x\_'), ('~~x~~', r'\~\~x\~\~'), ('simsiam_resnet50', 'simsiam_resnet50'), ('\\|', r'\\\|'),
+    ('https://a.example', r'https\://a.example'), ('WWW.a.example', r'WWW\.a.example'), ('a@b', r'a\@b'),
+    ('# a', r'\# a'), ('- a', r'\- a'), ('-1.5', '-1.5')])
 def test_markdown_shows_names_and_obeys_none(name, want):
     assert plain_markdown(name) == want

@@ -168,11 +168,11 @@ def parts(few_digits, tmp_path) -> tuple[Path, Path]:
 
 def test_one_class_or_no_labels_give_no_monitor(tmp_path, few_digits):
     shutil.copytree(few_digits / '3', tmp_path / 'one' / '3')
-    for folder, why in ((tmp_path / 'one', 'one class only'), (tmp_path / 'one' / '3', 'no labels')):
+    for folder, why in ((tmp_path / 'one', 'only one class'), (tmp_path / 'one' / '3', 'no labels')):
         assert not has_classes(FolderImages(folder)) and why in explain_no_monitor(FolderImages(folder))
     shutil.copytree(few_digits / '4', tmp_path / 'one' / '4')
     assert has_classes(FolderImages(tmp_path / 'one'))
-    for folder, said in ((few_digits / '3', 'has no labels'), (tmp_path / 'single', 'has one class only')):
+    for folder, said in ((few_digits / '3', 'has no labels'), (tmp_path / 'single', 'has only one class')):
         if not folder.exists():
             shutil.copytree(few_digits / '3', folder / '3')
         args = build_parser('x').parse_args([str(few_digits), '--recipe', 'demo', '--knn-data', str(folder)])
@@ -277,7 +277,7 @@ def test_the_demonstration_data_is_the_same_in_every_run_and_its_splits_differ()
 
 @pytest.mark.parametrize('trained, before, queries, said', [
     (98.4, 41.5, 768, '+56.9 points over the better of them, learned without labels.'),
-    (29.2, 25.0, 24, 'no difference from the better of them that 24 queries could show.'),
+    (29.2, 25.0, 24, 'no significant difference from the better of them with 24 queries.'),
     (29.2, 25.0, 24_000, '+4.2 points over the better of them, learned without labels.'),
     (56.3, 94.7, 300, '38.4 points below the better of them; these features are of no use yet.')])
 def test_a_gain_is_one_only_beyond_what_chance_gives(trained: float, before: float, queries: int, said: str):

@@ -1,4 +1,5 @@
 """`weights verify` on damaged files: a line that says FAIL or one sentence, never a traceback, and never a pass."""
+import json
 import os
 import random
 from pathlib import Path
@@ -12,6 +13,7 @@ from simsiam_models import create_simsiam
 from simsiam_models.cli import main
 from simsiam_models.weights import tensorfile
 from simsiam_models.weights.export import export_backbone
+from simsiam_models.weights.verify import compare_fingerprints
 
 ARGS = {'layers': [1, 1, 1, 1], 'channels': [4, 4, 4, 4]}
 
@@ -78,3 +80,12 @@ def test_a_file_of_numbers_that_pass_for_weights_of_odd_types_is_one_sentence(
         assert main(['weights', 'verify', str(tmp_path / 'x.safetensors')]) == 1
         out, err = capsys.readouterr()
         assert 'FAIL' in out or err.count('\n') == 1
+
+
+@pytest.mark.parametrize('text', [
+    '{}', '{"mean": "a", "std": 1, "outputs": []}', '{"mean": 1, "std": null, "outputs": 5}',
+    '{"mean": 1, "std": 1, "outputs": {"a": 1}}', '{"mean": [1], "std": 1, "outputs": [[1]]}'])
+def test_a_fingerprint_of_another_form_fails_and_raises_nothing(text: str) -> None:
+    good = {'mean': 0.0, 'std': 1.0, 'outputs': [0.0] * 16}
+    assert compare_fingerprints(good, good) == 0
+    assert compare_fingerprints(json.loads(text), good) == compare_fingerprints(good, json.loads(text)) == float('inf')

@@ -949,7 +949,7 @@ def test_verify_passes_a_hash_only_against_another_source(net, request, monkeypa
     digest = fake.sha256(openmmlab(1))
     assert line.startswith('ok   hash: ' if case in ('pinned', 'hash') else '     hash: ')
     assert {
-        'named': 'proves the transport only; there is no independent reference', 'pinned': 'equals the one pinned',
+        'named': 'proves only the download; no independent reference', 'pinned': 'equals the one pinned',
         'hash': f'had the SHA-256 {digest}; the published one begins with {digest[:8]}',
         'no hash': f'{digest}; its authors publish none, so there is no independent reference'}[case] in line
     assert 'promises' not in line
@@ -989,6 +989,18 @@ WRONG = {  # file at the authors' address, tag, words of the refusal
             k: v[:10] if k.startswith('fc') else v for k, v in classifier(1).items()}}), FB_LIN, 'of 10 classes'),
     'a classifier for a backbone': (lambda: fair_linear(1), FB, 'layout fair_linear'),
     'a bare backbone': (lambda: saved(backbone(1)), FB, 'layout torchvision|projector and predictor have 0 and 0'),
+    'an accuracy that is no number': (
+        lambda: saved({'best_acc1': None, 'state_dict': {f'module.{k}': v for k, v in classifier(1).items()}}),
+        FB_LIN, 'states null % top-1, but the authors report 68.1 %'),
+    'numbers that are none': (
+        lambda: saved({'epoch': 100, 'state_dict': {
+            k: v * torch.nan if k.endswith('encoder.bn1.running_var') else v
+            for k, v in torch.load(io.BytesIO(fair(1)), weights_only=True)['state_dict'].items()}}),
+        FB, r'NaN or infinity in 1 tensors \(bn1.running_var\)'),
+    'whole numbers': (
+        lambda: saved({'epoch': 100, 'state_dict': {
+            k: v.to(torch.int8) for k, v in torch.load(io.BytesIO(fair(1)), weights_only=True)['state_dict'].items()}}),
+        FB, 'is torch.int8'),
     'another length of training': (lambda: fair(1), 'fb_bs256_ep200_in1k', 'states epoch 100, .* for 200 epochs'),
     "another publisher's layout": (lambda: openmmlab(1), FB, 'layout mmselfsup_0x, .* layout fair'),
     'half a predictor': (
@@ -1021,6 +1033,34 @@ def test_a_named_namespace_must_hold_what_the_row_says(net, state, filename, wor
         net.fetch(filename)
     net.files.fault = None
     assert same(safetensors.torch.load_file(net.fetch(filename)), heads(1) if 'heads' in filename else backbone(1))
+
+
+@pytest.mark.parametrize('namespace', ['', ' ', '\t\n'])
+def test_an_empty_namespace_is_none(net, monkeypatch, namespace):
+    monkeypatch.setenv('SIMSIAM_HUB_NAMESPACE', namespace)
+    assert net.source() == 'url' and not net.hub.log
+
+
+@pytest.mark.parametrize('namespace', ['a/b', '../x', 'é', '-x', 'a b', 'https://huggingface.co/me'])
+def test_a_namespace_that_the_hub_cannot_have_is_named(net, monkeypatch, namespace):
+    monkeypatch.setenv('SIMSIAM_HUB_NAMESPACE', namespace)
+    with pytest.raises(ValueError, match='^SIMSIAM_HUB_NAMESPACE=.* cannot be a user or an organization .* unset it$'):
+        net.fetch()
+    assert not net.requests()
+
+
+@pytest.mark.parametrize('what', ['the converted file', 'the record'])
+def test_a_fifo_in_the_cache_does_not_hang(net, what):
+    net.only('url')
+    path = net.fetch()
+    fifo = path if what == 'the converted file' else sources.name_record(net.weights.url, net.cache)
+    fifo.unlink()
+    os.mkfifo(fifo)
+    if fifo == path:
+        assert net.source() == 'url' and path.is_file()
+    else:
+        with pytest.raises(RuntimeError, match='is a FIFO'):
+            net.fetch()
 
 
 def test_a_header_from_the_hub_that_names_another_file_is_refused(net):
@@ -1074,7 +1114,8 @@ def test_the_first_download_is_remembered_and_another_file_is_refused_with_both_
         left.unlink()
     net.files.files['/x/checkpoint_0099.pth.tar'] = two
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f'{fake.sha256(two)}, at the first download it had {fake.sha256(one)}'):
+        said = f'{fake.sha256(two)}, but at the first download it had {fake.sha256(one)}'
+        with pytest.raises(RuntimeError, match=said):
             fetch()
         assert not path.exists()
     record.unlink()  # the way on that the message names

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from simsiam_models import create_simsiam, load_checkpoint
 from simsiam_models.benchmarks.backbone import load_backbone, weights_digest
@@ -106,6 +106,8 @@ BESIDE: dict[str, Callable[[str], Any]] = {
     'no object': lambda evil: {'model': 'resnet18', 'model_args': [1]},
     'another trainer': lambda evil: {'model': 'my_own_net', 'lr': 0.1}, 'a number': lambda evil: {'model': 5},
     'a list': lambda evil: [1, 2],
+    'no heads to divide by': lambda evil: {'model': 'vit_tiny_patch16_224', 'model_args': {'num_heads': 0}},
+    'a size without sides': lambda evil: {'model': 'vit_tiny_patch16_224', 'model_args': {'img_size': []}},
 }
 
 
@@ -316,3 +318,23 @@ def test_a_folder_with_another_number_of_classes_loads_whole(tmp_path: Path) -> 
     for classes in (0, 3, 5):
         with pytest.raises(RuntimeError, match=r'layer3\.0\.bn1\.running_var'):
             create_from_folder(tmp_path, num_classes=classes)
+
+
+def test_a_number_of_classes_is_no_argument_of_a_backbone(tmp_path: Path) -> None:
+    model = timm.create_model('resnet18', num_classes=0, **ARGS)
+    export_backbone(model, tmp_path / 'backbone', 'resnet18', {**ARGS, 'num_classes': 7})
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    (tmp_path / 'args.json').write_text(json.dumps({'model': 'resnet18', 'model_args': {**ARGS, 'num_classes': 7}}))
+    for name in ('backbone', 'x.pth'):
+        assert 'num_classes' not in load_backbone(str(tmp_path / name)).args
+
+
+@pytest.mark.parametrize('name', ['model.safetensors', 'heads.safetensors'])
+def test_whole_numbers_in_a_folder_are_no_weights(name: str, folder: Path) -> None:
+    state = {k: v.to(torch.int8) for k, v in load_file(folder / name).items()}
+    save_file(state, folder / name)
+    with pytest.raises(ValueError, match='export.* is torch.int8: save the weights'):
+        create_simsiam(f'local-dir:{folder}', pretrained=True, dim=16, pred_dim=4)
+    if name == 'model.safetensors':
+        with pytest.raises(ValueError, match='export.* is torch.int8: save the weights'):
+            load_backbone(str(folder))

@@ -139,7 +139,7 @@ def test_of_averaged_weights_timm_s_choice_is_taken(
     checkpoint = load_checkpoint(path)
     assert equal(checkpoint.backbone, timm.models.load_state_dict(str(path)))
     assert equal(checkpoint.backbone, disk.part(model, 'backbone'))
-    assert f'took {ema} and left out {key}' in checkpoint.describe()
+    assert f'loaded {ema} and left out {key}' in checkpoint.describe()
     assert equal(load_checkpoint(path, key).backbone, disk.part(other, 'backbone'))
 
 
@@ -217,7 +217,7 @@ def test_of_moco_the_trained_encoder_is_taken_and_its_projection_is_no_classifie
     checkpoint = recognize(contents)
     assert equal(checkpoint.backbone, disk.part(model, 'backbone')) and checkpoint.classifier is None
     text = checkpoint.describe()
-    assert f'took {names[0]} and left out {names[1]}' in text and 'no linear classifier' in text
+    assert f'loaded {names[0]} and left out {names[1]}' in text and 'not a linear classifier' in text
     assert checkpoint.info['dropped'].items() >= {'fc': len(fc), 'queue': 1, 'optimizer': 2}.items()
     assert equal(recognize(contents, names[1]).backbone, disk.part(other, 'backbone'))
 
@@ -328,3 +328,30 @@ def test_layers_that_are_no_linear_classifier_are_left_out_and_said(model: SimSi
     checkpoint = recognize({**disk.part(model, 'backbone'), **disk.prefixed('fc.', mlp)})
     assert checkpoint.classifier is None and checkpoint.info['dropped']['fc'] == len(mlp)
     assert 'no linear classifier' in checkpoint.describe()
+
+
+# ---- numbers ----
+
+def spoil(x: Tensor, kind: str) -> Tensor:
+    return x.to('meta') if kind == 'meta' else x.to_sparse() if kind == 'sparse' else x.to(getattr(torch, kind))
+
+
+@pytest.mark.parametrize('kind', ['int8', 'int64', 'bool', 'complex64', 'meta', 'sparse'])
+@pytest.mark.parametrize('key', ['backbone.layer2.0.bn1.running_var', 'projector.0.weight'])
+def test_an_entry_that_torch_would_copy_as_other_numbers_is_refused_by_name(
+        model: SimSiam, kind: str, key: str, tmp_path: Path) -> None:
+    state = model.state_dict()
+    torch.save({'model': {**state, key: spoil(state[key], kind)}}, tmp_path / 'x.pth')
+    with pytest.raises(ValueError, match=f'x.pth: model.{key} is .*{kind}.*: save the weights as'):
+        load_checkpoint(tmp_path / 'x.pth')
+
+
+def test_counters_of_any_type_and_other_integers_are_no_fault(model: SimSiam) -> None:
+    state = {k: v.to(torch.int32) if k.endswith('tracked') else v for k, v in model.state_dict().items()}
+    found = recognize({**state, 'backbone.layer1.0.attn.index': torch.arange(3)}).backbone
+    assert found['bn1.num_batches_tracked'] == 1000 and len(found['layer1.0.attn.index']) == 3
+
+
+def test_names_from_a_file_cannot_add_lines_to_a_report(model: SimSiam) -> None:
+    checkpoint = recognize({**disk.part(model, 'backbone'), 'x\nok   hash: \x1b[32mproven': torch.ones(1)})
+    assert checkpoint.info['dropped'] and checkpoint.describe().isprintable()

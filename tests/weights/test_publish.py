@@ -312,7 +312,7 @@ def test_a_missing_classifier_is_refused(pretrained, linear, tmp_path):
 
 
 def test_the_file_of_another_tag_is_refused(pretrained, state, tmp_path):
-    refused(pretrained[0], LIN, tmp_path / 'out', f'layout fair, {LIN} is a file of the layout fair_linear')
+    refused(pretrained[0], LIN, tmp_path / 'out', f'layout fair, but {LIN} is a file of the layout fair_linear')
     refused(pretrained[0], 'fb_bs256_ep200_in1k', tmp_path / 'out', 'epoch 100, .* trained for 200 epochs')
 
 
@@ -367,6 +367,31 @@ def test_own_weights_of_any_architecture_need_a_license_and_get_a_card_without_n
     save_file(tensors, tmp_path / 'backbone' / 'model.safetensors')
     with pytest.raises(ValueError, match='NaN or infinity'):
         publish(tmp_path / 'backbone', 'mine', tmp_path / 'out2', license='mit')
+
+
+def test_a_folder_that_the_card_cannot_describe_is_refused_in_one_sentence(tmp_path):
+    args = {'layers': [1, 1, 1, 1], 'channels': [8, 16, 16, 16]}
+    export_backbone(timm.create_model('resnet18', num_classes=0, **args), tmp_path / 'a', 'resnet18', args)
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    for size in (None, [], 'x', [3, 224]):
+        cfg = {**config['pretrained_cfg'], 'input_size': size}
+        (tmp_path / 'a' / 'config.json').write_text(json.dumps({**config, 'pretrained_cfg': cfg}))
+        refused(tmp_path / 'a', 'mine', tmp_path / 'out', 'input_size .* needs channels, height', license='mit')
+
+
+def test_a_folder_may_say_that_it_has_no_arguments(tmp_path):
+    export_backbone(timm.create_model('resnet18', num_classes=0), tmp_path / 'a', 'resnet18')
+    config = json.loads((tmp_path / 'a' / 'config.json').read_text())
+    (tmp_path / 'a' / 'config.json').write_text(json.dumps({**config, 'model_args': None}))
+    assert 'uploaded nothing' in publish(tmp_path / 'a', 'mine', tmp_path / 'out', license='mit')
+
+
+def test_a_header_without_the_hash_of_the_authors_file_is_refused(pretrained, tmp_path):
+    for name in ('model.safetensors', 'heads.safetensors', 'config.json'):
+        (tmp_path / name).write_bytes((pretrained[1] / name).read_bytes())
+    for name in ('model.safetensors', 'heads.safetensors'):
+        save_file(load_file(tmp_path / name), tmp_path / name, {'layout': 'fair'})
+    refused(tmp_path, TAG, tmp_path / 'out', 'does not say the SHA-256 .* publish that file')
 
 
 # The upload

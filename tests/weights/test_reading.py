@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from simsiam_models import load_checkpoint
 from simsiam_models.weights import reading
-from simsiam_models.weights.reading import LEGACY_MAGIC, read
+from simsiam_models.weights.reading import LEGACY_MAGIC, read, read_onnx
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -321,6 +321,7 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, os.getcwd())  # where canary_module lies
 from simsiam_models import load_checkpoint
+from simsiam_models.weights.reading import read_onnx
 from simsiam_models.weights import reading
 plain = (dict, list, tuple, set, str, bytes, bytearray, int, float, bool, type(None), torch.Tensor)
 before = {k: repr(sorted(vars(v))) for k, v in vars(reading).items() if isinstance(v, type)}
@@ -717,3 +718,17 @@ def test_flattened_fsdp_parameters_are_named(tmp_path: Path) -> None:
     path = disk.write({'model': {'_fsdp_wrapped_module.flat_param': torch.ones(9)}}, tmp_path / 'x.pth')
     with pytest.raises(ValueError, match='FULL_STATE_DICT'):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize('counters', [
+    '[]', 'null', '"x"', '{"bn1.num_batches_tracked": "x"}', '{"bn1.num_batches_tracked": null}',
+    '{"bn1.num_batches_tracked": 1e30}', '{"bn1.num_batches_tracked": 1e999}'])
+def test_counters_of_an_onnx_file_that_are_no_numbers_make_it_unreadable(counters: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip('onnx')
+    weight = onnx.numpy_helper.from_array(np.ones(2, np.float32), 'bn1.weight')
+    graph = onnx.helper.make_graph([], 'x', [], [], [weight])
+    model = onnx.helper.make_model(graph)
+    onnx.helper.set_model_props(model, {'num_batches_tracked': counters})
+    (tmp_path / 'x.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(ValueError, match='x.onnx is not a readable ONNX file'):
+        read_onnx(tmp_path / 'x.onnx')

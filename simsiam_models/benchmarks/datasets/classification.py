@@ -47,7 +47,7 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
     train, test = KINDS[kind](str(root), partial)
     if test is None and kind != 'folder':
         raise FileNotFoundError(
-            f'{root} has train, but none of {", ".join(VALIDATION)}; a benchmark needs images to measure on')
+            f'{root} has no validation part (none of {", ".join(VALIDATION)}); a benchmark needs images to measure on')
     held_out = ''
     if test is None and train.labels is not None:
         check_several_classes(train)
@@ -76,7 +76,7 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
 
 def _open_any(root: str, partial: bool) -> tuple[Images, Images | None]:
     if root.partition(':')[0] in ('hf-stream', 'pipe', 'http', 'https'):
-        raise ValueError(f'{root}: a stream has no labels; give data that can be read in any order, such as hf:REPO')
+        raise ValueError(f'{root}: a stream has no labels; give data with random access, such as hf:REPO')
     train, test, unusable = open_parts(root)
     if unusable and unusable.is_test and train.labels is not None:
         announce_unusable(unusable)

@@ -15,6 +15,7 @@ from .annotations import Annotated, Annotations, Segmentations
 
 FORM = 'images, annotations and categories, as instances_train2017.json of COCO has'
 WHOLE, FLAG, NUMBER = (int,), (int, bool), (int, float)  # the types of values
+MAX_WHOLE = 2**63 - 1
 MAX_COORDINATE = 1e6  # of polygons, in pixels: pycocotools takes memory for every pixel of an outline
 FOLDERS = ('annotations', 'annotation', 'labels', 'json')  # names that say: the images are elsewhere
 MIN_POLYGON = 6  # coordinates; pycocotools takes a list of four for a box
@@ -48,7 +49,7 @@ def parse_coco(file: Path, known: Annotated | None = None) -> Annotated:
             raise ValueError('it has no image')
         sizes, notes = sizes.astype(np.int64), []
         objects = _parse_objects(content['annotations'], ids, sizes, category_ids, notes)
-    except (ValueError, OverflowError) as e:  # OverflowError: a number beyond 64 bits
+    except ValueError as e:
         raise ValueError(f'{file}: {one_line(e, 500)}') from None
     return Annotated(str(file), file.parent, [path.replace('\\', '/') for path in paths], ids, sizes, classes,
                      category_ids, objects, notes)
@@ -91,6 +92,10 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
             raise ValueError(f'{_name(rows[at], what, at)} has no {key}, only {keys or "nothing"}; give a file '
                              f'with {FORM}')
         raise ValueError(f'{_name(rows[at], what, at)}: {key} is {short(value)}, not {rule}; correct it')
+    whole = [value for value in values if type(value) is int]
+    if whole and not -MAX_WHOLE <= min(whole) <= max(whole) <= MAX_WHOLE:
+        at = next(i for i, v in enumerate(values) if type(v) is int and abs(v) > MAX_WHOLE)
+        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, more than 64 bits; correct it')
     return values
 
 
@@ -132,11 +137,12 @@ def _parse_objects(
     row_of = {id_: i for i, id_ in enumerate(image_ids)}
     owners = [row_of.get(i, -1) for i in _column(rows, 'annotation', 'image_id', WHOLE, 'the id of an image')]
     if lost := [row for row, owner in zip(rows, owners, strict=True) if owner < 0]:
-        text = (f'{len(lost):,} of {len(rows):,} annotations are of images that the file does not list; the first is '
-                f'annotation {lost[0]["id"]}, of image {lost[0]["image_id"]}')
+        text = (f'{len(lost):,} of {len(rows):,}, the first is annotation {lost[0]["id"]} of image '
+                f'{lost[0]["image_id"]}')
         if len(lost) == len(rows):
-            raise ValueError(f'{text}; give the file that belongs to these images')
-        notes.append(f'{text}: they are left out')
+            raise ValueError(f'all annotations are of images that it does not list: {text}; give the file that '
+                             'belongs to these images')
+        notes.append(f'annotations of images that the file does not list, which are left out: {text}')
         rows = [row for row, owner in zip(rows, owners, strict=True) if owner >= 0]
     owner = np.array([i for i in owners if i >= 0], np.int64)
     order = np.argsort(owner, kind='stable')
@@ -150,8 +156,8 @@ def _parse_objects(
     flags = [np.array(_column(rows, 'annotation', key, FLAG, '0 or 1', 0), bool) for key in ('iscrowd', 'ignore')]
     areas = np.array(_column(rows, 'annotation', 'area', NUMBER, 'a number', None), np.float64)  # None: NaN
     if len(absent := np.flatnonzero(np.isnan(areas))):
-        notes.append(f'{len(absent):,} annotations have no area, the first is annotation {rows[absent[0]]["id"]}: that '
-                     'of the box is used')
+        notes.append(f'annotations without an area, for which that of the box is used: {len(absent):,}, the first is '
+                     f'annotation {rows[absent[0]]["id"]}')
         areas[absent] = rectangles[absent, 2] * rectangles[absent, 3]
     outlines = _parse_segmentations(rows, sizes[owner], notes)
     return Annotations(
@@ -202,18 +208,18 @@ def _parse_segmentations(rows: Rows, sizes: np.ndarray, notes: list[str]) -> Seg
             why = e if isinstance(e, ValueError) else 'has a coordinate that is not a number'
             raise ValueError(f'annotation {rows[i]["id"]}: segmentation {why}; correct or remove it') from None
         starts.append(len(polygons) - 1)
-    points, ends = np.array(coordinates, np.float64), np.array(polygons, np.int64)
+    points, ends = np.frombuffer(coordinates, np.float64), np.frombuffer(polygons, np.int64)
     if len(odd := np.flatnonzero(~(np.abs(points) <= MAX_COORDINATE))):
         at = np.searchsorted(starts, np.searchsorted(ends, odd[0], 'right') - 1, 'right') - 1
         raise ValueError(f'annotation {rows[at]["id"]}: segmentation has the coordinate {points[odd[0]]:g}, which lies '
                          'nowhere near an image; correct or remove it')
     if short_of:
-        notes.append(f'{len(short_of):,} polygons have fewer than three points and are left out, the first is of '
+        notes.append(f'polygons of fewer than three points, which are left out: {len(short_of):,}, the first is of '
                      f'annotation {short_of[0]}')
-    outlines = Segmentations(points, ends, np.array(starts, np.int64), encodings)
+    outlines = Segmentations(points, ends, np.frombuffer(starts, np.int64), encodings)
     if (n := np.count_nonzero(outlines.present)) and n < len(rows):
-        notes.append(f'no masks are used, as {len(rows) - n:,} of {len(rows):,} annotations have no segmentation, the '
-                     f'first is annotation {rows[outlines.present.argmin()]["id"]}')
+        notes.append(f'annotations without a segmentation, so that no masks are used: {len(rows) - n:,} of '
+                     f'{len(rows):,}, the first is annotation {rows[outlines.present.argmin()]["id"]}')
     return outlines if n else None
 
 
@@ -273,7 +279,8 @@ def find_images(file: Path, paths: list[str]) -> Path:
     names = dict.fromkeys([
         '.', part, word, stem, *(f'{a}/{b}' for a in (part, word) for b in ('images', 'data')), 'images',
         f'images/{part}', f'images/{word}', 'data', 'JPEGImages'])
-    above = [file.parent, *([file.absolute().parent.parent] if file.absolute().parent.name.lower() in FOLDERS else [])]
+    beside = file.absolute().parent
+    above = [beside, beside.parent] if beside.name.lower() in FOLDERS else [beside]
     sample = paths[::math.ceil(len(paths) / 50)]
     tried = [Path(*place) for place in itertools.product(above, names)]
     hits = {folder: sum((folder / path).is_file() for path in sample) for folder in tried if folder.is_dir()}

@@ -104,7 +104,7 @@ class ObjectImages:
             raise ValueError(f'{self.name}: none of its {len(self):,} images has an object to train on'
                              f'{"".join(f"; {note}" for note in self.notes)}')
         if len(unseen := np.flatnonzero(counts == 0)):
-            self.notes.append(f'{len(unseen)} of {len(counts)} classes have no object to train on: '
+            self.notes.append(f'classes without an object to train on: {len(unseen)} of {len(counts)}, '
                               f'{name_some([self.classes[i] for i in unseen.tolist()])}')
 
     def count_training(self, variant: str) -> np.ndarray:
@@ -163,7 +163,7 @@ class ObjectImages:
 
     def _count(self, what: str, n: int, first: str) -> None:
         self.broken[what] = n
-        self.notes.append(f'{n:,} {what} do not train, the first is {first}')
+        self.notes.append(f'{what} do not train: {n:,}, the first is {first}')
 
 
 @dataclass

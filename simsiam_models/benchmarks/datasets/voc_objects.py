@@ -89,7 +89,7 @@ def open_voc_folder(
     files = [(f'{images}/{file_of[i]}', f'{below}/{i}.xml') for i in kept]
     found = parse_voc(root, files, str(root), variant)
     if not names and (unlabelled := sorted({*file_of} - {*listed})):
-        found.notes.append(f'{len(unlabelled):,} images have no XML file and are left out, the first is '
+        found.notes.append(f'images without an XML file, which are left out: {len(unlabelled):,}, the first is '
                            f'{file_of[unlabelled[0]]}')
     rows = np.arange(len(kept))
     return found, rows[:n[0]], rows[n[0]:] if len(n) > 1 else None
@@ -126,7 +126,7 @@ def parse_voc(
         sizes.append(size)
         found += objects
         counts.append(len(objects))
-    notes = [f'{len(unsized):,} XML files state no size, the first is {unsized[0]}: that of the image is used'
+    notes = [f"XML files without a size, for which the image's is used: {len(unsized):,}, the first is {unsized[0]}"
              ] if unsized else []
     classes = sorted({o.name for o in found}) if classes is None else classes
     number = {name: i for i, name in enumerate(classes)}

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -28,13 +28,13 @@ from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
 from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
-from ..results.record import check_output
+from ..results.record import check_output, read_record
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import EvalLoader, TrainLoader
 from .metrics import Detections
 from .model import build
-from .result import write_predictions, write_result
+from .result import RECORD, write_predictions, write_result
 from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, make_example, make_inputs
 
@@ -89,11 +89,41 @@ def run(args: argparse.Namespace) -> int:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
                 args.output / LAST, KEYS, world, signals, log.say, minutes=args.checkpoint_minutes) as life:
-            train(args, s, pair, life, log)
+            fit_detector(args, s, pair, life, log)
     return 0
 
 
-def train(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog) -> None:
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
+    """Trains and measures a detector as `simsiam detect DATA --output OUTPUT` does; returns its record.
+
+        detection.train('my_objects', 'runs/mine', dataset='folder', model='simsiam_resnet50', protocol='coco_fpn_1x')
+
+    Args:
+        data, output: folders or files, as for the command.
+        flags: those of the command, without dashes: batch_size=4 for --batch-size 4, allow_partial=True.
+
+    Raises:
+        ValueError: a flag is wrong or unknown.
+        As the command, whose errors are ValueError, RuntimeError, OSError.
+    """
+    parser = _Parser('detection.train', add_help=False)
+    add_arguments(parser)
+    words = [str(data), '--output', str(output)]
+    for name, value in flags.items():
+        if value is not None and value is not False:
+            words += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
+    run(parser.parse_args(words))
+    return read_record(Path(output) / RECORD)
+
+
+def fit_detector(
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog,
+) -> None:
     """Trains a new detector, or the rest of one, and exports and measures it."""
     world, say, preparation = life.world, log.say, s.prepare(True)
     workers = default_workers(world.device) if args.workers is None else args.workers

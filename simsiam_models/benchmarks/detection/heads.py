@@ -2,6 +2,7 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
@@ -85,7 +86,7 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (n, C, S, S) to logits (n, classes + 1), the last of which is the background, and (n, classes, 4)."""
         x = x.mean((2, 3)) if self.shared is None else self.shared(x)
-        return self.fc_cls(x).float(), self.fc_reg(x).float().view(len(x), -1, 4)
+        return widen(self.fc_cls(x)), widen(self.fc_reg(x)).unflatten(1, (-1, 4))
 
 
 class MaskHead(nn.Module):
@@ -99,7 +100,12 @@ class MaskHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.predictor(self.convs(x)).float()
+        return widen(self.predictor(self.convs(x)))
+
+
+def widen(x: Tensor) -> Tensor:
+    """Returns a tensor of 16 bits per number, from autocast, in float32, and every other one as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _find(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

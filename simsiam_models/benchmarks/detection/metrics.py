@@ -94,7 +94,7 @@ def _evaluate(images: ObjectImages, rows: Sequence[int], truth: Table, results: 
     from pycocotools.cocoeval import COCOeval
 
     if kind == 'segm':  # the size of a mask, not that of its box, says whether it is small
-        areas = mask.area([row['segmentation'] for row in results]).tolist() if results else []
+        areas = [int(mask.area(row['segmentation'])) for row in results]  # one by one: a list of 256 overflows there
     else:
         areas = [row['bbox'][2] * row['bbox'][3] for row in results]
     found = [{**row, 'id': i, 'iscrowd': 0, 'area': area}

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...runtime.distributed import World, mean_over_processes
 from ..backbone import Backbone, load_backbone
 from ..protocols import DETECTION_VARIANTS, DETECTORS, DetectorNumbers
-from .heads import BoxHead, Layer4, MaskHead, Pyramid, Stages
+from .heads import BoxHead, Layer4, MaskHead, Pyramid, Stages, widen
 from .roi import Found, RoIHead
 from .rpn import RPN, Draw
 
@@ -66,7 +66,7 @@ class Detector(nn.Module):
         if keys is None:
             keys = torch.randint(2**62, (len(images),)).tolist()
         draw, device = Draw(keys, self._mean_count), images[0].device
-        objects, labels = ([t[key].to(device) for t in targets] for key in ('boxes', 'labels'))
+        objects, labels = [t['boxes'].to(images[0]) for t in targets], [t['labels'].to(device) for t in targets]
         masks = [t['masks'].to(device) for t in targets] if self.roi_head.has_masks else None
         sizes = [tuple(x.shape[-2:]) for x in images]
         maps = self.compute_maps(self.pad(images))
@@ -90,7 +90,7 @@ class Detector(nn.Module):
     def compute_maps(self, x: Tensor) -> list[Tensor]:
         """Returns the maps of a batch (B, 3, H, W): one of stride 16, or five of strides 4 to 64."""
         maps = self.backbone(x)
-        return [m.float() for m in (maps if self.neck is None else self.neck(maps))]
+        return [widen(m) for m in (maps if self.neck is None else self.neck(maps))]
 
     def pad(self, images: Sequence[Tensor]) -> Tensor:
         """Returns one batch (B, 3, H, W): zeros at the right and below make all images of a batch equally large.

@@ -128,7 +128,7 @@ class RoIHead(nn.Module):
             mask_targets(m, r, size, s.objects, self.numbers.rules.divisor)
             for m, s, r in zip(masks, taken, rois, strict=True)])
         own = logits[torch.arange(len(labels), device=labels.device), labels]
-        return F.binary_cross_entropy_with_logits(own, target, reduction='sum') / (count * size * size)
+        return F.binary_cross_entropy_with_logits(own, target.to(own), reduction='sum') / (count * size * size)
 
     def _share(self, features: Tensor) -> Tensor:
         return self.shared_head(features) if self.is_shared else features

@@ -8,6 +8,7 @@ from torchvision.ops import batched_nms
 
 from ..protocols import DetectorNumbers
 from . import boxes
+from .heads import widen
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 
@@ -35,7 +36,7 @@ class RPN(nn.Module):
 
     def _forward_map(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.rpn_conv(x).relu()
-        logits, deltas = (y.permute(0, 2, 3, 1).float() for y in (self.rpn_cls(x), self.rpn_reg(x)))
+        logits, deltas = (widen(y.permute(0, 2, 3, 1)) for y in (self.rpn_cls(x), self.rpn_reg(x)))
         return logits.reshape(len(x), -1), deltas.reshape(len(x), -1, 4)
 
     def make_anchors(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -43,20 +44,20 @@ class RPN(nn.Module):
         n = self.numbers
         return [
             boxes.make_anchors(
-                boxes.make_base_anchors(stride, n.scales, n.ratios, n.rules.size_major).to(x.device, torch.float32),
+                boxes.make_base_anchors(stride, n.scales, n.ratios, n.rules.size_major).to(x),
                 stride, *x.shape[-2:])
             for stride, x in zip(n.strides, maps, strict=True)]
 
     def find_trained(self, anchors: Sequence[Tensor], maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Returns which anchors of all maps may be trained on an image of `size`, (N,)."""
         n = self.numbers
-        if n.rules.rpn_divisor is not None:  # detectron2 trains all
+        if not n.rules.inside:
             return torch.ones(sum(map(len, anchors)), dtype=torch.bool, device=maps[0].device)
         trained = torch.cat([
             boxes.find_valid_cells(size, n.rules.divisor, stride, *x.shape[-2:]).view(-1, 1).expand(
                 -1, len(a) // (x.shape[-2] * x.shape[-1])).reshape(-1)
             for stride, x, a in zip(n.strides, maps, anchors, strict=True)]).to(maps[0].device)
-        return trained & boxes.lie_inside(torch.cat(list(anchors)), size) if n.inside and n.rules.inside else trained
+        return trained & boxes.lie_inside(torch.cat(list(anchors)), size) if n.inside else trained
 
     def compute_losses(
         self, outputs: list[tuple[Tensor, Tensor]], maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]],
@@ -85,8 +86,8 @@ class RPN(nn.Module):
                 box = box + F.l1_loss(deltas[i, chosen], target, reduction='sum')
         # Without a sample, the head has no gradient, which several processes wait for.
         box, cls = box + 0 * deltas.sum(), cls + 0 * logits.sum()
-        if n.rules.rpn_divisor is not None:
-            count = n.rules.rpn_divisor * len(sizes)
+        if not n.rules.divide_by_drawn:
+            count = n.rpn_samples * len(sizes)
         count = draw.mean_count(count)
         return {'loss_rpn_cls': cls / count, 'loss_rpn_bbox': box / count}
 
@@ -107,7 +108,7 @@ class RPN(nn.Module):
         per_map, per_image = n.train_proposals if self.training else n.test_proposals
         found, scores, numbers = [], [], []
         for level, ((logits, deltas), at) in enumerate(zip(outputs, anchors, strict=True)):
-            score = logits.sigmoid()
+            score = logits if n.rules.rank_logits else logits.sigmoid()
             if len(score) > per_map:
                 score, kept = score.sort(descending=True, stable=True)
                 score, kept = score[:per_map], kept[:per_map]

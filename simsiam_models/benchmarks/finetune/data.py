@@ -209,8 +209,8 @@ class Loader:
             if not self.workers:
                 raise
             _logger.warning(
-                f'no worker process can be started ({e.strerror or e}; is /dev/shm there, and not full?), so the main '
-                'process reads the images, slower')
+                f'no worker process can be started ({e.strerror or e}; does /dev/shm exist, with free space?), so the '
+                'main process reads the images, which is slower')
             self.workers = 0
             yield from self._read(keys)
             return

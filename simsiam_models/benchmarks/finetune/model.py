@@ -46,7 +46,7 @@ class Classifier:
                 f'--image-size{hint}') from None
         if out.shape != (1, classes):
             raise ValueError(
-                f'{self.backbone.name} makes {tuple(out.shape)} of an image, not a row of {classes} classes; give '
+                f'{self.backbone.name} returns {tuple(out.shape)} for an image, not a row of {classes} classes; give '
                 'another --model or other --model-args')
         try:
             with tempfile.TemporaryDirectory() as folder, torch.device('meta'):

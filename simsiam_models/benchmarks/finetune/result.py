@@ -60,7 +60,7 @@ def describe_protocol(run: Finetuning) -> dict[str, Any]:
     if run.identity['protocol'] != 'plain':
         protocol['changed'] = list_deviations(run.identity)
         protocol['note'] = (
-            'one of nine pairs of lr and head_multiplier; it is not known which of them the published number is of')
+            'one of nine pairs of lr and head_multiplier; which of them gave the published number is not known')
     return protocol
 
 

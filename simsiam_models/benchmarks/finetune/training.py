@@ -136,7 +136,7 @@ def fit(run: Finetuning) -> None:
         if len(reasons) > known:
             life.say(
                 f'so far {len(train.unreadable)} training and {len(val.unreadable)} validation images cannot be read: '
-                f'others replace the former, the accuracy leaves out the latter; the first: {reasons[0]}')
+                f'other images replace the former, and the accuracy omits the latter; the first: {reasons[0]}')
         life.stop_if_signalled()
     life.finish()
     if (loss := run.history[-1]['loss']) > 0.9 * (guess := math.log(len(run.classifier.classes))):

@@ -91,7 +91,7 @@ def select_ks(ks: Sequence[int], n: int, say: Callable[[str], Any] = print) -> l
     if min(ks) > n:
         raise ValueError(f'--k {large}: there are {n} training images; use --k {n} or less')
     if large:
-        say(f'--k {large}: left out, as there are {n} training images')
+        say(f'--k {large}: skipped, as there are only {n} training images')
     return [k for k in ks if k <= n]
 
 

@@ -134,7 +134,7 @@ def run_published(args: argparse.Namespace, backbone: Backbone, pair: Pair, worl
                 path, benchmark, protocol, backbone, data, summarize(run.history, chosen.protocol, run.names),
                 seconds=time.perf_counter() - run.started, extra={
                     'epochs': run.history, 'unreadable': unreadable, 'shared_images': pair.shared})
-            say(f'by protocol {chosen.label}: {format_record(record)}\nwritten to {path}')
+            say(f'protocol {chosen.label}: {format_record(record)}\nwritten to {path}')
 
 
 def prepare(

@@ -1,9 +1,9 @@
 """A linear classifier on cached features (`--protocol auto`): takes minutes, while published protocols take a day.
 
-This is a protocol of its own, `auto_probe`, without augmentation. Features are standardized by the images that are
-learned from, so the learning rate does not depend on their scale. A grid of learning rates and weight decays is trained
-as one problem. The best member on held-out training images is trained again on all of them, and L-BFGS finds the
-optimum of its objective for comparison.
+The protocol, `auto_probe`, is not a published one, and has no augmentation. Features are standardized by the images
+that are learned from, so the learning rate does not depend on their scale. A grid of learning rates and weight decays
+is trained as one problem. The best member on held-out training images is trained again on all of them, and L-BFGS finds
+the optimum of its objective for comparison.
 """
 import argparse
 import dataclasses
@@ -64,8 +64,8 @@ def auto_probe(
         for k, v in evaluate(fit, test).items() if k != 'loss'}
     sgd = compute_objective(final, train, rows, wd)
     reached = 'reached' if sgd < 1.02 * value else 'did not reach because it stops early'
-    say(f'{NAME}: objective {sgd:.5f} by SGD, {value:.5f} by L-BFGS (largest slope {slope:.1e}); quote top1, which is '
-        f'by SGD; top1_lbfgs is that of the optimum, which SGD {reached}')
+    say(f'{NAME}: objective {sgd:.5f} by SGD, {value:.5f} by L-BFGS (largest slope {slope:.1e}); quote top1, from '
+        f'SGD; top1_lbfgs is at the optimum, which SGD {reached}')
     return metrics, {
         'chosen': {'lr': lr, 'weight_decay': wd, 'at_edge_of': edges}, 'dropped': dropped, 'held_out_images': held,
         'grid': grid, 'objective': {'sgd': sgd, 'lbfgs': value, 'lbfgs_largest_slope': slope}}
@@ -139,7 +139,7 @@ def run_auto(args: argparse.Namespace, backbone: Backbone, pair: Pair, world: Wo
     record = write_record(
         path, benchmark, protocol, backbone, data, metrics, seconds=time.perf_counter() - started,
         extra=found | {'unreadable': len(unreadable), 'shared_images': pair.shared})
-    say(f'by protocol {NAME}, which is not a published one: {format_record(record)}\nwritten to {path}')
+    say(f'protocol {NAME}, not a published one: {format_record(record)}\nwritten to {path}')
 
 
 def resolve_probe(args: argparse.Namespace) -> AutoProbe:
@@ -147,7 +147,7 @@ def resolve_probe(args: argparse.Namespace) -> AutoProbe:
     given = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
     if others := sorted(given.keys() - {'epochs', 'batch_size', 'momentum', 'image_size', 'resize'}):
         raise ValueError(
-            f'{", ".join(map(flag_of, others))}: --protocol auto has no such number; it takes --epochs, --batch-size, '
+            f'{", ".join(map(flag_of, others))}: not used by --protocol auto, which takes --epochs, --batch-size, '
             '--momentum, --image-size and --resize')
     check_extraction(args, *read_sizes(args, LEAST))
     p = AutoProbe(seed=args.seed, **{k: v for k, v in given.items() if k not in ('image_size', 'resize')})

@@ -74,7 +74,7 @@ def choose_protocol(
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     given['image_size'], given['resize'] = choose_sizes(dataset, given.get('image_size'), given.get('resize'), own_size)
     if unused := sorted(base.idle & set(given)):
-        raise ValueError(f'{", ".join(map(flag_of, unused))}: protocol {name} has no such number; leave it out')
+        raise ValueError(f'{", ".join(map(flag_of, unused))}: not used by protocol {name}; leave it out')
     if 'report_epochs' not in given:  # a run of fewer epochs than published may not reach all of them
         given['report_epochs'] = tuple(e for e in base.report_epochs if e <= given.get('epochs', base.epochs))
     p = dataclasses.replace(base, **given)

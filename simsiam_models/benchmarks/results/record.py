@@ -25,8 +25,7 @@ FORMAT, VERSION = 'simsiam_models benchmark', 1
 FIELDS = {'benchmark': str, 'protocol': dict, 'weights': dict, 'data': dict, 'metrics': dict, 'extra': dict}
 MMSELFSUP = (  # in the names of benchmarks by its protocols
     f'knn_T{KNN_T:g}', 'mhead_linear', 'linear_avgpool', 'linear_mmselfsup', 'svm', 'semi_')
-EXIF = ("an orientation in the images' EXIF data is not applied; the reader of MMSelfSup (OpenCV) applies it, so that "
-        'it measured images with one, if there are any, turned')
+EXIF = "EXIF orientation is not applied here; MMSelfSup's reader (OpenCV) applied it to images that have one"
 LARGEST = 64 * 2**20  # bytes of a file that is read as a record
 DEEPEST = 100  # nested lists and tables
 
@@ -128,7 +127,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         if path.is_dir():
             raise ValueError(f'{path} is a folder; name a record in it, or pass the folder to `simsiam report`')
         if (size := path.stat().st_size) > LARGEST:
-            raise ValueError(f'{path} is not a record: {size:,} bytes are too many')
+            raise ValueError(f'{path} is not a record: it is too large ({size:,} bytes)')
         if not path.is_file():
             raise ValueError(f'{path} is not a record: it is not a regular file')
         content = path.read_bytes()

@@ -91,7 +91,7 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
     blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in tables]
     if left_out:
         lines = [f'- {plain_markdown(text) if markdown else text}' for text in left_out]
-        blocks.append('\n'.join(['Files left out, as they are not records:', *lines]))
+        blocks.append('\n'.join(['Skipped files that are not records:', *lines]))
     return '\n\n'.join(blocks)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from ...runtime.messages import announce, one_line
 from .decode import DataError, UnreadableError, decode, explain_read_errors, import_library
-from .index import digest
+from .index import describe_alike, digest
 from .labels import (
     DOUBTFUL,
     NAMED,
@@ -45,8 +45,8 @@ class ArrowImages:
         self.name, self.column = name, find_image_column(rows.features, name, choice)
         if not len(rows):
             raise ValueError(f'{name}: no image in it (a table of 0 rows)')
-        self.labels, self.classes, note = _read_labels(rows, self.column, choice)
-        if note:
+        self.labels, self.classes, about = _read_labels(rows, self.column, choice)
+        for note in filter(None, (about, describe_alike(self.classes))):
             announce(f'{name}: {note}')
         self._rows = select_undecoded(rows, self.column)
         self.digest = self._digest()
@@ -87,7 +87,7 @@ def find_image_column(features: Any, name: str, choice: Choice) -> str:
     datasets = import_datasets()
     if choice.image is not None:
         if choice.image not in features:
-            raise ValueError(f'{name}: #image={choice.image} is none of its columns, {", ".join(features)}')
+            raise ValueError(f'{name}: no column {choice.image} for #image=; its columns are {", ".join(features)}')
         return choice.image
     kinds = (lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
              lambda f: isinstance(f, dict) and 'bytes' in f)
@@ -170,10 +170,10 @@ def _number(values: Any, names: list[str] | None) -> tuple[np.ndarray, list[str]
     """Returns the labels (N,) and the names of the classes; `names`: of a ClassLabel. Raises LabelError."""
     import pyarrow as pa
     import pyarrow.compute as pc
-    if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+    if isinstance(values.type, (pa.ListType, pa.LargeListType, pa.FixedSizeListType)):
         lengths = pc.list_value_length(values)
         if not pc.all(pc.fill_null(pc.equal(lengths, 1), False)).as_py():
-            raise LabelError('a list of labels, and not of one in each row', None)
+            raise LabelError('lists of labels, not all with exactly one', None)
         values = pc.list_flatten(values)
     if pa.types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
@@ -183,8 +183,10 @@ def _number(values: Any, names: list[str] | None) -> tuple[np.ndarray, list[str]
         values = pc.if_else(values, 'True', 'False')
     if pa.types.is_floating(values.type) or pa.types.is_integer(values.type):
         missing = pc.is_null(values, nan_is_null=True)
-    else:
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         missing = pc.fill_null(pc.equal(pc.binary_length(values), 0), True)
+    else:
+        raise LabelError(f'labels of the type {values.type} are not read', None)
     if n := pc.sum(missing).as_py():
         raise LabelError(f'{n} of {len(values)} rows have no label', pc.index(missing, True).as_py())
     encoded = pc.dictionary_encode(values)
@@ -222,13 +224,29 @@ def open_saved(folder: Path, name: str, choice: Choice | None = None) -> tuple[A
 def open_files(files: list[Path], name: str, choice: Choice | None = None) -> ArrowImages:
     """Opens Parquet or Arrow files as one table."""
     datasets = import_datasets()
-    if files[0].suffix == '.parquet':
+    if files[0].suffix.lower() == '.parquet':
+        _check_class_names(files, name)
         rows = explain_open_errors(
             name, datasets.load_dataset, 'parquet', data_files=[str(f.resolve()) for f in files], split='train')
     else:
         rows = explain_open_errors(
             name, lambda: datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files]))
     return ArrowImages(rows, name, choice)
+
+
+def _check_class_names(files: list[Path], name: str) -> None:
+    """Raises ValueError if class numbers mean other names in another file: datasets reads all by those of the first."""
+    import pyarrow.parquet as pq
+    read, first = import_datasets().Features.from_arrow_schema, {}
+    for file in files if len(files) > 1 else ():
+        features = explain_open_errors(str(file), lambda file=file: read(pq.read_schema(file)))
+        for column, feature in _list_columns(features):
+            if names := getattr(getattr(feature, 'feature', feature), 'names', None):
+                where, known = first.setdefault(column, (file, names))
+                if names != known:
+                    raise ValueError(
+                        f'{name}: the class names of the column {column} are not the same, or not in the same order, '
+                        f'in {where.name} and {file.name}; write the files again with the same class names')
 
 
 def open_repo(
@@ -246,7 +264,7 @@ def _choose_splits(
     """Returns the training split, and the first one for validation (see `choose_parts`) that has labels."""
     parts = choose_parts(splits)
     if 'train' not in parts and len(splits) > 1:
-        raise ValueError(f'{name} has no split train but {", ".join(splits)}; choose one with hf:REPO:SPLIT')
+        raise ValueError(f'{name} has no split train; choose one of {", ".join(splits)} with hf:REPO:SPLIT')
     if not splits:
         raise ValueError(f'{name} has no splits')
     first, val = parts.get('train', list(splits))[0], None
@@ -259,5 +277,5 @@ def _choose_splits(
             if val.labels is not None:
                 break
     if others := [split for split in splits if split not in used]:
-        announce(f'{name}: splits that are not used: {", ".join(others)}')
+        announce(f'{name}: unused splits: {", ".join(others)}')
     return ArrowImages(splits[first], name, choice), val

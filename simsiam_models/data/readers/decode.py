@@ -17,6 +17,7 @@ from .depth import to_rgb
 
 MAX_PIXELS = 89_478_485  # of an image; above it, Pillow warns of a decompression bomb
 PIL_BYTES = 11  # for each pixel that PIL decodes: its own 4, 1 more before it converts gray ones, and two copies of 3
+FRAMES_BYTES = {'GIF': 18, 'WEBP': 25}  # the same where PIL keeps more than one frame; measured
 # torchvision 0.29 announces the removal of its decoders (its Python function warns); PIL's take a sixth longer.
 _JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
 _UNCHANGED = 0  # torchvision.io.ImageReadMode: the channels of the file
@@ -39,7 +40,7 @@ def import_library(name: str, users: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise DataError(f"{users} need the {name} library: pip install 'simsiam-models[data]'") from None
+        raise DataError(f'{users} need the {name} library: pip install {name}') from None
 
 
 @contextmanager
@@ -67,10 +68,11 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
-                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; make it smaller, as every view is far '
+                    f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '
                     'smaller anyway')
             by_torchvision = _JPEG is not None and image.format == 'JPEG'
-            with decode_in_turn(width * height * (4 if by_torchvision else PIL_BYTES)):
+            each = 4 if by_torchvision else FRAMES_BYTES.get(image.format, PIL_BYTES)
+            with decode_in_turn(width * height * each):
                 if by_torchvision and (pixels := _decode_jpeg(data)) is not None:
                     return pixels
                 return to_rgb(image, data)

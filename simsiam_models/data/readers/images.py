@@ -38,7 +38,7 @@ class Images(Protocol):
 
 @runtime_checkable
 class Stream(Protocol):
-    """A source without random access: undecoded images in an order of its own, and never labels."""
+    """A source without random access: undecoded images in its own order, and never labels."""
 
     name: str
     labels: None
@@ -124,7 +124,7 @@ class FileImages:
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError, which names the file, if it cannot be read or decoded."""
         path = self.name_of(index)
-        return decode(bytearray(_read_file(path, 0, None)), path)
+        return decode(_read_file(path, 0, None), path)  # bytes, which PIL reads without a copy
 
     def name_of(self, index: int) -> str:
         return str(self.path(index))

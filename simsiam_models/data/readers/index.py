@@ -86,6 +86,15 @@ def name_some(names: list[str]) -> str:
     return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
 
 
+def describe_alike(classes: list[str]) -> str:
+    """Returns the line on classes that are perhaps the same under two spellings; '' if there are none."""
+    spellings: dict[str, list[str]] = {}
+    for name in classes:
+        spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
+    alike = [name for names in spellings.values() if len(names) > 1 for name in names]
+    return f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}' if alike else ''
+
+
 class Tally:
     """Counts what is left out, by its kind, and keeps the first name."""
 
@@ -115,11 +124,11 @@ class Listing:
         self.folders: dict[str, list[int] | None] = {}  # stamps of all folders, and of links that lead to none
         self.files: dict[str, list[int] | None] = {}  # stamps of all files that were read
         self.lasting = True  # whether the stamps will show every later change
-        self.passed_over = Tally('passed over, as hidden or as what systems write beside pictures')
-        self.left_out = Tally('left out, as their names do not end like those of images')
-        self.loops = Tally('links that lead back to a folder above them, and are not followed')
-        self.unreadable = Tally('folders that cannot be read, and are left out')
-        self.nested = Tally('images in subfolders of class folders, which have the class of the topmost folder')
+        self.passed_over = Tally('hidden and system files, skipped')
+        self.left_out = Tally('files without an image extension, skipped')
+        self.loops = Tally('links to a folder above them, not followed')
+        self.unreadable = Tally('unreadable folders, skipped')
+        self.nested = Tally('images in subfolders of class folders, labelled by the topmost folder')
         self.remarks: list[str] = []  # other sentences for `Index.notes`
         self._settled = time.time_ns() - RACY_NS
 
@@ -179,12 +188,8 @@ class Listing:
     def notes(self) -> list[str]:
         """Returns the sentences on what the images are not, each for one line."""
         tallies = self.passed_over, self.left_out, self.loops, self.unreadable, self.nested
-        notes, spellings = [tally.describe() for tally in tallies if tally.counts] + self.remarks, {}
-        for name in self.classes:
-            spellings.setdefault(unicodedata.normalize('NFKC', name).casefold().strip(), []).append(name)
-        if alike := [name for names in spellings.values() if len(names) > 1 for name in names]:
-            notes.append(f'classes whose names differ in case, blanks or encoding only: {name_some(alike)}')
-        return notes
+        notes = [tally.describe() for tally in tallies if tally.counts]
+        return [*notes, *self.remarks, *filter(None, [describe_alike(self.classes)])]
 
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
@@ -249,7 +254,7 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     if not loose:
         listing.label_runs(runs)
         if empty := sorted(name for name, n in runs if not n):
-            listing.remarks.append(f'folders without an image, which are no classes: {name_some(empty)}')
+            listing.remarks.append(f'folders without images, not used as classes: {name_some(empty)}')
         return listing
     listing.nested.counts.clear()
     if classes := [name for name, n in runs if n]:

@@ -116,7 +116,8 @@ def _read_number(label: Any) -> float | None:
     if isinstance(label, (str, bytes)):
         text = _read_name(label)
         return None if text is None or not _NUMBER.fullmatch(text) else float(text)
-    return label if isinstance(label, (int, float)) and not isinstance(label, bool) and math.isfinite(label) else None
+    is_number = isinstance(label, (int, float)) and not isinstance(label, bool)
+    return label if is_number and -math.inf < label < math.inf else None
 
 
 def _read_name(label: Any) -> str | None:
@@ -140,7 +141,7 @@ def choose_column(kinds: Mapping[str, int], choice: Choice, read_first: Callable
     """
     if choice.label is not None:
         if choice.label not in kinds:
-            raise ValueError(f'#label={choice.label}: no such column of labels, but {", ".join(kinds) or "none"}')
+            raise ValueError(f'#label={choice.label}: no such column of labels; there are {", ".join(kinds) or "none"}')
         return choice.label
     typed = [name for name in COLUMNS[:5] if kinds.get(name) in (NAMED, NUMBERED)]
     named = [column for column, kind in kinds.items() if kind == NAMED]

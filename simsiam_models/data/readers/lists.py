@@ -43,7 +43,7 @@ class ListImages(FileImages):
         first = range(min(len(self), 100))
         if not any(os.path.exists(self.path(i)) for i in first):  # Path.exists raises for some names
             raise FileNotFoundError(
-                f'{file}: its first image {self.path(0)} is not there, nor is any of the first {len(first)}; paths are '
+                f'{file}: neither its first image {self.path(0)} nor any of the first {len(first)} exists; paths are '
                 f'relative to the folder of the list')
 
 
@@ -59,7 +59,10 @@ def _parse(file: Path, choice: Choice | None = None) -> Listing:
         if (label is None) != (first_label is None):
             has = 'has no label' if label is None else f'has the label {short(label)!r}'
             raise ValueError(f'{file}, line {line}: {has}, unlike the lines before it; label all images or none')
-        listing.add(path)
+        try:
+            listing.add(path)
+        except UnicodeEncodeError:  # JSON can name what is no text
+            raise ValueError(f'{file}, line {line}: no file can be named {short(ascii(path))}') from None
         hashes.append(hash(os.path.normpath(path) if './' in path or '//' in path else path))
         if label is not None:
             labels.add(label, line)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .index import Index
+from ...runtime.messages import short
+from .index import Index, describe_alike
 from .labels import Choice, LabelError, Labels
 from .sheets import read_sheet
 
@@ -36,7 +37,7 @@ def read_metadata(root: Path, index: Index, extensions: tuple[str, ...], choice:
 def _join(file: Path, above: str, index: Index, extensions: tuple[str, ...], choice: Choice) -> Index | None:
     """Returns None if the file names none of the images, as that of another folder."""
     row = {os.fsdecode(index.path(i)): i for i in range(len(index))}
-    given, elsewhere = {}, 0
+    given, elsewhere, clash = {}, 0, None
     try:
         sheet = read_sheet(file, extensions, choice)
         for line, path, label in sheet.rows:
@@ -44,8 +45,8 @@ def _join(file: Path, above: str, index: Index, extensions: tuple[str, ...], cho
             at = row.get(path.removeprefix(above)) if path.startswith(above) else None
             if at is None:
                 elsewhere += 1
-            else:
-                given[at] = label, line
+            elif given.setdefault(at, (label, line))[0] != label and clash is None:
+                clash = LabelError(f'{short(path)} has another label there than in line {given[at][1]}', line)
     except ValueError as e:  # the file may serve another purpose
         if choice != Choice():
             raise
@@ -59,16 +60,21 @@ def _join(file: Path, above: str, index: Index, extensions: tuple[str, ...], cho
     for i in range(len(index)):
         labels.add(*given.get(i, (None, 0)))
     try:
+        if clash is not None:
+            raise clash
         if sheet.column is not None and (missing := labels.codes.count(-1)):
             name = os.fsdecode(index.path(labels.codes.index(-1)))
             raise LabelError(f'{missing} of {len(index)} images have no label, the first is {name}', None)
         numbers, classes = labels.number() if sheet.column is not None else ([], [])
     except LabelError as e:
         reason, numbers, classes = str(e) if e.at is None else f'line {e.at}: {e}', [], []
+        if choice.label is not None and index.classes:  # those of the folders are not what was chosen
+            raise ValueError(f'{file}#label={choice.label}: {reason}') from None
     note = sheet.describe(len(classes), reason)
     if note:
         note = f'{file.name}: {note}' + f'; {elsewhere} of its lines name no image here' * bool(elsewhere)
-    return _add_note(index.relabel(np.array(numbers, np.int32), classes) if classes else index, note)
+    index = _add_note(index.relabel(np.array(numbers, np.int32), classes) if classes else index, note)
+    return _add_note(index, describe_alike(classes))
 
 
 def _add_note(index: Index, note: str) -> Index:

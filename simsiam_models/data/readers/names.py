@@ -1,4 +1,4 @@
-"""What names mean: which files are images, what is passed over, and which names are the parts of a data set.
+"""What names mean: which files are images, which are skipped, and which names are the parts of a data set.
 
 These rules hold in folders, tars, tables and lists, and so for every command.
 """
@@ -31,7 +31,7 @@ _FILLER = re.compile(rf'{_FILLERS}|[\W\d_]+')
 
 
 def is_passed_over(name: str) -> bool:
-    """Returns whether a name (not a path) is hidden, or is one that systems write beside pictures."""
+    """Returns whether a name (not a path) is hidden, or is that of a system file."""
     lower = name.lower()
     return lower[:1] == '.' and lower not in ('.', '..') or lower in PASSED_OVER or lower.endswith(STREAMS)
 
@@ -61,7 +61,7 @@ def choose_parts(names: Iterable[str]) -> dict[str, list[str]]:
     """Returns which of the names of folders or splits are parts of a data set, by 'train' and 'val', best first.
 
     A name is a part if it says nothing else (Train, training_set, val2017), or if there are both parts with the same
-    other words (seg_train and seg_test): `toy train` alone is none.
+    other words (seg_train and seg_test): `toy train` alone is not a part.
     """
     groups: dict[str, dict[str, list[tuple[int, str]]]] = {}
     for name in names:

@@ -20,7 +20,7 @@ def expand_braces(pattern: str) -> list[str]:
     if numbers is not None:
         first, last = int(numbers[1]), int(numbers[2])
         if last < first or last - first >= 10**6:
-            raise ValueError(f'{pattern}: {braces[0]} counts no shards; use {{FIRST..LAST}}, such as {{000..009}}')
+            raise ValueError(f'{pattern}: {braces[0]} is not a shard range; use {{FIRST..LAST}}, such as {{000..009}}')
         words = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
     return [name for word in words for name in expand_braces(pattern[:braces.start()] + word + pattern[braces.end():])]
 
@@ -59,9 +59,9 @@ def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
         return files, []
     best = [file for file in val if find_part(file.name)[1] not in TEST] or val
     if not train and val:
-        announce(f'{plain[0].parent}: training on the {len(plain)} files that are named as no part, such as '
+        announce(f'{plain[0].parent}: training on the {len(plain)} files whose names tell no part, such as '
                  f'{plain[0].name}, and not on {len(val)} such as {val[0].name}')
     elif train and (others := sorted({*files} - {*train, *best})):
-        announce(f'{others[0].parent}: {len(others)} files are left out, as they are named neither as {train[0].name} '
-                 f'nor as {best[0].name if best else "validation"}; the first is {others[0].name}')
+        announce(f'{others[0].parent}: skipped {len(others)} files, whose names are neither like {train[0].name} '
+                 f'nor like {best[0].name if best else "validation"}; the first is {others[0].name}')
     return train or plain, best

@@ -1,7 +1,8 @@
 """CSV, TSV and JSON lines that name images and perhaps their labels; used for lists, and for metadata beside images.
 
 CSV (or .tsv, with tabs): the first row names the columns, unless one of its fields is the path of an image. Then each
-row is a path, with or without a label. JSON lines: each line is an object, and the keys of the first name the columns.
+row is a path, with or without a label. JSON lines: each line is an object, and the keys of the first SAMPLE lines name
+the columns.
 
 The column of the paths is the one that `#image=COLUMN` chooses; or the first of PATH_COLUMNS, in any case; or the only
 one with the path of an image in the first row. `labels` says which column has the labels.
@@ -53,6 +54,8 @@ def read_sheet(file: Path, extensions: tuple[str, ...], choice: Choice) -> Sheet
     kinds = {name: PLAIN for at, name in enumerate(names[:len(header)]) if at != path_at}
     column = choose_column(kinds, choice, lambda name: [row[names.index(name)] for _, row in sample])
     label_at = None if column is None else names.index(column)
+    if twice := next((name for name in (names[path_at], column) if names.count(name) > 1), None):
+        raise ValueError(f'{file}, line {line}: several columns are named {short(twice)!r}; rename all but one of them')
     found = ((line, _check_path(file, line, row[path_at]), None if label_at is None else _read_label(row[label_at]))
              for line, row in itertools.chain(sample, rows))
     return Sheet(column, list(kinds), found)
@@ -67,7 +70,7 @@ def _choose_path(file: Path, line: int, names: list[str], found: list[int], choi
     lower = [name.lower() for name in names]
     if choice.image is not None:
         if choice.image not in names:
-            raise ValueError(f'{file}#image={choice.image}: no such column, but {", ".join(names)}')
+            raise ValueError(f'{file}#image={choice.image}: no such column; there are {", ".join(names)}')
         return names.index(choice.image)
     known = next((lower.index(name) for name in PATH_COLUMNS if name in lower), None)
     if known is None and len(found) > 1:
@@ -117,7 +120,16 @@ def _read_csv(file: Path) -> Iterator[_Row]:
 
 
 def _read_json(file: Path) -> Iterator[_Row]:
-    names: list[str] = []
+    records = _read_objects(file)
+    first = list(itertools.islice(records, SAMPLE))
+    names = list(dict.fromkeys(name for _, record in first for name in record))
+    if first:
+        yield first[0][0], names
+    for line, record in itertools.chain(first, records):
+        yield line, [record.get(name) for name in names]
+
+
+def _read_objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(file, encoding='utf-8-sig', errors='surrogateescape') as f:
         for line, text in enumerate(f, 1):
             if not text.strip():
@@ -128,7 +140,4 @@ def _read_json(file: Path) -> Iterator[_Row]:
                 record = None
             if not isinstance(record, dict):
                 raise ValueError(f'{file}, line {line}: not a JSON object')
-            if not names:
-                names = list(record)
-                yield line, names
-            yield line, [record.get(name) for name in names]
+            yield line, record

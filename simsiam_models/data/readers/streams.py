@@ -1,4 +1,4 @@
-"""Data in an order of its own, without random access: `hf-stream:REPO`, and tar shards from a URL or a command.
+"""Data in its own order, without random access: `hf-stream:REPO`, and tar shards from a URL or a command.
 
 Every process reads the whole stream and decodes only its part of each batch, so N processes together see what one sees.
 """
@@ -110,7 +110,7 @@ class WebStream(_ShuffledStream):
     def _select_images(self, samples: Iterator[dict[str, Any]]) -> Iterator[bytes]:
         """Yields the image of each sample that has one; raises ValueError if a sample has several.
 
-        Says once if it passes over what systems write beside pictures.
+        Logs once if it skips hidden or system files.
         """
         said = False
         for sample in samples:
@@ -119,7 +119,7 @@ class WebStream(_ShuffledStream):
             kept = [key for key in names if not find_passed_over(names[key])]
             if len(kept) < len(names) and not said:
                 said, passed = True, next(path for key, path in names.items() if key not in kept)
-                announce(f'{self.name}: hidden images, and what systems write beside pictures, are passed over: '
+                announce(f'{self.name}: hidden and system files are skipped: '
                          f'{short(passed)}')
             if len(kept) > 1:
                 raise ValueError(

@@ -122,7 +122,7 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
     listing.columns = {'shards': array('i'), 'starts': array('q'), 'sizes': array('q')}
     listing.about, labelled = '\n'.join(names), False
     if endings.image:
-        listing.left_out.what = f'left out, as their names do not end in {endings.image}'
+        listing.left_out.what = f'files that do not end in {endings.image}, skipped'
     _logger.info(f'listing {len(names)} tar shards in {root}')
     for number, name in enumerate(names):
         path = os.path.join(root, name)
@@ -138,9 +138,8 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
                 listing.leave_out(member.name, f'.{ending}' if endings.image else '')
             elif sample in images:
                 raise ValueError(
-                    f'{path}: the sample {sample} has more than one image ({images[sample]} and {member.name}); choose '
-                    f'one by its ending, with #image={ending} after the name of the tar; or let names differ before '
-                    'their first dot')
+                    f'{path}: the sample {sample} has more than one image ({images[sample]} and {member.name}); '
+                    f'{_tell_apart(images[sample], member.name, ending)}')
             else:
                 images[sample] = member.name
                 listing.add(member.name)
@@ -154,6 +153,14 @@ def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
             labels.add(None if is_missing(label) else label, f'{path}: {place}')
     _number(listing, labels, labelled, ' '.join(ending for ending, _ in others.most_common(10)))
     return listing
+
+
+def _tell_apart(first: str, second: str, ending: str) -> str:
+    """Returns what to do about two images of a sample; `ending`: of the second."""
+    if first.removeprefix('./').lower() == second.removeprefix('./').lower():
+        return 'write the tar again, with each image once and names that differ in more than their case'
+    return (f'choose one by its ending, with #image={ending} after the name of the tar; or let names differ before '
+            'their first dot')
 
 
 class _Endings:
@@ -209,7 +216,7 @@ def _read_members(
 ) -> Iterator[tuple[tarfile.TarInfo, str, str, Any]]:
     """Yields the files of a tar that belong to a sample: member, sample, ending, and the content of a label or None.
 
-    Counts what systems write beside pictures, and files that belong to no sample, in the listing.
+    Counts system files, and files that belong to no sample, in the listing.
     """
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
@@ -223,7 +230,6 @@ def _read_members(
                     continue
                 if matched is None:
                     listing.leave_out(member.name)
-                    continue
                     continue
                 sample, ending = matched[1].removeprefix('./'), matched[2].lower()
                 wanted, is_label = endings.is_image(ending), endings.is_label(ending)

@@ -33,7 +33,7 @@ class TorchvisionImages:
         except Exception as e:
             first = Image.new('RGB', (1, 1)) if isinstance(e, (OSError, SyntaxError)) else None
         if not isinstance(first, Image.Image):
-            raise ValueError(f'{name}: its items are not single images, as SimSiam needs them, or there are none')
+            raise ValueError(f'{name}: it has no items, or they are not single images')
         self.labels, self.classes = _read_labels(items)
         self._in_memory = isinstance(getattr(items, 'data', None), (torch.Tensor, np.ndarray))
         self.digest = _hash_items(items, self.labels, self.classes)

@@ -121,7 +121,8 @@ def test_a_miniature_is_refused_with_the_counts_found_and_expected(layout: str, 
 def test_the_expected_sizes_are_those_of_the_published_sets():
     assert {kind: size[1:4] for kind, size in sizes.SIZES.items()} == {
         'imagenet': (1281167, 50000, 1000), 'places205': (2448873, 20500, 205), 'inat18': (437513, 24426, 8142),
-        'cifar10': (50000, 10000, 10), 'cifar100': (50000, 10000, 100), 'voc07': (5011, 4952, 20)}
+        'cifar10': (50000, 10000, 10), 'cifar100': (50000, 10000, 100), 'voc07': (5011, 4952, 20),
+        'voc0712': (16551, 4952, 20), 'coco': (118287, 5000, 80)}
 
 
 def test_every_single_count_is_checked():
@@ -264,7 +265,7 @@ def test_a_flat_val_names_what_may_be_put_where(tmp_path: Path):
     assert f'{tree}/meta/train.txt and {tree}/meta/val.txt' in str(e.value)
     assert f'LOC_val_solution.csv of Kaggle into {tree} or up to three folders above' in str(e.value)
     shutil.rmtree(tree / 'val')
-    with pytest.raises(FileNotFoundError, match='has train, but none of val'):
+    with pytest.raises(FileNotFoundError, match='has no validation part .none of val'):
         open_pair('imagenet', str(tmp_path))
 
 
@@ -306,7 +307,7 @@ def test_hidden_folders_are_not_classes(part: str, stray: str, tmp_path: Path, c
     assert after.data() == before.data() and after.train.classes == before.train.classes
     name = Path(stray).parts[0]
     kind = '._*' if name.startswith('._') else name
-    assert f'{tmp_path / part}: passed over, as hidden or as what systems write beside pictures: 1 (1 {kind})' in (
+    assert f'{tmp_path / part}: hidden and system files, skipped: 1 (1 {kind})' in (
         caplog.text)
 
 

@@ -20,8 +20,8 @@ from simsiam_models.benchmarks.results.record import read_record
 from simsiam_models.cli import main
 
 SMALL = [
-    '--dataset', 'folder', '--model', 'resnet10t:random', '--iterations', '4', '--batch-size', '4', '--image-size', '64',
-    '--rois', '16', '--pool-size', '4', '--proposals', '50', '--lr', '0.01', '--device', 'cpu', '--workers', '0']
+    '--dataset', 'folder', '--model', 'resnet10t:random', '--iterations', '4', '--batch-size', '4', '--image-size',
+    '64', '--rois', '16', '--pool-size', '4', '--proposals', '50', '--lr', '0.01', '--device', 'cpu', '--workers', '0']
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -163,7 +163,8 @@ sys.exit(main(sys.argv[2:]))
 
 
 def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_one(shapes: Path, tmp_path: Path):
-    flags = ['detect', str(shapes), *SMALL, '--protocol', 'coco_c4_1x', '--eval-every', '2', '--checkpoint-minutes', '0']
+    often = ['--eval-every', '2', '--checkpoint-minutes', '0']
+    flags = ['detect', str(shapes), *SMALL, '--protocol', 'coco_c4_1x', *often]
     assert main([*flags, '--output', str(tmp_path / 'whole')]) == 0
     root = Path(__file__).resolve().parents[3]
     killed = subprocess.run(  # after an evaluation, inside the epoch

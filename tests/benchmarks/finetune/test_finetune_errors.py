@@ -30,7 +30,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (['--model', 'test_vit2:random', '--model-args', '{"dynamic_img_size": false}'],
      r'does not run on images of 32 px .*; give another --image-size, or --model-args \'{"img_size": 32}\''),
     (['--model', 'test_vit:random', '--model-args', '{"global_pool": ""}'],
-     r'makes \(1, .* of an image, not a row of 10 classes'),
+     r'returns \(1, .* for an image, not a row of 10 classes'),
     (['--model-args', '{"no_such_argument": 1}'], 'no_such_argument'),
     (['--protocol', 'semi_1pct'], 'is fixed by --protocol semi_1pct; leave it out')])
 def test_a_wrong_flag_is_one_sentence_before_anything_is_written(
@@ -48,7 +48,7 @@ def test_wrong_data_are_one_sentence(photos: Path, tmp_path: Path):
     for c in 'ab':
         (tmp_path / 'alone' / c).mkdir(parents=True)
         shutil.copy(next(photos.rglob('*.png')), tmp_path / 'alone' / c)
-    for name, said in (('one', 'one class only'), ('flat', 'no labels'), ('empty', 'no image'), ('none', 'no such'),
+    for name, said in (('one', 'only one class'), ('flat', 'no labels'), ('empty', 'no image'), ('none', 'no such'),
                        ('alone', 'no class has two images')):
         with pytest.raises((ValueError, FileNotFoundError), match=said) as e:
             command.run(parse(tmp_path / name, '--out', tmp_path / 'run', *PLAIN))

@@ -39,9 +39,9 @@ def test_the_batch_scales_the_rate_if_the_protocol_says_so():
 
 
 @pytest.mark.parametrize(('protocol', 'overrides', 'words'), [
-    ('fair', {'jitter': 0.1}, '--jitter: protocol fair has no such number'),
-    ('fair', {'lr_steps': [3]}, '--lr-steps: protocol fair has no such number'),
-    ('moco', {'trust': 0.1}, '--trust: protocol moco has no such number'),
+    ('fair', {'jitter': 0.1}, '--jitter: not used by protocol fair'),
+    ('fair', {'lr_steps': [3]}, '--lr-steps: not used by protocol fair'),
+    ('moco', {'trust': 0.1}, '--trust: not used by protocol moco'),
     ('fair', {'epochs': 0}, '--epochs 0: must be above 0'),
     ('fair', {'resize': 100}, '--resize 100: must be at least the image size, 224'),
     ('fair', {'image_size': 5}, '--image-size 5: must be at least 8 pixels'),

@@ -224,7 +224,7 @@ def test_a_grid_that_is_too_low_finds_the_rate_above_it():
     text = '\n'.join(said)
     assert 'lr 0.01, weight decay 1e-06 is the best and at an end of the grid; trying 2 beyond it' in text
     assert 'no larger lr was tried: --epochs 24 may give more' in text
-    assert 'quote top1, which is by SGD; top1_lbfgs is that of the optimum, which SGD did not reach' in text
+    assert 'quote top1, from SGD; top1_lbfgs is at the optimum, which SGD did not reach' in text
     assert sum('images/s' in line for line in said) == 6  # every other epoch
 
 
@@ -347,7 +347,7 @@ def test_auto_is_recorded_as_its_own_protocol_and_repeats(split_digits, tmp_path
 
 
 def test_flags_of_other_protocols_are_refused(split_digits, tmp_path):
-    with pytest.raises(ValueError, match='^--jitter, --lr: --protocol auto has no such number'):
+    with pytest.raises(ValueError, match='^--jitter, --lr: not used by --protocol auto'):
         measure(split_digits, tmp_path, '--lr', '3', '--jitter', '0.1')
     for flags, words in {
         '--epochs 0': '--epochs 0: must be at least 1', '--batch-size 0': '--batch-size 0: must be at least 1',

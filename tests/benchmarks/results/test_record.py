@@ -339,7 +339,7 @@ def test_broken_and_foreign_files_raise_one_line_that_names_them(tmp_path: Path)
             assert 'case.json' in str(e.value) and '\n' not in str(e.value) and len(str(e.value)) < 600, name
     with open(tmp_path / 'large.json', 'wb') as f:
         f.truncate(records.LARGEST + 1)  # takes no room
-    with pytest.raises(ValueError, match='large.json is not a record: .* bytes are too many'):
+    with pytest.raises(ValueError, match='large.json is not a record: it is too large \\(.* bytes'):
         read_record(tmp_path / 'large.json')
     for read in (read_record, lambda f: report([f])):
         with pytest.raises(FileNotFoundError, match='none.json'):
@@ -525,7 +525,7 @@ def test_files_in_a_folder_that_are_not_records_are_left_out_by_name(results: Pa
     (results / 'args.json').write_text('{"model": "x"}')
     (results / 'torn.json').write_text('{"format"')
     text = report([results])
-    assert 'Files left out, as they are not records:' in text
+    assert 'Skipped files that are not records:' in text
     assert '1 JSON file of other kinds' in text and 'torn.json' in text
     with pytest.raises(ValueError, match='args.json is JSON, but not the record'):
         report([results / 'args.json'])

@@ -2,14 +2,16 @@
 import contextlib
 import threading
 import time
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from simsiam_models.data import FolderImages
+from simsiam_models.data import FolderImages, UnreadableError
 from simsiam_models.data.readers import budget
-from simsiam_models.data.readers.decode import PIL_BYTES
+from simsiam_models.data.readers.decode import FRAMES_BYTES, PIL_BYTES
 from simsiam_models.data.threads import make_threads, run_in_order
 
 
@@ -113,3 +115,39 @@ def test_real_images_are_read_within_the_budget(tmp_path):
     assert list(run_in_order(make_threads(3), jobs)) == list(range(6))
     assert sorted(value for value, _ in seen) == list(range(6))
     assert all(used == 600 * PIL_BYTES for _, used in seen)  # more than the budget, so one after the other
+
+
+def read_status(name: str) -> int:
+    """Returns bytes of this process's memory, as Linux counts them: VmRSS, or its peak, VmHWM."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f'{name}:'))
+
+
+@pytest.mark.parametrize('form', FRAMES_BYTES)
+def test_formats_with_frames_count_all_the_memory_that_they_take(tmp_path, form):
+    frames = [Image.new('RGB', (2000, 2000), colour) for colour in ('red', 'blue')]
+    frames[0].save(tmp_path / f'a.{form.lower()}', form, save_all=True, append_images=frames[1:])
+    images = FolderImages(tmp_path)
+    images.read(0)  # what is allocated once
+    try:
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts again
+    except OSError:
+        pytest.skip('this system does not measure the peak of memory')
+    before = read_status('VmRSS')
+    images.read(0)
+    assert read_status('VmHWM') - before < 1.1 * 2000**2 * FRAMES_BYTES[form]
+
+
+def test_a_large_file_is_in_memory_once_while_it_is_read(tmp_path):
+    with open(tmp_path / 'a.tif', 'wb') as f:
+        f.truncate(64 << 20)
+    images = FolderImages(tmp_path)
+    tracemalloc.start()
+    try:
+        assert len(images.stored_bytes(0)) == 64 << 20
+        assert images.stored_bytes(0, 60, 9) == bytes(9) and images.stored_bytes(0, 64 << 20, 9) == b''
+        with contextlib.suppress(UnreadableError):
+            images.read(0)
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20
+    finally:
+        tracemalloc.stop()

@@ -198,7 +198,7 @@ def test_an_image_of_too_many_pixels_is_unreadable_before_it_is_decoded(tmp_path
     monkeypatch.setattr(decode, 'MAX_PIXELS', 59999)
     monkeypatch.setattr(decode, 'to_rgb', fail(AssertionError()))
     monkeypatch.setattr(decode, '_JPEG', fail(AssertionError()))
-    with pytest.raises(UnreadableError, match='300 x 200 pixels, more than 59,999; make it smaller'):
+    with pytest.raises(UnreadableError, match='300 x 200 pixels, more than 59,999; downscale it'):
         FolderImages(tmp_path).read(0)
 
 

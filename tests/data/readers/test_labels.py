@@ -303,7 +303,7 @@ def test_one_of_several_columns_of_images_is_chosen_by_its_name(tmp_path, pictur
             open_data(spec)
         left, right = (open_data(f'{spec}#image={name}')[0] for name in ('left', 'right'))
         assert left.digest != right.digest and not np.array_equal(left.read(0), right.read(0))
-    with pytest.raises(ValueError, match='#image=up is none of its columns, left, right'):
+    with pytest.raises(ValueError, match='no column up for #image=; its columns are left, right'):
         open_data(f'{tmp_path}#image=up')
     stream, _ = open_data(f'hf-stream:{tmp_path}#image=right', 3)
     assert sorted(stream.samples(0, 0, 0)) == sorted(pictures[5:8])
@@ -396,3 +396,136 @@ def test_a_list_beside_unlabelled_images_is_named(tmp_path, pictures, caplog):
     path = in_csv(tmp_path, pictures, ['a', 'b', 'a'], file='train.csv')
     assert opened(tmp_path) == (None, [])
     assert f'has no labels, but train.csv: use {path}' in caplog.text
+
+
+# Two answers to one question
+
+
+@pytest.mark.parametrize('how', ['json', 'metadata json', 'tar'])
+def test_a_number_that_no_float_can_hold_is_not_a_class(tmp_path, pictures, how, caplog):
+    labels = [10 ** 400, 1]
+    if how == 'tar':
+        path = tar(tmp_path / 'a.tar', [('0.png', pictures[1]), ('0.json', json.dumps(labels[0]).encode())])
+    else:
+        path = WRITERS[how](tmp_path / 'data', pictures, labels)
+    reason = r"'10000000.*\.\.\.' is not a class number"
+    if how == 'metadata json':
+        assert opened(path) == (None, []) and re.search(reason, caplog.text)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            open_data(f'{path}#label=json' if how == 'tar' else path)
+
+
+def test_metadata_that_gives_an_image_two_labels_gives_none(tmp_path, pictures, caplog):
+    path = in_metadata(tmp_path, pictures, ['cat', 'dog'])
+    with open(path / 'metadata.csv', 'a') as f:
+        f.write('000 a.png,cat\n')  # again, with the same
+    assert opened(path) == ([0, 1], ['cat', 'dog'])
+    with open(path / 'metadata.csv', 'a') as f:
+        f.write('./000 a.png,dog\n')
+    assert opened(path) == (None, [])
+    assert 'no labels, although there is a column label: line 5: 000 a.png has another label there than in line 2' in (
+        caplog.text)
+
+
+def test_a_chosen_column_of_metadata_that_cannot_be_used_is_not_replaced_by_the_folders(tmp_path, pictures):
+    write_files(tmp_path, [(f'{folder}/1.png', pictures[1], 0) for folder in 'ab'])
+    (tmp_path / 'metadata.csv').write_text('file_name,kind\na/1.png,x\nb/1.png,\n')
+    assert opened(tmp_path) == ([0, 1], ['a', 'b'])
+    with pytest.raises(ValueError, match='metadata.csv#label=kind: 1 of 2 images have no label, the first is b/1.png'):
+        open_data(f'{tmp_path}#label=kind')
+
+
+def test_labels_that_the_first_line_of_json_lacks_are_not_overlooked(tmp_path, pictures):
+    files(tmp_path, pictures, 2)
+    (tmp_path / 'a.jsonl').write_text('{"file_name": "000 a.png"}\n{"file_name": "001 a.png", "label": "dog"}\n')
+    with pytest.raises(ValueError, match="a.jsonl, line 2: has the label 'dog', unlike the lines before it"):
+        open_data(tmp_path / 'a.jsonl')
+
+
+@pytest.mark.parametrize('header, twice', [('path,label,label', 'label'), ('label,path,path', 'path')])
+def test_two_columns_of_one_name_are_refused_if_that_name_counts(tmp_path, pictures, header, twice):
+    name = files(tmp_path, pictures, 1)[0]
+    row = [name if column == 'path' else str(i) for i, column in enumerate(header.split(','))]
+    (tmp_path / 'a.csv').write_text(f'{header}\n{",".join(row)}\n')
+    with pytest.raises(ValueError, match=f"a.csv, line 1: several columns are named '{twice}'"):
+        open_data(tmp_path / 'a.csv')
+    (tmp_path / 'a.csv').write_text(f'path,label,,\n{name},3,x,y\n')  # no name, twice
+    assert opened(tmp_path / 'a.csv')[0] == [3]
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path, pictures):
+    files(tmp_path, pictures, 1)
+    (tmp_path / 'a.jsonl').write_text('{"file_name": "000 a.png"}\n{"file_name": "\\ud800.png"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: no file can be named '\\ud800.png'"):
+        open_data(tmp_path / 'a.jsonl')
+
+
+@pytest.mark.parametrize('again', ['0.png', './0.png', '0.PNG'])
+@pytest.mark.parametrize('choice', ['', '#image=png'])
+def test_an_image_that_is_in_a_tar_twice_is_no_matter_of_choice(tmp_path, pictures, again, choice):
+    path = tar(tmp_path / 'a.tar', [('0.png', pictures[1]), (again, pictures[3])])
+    with pytest.raises(ValueError, match='more than one image .*write the tar again') as refused:
+        open_data(f'{path}{choice}')
+    assert '#image=' not in str(refused.value)
+
+
+# Tables
+
+
+@needs_datasets
+@pytest.mark.parametrize('kind, labels', [
+    ('one of a fixed number', [1, 0]), ('several of a fixed number', None), ('lists', None), ('structs', None),
+    ('string_view', None)])
+def test_a_column_of_labels_of_an_odd_type_is_used_or_named(tmp_path, pictures, caplog, kind, labels):
+    if kind == 'string_view' and not hasattr(pa, 'string_view'):
+        pytest.skip('pyarrow has no string_view yet')
+    path = in_table(tmp_path, pictures, {
+        'one of a fixed number': lambda: pa.array([[1], [0]], pa.list_(pa.int64(), 1)),
+        'several of a fixed number': lambda: pa.array([[0., 1.], [1., 0.]], pa.list_(pa.float32(), 2)),
+        'lists': lambda: pa.array([[[1]], [[0]]]), 'structs': lambda: pa.array([[{'a': 1}], [{'a': 0}]]),
+        'string_view': lambda: pa.array(['b', 'a'], pa.string_view())}[kind]())
+    assert opened(path)[0] == labels
+    assert 'label' in caplog.text and ('no labels, although' in caplog.text) == (labels is None)
+
+
+@needs_datasets
+@pytest.mark.parametrize('form', ['parquet', 'arrow'])
+def test_files_that_number_the_classes_differently_are_never_read_as_one_table(tmp_path, pictures, form):
+    for i, names in enumerate((['cat', 'dog'], ['cat', 'dog'], ['dog', 'cat'])):
+        rows = datasets.Dataset.from_dict(
+            {'image': [{'bytes': pictures[2 * i + 1], 'path': None}], 'label': [0]},
+            features=datasets.Features({'image': datasets.Image(), 'label': datasets.ClassLabel(names=names)}))
+        if form == 'parquet':
+            rows.to_parquet(str(tmp_path / f'train-{i}.parquet'))
+        else:
+            rows.save_to_disk(str(tmp_path / 'saved'))
+            next((tmp_path / 'saved').glob('*.arrow')).rename(tmp_path / f'train-{i}.arrow')
+            (tmp_path / 'saved/state.json').unlink()
+    with pytest.raises((ValueError, DataError), match='train-0.parquet and train-2.parquet|align') as refused:
+        open_data(tmp_path)
+    assert '\n' not in str(refused.value)
+    (tmp_path / f'train-2.{form}').unlink()
+    assert opened(tmp_path) == ([0, 0], ['cat', 'dog'])
+
+
+@needs_datasets
+def test_one_damaged_file_of_a_table_is_named(tmp_path, pictures):
+    for i in range(3):
+        in_table(tmp_path / f'{i}', pictures, [0, 1]).rename(tmp_path / f'train-{i}.parquet')
+    (tmp_path / 'train-1.parquet').write_bytes(b'PAR1')
+    with pytest.raises(DataError, match='train-1.parquet cannot be opened'):
+        open_data(tmp_path)
+
+
+@needs_datasets
+def test_the_suffix_of_a_table_may_be_in_capitals(tmp_path, pictures):
+    path = in_table(tmp_path, pictures, [1, 0]).rename(tmp_path / 'A.PARQUET')
+    assert opened(path)[0] == opened(tmp_path)[0] == [1, 0]
+
+
+@pytest.mark.parametrize('how', ['metadata', 'table'] if HAS['datasets'] else ['metadata'])
+def test_spellings_of_a_class_are_named_in_every_format(tmp_path, pictures, how, caplog):
+    WRITERS[how](tmp_path / 'data', pictures, ['cat', 'Cat', 'dog'])
+    assert opened(tmp_path / 'data')[1] == ['Cat', 'cat', 'dog']
+    assert 'classes whose names differ in case, blanks or encoding only: Cat, cat' in caplog.text

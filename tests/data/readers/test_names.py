@@ -102,9 +102,9 @@ def test_what_is_passed_over_and_left_out_is_counted_in_one_line_each_also_from_
     for folder, *_ in os.walk(root):
         os.utime(folder, (1e9, 1e9))
     notes = [
-        'passed over, as hidden or as what systems write beside pictures: 5 (2 ._*, 2 .ipynb_checkpoints, 1 Thumbs.db),'
+        'hidden and system files, skipped: 5 (2 ._*, 2 .ipynb_checkpoints, 1 Thumbs.db),'
         ' the first cat/._1.jpg',
-        'left out, as their names do not end like those of images: 5 (2 .heic, 1 .npy, 1 .svg, 1 without an extension),'
+        'files without an image extension, skipped: 5 (2 .heic, 1 .npy, 1 .svg, 1 without an extension),'
         ' the first cat/2.heic']
     scans = []
     for _ in range(2):
@@ -152,8 +152,8 @@ def test_what_may_not_be_a_class_is_named(tmp_path):
     if len(images) < 7:
         pytest.skip('a file system that does not distinguish case')
     nested, empty, alike = images.notes
-    assert nested.endswith('the class of the topmost folder: 2, the first dog/pug/') and images.classes[1] == 'cat'
-    assert empty == 'folders without an image, which are no classes: eel'
+    assert nested.endswith('labelled by the topmost folder: 2, the first dog/pug/') and images.classes[1] == 'cat'
+    assert empty == 'folders without images, not used as classes: eel'
     assert alike.startswith('classes whose names differ in case, blanks or encoding only: Cat, cat, ')
 
 
@@ -169,8 +169,8 @@ def test_links_that_lead_nowhere_or_upwards_are_named(tmp_path):
     (root / 'a' / 'up').symlink_to(root)
     (root / 'c').symlink_to(tmp_path / 'a disk that is not mounted')
     assert FolderImages(root).notes == [
-        'left out, as their names do not end like those of images: 1 (1 broken links), the first c',
-        'links that lead back to a folder above them, and are not followed: 1, the first a/up/']
+        'files without an image extension, skipped: 1 (1 broken links), the first c',
+        'links to a folder above them, not followed: 1, the first a/up/']
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return scandir(path)
     monkeypatch.setattr(os, 'scandir', refuse)
     assert FolderImages(root).notes[0] == (
-        'folders that cannot be read, and are left out: 1 (1 Permission denied), the first b/')
+        'unreadable folders, skipped: 1 (1 Permission denied), the first b/')
 
 
 # In tars and lists
@@ -207,7 +207,7 @@ def test_junk_in_a_stream_is_passed_over_and_named(tmp_path, caplog):
             add(tar, name, name.encode())
     stream, _ = open_data(f'pipe:cat {tmp_path / "a.tar"}', images_per_epoch=9)
     assert sorted(stream.samples(0, 0, 0)) == [b'cat/1.jpg', b'cat/2.jpg']
-    assert caplog.text.count('are passed over') == 1 and '._' in caplog.text
+    assert caplog.text.count('files are skipped') == 1 and '._' in caplog.text
 
 
 @pytest.mark.parametrize('name, lines, said', [
