@@ -19,7 +19,7 @@ MAX_UNREADABLE = 0.1  # share of the images
 Key = tuple[int, int, int]  # seed, epoch, index
 
 
-class Plan(Protocol):
+class BatchOrder(Protocol):
     """The order of images, which is a function of (seed, epoch): every process has the same."""
 
     seed: int
@@ -62,7 +62,7 @@ class TrainItems(ItemLoader):
     """
 
     def __init__(
-        self, images: Any, rows: np.ndarray, plan: Plan, prepare: Callable[[int, Key], Any], world: World, workers: int,
+        self, images: Any, rows: np.ndarray, plan: BatchOrder, prepare: Callable[[int, Key], Any], world: World, workers: int,
     ) -> None:
         super().__init__(images, rows, world, workers)
         self.plan, self.prepare = plan, prepare
