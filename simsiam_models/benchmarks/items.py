@@ -62,7 +62,8 @@ class TrainItems(ItemLoader):
     """
 
     def __init__(
-        self, images: Any, rows: np.ndarray, plan: BatchOrder, prepare: Callable[[int, Key], Any], world: World, workers: int,
+        self, images: Any, rows: np.ndarray, plan: BatchOrder, prepare: Callable[[int, Key], Any], world: World,
+        workers: int,
     ) -> None:
         super().__init__(images, rows, world, workers)
         self.plan, self.prepare = plan, prepare

@@ -51,8 +51,8 @@ def make_torchvision(device: torch.device, amp: str, same_head: bool) -> tuple[S
 
     model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=CLASSES, aux_loss=True)
     if same_head:
-        model.classifier = FCNHead(2048, 512, CLASSES, 2, True)
-        model.aux_classifier = FCNHead(1024, 256, CLASSES, 1, False)
+        model.classifier = FCNHead(2048, 512, CLASSES, 2, True, 0.1)
+        model.aux_classifier = FCNHead(1024, 256, CLASSES, 1, False, 0.1)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), 1e-4, 0.9, weight_decay=5e-4)
 

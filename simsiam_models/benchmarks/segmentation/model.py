@@ -34,22 +34,23 @@ class ConvBlock(nn.Module):
 class FCNHead(nn.Module):
     """Convolutions, perhaps one more over their output beside their input, and a 1x1 convolution to the classes."""
 
-    def __init__(self, before: int, channels: int, classes: int, convs: int, concat: bool) -> None:
+    def __init__(self, before: int, channels: int, classes: int, convs: int, concat: bool, dropout: float) -> None:
         super().__init__()
-        self.conv_seg = nn.Conv2d(channels, classes, 1)
+        self.conv_seg, self.dropout = nn.Conv2d(channels, classes, 1), nn.Dropout2d(dropout)
         self.convs = nn.Sequential(*(ConvBlock(channels if i else before, channels) for i in range(convs)))
         self.conv_cat = ConvBlock(before + channels, channels) if concat else None
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
-        """Returns logits (B, classes, h, w). `kept`: factors of the channels, (B, channels)."""
+    def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns logits (B, classes, h, w). `draws`: see `Segmenter.losses`; (B, channels) of this head."""
         y = self.convs(x)
         if self.conv_cat is not None:
             y = self.conv_cat(torch.cat([x, y], 1))
-        if kept is not None:
-            y = y * kept.to(y)[:, :, None, None]
-        return self.conv_seg(y)
+        if draws is None or not self.training:
+            return self.conv_seg(self.dropout(y))
+        kept = (draws >= self.dropout.p).to(y) / (1 - self.dropout.p)
+        return self.conv_seg(y * kept[:, :, None, None])
 
 
 class Segmenter(nn.Module):
@@ -65,12 +66,12 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         self.source, self.names, self.channels = source, list(names), channels
-        self.align_corners, self.dropout, self.loss_mean = align_corners, dropout, loss_mean
+        self.align_corners, self.loss_mean = align_corners, loss_mean
         self.world = World(0, 1, torch.device('cpu'))
         self.backbone = source.model
         *_, before_aux, before = [info['num_chs'] for info in self.backbone.feature_info]
-        self.decode_head = FCNHead(before, channels[0], len(names), 2, True)
-        self.auxiliary_head = FCNHead(before_aux, channels[1], len(names), 1, False)
+        self.decode_head = FCNHead(before, channels[0], len(names), 2, True, dropout)
+        self.auxiliary_head = FCNHead(before_aux, channels[1], len(names), 1, False, dropout)
 
     def forward(self, images: Tensor, masks: Tensor, draws: Tensor | None = None) -> dict[str, Tensor]:
         return self.losses(images, masks, draws)
@@ -81,24 +82,20 @@ class Segmenter(nn.Module):
         Args:
             images: (B, 3, H, W), normalised with `source.mean` and `source.std`.
             masks: (B, H, W) integers from 0 to classes - 1; 255 is ignored.
-            draws: (B, sum of `channels`) numbers in [0, 1), which decide what drops out in training; drawn from torch's
-                generator if None.
+            draws: (B, sum of `channels`) numbers in [0, 1): in training, a channel drops out if its own is below the
+                share that does. If None, torch's generator draws.
 
         Raises:
             ValueError: the shapes do not fit, or a label is none of the classes.
         """
         check_batch(images, masks, len(self.names))
         masks = masks.to(images.device).long()
-        kept = [None, None]
-        if self.training and self.dropout:
-            if draws is None:
-                draws = torch.rand(len(images), sum(self.channels))
-            kept = ((draws.to(images.device) >= self.dropout).float() / (1 - self.dropout)).split(self.channels, 1)
+        each = [None, None] if draws is None else draws.to(images.device).split(self.channels, 1)
         before_aux, before = self.compute_maps(images)
         divisor = self._count(masks)
         return {
-            name: self._cross_entropy(head(x, factors), masks, divisor) for name, head, x, factors in (
-                ('decode', self.decode_head, before, kept[0]), ('aux', self.auxiliary_head, before_aux, kept[1]))}
+            name: self._cross_entropy(head(x, own), masks, divisor) for name, head, x, own in (
+                ('decode', self.decode_head, before, each[0]), ('aux', self.auxiliary_head, before_aux, each[1]))}
 
     def _count(self, masks: Tensor) -> Tensor | int:
         """Returns the number of pixels that the loss is divided by."""

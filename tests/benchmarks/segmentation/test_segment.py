@@ -1,10 +1,12 @@
 """`simsiam segment` as a user runs it: training, continuing, measuring again, using what it wrote."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -196,12 +198,17 @@ def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_one(scenes: Path, tmp_p
     assert all(np.array_equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
-def test_three_lines_train_on_a_users_own_folder(scenes: Path):
-    segmenter = segmentation.build(
-        'resnet18:random', classes=NAMES, align_corners=False, model_args=json.loads(NETWORK))
-    losses = segmenter.losses(torch.randn(2, 3, 64, 64), torch.randint(0, 3, (2, 64, 64)))
-    (losses['decode'] + 0.4 * losses['aux']).backward()
-    assert segmenter.names == NAMES
+def test_the_example_of_the_documentation_runs(trained: Path, scenes: Path, tmp_path: Path, monkeypatch):
+    """It is that of the package; README has the same."""
+    code = textwrap.dedent(segmentation.__doc__.partition('\n\n')[2])
+    blocks = re.findall(r'```python\n(.*?)```', (Path(__file__).resolve().parents[3] / 'README.md').read_text(), re.S)
+    assert [block.strip() for block in blocks if 'segmentation.build' in block] in ([], [code.strip()])
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(scenes / 'images' / 'val' / '0001.jpg', 'photo.jpg')
+    names = {'images': torch.randn(2, 3, 64, 64), 'masks': torch.randint(0, 3, (2, 64, 64))}
+    exec(code.replace('simsiam_resnet50', 'resnet10t:random').replace('runs/mine', str(trained)), names)
+    assert names['segmenter'].names == NAMES and names['predictor'].classes == NAMES
+    assert np.array_equal(np.asarray(Image.open('mask.png')), names['mask'])
 
 
 def test_the_voc_layout_runs_every_path(tmp_path: Path, capsys: pytest.CaptureFixture):

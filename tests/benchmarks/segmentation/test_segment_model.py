@@ -146,8 +146,8 @@ def test_channels_drop_out_by_the_numbers_given_and_are_scaled():
     dropped[:, :12] = 0.2  # all of the decode head's: the classes' bias is left, which is 0
     assert segmenter.losses(images, masks, dropped)['decode'].item() == pytest.approx(math.log(5), rel=1e-6)
     assert torch.equal(segmenter.losses(images, masks, dropped)['aux'], once['aux'])
-    head, x = segmenter.decode_head.eval(), torch.randn(2, 32, 2, 2)
-    assert torch.allclose(head(x, torch.full((2, 12), 2.0)), 2 * head(x), atol=1e-6)  # before a bias of 0
+    x, without = torch.randn(2, 32, 2, 2), build(dropout=0).decode_head
+    assert torch.allclose(segmenter.decode_head(x, kept[:, :12]), without(x) / 0.75, atol=1e-6)  # before a bias of 0
     segmenter.eval()
     assert torch.equal(segmenter.losses(images, masks)['decode'], segmenter.losses(images, masks, dropped)['decode'])
 
