@@ -38,8 +38,9 @@ def describe(segmenter: Segmenter, rule: Inference, ids: Sequence[int]) -> dict[
     return json.loads(json.dumps({
         'format': FORMAT, 'version': VERSION, 'classes': segmenter.names, 'ids': list(ids),
         'channels': segmenter.channels, 'align_corners': segmenter.align_corners,
-        'dropout': segmenter.decode_head.dropout.p, 'loss_mean': segmenter.loss_mean, 'architecture': source.architecture, 'model_args': source.args,
-        'mean': source.mean, 'std': source.std, 'inference': dataclasses.asdict(rule)}))
+        'dropout': segmenter.decode_head.dropout.p, 'loss_mean': segmenter.loss_mean,
+        'architecture': source.architecture, 'model_args': source.args, 'mean': source.mean, 'std': source.std,
+        'inference': dataclasses.asdict(rule)}))
 
 
 def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> tuple[Segmenter, Inference]:
