@@ -29,6 +29,7 @@ from ..options import add_held_out, add_model, check_held_out
 from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
+from ..shared_images import report_shared
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import EvalLoader, TrainLoader
@@ -39,7 +40,8 @@ from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
-LEAST, EPOCHS = 1000, 12  # iterations on a user's own images by default: at least so many, and so many epochs
+# On a user's own images, by default: iterations, at least, and epochs; evaluations.
+LEAST, EPOCHS, EVALUATIONS = 1000, 12, 10
 FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
 
 
@@ -70,9 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, metavar='X', help='learning rate, not scaled')
     add('--image-size', **COUNT, help='short side in pixels, in training and tests')
     add('--rois', **COUNT, help='RoIs that train, per image (default: 512)')
-    add('--pool-size', **COUNT, help='cells per side of a pooled RoI (default: 14; with a pyramid 7)')
+    add('--pool-size', **COUNT, help='cells per side of a pooled RoI (default: 14; with a pyramid 7, and 14 for masks)')
     add('--proposals', **COUNT, help='proposals per image, in training and tests')
-    add('--eval-every', **COUNT, help='iterations between evaluations')
+    add('--eval-every', **COUNT, help='iterations between evaluations (default for --dataset folder: '
+        f'1/{EVALUATIONS} of all)')
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
@@ -85,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         pair = open_objects(
             args.dataset or s.protocol.dataset, args.data, args.variant, args.allow_partial, args.val_share, args.seed)
         log.say(describe_data(pair))
+        if world.main:
+            pair.shared = report_shared(pair.train, pair.test, log.say)
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
@@ -134,8 +139,9 @@ def fit_detector(
 
     batches = open_batches(args.batch_size or s.protocol.batch_size)
     epoch = batches.plan.per_epoch
-    if args.dataset == 'folder' and args.iterations is None:  # the protocols are for thousands of images
-        args.iterations = max(LEAST, EPOCHS * epoch)
+    if args.dataset == 'folder':  # the protocols' numbers are for thousands of images
+        args.iterations = args.iterations or max(LEAST, EPOCHS * epoch)
+        args.eval_every = args.eval_every or -(-args.iterations // EVALUATIONS)
     schedule = make_schedule(s, args, epoch)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,

@@ -55,7 +55,8 @@ def write_result(
     unreadable = [*extra.pop('unreadable', {}).values(), *entry['unreadable'].values()]
     record = write_record(
         folder / RECORD, benchmark, protocol, source, data.data(), entry['metrics'], seconds=seconds,
-        extra={'per_class': rows, 'unreadable': sorted(set(unreadable)), **extra})
+        extra={
+            'per_class': rows, 'unreadable': sorted(set(unreadable)), 'shared_images': data.shared, **extra})
     if bad := list(entry['unreadable'].values()):
         say(f'{len(bad)} test images could not be read and are left out of all numbers; the first: {bad[0]}')
     key = next(name for name in rows[0] if name not in ('class', 'images', 'objects'))

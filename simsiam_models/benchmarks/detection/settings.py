@@ -66,6 +66,8 @@ def resolve(args: argparse.Namespace) -> DetectionSettings:
         changes['rois'] = args.rois
     if args.pool_size is not None:
         changes['pool_size'] = args.pool_size
+        if DETECTORS[protocol.detector].mask_size:
+            changes['mask_size'] = 2 * args.pool_size
     if args.proposals is not None:
         published = DETECTORS[protocol.detector]
         changes['train_proposals'] = published.train_proposals[0], args.proposals

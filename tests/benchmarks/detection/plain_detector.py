@@ -15,19 +15,22 @@ C4_SIZES, RATIOS = (32, 64, 128, 256, 512), (0.5, 1.0, 2.0)
 
 
 def fill(module: nn.Module) -> None:
-    """Gives each entry of a module values of a sine wave, whose scale keeps activations, logits and deltas moderate."""
+    """Gives each entry of a module values of a formula, whose scale keeps activations, logits and deltas moderate.
+
+    The sine of a square: that of a multiple would make each layer a matrix of rank 2, and candidates alike.
+    """
     with torch.no_grad():
         for i, (name, tensor) in enumerate(module.state_dict().items()):
             if not tensor.is_floating_point():
                 continue
             steps = torch.arange(tensor.numel(), dtype=torch.float64)
-            wave = torch.sin(steps * (1.7 + 0.01 * i) + i).view(tensor.shape)
+            wave = torch.sin(steps.square() * (1.7 + 0.01 * i) + i).view(tensor.shape)
             if name.endswith('running_var') or (tensor.ndim == 1 and name.endswith('weight')):
                 wave = 1 + 0.3 * wave
             elif tensor.ndim == 1:
                 wave = 0.1 * wave
             else:
-                gain = {'rpn_reg': 3, 'fc_reg': 3, 'fc_cls': 15, 'rpn_cls': 4}.get(name.split('.')[-2], 1.6)
+                gain = {'rpn_reg': 0.5, 'fc_reg': 2, 'fc_cls': 4, 'rpn_cls': 4}.get(name.split('.')[-2], 1.6)
                 wave = wave * gain / math.sqrt(tensor[0].numel())
             tensor.copy_(wave)
 
@@ -113,9 +116,10 @@ class PlainDetector:
     """`variant`, 'mmdet' or 'detectron2'; `proposals`: per map before suppression, per image behind it."""
 
     def __init__(self, state: dict[str, Tensor], kind: str, variant: str, training: bool,
-                 proposals: tuple[int, int], pool_size: int) -> None:
+                 proposals: tuple[int, int], pool_size: int, mask_size: int = 0) -> None:
         self.w, self.kind, self.training, self.proposals = state, kind, training, proposals
-        self.pool_size, self.theirs = pool_size, variant == 'detectron2'
+        self.pool_size, self.mask_size = pool_size, mask_size or pool_size
+        self.theirs = variant == 'detectron2'
         self.divisor, self.pyramid = 1 if self.theirs else 32, kind == 'maskrcnn_fpn'
         self.strides = (4, 8, 16, 32, 64) if self.pyramid else (16,)
         self.classes = len(state['roi_head.bbox_head.fc_cls.weight']) - 1
@@ -319,7 +323,7 @@ class PlainDetector:
     def mask_loss(self, maps, rois, shared, labels, places, targets) -> Tensor:
         if not rois:
             return torch.zeros(())
-        logits = self.mask_head(self.pool(maps, rois, 14) if self.pyramid else shared)
+        logits = self.mask_head(self.pool(maps, rois, self.mask_size) if self.pyramid else shared)
         means = []
         for (b, box), x, label, number in zip(rois, logits, labels, places, strict=True):
             mask = targets[b]['masks'][number]
@@ -349,6 +353,6 @@ class PlainDetector:
         found = {'boxes': boxes[kept] / scale, 'scores': scores[kept], 'labels': labels[kept]}
         if self.kind != 'fasterrcnn_c4':
             rois = [(0, box * scale) for box in found['boxes']]
-            masks = self.mask_head(self.share(self.pool(maps, rois, 14 if self.pyramid else self.pool_size))).sigmoid()
+            masks = self.mask_head(self.share(self.pool(maps, rois, self.mask_size))).sigmoid()
             found['masks'] = masks[range(len(rois)), found['labels']].numpy()
         return found

@@ -144,6 +144,25 @@ def test_a_detector_of_other_classes_is_not_measured(trained: Path, shapes: Path
     assert 'give the data set that it was trained on' in capsys.readouterr().err
 
 
+def test_the_example_of_the_readme_runs(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).resolve().parents[3] / 'README.md').read_text()
+    code = text.split('<!-- detect -->\n```python\n')[1].split('```')[0]
+    (tmp_path / 'my_objects').symlink_to(shapes)
+    (tmp_path / 'photo.jpg').symlink_to(shapes / 'val' / '0000.png')
+    monkeypatch.chdir(tmp_path)
+    assert 'simsiam_resnet50' in code
+    small = dict(iterations=2, batch_size=4, image_size=64, rois=8, pool_size=2, proposals=20, device='cpu', workers=0)
+    real = detection.train
+    monkeypatch.setattr(detection, 'train', lambda *args, **flags: real(*args, **flags, **small))
+    exec(code.replace('simsiam_resnet50', 'resnet10t:random'), {})
+    assert read_record(tmp_path / 'runs' / 'mine' / 'record.json')['benchmark'] == 'detect_maskrcnn_fpn'
+
+
+def test_wrong_flags_from_python_are_one_sentence(shapes: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match='unrecognized arguments: --roi 3'):
+        detection.train(shapes, tmp_path, dataset='folder', model='resnet10t:random', roi=3)
+
+
 KILLED = '''
 import os, signal, sys
 import torch

@@ -1,0 +1,57 @@
+"""Detectors learn: eight real pictures by heart, and shapes that they have not seen."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from real_data import unpack_real
+from shapes import write_shapes
+
+from simsiam_models.benchmarks import detection
+
+SMALL = dict(
+    dataset='folder', model='resnet10t:random', batch_size=4, pool_size=4, proposals=100, lr=0.02, device='cpu',
+    workers=1)
+KINDS = {
+    'fasterrcnn_c4': dict(protocol='voc0712_c4_24k', rois=32), 'maskrcnn_fpn': dict(protocol='coco_fpn_1x', rois=16)}
+EIGHT, SHAPES = dict(iterations=400, image_size=128), dict(iterations=800, image_size=96)
+
+
+def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
+    """Writes n pictures, with few large objects each, as both parts of a data set."""
+    content = json.loads((coco / 'annotations' / 'instances_train2017.json').read_text())
+    chosen = []
+    for image in content['images']:
+        own = [a for a in content['annotations'] if a['image_id'] == image['id']]
+        small = 0.02 * image['width'] * image['height']
+        if 1 <= len(own) <= 4 and not any(a['iscrowd'] or a['area'] < small for a in own):
+            chosen.append((image, own))
+    chosen = chosen[:n]
+    assert len(chosen) == n
+    (folder / 'images').mkdir(parents=True)
+    for image, _ in chosen:
+        shutil.copy(coco / 'train2017' / image['file_name'], folder / 'images')
+    content |= {'images': [image for image, _ in chosen], 'annotations': [a for _, own in chosen for a in own]}
+    for part in ('train', 'val'):
+        (folder / f'{part}.json').write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Path):
+    coco = unpack_real('coco_mini.zip', tmp_path / 'coco')
+    data = pick_pictures(coco, tmp_path / 'eight', 8)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **EIGHT)
+    assert record['metrics']['box_AP50'] >= 90
+    assert record['metrics'].get('mask_AP50', 100) >= 80
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_detector_finds_shapes_that_it_has_not_seen(kind: str, tmp_path: Path):
+    data = write_shapes(tmp_path / 'shapes', 300, 50, side=128)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **SHAPES)
+    assert record['metrics']['box_AP50'] >= 80
