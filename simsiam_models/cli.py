@@ -13,6 +13,7 @@ from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
 from .benchmarks.results import report
+from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
 from .preflight.report import preflight
 from .runtime.messages import printable
@@ -135,6 +136,9 @@ COMMANDS = {
     'detect': Command(
         detect.add_arguments, detect.run,
         'train a detector on a ResNet backbone, and measure it: VOC 07+12, COCO, or your own objects'),
+    'segment': Command(
+        segment.add_arguments, segment.run,
+        'train a segmenter on a ResNet backbone, and measure it: VOC12 + Aug, Cityscapes, or your own masks'),
     'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE'),
     'report': Command(
         report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers'),

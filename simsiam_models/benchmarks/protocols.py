@@ -218,3 +218,54 @@ DETECTION = {
         benchmark='coco_mask_rcnn_r50_fpn_ms_2x', detector='maskrcnn_fpn', **COCO_2X),
     'coco_c4_1x': DetectionProtocol(benchmark='coco_mask_rcnn_r50_c4_ms_1x', detector='maskrcnn_c4', **COCO_1X),
     'coco_c4_2x': DetectionProtocol(benchmark='coco_mask_rcnn_r50_c4_ms_2x', detector='maskrcnn_c4', **COCO_2X)}
+
+# Segmentation: configs/benchmarks/mmsegmentation of MMSelfSup, which run mmsegmentation 0.24.1.
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationProtocol:
+    """How FCN-D8 is trained and measured. Where the protocols agree, the numbers are the defaults."""
+
+    benchmark: str  # its name in weights/published.json, if it has one there
+    dataset: str  # a key of datasets.sizes.SIZES
+    # Network: the decode head has two convolutions and one behind the concatenation, the auxiliary head has one.
+    channels: int = 512  # of the decode head
+    aux_channels: int = 256
+    dropout: float = 0.1  # of channels, before the classes
+    aux_weight: float = 0.4  # of the auxiliary loss
+    align_corners: bool  # of every bilinear resizing of logits
+    loss_mean: str = 'all'  # the loss is a mean over all pixels, also ignored ones; or 'valid'
+    # Images that train, in this order
+    box: tuple[int, int]  # long and short side of the box that an image is resized to fit in, times a ratio; in tests 1
+    ratios: tuple[float, float] = (0.5, 2.0)
+    crop: int  # pixels
+    cat_max_ratio: float = 0.75  # a crop in which a class has this share of the labelled pixels is drawn again
+    redraws: int = 10  # at most; the last one is used as it is
+    flip_p: float = 0.5
+    brightness: int = 32  # levels; each of the four changes of colours has a probability of a half
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: int = 18  # of 180 levels
+    # Test: the whole image, or windows
+    test: str  # 'whole', 'slide'
+    stride: int  # pixels between windows of the size of a crop
+    # Optimizer
+    batch_size: int  # images per iteration, over all processes; an incomplete last batch of an epoch is dropped
+    iterations: int
+    lr: float = 0.01
+    floor: float = 1e-4  # (lr - floor) * (1 - i / iterations) ** power + floor
+    power: float = 0.9
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    eval_every: int  # iterations
+
+
+SEGMENTATION = {
+    # voc12aug/fcn_r50-d8_512x512_20k_voc12aug.py; it has no windows: their stride is that of other configurations
+    'voc12aug_20k': SegmentationProtocol(
+        benchmark='voc12aug_fcn_r50_d8_512_20k', dataset='voc12aug', align_corners=False, box=(2048, 512), crop=512,
+        test='whole', stride=341, batch_size=16, iterations=20000, eval_every=2000),
+    # cityscapes/fcn_r50-d8_769x769_40k_cityscapes.py
+    'cityscapes_40k': SegmentationProtocol(
+        benchmark='cityscapes_fcn_r50_d8_769_40k', dataset='cityscapes', align_corners=True, box=(2049, 1025), crop=769,
+        test='slide', stride=513, batch_size=8, iterations=40000, eval_every=4000)}

@@ -83,3 +83,28 @@ def test_semi_supervised_fine_tuning_has_the_numbers_of_mmselfsup():
     assert protocols.SEMI_LR_GAMMA == 0.2
     assert protocols.SEMI_WEIGHT_DECAY == {'semi_1pct': 0.0005, 'semi_10pct': 0.0001}
     assert set(protocols.SEMI_LRS) == {0.1, 0.01, 0.001} and set(protocols.SEMI_HEAD_MULTIPLIERS) == {1, 10, 100}
+
+
+# configs/benchmarks/mmsegmentation/{voc12aug,cityscapes} of MMSelfSup v0.9.1, with their _base_ files and the defaults
+# of mmsegmentation 0.24.1.
+FCN = {
+    'channels': 512, 'aux_channels': 256, 'dropout': 0.1, 'aux_weight': 0.4, 'loss_mean': 'all', 'ratios': (0.5, 2.0),
+    'cat_max_ratio': 0.75, 'redraws': 10, 'flip_p': 0.5, 'brightness': 32, 'contrast': (0.5, 1.5),
+    'saturation': (0.5, 1.5), 'hue': 18, 'lr': 0.01, 'floor': 0.0001, 'power': 0.9, 'momentum': 0.9,
+    'weight_decay': 0.0005}
+SEGMENTATION = {
+    'voc12aug_20k': {
+        **FCN, 'benchmark': 'voc12aug_fcn_r50_d8_512_20k', 'dataset': 'voc12aug', 'align_corners': False,
+        'box': (2048, 512), 'crop': 512, 'test': 'whole', 'batch_size': 16, 'iterations': 20000, 'eval_every': 2000},
+    'cityscapes_40k': {
+        **FCN, 'benchmark': 'cityscapes_fcn_r50_d8_769_40k', 'dataset': 'cityscapes', 'align_corners': True,
+        'box': (2049, 1025), 'crop': 769, 'test': 'slide', 'stride': 513, 'batch_size': 8, 'iterations': 40000,
+        'eval_every': 4000}}
+
+
+@pytest.mark.parametrize('name', SEGMENTATION)
+def test_a_segmentation_protocol_has_the_numbers_of_its_source(name: str):
+    assert list(SEGMENTATION) == list(protocols.SEGMENTATION)
+    protocol, expected = dataclasses.asdict(protocols.SEGMENTATION[name]), SEGMENTATION[name]
+    assert {k: protocol[k] for k in expected} == expected
+    assert protocol.keys() - expected.keys() <= {'stride'}  # of windows, which voc12aug_20k does not use

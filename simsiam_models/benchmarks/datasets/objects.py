@@ -5,7 +5,6 @@ coco      annotations/instances_train2017.json and instances_val2017.json, with 
 folder    a user's own: a folder in VOC's form (JPEGImages, Annotations, and perhaps ImageSets/Main), or a JSON file in
           COCO's form, or a folder with one for each part. Without one to test on, a share of the images is held out
 """
-import io
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ...data.opening import find_validation_list
 from ...data.philox import permutation
@@ -26,12 +24,10 @@ from ...runtime.messages import announce, short
 from ..samples import Pair
 from .annotations import MIN_SIDE, VARIANTS, Annotated, Objects
 from .coco import find_images, parse_coco
+from .exif import WITHIN, find_orientation
 from .lists import find_present
 from .sizes import SIZES, deviation, refusal
 from .voc_objects import find_voc, open_voc0712, open_voc_folder
-
-ORIENTATION = 0x0112  # EXIF: 1 is upright; from 5 on, width and height change places
-EXIF_WITHIN = 1 << 16  # bytes: cameras write EXIF data at the start of a file
 
 
 class ObjectImages:
@@ -126,13 +122,13 @@ class ObjectImages:
         name, data = self.images.name_of(row), self.images.stored_bytes(row)
         image, (height, width) = decode(bytearray(data), name), self.sizes[index].tolist()
         if image.shape[:2] == (height, width):
-            if b'Exif' in data[:EXIF_WITHIN] and not self._turned and (turn := _orientation(data)) != 1:
+            if b'Exif' in data[:WITHIN] and not self._turned and (turn := find_orientation(data)) != 1:
                 self._turned.append(name)
                 announce(f'{name}: its EXIF data turn or mirror it (orientation {turn}), and perhaps others; this is '
                          'not applied, so boxes must be those of the stored pixels')
             return image
         found = f'{name} has {image.shape[1]} x {image.shape[0]} pixels, but its annotation says {width} x {height}'
-        turn = _orientation(data)
+        turn = find_orientation(data)
         if turn > 4 and image.shape[:2] == (width, height):
             raise DataError(f'{found}: boxes are those of the image as its EXIF data turn it (orientation {turn}), '
                             'which is not applied; store it upright, without EXIF data')
@@ -168,17 +164,6 @@ class ObjectImages:
     def _count(self, what: str, n: int, first: str) -> None:
         self.broken[what] = n
         self.notes.append(f'{what} do not train: {n:,}, the first is {first}')
-
-
-def _orientation(data: bytes) -> int:
-    """Returns the orientation in the EXIF data of an image, 1 if there is none."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            found = image.getexif().get(ORIENTATION, 1)
-    # PIL raises almost anything for broken EXIF data, which do not matter for the pixels.
-    except Exception:
-        return 1
-    return found if found in range(1, 9) else 1
 
 
 @dataclass

@@ -30,7 +30,13 @@ SIZES = {
                     'http://host.robots.ox.ac.uk/pascal/VOC/voc2007, and VOCtrainval_11-May-2012.tar of '
                     'http://host.robots.ox.ac.uk/pascal/VOC/voc2012'),
     'coco': Size('COCO 2017', 118287, 5000, 80, 'train2017.zip, val2017.zip and annotations_trainval2017.zip of '
-                 'https://cocodataset.org')}
+                 'https://cocodataset.org'),
+    'voc12aug': Size('VOC2012 with SBD', 10582, 1449, 21, 'VOCtrainval_11-May-2012.tar of '
+                     'http://host.robots.ox.ac.uk/pascal/VOC/voc2012, and of SBD (http://home.bharathh.info/pubs/codes/'
+                     'SBD) the masks as PNG files in SegmentationClassAug and their list in '
+                     'ImageSets/Segmentation/aug.txt'),
+    'cityscapes': Size('Cityscapes', 2975, 500, 19, 'leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of '
+                       'https://www.cityscapes-dataset.com')}
 # Lines of imagenet_subsets/{1percent,10percent}.txt of google-research/simclr, which MMSelfSup's lists are made of.
 LABELLED = {'1pct': 12811, '10pct': 128116}
 

@@ -26,6 +26,7 @@ from ...runtime.messages import printable, require, short
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out
+from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
@@ -36,7 +37,7 @@ from .metrics import Detections
 from .model import build
 from .result import RECORD, write_predictions, write_result
 from .settings import DetectionSettings, make_schedule, resolve
-from .training import Evaluation, Normalizer, make_example, make_inputs
+from .training import Evaluation, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
 # On a user's own images, by default: iterations, at least, and epochs; evaluations.

@@ -2,30 +2,24 @@
 
 Each is a function of (seed, epoch, index), so neither the number of threads or processes nor a restart changes it.
 """
-import functools
-import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
-from ...data import DataError, UnreadableError
-from ...data.augment import resize
+from ...data import DataError
 from ...data.philox import permutation, uniforms
 from ...data.readers.images import name_of
-from ...data.threads import AHEAD, Job, make_threads, run_in_order
 from ...runtime.distributed import World
-from .masks import rasterize, resize_mask
+from ..items import EvalItems, Key, TrainItems
+from ..pixels import fit_size, resize_image, resize_mask
+from .masks import rasterize
 
-MAX_UNREADABLE = 0.1  # share of the images
 ITEM_VIEW, BATCH_VIEW = 0, 1  # of the random numbers (see data.philox)
 SMALLEST = 1e-5  # pixels; detectron2 drops a resized box that is no wider or no higher
-
-Key = tuple[int, int, int]  # seed, epoch, index
 
 
 class Target(NamedTuple):
@@ -54,30 +48,6 @@ class Preparation:
     flip: float = 0.0  # probability
     variant: str = 'mmdet'  # or 'detectron2'
     masks: bool = False
-
-
-def fit_size(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """Returns height and width whose short side is `short`, or whose long side is `long` if that is smaller.
-
-    >>> fit_size(375, 500, 800, 1333), fit_size(300, 1000, 800, 1333)
-    ((800, 1067), (400, 1333))
-    """
-    scale = min(long / max(height, width), short / min(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
-def resize_image(image: np.ndarray, height: int, width: int, variant: str) -> Tensor:
-    """Returns an image (H, W, 3) uint8 at another size, (3, height, width) uint8.
-
-    Both variants interpolate linearly: 'mmdet' between the nearest pixels, as OpenCV does, but rounded as torch does,
-    which makes some pixels differ by one level; 'detectron2' with antialiasing, as PIL does.
-    """
-    if variant == 'detectron2':
-        out = np.empty((height, width, 3), np.uint8)
-        resize(image, width, height, 0, 0, out)
-        return torch.from_numpy(out).permute(2, 0, 1)
-    pixels = np.array(image) if not image.flags.writeable or min(image.strides) < 0 else image  # torch takes no other
-    return tv.resize(torch.from_numpy(pixels).permute(2, 0, 1), [height, width], antialias=False)
 
 
 def resize_boxes(boxes: np.ndarray, size: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
@@ -164,28 +134,7 @@ class BatchPlan:
         yield from np.flatnonzero(~same).tolist()
 
 
-class _ItemLoader:
-    """Reads images in threads. `unreadable` names those that cannot be read, index -> reason."""
-
-    def __init__(self, images: Any, rows: np.ndarray, p: Preparation, world: World, workers: int) -> None:
-        self.images, self.rows, self.preparation, self.world = images, np.asarray(rows, np.int64), p, world
-        self.unreadable: dict[int, str] = {}
-        self._workers, self._threads = workers, make_threads(workers)
-
-    def join(self) -> None:
-        """Gathers `unreadable` from all processes; raises DataError if there are too many."""
-        for found in self.world.gather(self.unreadable):
-            self.unreadable |= found
-        self._check_unreadable()
-
-    def _check_unreadable(self) -> None:
-        if len(self.unreadable) > MAX_UNREADABLE * len(self.rows):
-            raise DataError(
-                f'{self.images.name}: {len(self.unreadable)} of {len(self.rows)} images cannot be read, more than '
-                f'{MAX_UNREADABLE:.0%}; the first: {self.unreadable[min(self.unreadable)]}')
-
-
-class TrainLoader(_ItemLoader):
+class TrainLoader(TrainItems):
     """Yields the items of each step, without end.
 
     Another image of the same orientation replaces an unreadable one, with its own objects.
@@ -203,75 +152,26 @@ class TrainLoader(_ItemLoader):
     def __init__(
         self, images: Any, rows: np.ndarray, p: Preparation, batch: int, world: World, *, seed: int, workers: int,
     ) -> None:
-        super().__init__(images, rows, p, world, workers)
-        if not len(self.rows):
+        if not len(rows):
             raise ValueError(f'{images.name}: no image to train on; give images with objects')
         if p.masks and not images.has_masks:
             raise ValueError(f'{images.name}: no masks; give objects with a segmentation, or train a detector of boxes')
-        sizes = images.sizes[self.rows]
-        self.plan, self.seed = BatchPlan(sizes[:, 1] > sizes[:, 0], batch, seed), seed
-
-    def load(self, step: int) -> Iterator[list[Item]]:
-        """Yields this process's items of `step` and of those after it: places rank, rank + world, ... of the batch.
-
-        Raises:
-            DataError: more than MAX_UNREADABLE of the images cannot be read, or none; see also `prepare`.
-        """
-        for items, reasons in run_in_order(self._threads, self._jobs(step)):
-            self.unreadable |= reasons
-            self._check_unreadable()
-            yield items
-
-    def _jobs(self, first: int) -> Iterator[Job]:
-        for step in itertools.count(first):
-            epoch, batch = self.plan.at(step)
-            mine = batch[self.world.rank::self.world.size].tolist()
-            items, reasons = [None] * len(mine), {}
-            yield (items, reasons), [
-                functools.partial(self._fill, items, reasons, k, (epoch, place)) for k, place in enumerate(mine)]
-
-    def _fill(self, items: list, reasons: dict[int, str], k: int, at: tuple[int, int]) -> None:
-        epoch, place = at
-        key = self.seed, epoch, int(self.rows[place])
-        for stand_in in self.plan.stand_ins(place):
-            row = int(self.rows[stand_in])
-            try:
-                items[k] = prepare(self.images, row, key, self.preparation)
-                return
-            except UnreadableError as e:
-                reasons[row] = str(e)
-        raise DataError(
-            f'{self.images.name}: none of the {len(self.rows)} images can be read; the first: {reasons[min(reasons)]}')
+        sizes = images.sizes[rows]
+        plan = BatchPlan(sizes[:, 1] > sizes[:, 0], batch, seed)
+        super().__init__(images, rows, plan, lambda row, key: prepare(images, row, key, p), world, workers)
 
 
-class EvalLoader(_ItemLoader):
-    """Yields this process's items, rows rank, rank + world, ..., once, unflipped and without targets.
+class EvalLoader(EvalItems):
+    """Yields the items of this process, unflipped and without targets.
 
-    `unreadable` names those that it leaves out; they must not count in a metric. Arguments as for TrainLoader; the
-    short side has the first length of `p`.
+    The short side has the first length of `p`. Arguments as for TrainLoader.
     """
 
     def __init__(self, images: Any, rows: np.ndarray, p: Preparation, world: World, workers: int) -> None:
-        super().__init__(images, rows, replace(p, shorts=p.shorts[:1]), world, workers)
+        def prepare_test(row: int) -> Item:
+            image = images.read(row)
+            size = image.shape[0], image.shape[1]
+            h, w = fit_size(*size, p.shorts[0], p.long)
+            return Item(resize_image(image, h, w, p.variant), None, row, size)
 
-    def __iter__(self) -> Iterator[Item]:
-        self.unreadable = {}  # what failed in an earlier pass may be readable now
-        for items, reasons in run_in_order(self._threads, self._jobs(), max(AHEAD, 2 * self._workers)):
-            self.unreadable |= reasons
-            self._check_unreadable()
-            yield from items
-
-    def _jobs(self) -> Iterator[Job]:
-        for row in self.rows[self.world.rank::self.world.size].tolist():
-            items, reasons = [], {}
-            yield (items, reasons), [functools.partial(self._fill, items, reasons, row)]
-
-    def _fill(self, items: list, reasons: dict[int, str], row: int) -> None:
-        p = self.preparation
-        try:
-            image = self.images.read(row)
-        except UnreadableError as e:
-            reasons[row] = str(e)
-            return
-        size = image.shape[0], image.shape[1]
-        items.append(Item(resize_image(image, *fit_size(*size, p.shorts[0], p.long), p.variant), None, row, size))
+        super().__init__(images, rows, prepare_test, world, workers)

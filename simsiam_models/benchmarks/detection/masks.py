@@ -98,17 +98,6 @@ def _read_counts(text: str | bytes) -> list[int]:
     return counts
 
 
-def nearest(new: int, old: int) -> np.ndarray:
-    """Returns (new,) int64: for each pixel of a row, the pixel of a row of `old` that INTER_NEAREST of OpenCV takes."""
-    step = 1 / (new / old)  # not old / new: the last bit decides where the product is an integer
-    return np.minimum(np.floor(np.arange(new) * step).astype(np.int64), old - 1)
-
-
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Returns a mask (H, W) at another size, (height, width)."""
-    return mask[nearest(height, mask.shape[0])][:, nearest(width, mask.shape[1])]
-
-
 def mask_targets(
     masks: Tensor, boxes: Tensor, size: int, matched: Tensor | None = None, divisor: int = DIVISOR,
 ) -> Tensor:

@@ -1,6 +1,4 @@
 """A sheet of pictures: the true objects of images beside the predicted ones."""
-import colorsys
-import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +7,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ...runtime.files import write_atomically
-from ...runtime.messages import printable
-from .masks import resize_mask
+from ..panels import Panel, choose_colour, fit_text, plain_text, write_panels
+from ..pixels import resize_mask
 
-MOST = 16  # pictures
-PANEL, GAP, TITLE = 480, 12, 26  # pixels: the longest side of a picture, space between them, height of a heading
-FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
+PANEL = 480  # pixels: the longest side of a picture
 
 
 class Drawn(NamedTuple):
@@ -48,28 +43,11 @@ def write_sheet(path: str | Path, rows: list[SheetRow], classes: list[str]) -> N
         ValueError: the name of the file has another ending, or there are no pictures or more than 16.
         OSError: the file cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in FORMATS:
-        raise ValueError(f'{path}: a sheet of pictures must end in {", ".join(FORMATS)}')
-    if not 1 <= len(rows) <= MOST:
-        raise ValueError(f'{path}: {len(rows)} pictures; a sheet has 1 to {MOST}')
-    colours = [_colour(k) for k in range(len(classes))]
-    names = [_plain(name) for name in classes]
-    pairs = [[_draw(row.image, drawn, names, colours) for drawn in (row.truth, row.predicted)] for row in rows]
-    heights = [pair[0].height + TITLE + GAP for pair in pairs]
-    sheet = Image.new('RGB', (2 * PANEL + 3 * GAP, sum(heights) + GAP), 'white')
-    draw, font, y = ImageDraw.Draw(sheet), ImageFont.load_default(15), GAP
-    for row, pair, height in zip(rows, pairs, heights, strict=True):
-        for x, picture, what, drawn in zip(
-                (GAP, PANEL + 2 * GAP), pair, ('truth', 'prediction'), (row.truth, row.predicted), strict=True):
-            count = f'{what}: {len(drawn.boxes)}'
-            draw.text((x, y + 4), count, 'black', font)
-            room = PANEL - draw.textlength(f'{count}   ', font)
-            title = _fit(_plain(row.title), draw, font, room)
-            draw.text((x + PANEL - room, y + 4), title, 'gray', font)
-            sheet.paste(picture, (x, y + TITLE))
-        y += height
-    write_atomically(path, lambda file: sheet.save(file, FORMATS[path.suffix.lower()]))
+    colours = [choose_colour(k) for k in range(len(classes))]
+    names = [plain_text(name) for name in classes]
+    write_panels(path, [[
+        Panel(_draw(row.image, drawn, names, colours), f'{what}: {len(drawn.boxes)}', row.title)
+        for what, drawn in (('truth', row.truth), ('prediction', row.predicted))] for row in rows], PANEL)
 
 
 def _draw(
@@ -99,30 +77,9 @@ def _draw(
 def _write(picture: Image.Image, box: np.ndarray, text: str, colour: tuple[int, int, int]) -> None:
     """Writes the caption of a box above its corner, on its colour; inside the picture."""
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    text = _fit(text, draw, font, picture.width - 4)
+    text = fit_text(text, draw, font, picture.width - 4)
     width, height = draw.textlength(text, font) + 4, 17
     x, y = max(0, min(box[0], picture.width - width)), max(0, box[1] - height)
     draw.rectangle((x, y, x + width, y + height), colour)
     dark = np.dot(colour, (0.299, 0.587, 0.114)) < 128
     draw.text((x + 2, y + 1), text, 'white' if dark else 'black', font)
-
-
-def _fit(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The end of a text that is too wide: of a path, the file."""
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(f'...{text}', font) > width:
-        text = text[1:]
-    return f'...{text}'
-
-
-def _plain(text: str) -> str:
-    """Pillow's font has the characters of ASCII: letters lose their accents, and others become \\u and a number."""
-    letters = ''.join(c for c in unicodedata.normalize('NFKD', text) if not unicodedata.combining(c))
-    return printable(letters).encode('ascii', 'backslashreplace').decode()
-
-
-def _colour(k: int) -> tuple[int, int, int]:
-    """Colours of neighbouring labels lie far apart: each goes on by the golden section of the circle."""
-    red, green, blue = colorsys.hsv_to_rgb(k * 0.618034 % 1, 0.75 + 0.25 * (k % 2), 1 - 0.25 * (k // 2 % 2))
-    return round(255 * red), round(255 * green), round(255 * blue)

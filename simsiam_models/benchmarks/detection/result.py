@@ -10,10 +10,11 @@ from ...runtime.files import write_csv, write_json
 from ...runtime.messages import short
 from ..backbone import Backbone
 from ..datasets.objects import ObjectImages, ObjectPair
+from ..panels import MOST
 from ..results.record import format_record, write_record
 from .masks import rasterize
 from .metrics import Detections, to_coco_results
-from .pictures import MOST, Drawn, SheetRow, write_sheet
+from .pictures import Drawn, SheetRow, write_sheet
 
 RECORD, PER_CLASS, PREDICTIONS, SHEET = 'record.json', 'per_class.csv', 'predictions.json', 'sheet.jpg'
 SHOWN = 5  # classes

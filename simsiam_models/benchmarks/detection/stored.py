@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...data.readers.decode import decode
 from ...runtime import checkpoint
 from ...runtime.checkpoint import LAST
 from ...runtime.distributed import choose_device
@@ -22,10 +21,10 @@ from ...weights.export import export_backbone
 from ...weights.folders import check_network, read_json
 from ...weights.tensorfile import CONFIG, MODEL
 from ..backbone import RANDOM, load_backbone
+from ..pixels import Normalizer, fit_size, read_image, resize_image
 from ..transfer import KEYS
-from .data import fit_size, resize_image
 from .model import Detector, build
-from .training import Normalizer, detect_one
+from .training import detect_one
 
 FOLDER, BACKBONE = 'detector', 'backbone'  # in a run's folder
 FORMAT, VERSION = 'simsiam_models detector', 1
@@ -95,7 +94,7 @@ class Predictor:
         """
         if isinstance(images, (str, Path, Image.Image, np.ndarray)):
             raise ValueError('a list of images is needed, even for a single one')
-        return [self._detect(_read_image(image), score) for image in images]
+        return [self._detect(read_image(image), score) for image in images]
 
     def _detect(self, image: np.ndarray, score: float) -> dict[str, Any]:
         height, width = image.shape[:2]
@@ -155,13 +154,3 @@ def open_trained(path: Path) -> tuple[Detector, dict[str, Any], dict[str, Any], 
     if run.get('benchmark') != 'detect':
         raise ValueError(f'--eval-only {path}: a run of another kind ({short(run.get("benchmark"))})')
     return restore(run['detector'], state['model'], file), run['detector'], run['protocol'], run['record']
-
-
-def _read_image(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    if isinstance(image, (str, Path)):
-        return decode(Path(image).read_bytes(), str(image))
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert('RGB'))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
-        return image
-    raise ValueError(f'an image is a file, a PIL image or an array (H, W, 3) of uint8, not {type(image).__name__}')

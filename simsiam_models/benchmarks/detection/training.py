@@ -10,6 +10,7 @@ from torch import Tensor
 from ...data.philox import uniforms
 from ...runtime.distributed import World
 from ..datasets.objects import ObjectImages
+from ..pixels import Normalizer
 from ..transfer import Transfer, measure_batch_norms
 from .data import EvalLoader, Item
 from .masks import encode_pasted
@@ -17,16 +18,6 @@ from .metrics import Detections, coco_metrics, voc_metrics
 from .model import Detector
 
 SAMPLES = 2  # the view, in the sense of data.philox, of the seeds of samples
-
-
-class Normalizer:
-    """Turns (3, H, W) uint8 into floats on the device, with the backbone's mean and std."""
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device) -> None:
-        self.mean, self.std = ((255 * torch.tensor(x, device=device)).view(3, 1, 1) for x in (mean, std))
-
-    def __call__(self, image: Tensor) -> Tensor:
-        return (image.to(self.mean.device, non_blocking=True).float() - self.mean) / self.std
 
 
 def make_keys(seed: int, step: int, indices: Sequence[int]) -> list[int]:

@@ -28,6 +28,9 @@ LINEAR = {  # benchmark -> protocol, parameters that count if the protocol uses 
     'imagenet_mhead_linear': ('mhead', MHEAD), 'places205_mhead_linear': ('mhead_places205', MHEAD),
     'inat18_mhead_linear': ('mhead_inat18', MHEAD)}
 DETECTION = ('batch_size', 'lr', 'momentum', 'weight_decay', 'short_sides', 'test_side', 'long_side', 'flip_p')
+SEGMENTATION = (
+    'batch_size', 'iterations', 'lr', 'floor', 'power', 'momentum', 'weight_decay', 'box', 'ratios', 'crop',
+    'cat_max_ratio', 'flip_p', 'brightness', 'contrast', 'saturation', 'hue', 'loss_mean', 'aux_weight', 'test')
 # Benchmark -> the parameters that a record's protocol must state for its numbers to be comparable, as JSON holds them.
 REQUIRED: dict[str, dict[str, Any]] = json.loads(json.dumps({
     f'imagenet_knn_T{protocols.KNN_T:g}': {'T': protocols.KNN_T, 'features': 'avgpool', **CENTRE},
@@ -40,6 +43,8 @@ REQUIRED: dict[str, dict[str, Any]] = json.loads(json.dumps({
         'name': name, 'variant': 'mmdet', 'rois': protocols.DETECTORS[p.detector].rois,
         **({'iterations': p.iterations, 'lr_steps': p.lr_steps} if p.iterations else {}),
         **{key: getattr(p, key) for key in DETECTION}} for name, p in protocols.DETECTION.items()},
+    **{p.benchmark: {'name': name, **{key: getattr(p, key) for key in SEGMENTATION}}
+       for name, p in protocols.SEGMENTATION.items()},
     'voc07_svm': {'costs': protocols.SVM_COSTS, 'folds': protocols.SVM_FOLDS, **SQUASHED},
     'voc07_lowshot_svm': {
         'costs': protocols.SVM_COSTS, 'samples': protocols.LOW_SHOT_DRAWS,

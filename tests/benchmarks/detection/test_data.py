@@ -17,12 +17,11 @@ from simsiam_models.benchmarks.detection.data import (
     Item,
     Preparation,
     TrainLoader,
-    fit_size,
     prepare,
     resize_boxes,
-    resize_image,
 )
-from simsiam_models.benchmarks.detection.masks import rasterize, resize_mask
+from simsiam_models.benchmarks.detection.masks import rasterize
+from simsiam_models.benchmarks.pixels import fit_size, resize_image, resize_mask
 from simsiam_models.data import DataError, UnreadableError
 from simsiam_models.runtime.distributed import World
 

@@ -15,8 +15,8 @@ from simsiam_models.benchmarks.detection.masks import (
     mask_targets,
     paste_masks,
     rasterize,
-    resize_mask,
 )
+from simsiam_models.benchmarks.pixels import resize_mask
 
 TRIANGLE, SQUARE = [1.0, 1.0, 9.0, 1.0, 9.0, 7.0], [10, 2, 14, 2, 14, 9, 10, 9]
 NEW, OLD, NEAR = 34, 6, 17

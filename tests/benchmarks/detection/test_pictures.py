@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from simsiam_models.benchmarks.detection import pictures
-from simsiam_models.benchmarks.detection.pictures import GAP, PANEL, TITLE, Drawn, SheetRow, write_sheet
+from simsiam_models.benchmarks.detection.pictures import PANEL, Drawn, SheetRow, write_sheet
+from simsiam_models.benchmarks.panels import GAP, TITLE
 
 NOTHING = Drawn(np.zeros((0, 4)), np.zeros(0, np.int64))
 BOX = Drawn(np.array([[60.0, 60, 180, 200]]), np.array([1]))

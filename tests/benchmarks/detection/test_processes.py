@@ -11,7 +11,8 @@ from torch import nn
 from simsiam_models.benchmarks.datasets.objects import open_objects
 from simsiam_models.benchmarks.detection.data import Preparation, TrainLoader
 from simsiam_models.benchmarks.detection.model import Detector, build
-from simsiam_models.benchmarks.detection.training import Normalizer, make_example, make_inputs
+from simsiam_models.benchmarks.detection.training import make_example, make_inputs
+from simsiam_models.benchmarks.pixels import Normalizer
 from simsiam_models.benchmarks.transfer import Schedule, TransferTrainer
 from simsiam_models.runtime.distributed import GlobalBatchNorm, World, synchronize_batchnorm
 
