@@ -121,7 +121,7 @@ def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
         ValueError: a flag is wrong or unknown.
         As the command, whose errors are ValueError, RuntimeError, OSError.
     """
-    parser = _Parser('detection.train', add_help=False)
+    parser = _Parser('detection.train', add_help=False, allow_abbrev=False)
     add_arguments(parser)
     words = [str(data), '--output', str(output)]
     for name, value in flags.items():
