@@ -74,7 +74,7 @@ def test_road_pictures_are_learned_far_beyond_their_most_frequent_class(camvid: 
     """Measured: 24.0 after 300 iterations; road everywhere has 2.7."""
     majority = measure_majority(open_masks('folder', camvid))
     found = train(camvid, tmp_path / 'run', SMALL, '--image-size', '96', '--head-channels', '32', '--lr', '0.04',
-                  '--iterations', '250')
+                  '--iterations', '250', '--eval-every', '250')
     assert 2 < majority < 3.5 and found > 18
 
 
@@ -84,6 +84,6 @@ def test_a_trained_backbone_segments_better_than_heads_on_an_untrained_one(camvi
     pair = open_masks('folder', camvid)
     majority, heads = measure_majority(pair), train_heads(pair, LARGER, 600, 128, (64, 32), 0.02)
     found = train(camvid, tmp_path / 'run', LARGER, '--image-size', '128', '--head-channels', '64', '--lr', '0.02',
-                  '--iterations', '600')
+                  '--iterations', '600', '--eval-every', '600')
     print(f'mIoU: {found:.2f}, heads on an untrained backbone {heads:.2f}, most frequent class {majority:.2f}')
     assert found > 25 and found > heads + 3 > majority
