@@ -3,13 +3,13 @@ import atexit
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -55,10 +55,12 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_digits(tmp_path_factory.mktemp('few_digits'), 64)
 
 
-def run_train(*args: str | Path, processes: int = 1, timeout: float = 240) -> subprocess.CompletedProcess:
-    """train.py as a user starts it: its own process, or torchrun's processes, one thread each."""
+def run_train(
+    *args: str | Path, processes: int = 1, timeout: float = 240, python: str | None = None,
+) -> subprocess.CompletedProcess:
+    """train.py in its own process, or torchrun's processes, one thread each, under `python` (default: a warm one)."""
     launcher = [] if processes == 1 else [
         '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', str(processes)]
     return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / 'train.py'), *map(str, args)], capture_output=True, text=True,
+        [python or warm.python(), *launcher, str(ROOT / 'train.py'), *map(str, args)], capture_output=True, text=True,
         timeout=timeout, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})

@@ -1,9 +1,6 @@
 """train.py with an accident in it: `python tests/killing.py ACCIDENT COUNT ARGS...` (see ACCIDENTS below).
 
 Where the environment names a file MARKER, an accident happens only once: to whoever creates that file.
-
-`python tests/killing.py serve` has the imports done and forks a process for each line of its input, since importing
-takes longer than a test's run: {"args", "env", "out", "err"} -> its number; {"wait": number} -> its exit code.
 """
 import errno
 import json
@@ -189,32 +186,7 @@ def note_samples() -> None:
     TwoViews.finish = finish
 
 
-def serve() -> None:
-    """Returns in each child, which goes on as if it had been started with these arguments."""
-    import train  # noqa: F401 - for what it imports
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        if 'wait' in request:
-            _, status = os.waitpid(request['wait'], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        number = os.fork()
-        if number == 0:
-            os.environ.update(request['env'])
-            for path, stream in ((os.devnull, 0), (request['out'], 1), (request['err'], 2)):
-                at = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-                os.dup2(at, stream)
-                os.close(at)
-            sys.argv[1:] = request['args']
-            return
-        print(number, flush=True)
-    sys.exit()
-
-
 if __name__ == '__main__':
-    if sys.argv[1] == 'serve':
-        serve()
     accident, count = sys.argv[1], int(sys.argv[2])
     sys.argv[:3] = [str(ROOT / 'train.py')]
     if 'SAMPLES' in os.environ:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import warm
 
 WORLD = 2
 
 
 def spawn(work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """work(rank, *args) in each process -> what they returned, by rank."""
-    mp.spawn(_enter, (work, str(tmp_path / 'store'), str(tmp_path), args), nprocs=WORLD)
+    with warm.spawned():
+        mp.spawn(_enter, (work, str(tmp_path / 'store'), str(tmp_path), args), nprocs=WORLD)
     return [torch.load(tmp_path / f'{rank}.pt') for rank in range(WORLD)]
 
 

@@ -5,12 +5,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import warm
 from conftest import ROOT
 from safetensors.torch import load_file
 from torch import nn
@@ -131,7 +131,7 @@ def test_a_classifier_has_no_heads_to_load():
 
 def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(
-        ['bash', '-c', f'{sys.executable} -m simsiam_models.cli weights list | head -1; exit ${{PIPESTATUS[0]}}'],
+        ['bash', '-c', f'{warm.python()} -m simsiam_models.cli weights list | head -1; exit ${{PIPESTATUS[0]}}'],
         capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0 and done.stderr == '' and done.stdout.startswith('tag')
 

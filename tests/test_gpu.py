@@ -1,4 +1,5 @@
 """The CUDA paths: precisions, views that the card finishes, steps without waiting. Skipped where there is no card."""
+import math
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,8 @@ import torch
 from conftest import TINY
 
 import train
+from simsiam_models.benchmarks.detection.model import build
+from simsiam_models.benchmarks.transfer import Schedule, TransferTrainer
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
 from simsiam_models.runtime.distributed import World
 from simsiam_models.training.recipes import RECIPES
@@ -46,3 +49,20 @@ def test_neither_data_nor_step_makes_the_host_wait(few_digits: Path, amp: str):
             train_step(trainer, x1, x2)
     finally:
         torch.cuda.set_sync_debug_mode('default')
+
+
+@pytest.mark.parametrize('amp', ['bfloat16', 'float16', 'off'])
+@pytest.mark.parametrize('kind', ['fasterrcnn_c4', 'maskrcnn_fpn'])
+def test_a_detector_trains_and_detects_on_the_card(kind: str, amp: str):
+    device = torch.device('cuda')
+    detector = build('resnet18:random', kind, 5, rois=32, pool_size=6).to(device)
+    schedule = Schedule(iterations=9, batch_size=2, lr=1e-3, momentum=0.9, weight_decay=1e-4, eval_every=9)
+    trainer = TransferTrainer(detector, schedule, World(0, 1, device), amp, tuple)
+    images = [torch.rand(3, 128, 160, device=device), torch.rand(3, 160, 128, device=device)]
+    targets = [{
+        'boxes': torch.tensor([[10.0, 20, 90, 100]]), 'labels': torch.tensor([3]),
+        'masks': torch.ones(1, *x.shape[1:], dtype=torch.uint8)} for x in images]
+    losses = [sum(trainer.step((images, targets, [0, 1]), step).values()).item() for step in range(9)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    found = detector.eval().detect(images)
+    assert all(f.boxes.is_cuda and len(f.boxes) == len(f.scores) <= 100 for f in found)

@@ -4,10 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, TINY, write_digits
 
 from simsiam_models import cli
@@ -36,7 +36,7 @@ def assert_plain(text: str, commands: bool = False) -> None:
 
 def run(*args: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *map(os.fsencode, args)], capture_output=True, text=True, timeout=240, cwd=ROOT,
+        [warm.python(), *map(os.fsencode, args)], capture_output=True, text=True, timeout=240, cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
 
 

@@ -5,10 +5,10 @@ import signal
 import socket
 import stat
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import warm
 from conftest import ROOT, TINY
 
 from simsiam_models.runtime import checkpoint
@@ -18,7 +18,7 @@ STAND_INS = {
     'srun': 'echo $$ > "$STATE/step"\nexec "$@"\n',
     'scancel': '[ "$1" = --signal=TERM ] && [ "$2" = 7 ] || exit 9\nkill -TERM "$(cat "$STATE/step")"\n',
     'scontrol': 'case "$1" in show) echo 127.0.0.1;; requeue) echo "$2" >> "$STATE/requeued";; *) exit 9;; esac\n',
-    'torchrun': f'exec {sys.executable} -m torch.distributed.run "$@"\n'}
+    'torchrun': 'exec "$PYTHON" -m torch.distributed.run "$@"\n'}
 
 
 def free_port() -> int:
@@ -47,7 +47,8 @@ def test_the_readmes_script_saves_and_queues_again_when_its_time_is_up(few_digit
     script = write_script(tmp_path, few_digits)
     env = {
         **os.environ, 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'STATE': str(tmp_path), 'SLURM_JOB_ID': '7',
-        'SLURM_NNODES': '1', 'SLURM_JOB_NODELIST': 'here', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+        'SLURM_NNODES': '1', 'SLURM_JOB_NODELIST': 'here', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+        'PYTHON': warm.python()}
     done = []
     for _ in range(2):
         with open(tmp_path / 'log', 'w') as log:

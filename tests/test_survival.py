@@ -1,6 +1,4 @@
 """Runs that are killed, stopped, starved of disk or continued elsewhere. tests/killing.py has the accidents."""
-import atexit
-import functools
 import json
 import os
 import random
@@ -8,7 +6,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -16,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT, TINY
 
 from simsiam_models.runtime import checkpoint
@@ -25,29 +23,8 @@ EPOCHS, STEPS = 3, 4  # 64 digits in batches of 16
 ENV = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
 
-class Server:
-    """tests/killing.py, which forks a process for each run."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / 'tests/killing.py'), 'serve'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            text=True, cwd=ROOT, env={**os.environ, **ENV})
-
-    def ask(self, **request) -> int:
-        self.process.stdin.write(json.dumps(request) + '\n')
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-
-@functools.cache
-def server() -> Server:
-    made = Server()
-    atexit.register(made.process.stdin.close)
-    return made
-
-
 class Process:
-    """train.py with an accident: forked, or torchrun's processes."""
+    """train.py with an accident: one process, or torchrun's."""
 
     def __init__(
         self, data: Path, output: Path, *more: str, accident: tuple[str, int] = ('none', 0), processes: int = 1,
@@ -58,21 +35,23 @@ class Process:
         self.out.touch()
         self.err.touch()
         args = [
-            accident[0], str(accident[1]), str(data), *TINY, '--epochs', str(EPOCHS), '--batch-size', '16',
-            '--log-every', '2', '--output', str(output), *more]
+            str(ROOT / 'tests/killing.py'), accident[0], str(accident[1]), str(data), *TINY, '--epochs', str(EPOCHS),
+            '--batch-size', '16', '--log-every', '2', '--output', str(output), *more]
+        env = {**os.environ, **ENV, **env}
         self.torchrun = None
-        if processes == 1:
-            self.pid = server().ask(args=args, env=env, out=str(self.out), err=str(self.err))
-            return
-        with open(self.out, 'w') as out, open(self.err, 'w') as err:
+        with open(self.out, 'w') as out, open(self.err, 'w') as err, open(os.devnull) as nothing:
+            if processes == 1:
+                files = {0: nothing.fileno(), 1: out.fileno(), 2: err.fileno()}
+                self.fork = warm.Fork(warm.server().socket, args, env, str(ROOT), files)
+                return
             self.torchrun = subprocess.Popen(
-                [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
-                 '--nproc-per-node', str(processes), '--max-restarts', str(restarts), str(ROOT / 'tests/killing.py'),
-                 *args], stdout=out, stderr=err, cwd=ROOT, env={**os.environ, **ENV, **env})
+                [warm.python(), '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
+                 '--nproc-per-node', str(processes), '--max-restarts', str(restarts), *args],
+                stdout=out, stderr=err, cwd=ROOT, env=env)
 
     def wait(self) -> tuple[int, str, str]:
         """Exit code (minus the signal's number, if one killed it), what it said, what it complained of."""
-        code = server().ask(wait=self.pid) if self.torchrun is None else self.torchrun.wait(240)
+        code = self.fork.wait() if self.torchrun is None else self.torchrun.wait(240)
         return code, self.out.read_text(), self.err.read_text()
 
     def wait_for(self, words: str) -> None:
@@ -82,7 +61,7 @@ class Process:
             time.sleep(0.01)
 
     def send(self, number: int) -> None:
-        os.kill(self.pid, number)
+        self.fork.send(number)
 
 
 def run(*args, **kwargs) -> tuple[int, str, str]:
@@ -388,7 +367,7 @@ def test_a_second_run_on_one_output_is_one_line_and_a_killed_one_is_continued_at
     first.wait_for('step 2/')
     code, _, err = run(*args)
     assert code == 1 and len(err.strip().splitlines()) == 1, err
-    assert f'in use by another run (process {first.pid} on ' in err
+    assert f'in use by another run (process {first.fork.pid} on ' in err
     first.send(signal.SIGKILL)
     code, out, err = run(*args, '--max-steps', '1')
     assert code == 0 and 'waiting' not in out, err
@@ -481,14 +460,18 @@ def two_machines(folders: list[Path], data: Path, *more: str) -> list[str]:
     jobs = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
-        jobs.append(subprocess.Popen(
-            [sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank',
-             str(rank), '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'x',
-             '--local-addr', '127.0.0.1', str(ROOT / 'train.py'), str(data), *TINY, '--epochs', str(EPOCHS),
-             '--batch-size', '16', '--workers', '0', '--output', 'run', *more],
-            cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ENV}))
-    said = [job.communicate(timeout=240)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], said
+        args = [
+            '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--node-rank', str(rank),
+            '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'127.0.0.1:{port}', '--rdzv-id', 'x', '--local-addr',
+            '127.0.0.1', str(ROOT / 'train.py'), str(data), *TINY, '--epochs', str(EPOCHS), '--batch-size', '16',
+            '--workers', '0', '--output', 'run', *more]
+        # One after the other: on one address, c10d orders the machines by the numbers of their processes.
+        with open(folder / 'said', 'w') as out, open(os.devnull) as nothing:
+            files = {0: nothing.fileno(), 1: out.fileno(), 2: out.fileno()}
+            jobs.append(warm.Fork(warm.server().socket, args, {**os.environ, **ENV}, str(folder), files))
+    codes = [job.wait() for job in jobs]
+    said = [(folder / 'said').read_text() for folder in folders]
+    assert codes == [0, 0], said
     return said
 
 

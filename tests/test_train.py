@@ -34,7 +34,8 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory):
     """One finished run on 1000 digits: 2000 PNG and JPEG bytes in, a backbone out."""
     output = tmp_path_factory.mktemp('run') / 'out'
     result = run_train(
-        digits, *TINY, '--epochs', '12', '--batch-size', '64', '--lr', '0.2', '--workers', '2', '--output', output)
+        digits, *TINY, '--epochs', '12', '--batch-size', '64', '--lr', '0.2', '--workers', '2', '--output', output,
+        python=sys.executable)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from conftest import ROOT, write_digits
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -277,7 +278,7 @@ with join_world('cpu') as world:
 
 def child(*args, launcher=()) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [warm.python(), *launcher, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(ROOT)})
 
 

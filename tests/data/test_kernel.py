@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from PIL import Image, ImageEnhance
 from scipy import stats
@@ -413,7 +413,7 @@ print(kernel.load_library() is not None, hashlib.sha256(x1.numpy().tobytes() + s
 
 def in_a_process(**env: str) -> tuple[list[str], str]:
     done = subprocess.run(
-        [sys.executable, '-c', CHILD], capture_output=True, text=True, timeout=120, cwd=ROOT,
+        [warm.python(), '-c', CHILD], capture_output=True, text=True, timeout=120, cwd=ROOT,
         env={**os.environ, 'OMP_NUM_THREADS': '1', **env})
     assert done.returncode == 0, done.stderr
     return done.stdout.split(), done.stderr

@@ -1,4 +1,5 @@
 """N processes compute what one process with the whole batch computes."""
+import sys
 import threading
 import time
 
@@ -118,7 +119,7 @@ def one_and_two(few_digits, tmp_path_factory):
     # So small a rate that five steps do not amplify rounding (at 0.01, up to 1.3e-5 by the seed).
     args = [few_digits, *TINY, '--epochs', '5', '--batch-size', '64', '--lr', '0.001', '--workers', '0']
     for processes in (1, 2):
-        result = run_train(*args, '--output', folder / str(processes), processes=processes)
+        result = run_train(*args, '--output', folder / str(processes), processes=processes, python=sys.executable)
         assert result.returncode == 0, result.stderr
     return [torch.load(folder / n / 'checkpoint.pth', weights_only=True) for n in ('1', '2')]
 

@@ -33,11 +33,18 @@ FAIR = {'backbone': 'module.encoder.', 'projector': 'module.encoder.fc.', 'predi
 MM1 = {'backbone': 'backbone.', 'projector': 'neck.', 'predictor': 'head.predictor.'}
 
 
-def run(code: str, *args: str | Path, **env: str) -> subprocess.CompletedProcess:
+def start(code: str, *args: str | Path, **env: str) -> subprocess.Popen:
     """A fresh Python process that does not start in the repository."""
-    return subprocess.run(
-        [sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=240,
-        cwd=Path(args[0]).parent, env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env})
+    return subprocess.Popen(
+        [sys.executable, '-c', code, *map(str, args)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, cwd=Path(args[0]).parent,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', **env})
+
+
+def run(code: str, *args: str | Path, **env: str) -> subprocess.CompletedProcess:
+    process = start(code, *args, **env)
+    out, err = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope='module')
@@ -626,7 +633,8 @@ row = WEIGHTS[{LIN!r}]._replace(url=sys.argv[2])
 WEIGHTS.clear()
 WEIGHTS[{LIN!r}] = row
 sources.PINS = Path(sys.argv[1])
-print(publish_all())
+for _ in sys.stdin:
+    print(publish_all(), flush=True)
 '''
 
 
@@ -635,13 +643,20 @@ def test_what_is_pinned_and_on_the_hub_is_skipped(linear, hub, tmp_path):
     with loopback.Server() as server:
         server.files['/x/model_best.pth.tar'] = linear[0].read_bytes()
 
+        process = start(
+            UPLOAD_ALL, pins, f'{server.url}/x/model_best.pth.tar', HF_ENDPOINT=hub.url, HF_TOKEN='hf_x',
+            HF_HOME=str(tmp_path / 'hf'), TORCH_HOME=str(tmp_path / 'torch'), HF_HUB_OFFLINE='0',
+            SIMSIAM_HUB_NAMESPACE='someone', HF_HUB_DISABLE_XET='1')
+
         def upload_all() -> list[str]:
             hub.log.clear(), server.log.clear()
-            done = run(UPLOAD_ALL, pins, f'{server.url}/x/model_best.pth.tar', HF_ENDPOINT=hub.url, HF_TOKEN='hf_x',
-                       HF_HOME=str(tmp_path / 'hf'), TORCH_HOME=str(tmp_path / 'torch'), HF_HUB_OFFLINE='0',
-                       SIMSIAM_HUB_NAMESPACE='someone', HF_HUB_DISABLE_XET='1')
-            assert done.returncode == 0, done.stderr
-            return done.stdout.splitlines()
+            process.stdin.write('\n')
+            process.stdin.flush()
+            lines = []
+            while not lines or lines[-1] not in ('True', 'False'):
+                lines.append(process.stdout.readline().rstrip('\n'))
+                assert lines[-1], process.communicate()[1]
+            return lines
 
         assert upload_all()[-2:] == ['1 of 1 tags are published', 'True'] and len(server.log) == 1
         recorded = json.loads(pins.read_text())[LIN]
@@ -652,3 +667,5 @@ def test_what_is_pinned_and_on_the_hub_is_skipped(linear, hub, tmp_path):
         lines = upload_all()
         assert hub.log and not server.log and lines[-1] == 'True'  # again, from the cache
         assert hashlib.sha256(hub.files['model.safetensors']).hexdigest() == recorded['files']['model.safetensors']
+        _, said = process.communicate()
+        assert process.returncode == 0, said

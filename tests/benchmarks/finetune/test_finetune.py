@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import warm
 from conftest import ROOT, write_digits
 from PIL import Image
 from sklearn.metrics import confusion_matrix
@@ -371,7 +372,7 @@ def test_a_run_stopped_in_an_epoch_ends_in_the_same_bits(
 ):
     folder = tmp_path / 'run'
     process = subprocess.Popen(
-        [sys.executable, '-m', 'simsiam_models', 'finetune', str(photos), '--out', str(folder), *PLAIN],
+        [warm.python(), '-m', 'simsiam_models', 'finetune', str(photos), '--out', str(folder), *PLAIN],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     try:
         for line in process.stdout:
@@ -589,7 +590,7 @@ def test_two_processes_learn_what_one_does(photos: Path, tmp_path: Path, one_thr
     script = tmp_path / 'launch.py'
     script.write_text(LAUNCH)
     subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
+        [warm.python(), '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1',
          '--nproc-per-node', '2', str(script), *map(str, args), '--out', str(tmp_path / 'two')],
         check=True, capture_output=True, env=environment())
     run(*args, '--out', tmp_path / 'one')

@@ -3,11 +3,11 @@ import argparse
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from tiny_linear import MODEL, SHORT, arguments, measure, read_record, same_numbers, write_split_digits
 
@@ -138,7 +138,7 @@ def test_a_data_set_that_went_away_is_not_left_out_image_by_image(split_digits, 
 
 def _torchrun(data: Path, output: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node',
+        [warm.python(), '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node',
          '2', '-m', 'simsiam_models.cli', *arguments(data, output, 'mhead', *more)],
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}, capture_output=True, text=True,
         timeout=120, cwd=ROOT)

@@ -3,13 +3,13 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import ROOT
 from tiny_linear import arguments, measure, read_record, same_numbers, write_split_digits
 
@@ -88,7 +88,7 @@ torch.save = save
 measure(Path({str(split_digits)!r}), Path({str(tmp_path / "killed")!r}), 'moco')
 '''
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    done = subprocess.run([sys.executable, '-c', script], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([warm.python(), '-c', script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
     measure(split_digits, tmp_path / 'whole', 'moco')
     measure(split_digits, tmp_path / 'killed', 'moco')

@@ -1,14 +1,13 @@
 """The training of linear classifiers: one process or many, one batch or pieces of it, and the plain loop."""
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
+from processes import spawn
 from tiny_linear import CPU, MODEL, make_run, measure, read_record, write_split_digits
 from torchvision import transforms
 
@@ -76,25 +75,20 @@ def test_pieces_of_a_batch_make_the_step_of_the_whole(protocol, split_digits):
     assert [e['loss'] for e in ends[0][1]] == pytest.approx([e['loss'] for e in ends[1][1]], rel=1e-5)
 
 
-def _enter(rank: int, store: str, data: str, folder: str) -> None:
-    os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=2)
+def _train(rank: int, data: Path) -> dict:
     out = {}
     for protocol in ('fair', 'mhead', 'moco'):
         world = World(rank, 2, CPU, dist.new_group(backend='gloo'))
         # Rank 0 decides for both when to save.
-        run = make_run(Path(data), protocol, world, minutes=10.0 if rank else 0.0)
+        run = make_run(data, protocol, world, minutes=10.0 if rank else 0.0)
         train(run)
         run.frozen.check_unchanged(protocol)
         out[protocol] = (run.heads.state_dict(), run.history)
-    torch.save(out, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+    return out
 
 
 def test_two_processes_compute_what_one_does(split_digits, tmp_path):
-    mp.spawn(_enter, (str(tmp_path / 'store'), str(split_digits), str(tmp_path)), nprocs=2)
-    both = [torch.load(tmp_path / f'{rank}.pt') for rank in (0, 1)]
+    both = spawn(_train, tmp_path, split_digits)
     for protocol in ('fair', 'mhead', 'moco'):
         run = make_run(split_digits, protocol)
         train(run)

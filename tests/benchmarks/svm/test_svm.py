@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import layouts_benchmarks as layouts
 import numpy as np
 import pytest
+import warm
 from conftest import ROOT
 from PIL import Image
 from sklearn.metrics import average_precision_score
@@ -357,6 +359,13 @@ def much(task: tuple, made: svm_fits.SvmData) -> dict:
     return {'cv': np.zeros((2**25, 2**30))}
 
 
+@pytest.fixture
+def warm_processes() -> Iterator[None]:
+    with warm.spawned():
+        yield
+
+
+@pytest.mark.usefixtures('warm_processes')
 def test_many_processes_find_what_one_does_and_a_killed_one_is_reported(tmp_path: Path):
     made = table(tmp_path)
     one, two = FinishedTasks(tmp_path / '1.jsonl'), FinishedTasks(tmp_path / '2.jsonl')
@@ -378,6 +387,7 @@ def unsendable(x: str) -> None:
     raise TwoArgumentsError(x, 'y')
 
 
+@pytest.mark.usefixtures('warm_processes')
 def test_processes_take_every_item_once_and_an_error_in_one_is_raised():
     assert sorted(map_in_processes(abs, range(-9, 0), 2)) == list(range(1, 10))
     with pytest.raises(ValueError, match="invalid literal for int.*'x'") as e:
@@ -397,7 +407,7 @@ def test_processes_take_every_item_once_and_an_error_in_one_is_raised():
 
 
 SLEEPY = """
-import fcntl, os, sys, time
+import fcntl, multiprocessing, os, sys, time
 from simsiam_models import cli
 from simsiam_models.benchmarks.svm import jobs
 
@@ -408,6 +418,7 @@ def sleep(task, table):
         time.sleep(600)
 
 def main():
+    multiprocessing.set_executable(os.environ['WARM'])
     jobs.run_tasks.__defaults__ = sleep,
     sys.exit(cli.main(['svm', *sys.argv[1:]]))
 """
@@ -422,8 +433,9 @@ def test_a_stopped_or_killed_command_leaves_one_line_and_no_process(
     with open(tmp_path / 'err', 'w') as err:
         process = subprocess.Popen(
             [sys.executable, '-c', 'import sleepy; sleepy.main()', *map(str, args)], cwd=tmp_path, stderr=err,
-            start_new_session=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(
-                [str(tmp_path), str(ROOT)])})
+            start_new_session=True, env={
+                **os.environ, 'OMP_NUM_THREADS': '1', 'WARM': warm.python(),
+                'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT)])})
     try:
         while len(busy := list(tmp_path.glob('*.busy'))) < 2:
             assert process.poll() is None, (tmp_path / 'err').read_text()
