@@ -71,11 +71,11 @@ def train_heads(
 
 @pytest.mark.timeout(900)
 def test_road_pictures_are_learned_far_beyond_their_most_frequent_class(camvid: Path, tmp_path: Path):
-    """Measured: 24.0 after 300 iterations; road everywhere has 2.7."""
+    """Measured: 24.0 after 300 iterations, 19.4 after 250 on a schedule of 250; road everywhere has 2.7."""
     majority = measure_majority(open_masks('folder', camvid))
     found = train(camvid, tmp_path / 'run', SMALL, '--image-size', '96', '--head-channels', '32', '--lr', '0.04',
-                  '--iterations', '250', '--eval-every', '250')
-    assert 2 < majority < 3.5 and found > 18
+                  '--iterations', '300', '--eval-every', '300')
+    assert 2 < majority < 3.5 and found > 17
 
 
 @pytest.mark.slow
