@@ -23,6 +23,7 @@ from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
 from ...runtime.messages import printable, require, short
+from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
 from ..options import add_held_out, add_model, check_held_out, parse_flags
@@ -42,7 +43,7 @@ from .training import Evaluation, make_example, make_inputs
 COUNT = dict(type=int, metavar='N')
 # On a user's own images, by default: iterations, at least, and epochs; evaluations.
 LEAST, EPOCHS, EVALUATIONS = 1000, 12, 10
-FREE = {'processes', 'protocol', 'detector', 'changed'}  # of a run's identity: the last three follow from the rest
+FREE = {'processes', 'protocol', 'detector', 'source', 'changed'}  # of a run's identity: these follow from the rest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
         log.say(describe_data(pair))
         if world.main:
             pair.shared = report_shared(pair.train, pair.test, log.say)
+        choose_amp(args.amp, world.device, None, ())
+        if (size := args.batch_size or s.protocol.batch_size) % world.size:
+            raise ValueError(
+                f'--batch-size {size} does not divide by {world.size} processes; use a multiple of {world.size}')
         if args.eval_only is not None:
             return measure_again(args, s, pair, world, log)
         with Lifecycle(
@@ -137,14 +142,16 @@ def fit_detector(
         **dataclasses.asdict(s.numbers)).to(world.device)
     detector.world = world
     protocol = describe_protocol(args, s, schedule, open_batches(s.protocol.batch_size).plan.per_epoch)
+    source = detector.source
     identity = {
-        **protocol, 'benchmark': 'detect', 'record': name_benchmark(args, s), 'weights': detector.source.identity,
+        **protocol, 'benchmark': 'detect', 'record': name_benchmark(args, s), 'weights': source.identity,
+        'source': {'name': source.name, 'tag': source.tag, 'digest': source.digest},
         'digest': pair.digest, 'processes': world.size, 'protocol': protocol,
         'detector': stored.describe(detector, s.test_side, s.long_side)}
     life.claim(identity, FREE)
     say(f'{args.model}: {detector.describe()}')
     say(describe_run(args, s, schedule, epoch))
-    normalize = Normalizer(detector.source.mean, detector.source.std, world.device)
+    normalize = Normalizer(source.mean, source.std, world.device)
     trainer = TransferTrainer(
         detector, schedule, world, args.amp, functools.partial(make_example, detector, world.device))
     evaluation = make_evaluation(args, s, pair, normalize, world)
@@ -157,14 +164,15 @@ def fit_detector(
         stored.export(detector, args.output, s.test_side, s.long_side)
         history = [{k: entry[k] for k in ('step', 'metrics', 'seconds')} for entry in transfer.history]
         write_result(
-            args.output, name_benchmark(args, s), protocol, detector.source, pair, transfer.history[-1],
+            args.output, name_benchmark(args, s), protocol, source, pair, transfer.history[-1],
             seconds=transfer.seconds, say=say, extra={'unreadable': batches.unreadable, 'history': history})
         say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / stored.BACKBONE}")
 
 
 def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog) -> int:
     """Measures a trained detector, as --eval-only asks for."""
-    detector, config, protocol, name = stored.open_trained(args.eval_only)
+    detector, trained = stored.open_trained(args.eval_only)
+    config = trained['detector']
     if detector.names != pair.test.classes:
         raise ValueError(
             f'--eval-only {args.eval_only}: the detector has the classes {short(", ".join(detector.names))}, but the '
@@ -177,8 +185,8 @@ def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPa
     entry = make_evaluation(args, s, pair, normalize, world).measure(detector, world)
     if world.main:
         write_result(
-            args.output, name, protocol, detector.source, pair, entry, seconds=time.monotonic() - start, say=log.say,
-            extra={'measured_again': str(args.eval_only)})
+            args.output, trained['record'], trained['protocol'], detector.source, pair, entry,
+            seconds=time.monotonic() - start, say=log.say, extra={'measured_again': str(args.eval_only)})
     return 0
 
 

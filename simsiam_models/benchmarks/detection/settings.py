@@ -60,7 +60,9 @@ def resolve(args: argparse.Namespace) -> DetectionSettings:
         for name, low in (('iterations', 1), ('batch_size', 1), ('image_size', least), ('rois', 1), ('pool_size', 2),
                           ('proposals', 1), ('eval_every', 1), ('workers', 0), ('seed', 0))
         if (value := getattr(args, name)) is not None)
-    check_flags([('--lr', args.lr, args.lr is None or args.lr > 0, 'above 0')])
+    check_flags([
+        ('--lr', args.lr, args.lr is None or args.lr > 0, 'above 0'),
+        ('--checkpoint-minutes', args.checkpoint_minutes, args.checkpoint_minutes >= 0, 'at least 0')])
     changes: dict[str, Any] = {'variant': args.variant}
     if args.rois is not None:
         changes['rois'] = args.rois

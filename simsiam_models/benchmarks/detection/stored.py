@@ -141,8 +141,8 @@ def read(folder: Path) -> tuple[Detector, dict[str, Any]]:
     return restore(config, load_file(folder / MODEL), folder), config
 
 
-def open_trained(path: Path) -> tuple[Detector, dict[str, Any], dict[str, Any], str]:
-    """Returns a trained detector, its configuration, and the protocol and benchmark of its training.
+def open_trained(path: Path) -> tuple[Detector, dict[str, Any]]:
+    """Returns a trained detector and the identity of its run.
 
     `path` is the folder of a run, or its checkpoint.pth, which a run that is not finished has, too.
     """
@@ -153,4 +153,7 @@ def open_trained(path: Path) -> tuple[Detector, dict[str, Any], dict[str, Any], 
     run = state['run']
     if run.get('benchmark') != 'detect':
         raise ValueError(f'--eval-only {path}: a run of another kind ({short(run.get("benchmark"))})')
-    return restore(run['detector'], state['model'], file), run['detector'], run['protocol'], run['record']
+    detector = restore(run['detector'], state['model'], file)
+    for name, value in run['source'].items():  # of the record: the weights that it was trained from
+        setattr(detector.source, name, value)
+    return detector, run

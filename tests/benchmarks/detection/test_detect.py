@@ -95,7 +95,7 @@ def test_eval_only_measures_what_the_run_measured(trained: Path, shapes: Path, t
         assert main(['detect', str(shapes), '--dataset', 'folder', '--eval-only', str(name), '--device', 'cpu',
                      '--output', str(out)]) == 0
         again, first = read_record(out / 'record.json'), read_record(trained / 'record.json')
-        assert again['metrics'] == first['metrics'] and again['protocol'] == first['protocol']
+        assert all(again[key] == first[key] for key in ('metrics', 'protocol', 'weights', 'benchmark'))
         assert (out / 'predictions.json').read_bytes() == (trained / 'predictions.json').read_bytes()
 
 
@@ -120,7 +120,7 @@ def test_another_run_does_not_continue_this_one(
     (['--model', 'vit_tiny_patch16_224:random'], 'need a ResNet of timm'),
     (['--model', 'simsiam_resnet18_cifar:random'], 'strides 4, 8, 16 and 32'),
     (['--rois', '0'], '--rois 0: must be at least 1'), (['--image-size', '8'], '--image-size 8: must be at least 32'),
-    (['--lr', '-1'], '--lr -1.0: must be above 0'),
+    (['--lr', '-1'], '--lr -1.0: must be above 0'), (['--amp', 'float16'], 'float16 does not run on a CPU'),
     (['--protocol', 'coco_fpn_1x', '--variant', 'detectron2'], "MoCo's fasterrcnn_c4"),
     (['--model', 'nothing_like_this'], 'neither a model of timm nor a file'),
     (['--eval-only', 'nowhere'], '--eval-only nowhere: no checkpoint.pth')])
