@@ -78,8 +78,8 @@ def test_a_record_holds_everything_and_reads_back_as_written(tmp_path: Path):
 @pytest.mark.parametrize('benchmark, named', [
     ('imagenet_knn_T0.07', True), ('folder_knn_T0.07', True), ('places205_mhead_linear', True),
     ('imagenet_linear_avgpool', True), ('voc07_svm_feature5', True), ('voc07_lowshot_svm_feature5', True),
-    ('imagenet_semi_1pct', True), ('voc12aug_fcn_r50_d8_512_20k', True), ('imagenet_linear', False), ('imagenet_linear_moco', False),
-    ('folder_auto_probe', False), ('finetune', False)])
+    ('imagenet_semi_1pct', True), ('voc12aug_fcn_r50_d8_512_20k', True), ('imagenet_linear', False),
+    ('imagenet_linear_moco', False), ('folder_auto_probe', False), ('finetune', False)])
 def test_records_of_mmselfsups_protocols_say_that_its_reader_turns_images_by_exif(benchmark, named, tmp_path):
     found = write_record(
         tmp_path / 'x.json', benchmark, {}, backbone(), {'name': 'folder', 'counts': {}}, {'top1': 1.0}, seconds=1)

@@ -81,6 +81,7 @@ def test_road_pictures_are_learned_far_beyond_their_most_frequent_class(camvid: 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_trained_backbone_segments_better_than_heads_on_an_untrained_one(camvid: Path, tmp_path: Path):
+    """Measured, once: 30.4; heads on the frozen, untrained backbone 23.6; the most frequent class 2.7."""
     pair = open_masks('folder', camvid)
     majority, heads = measure_majority(pair), train_heads(pair, LARGER, 600, 128, (64, 32), 0.02)
     found = train(camvid, tmp_path / 'run', LARGER, '--image-size', '128', '--head-channels', '64', '--lr', '0.02',
