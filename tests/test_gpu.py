@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 
 import train
+from simsiam_models.benchmarks import segmentation
 from simsiam_models.benchmarks.detection.model import build
 from simsiam_models.benchmarks.transfer import Schedule, TransferTrainer
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
@@ -66,3 +67,18 @@ def test_a_detector_trains_and_detects_on_the_card(kind: str, amp: str):
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
     found = detector.eval().detect(images)
     assert all(f.boxes.is_cuda and len(f.boxes) == len(f.scores) <= 100 for f in found)
+
+
+@pytest.mark.parametrize('amp', ['bfloat16', 'float16', 'off'])
+def test_a_segmenter_trains_and_predicts_on_the_card(amp: str):
+    device = torch.device('cuda')
+    segmenter = segmentation.build('resnet18:random', 5).to(device)
+    schedule = Schedule(
+        iterations=9, batch_size=2, lr=1e-3, momentum=0.9, weight_decay=5e-4, power=0.9, floor=1e-5, eval_every=9)
+    trainer = TransferTrainer(segmenter, schedule, World(0, 1, device), amp, tuple, weights={'aux': 0.4})
+    images, masks = torch.rand(2, 3, 96, 128, device=device), torch.zeros(2, 96, 128, dtype=torch.uint8)
+    masks[:, 20:60], masks[:, :, 100:] = 3, 255
+    losses = [sum(trainer.step((images, masks), step).values()).item() for step in range(9)]
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    logits = segmenter.eval().compute_logits(images)
+    assert logits.is_cuda and logits.shape == (2, 5, 96, 128) and logits.dtype == torch.float32

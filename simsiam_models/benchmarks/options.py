@@ -1,8 +1,9 @@
 """Flags that several benchmarks share: the model, the image size, and how features are extracted."""
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,6 +15,31 @@ from .features import Extraction
 from .protocols import LEAST, SIZE
 from .samples import Pair
 from .shared_images import report_shared
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Raises ValueError instead of ending the program."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse_flags(
+    name: str, add_arguments: Callable[[argparse.ArgumentParser], Any], data: str | Path, output: str | Path,
+    flags: dict[str, Any],
+) -> argparse.Namespace:
+    """Parses a command's arguments from Python: names without dashes, such as batch_size=4 for --batch-size 4.
+
+    Raises ValueError for a wrong or unknown one.
+    """
+    parser = FlagParser(name, add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    words = [str(data), '--output', str(output)]
+    for flag, value in flags.items():
+        if value is not None and value is not False:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            words += [f'--{flag.replace("_", "-")}', *([] if value is True else [text])]
+    return parser.parse_args(words)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

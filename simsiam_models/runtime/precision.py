@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 AMP = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'off': None}
 
@@ -14,6 +14,11 @@ AMP = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'off': None}
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The forward pass in a precision of AMP."""
     return torch.autocast(device.type, AMP[amp]) if AMP[amp] else nullcontext()
+
+
+def widen(x: Tensor) -> Tensor:
+    """Returns a tensor of 16 bits per number, from autocast, in float32, and every other one as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def suggest_off(amp: str) -> str:

@@ -27,7 +27,7 @@ from ...runtime.distributed import cores
 from ...runtime.messages import announce, printable
 from ..samples import Pair
 from .cityscapes import list_cityscapes
-from .exif import is_turned
+from .exif import WITHIN, is_turned
 from .mask_files import IGNORED, Classes, decode_mask
 from .mask_folders import find_pairs, read_classes
 from .sizes import deviation, refusal
@@ -163,14 +163,14 @@ def find_ids(images: MaskedImages) -> np.ndarray:
         name, image = images.masks.name_of(row), images.images.name_of(row)
         try:
             ids = decode_mask(images.masks.stored_bytes(row), name)
-            data = images.images.stored_bytes(row)
+            data = images.images.stored_bytes(row, 0, WITHIN)
         except UnreadableError:
             return
         found.append(np.bincount(ids.ravel(), minlength=IGNORED + 1) > 0)
         try:
             with Image.open(io.BytesIO(data)) as opened:
                 size = opened.size[::-1]
-        # PIL raises almost anything for a broken file, which counts as unreadable later.
+        # PIL raises almost anything for a broken file, which counts as unreadable later, or a header that is too long.
         except Exception:
             return
         check_size(image, size, name, ids.shape, is_turned(data))

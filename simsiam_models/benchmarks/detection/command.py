@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ...runtime.messages import printable, require, short
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
-from ..options import add_held_out, add_model, check_held_out
+from ..options import add_held_out, add_model, check_held_out, parse_flags
 from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
@@ -103,11 +103,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
     """Trains and measures a detector as `simsiam detect DATA --output OUTPUT` does; returns its record.
 
@@ -121,13 +116,7 @@ def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
         ValueError: a flag is wrong or unknown.
         As the command, whose errors are ValueError, RuntimeError, OSError.
     """
-    parser = _Parser('detection.train', add_help=False, allow_abbrev=False)
-    add_arguments(parser)
-    words = [str(data), '--output', str(output)]
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f'--{name.replace("_", "-")}', *([] if value is True else [str(value)])]
-    run(parser.parse_args(words))
+    run(parse_flags('detection.train', add_arguments, data, output, flags))
     return read_record(Path(output) / RECORD)
 
 

@@ -2,13 +2,14 @@
 from collections import OrderedDict
 from collections.abc import Sequence
 
-import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from ...runtime.precision import widen
 
 
 class Stages(nn.Module):
@@ -101,11 +102,6 @@ class MaskHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return widen(self.predictor(self.convs(x)))
-
-
-def widen(x: Tensor) -> Tensor:
-    """Returns a tensor of 16 bits per number, from autocast, in float32, and every other one as it is."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _find(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:

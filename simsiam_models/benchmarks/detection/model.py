@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...runtime.distributed import World, mean_over_processes
+from ...runtime.precision import widen
 from ..backbone import Backbone, load_backbone
 from ..protocols import DETECTION_VARIANTS, DETECTORS, DetectorNumbers
-from .heads import BoxHead, Layer4, MaskHead, Pyramid, Stages, widen
+from .heads import BoxHead, Layer4, MaskHead, Pyramid, Stages
 from .roi import Found, RoIHead
 from .rpn import RPN, Draw
 

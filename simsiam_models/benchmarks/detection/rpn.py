@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from ...runtime.precision import widen
 from ..protocols import DetectorNumbers
 from . import boxes
-from .heads import widen
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 

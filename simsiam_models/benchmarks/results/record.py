@@ -24,7 +24,7 @@ from .compare import TOLERANCE, compare, list_changes, note_unpublished, own_num
 FORMAT, VERSION = 'simsiam_models benchmark', 1
 FIELDS = {'benchmark': str, 'protocol': dict, 'weights': dict, 'data': dict, 'metrics': dict, 'extra': dict}
 MMSELFSUP = (  # in the names of benchmarks by its protocols
-    f'knn_T{KNN_T:g}', 'mhead_linear', 'linear_avgpool', 'linear_mmselfsup', 'svm', 'semi_')
+    f'knn_T{KNN_T:g}', 'mhead_linear', 'linear_avgpool', 'linear_mmselfsup', 'svm', 'semi_', 'fcn_r50_d8')
 EXIF = "EXIF orientation is not applied here; MMSelfSup's reader (OpenCV) applied it to images that have one"
 LARGEST = 64 * 2**20  # bytes of a file that is read as a record
 DEEPEST = 100  # nested lists and tables

@@ -14,6 +14,7 @@ import argparse
 import functools
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,22 +27,24 @@ from ...runtime.messages import json_object, short
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..datasets.masks import KINDS, MaskPair, open_masks
-from ..options import add_held_out, add_model, check_held_out
+from ..options import add_held_out, add_model, check_held_out, parse_flags
 from ..pixels import Normalizer
 from ..protocols import SEGMENTATION
-from ..results.record import check_output
+from ..results.record import check_output, read_record
+from ..shared_images import report_shared
 from ..transfer import KEYS, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import load_tests, load_training
 from .inference import Inference
 from .model import LOSS_MEANS, build
-from .result import choose_shown, write_pictures, write_prediction, write_result
+from .result import RECORD, choose_shown, write_pictures, write_prediction, write_result
 from .settings import SegmentationSettings, resolve
 from .training import SegmentationEvaluation, make_example, make_inputs
 
 COUNT = dict(type=int, metavar='N')
 FREE = {'processes', 'protocol', 'segmenter', 'source', 'changed'}  # of a run's identity: these follow from the rest
-LEAST, EPOCHS = 2000, 30  # iterations on a user's own images by default: at least so many, and so many epochs
+# On a user's own images, by default: iterations, at least, and epochs; evaluations.
+LEAST, EPOCHS, EVALUATIONS = 2000, 30, 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
     add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16; Cityscapes: 8); the '
         'learning rate and the number of iterations follow')
-    add('--iterations', **COUNT, help='the learning rate falls to its floor over '
-        f"them (default: the protocol's; on your own images {EPOCHS} epochs, at least {LEAST})")
+    add('--iterations', **COUNT, help='the learning rate falls to its floor over them (default for --dataset folder: '
+        f'{EPOCHS} epochs, at least {LEAST})')
     add('--lr', type=float, metavar='X', help='learning rate, not scaled')
     add('--image-size', **COUNT, help='side of a crop and of a window in pixels (default: 512; Cityscapes: 769); the '
         'size that images are resized to follows')
@@ -76,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--loss-mean', choices=LOSS_MEANS, help='mean of the loss over all pixels, also ignored ones, as published, or '
         'over the valid ones')
     add('--head-channels', **COUNT, help='of the decode head; the auxiliary head has half as many (default: 512)')
-    add('--eval-every', **COUNT, help='iterations between evaluations')
+    add('--eval-every', **COUNT, help='iterations between evaluations (default for --dataset folder: '
+        f'1/{EVALUATIONS} of all)')
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
@@ -89,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         pair = open_masks(
             args.dataset or s.published.dataset, args.data, args.allow_partial, args.val_share, args.seed, args.classes)
         log.say(pair.describe())
+        if world.main:
+            pair.shared = report_shared(pair.train, pair.test, log.say)
         if args.eval_only is not None:
             return measure_again(args, pair, world, log)
         if s.used.batch_size % world.size:
@@ -97,18 +103,38 @@ def run(args: argparse.Namespace) -> int:
                 f'{world.size}')
         with Lifecycle(
                 args.output / LAST, KEYS, world, signals, log.say, minutes=args.checkpoint_minutes) as life:
-            train(args, s, pair, life, log)
+            fit_segmenter(args, s, pair, life, log)
     return 0
 
 
-def train(args: argparse.Namespace, s: SegmentationSettings, pair: MaskPair, life: Lifecycle, log: RunLog) -> None:
+def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
+    """Trains and measures a segmenter as `simsiam segment DATA --output OUTPUT` does; returns its record.
+
+        segmentation.train('my_masks', 'runs/mine', dataset='folder', model='simsiam_resnet50', batch_size=8)
+
+    Args:
+        data, output: folders, as for the command.
+        flags: those of the command, without dashes: batch_size=4 for --batch-size 4, allow_partial=True.
+
+    Raises:
+        ValueError: a flag is wrong or unknown.
+        As the command, whose errors are ValueError, RuntimeError, OSError.
+    """
+    run(parse_flags('segmentation.train', add_arguments, data, output, flags))
+    return read_record(Path(output) / RECORD)
+
+
+def fit_segmenter(
+    args: argparse.Namespace, s: SegmentationSettings, pair: MaskPair, life: Lifecycle, log: RunLog,
+) -> None:
     """Trains a new segmenter, or the rest of one, and exports and measures it."""
     world, say = life.world, log.say
     workers = default_workers(world.device) if args.workers is None else args.workers
     batches = load_training(
         pair.train, s.make_augmentation(), s.used.batch_size, world, seed=s.seed, workers=workers)
-    if pair.name == 'folder' and args.iterations is None:  # the protocols are for thousands of images
-        args.iterations = max(LEAST, EPOCHS * batches.plan.per_epoch)
+    if pair.name == 'folder':  # the protocols' numbers are for thousands of images
+        args.iterations = args.iterations or max(LEAST, EPOCHS * batches.plan.per_epoch)
+        args.eval_every = args.eval_every or -(-args.iterations // EVALUATIONS)
         s = resolve(args)
     p, rule = s.used, s.make_inference()
     segmenter = build(

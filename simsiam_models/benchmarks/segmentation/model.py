@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...runtime.distributed import World, mean_over_processes
+from ...runtime.precision import widen
 from ..backbone import Backbone, forward_stages, load_backbone
 from ..protocols import SEGMENTATION
 from .metrics import IGNORED
@@ -105,7 +106,7 @@ class Segmenter(nn.Module):
         return (mean_over_processes(n, self.world) if self.world.size > 1 else n).clamp(min=1)
 
     def _cross_entropy(self, logits: Tensor, masks: Tensor, divisor: Tensor | int) -> Tensor:
-        logits = self.resize(logits.float(), masks.shape[-2:])
+        logits = self.resize(widen(logits), masks.shape[-2:])
         return F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction='sum') / divisor
 
     def resize(self, logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -118,7 +119,7 @@ class Segmenter(nn.Module):
 
     def compute_logits(self, images: Tensor) -> Tensor:
         """Returns logits (B, classes, H, W) of images (B, 3, H, W), normalised; call it in evaluation mode."""
-        return self.resize(self.decode_head(self.compute_maps(images)[1]).float(), images.shape[-2:])
+        return self.resize(widen(self.decode_head(self.compute_maps(images)[1])), images.shape[-2:])
 
     def check_trained(self) -> None:
         """Raises RuntimeError if a parameter or a batch norm is frozen."""

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ from simsiam_models.cli import main
 NETWORK = '{"layers": [1, 1, 1, 1], "channels": [8, 16, 24, 32], "stem_width": 8, "stem_type": "deep"}'
 TINY = [
     '--model', 'resnet18:random', '--model-args', NETWORK, '--head-channels', '12', '--device', 'cpu', '--workers', '0']
-SMALL = ['--dataset', 'folder', *TINY, '--iterations', '6', '--batch-size', '4', '--image-size', '48']
+SMALL = ['--dataset', 'folder', *TINY, '--iterations', '6', '--eval-every', '3', '--batch-size', '4',
+         '--image-size', '48']
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
@@ -198,17 +198,41 @@ def test_a_killed_run_ends_in_the_bits_of_an_undisturbed_one(scenes: Path, tmp_p
     assert all(np.array_equal(masks[0][name], masks[1][name]) for name in masks[0])
 
 
-def test_the_example_of_the_documentation_runs(trained: Path, scenes: Path, tmp_path: Path, monkeypatch):
-    """It is that of the package; README has the same."""
-    code = textwrap.dedent(segmentation.__doc__.partition('\n\n')[2])
-    blocks = re.findall(r'```python\n(.*?)```', (Path(__file__).resolve().parents[3] / 'README.md').read_text(), re.S)
-    assert [block.strip() for block in blocks if 'segmentation.build' in block] in ([], [code.strip()])
+EXAMPLE = '''from simsiam_models.benchmarks import segmentation
+
+segmentation.train('my_masks', 'runs/mine', model='simsiam_resnet50', dataset='folder', batch_size=8)
+predictor = segmentation.load('runs/mine')
+mask = predictor(['photo.jpg'])[0]  # (H, W): positions in predictor.classes
+predictor.save(mask, 'mask.png')
+'''
+
+
+def test_the_example_of_the_readme_runs(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).resolve().parents[3] / 'README.md').read_text()
+    found = re.search(r'<!-- segment -->\n```python\n(.*?)```', text, re.S)
+    assert found is None or found[1] == EXAMPLE
+    (tmp_path / 'my_masks').symlink_to(scenes)
+    (tmp_path / 'photo.jpg').symlink_to(scenes / 'images' / 'val' / '0001.jpg')
     monkeypatch.chdir(tmp_path)
-    shutil.copy(scenes / 'images' / 'val' / '0001.jpg', 'photo.jpg')
-    names = {'images': torch.randn(2, 3, 64, 64), 'masks': torch.randint(0, 3, (2, 64, 64))}
-    exec(code.replace('simsiam_resnet50', 'resnet10t:random').replace('runs/mine', str(trained)), names)
-    assert names['segmenter'].names == NAMES and names['predictor'].classes == NAMES
-    assert np.array_equal(np.asarray(Image.open('mask.png')), names['mask'])
+    small = dict(iterations=2, image_size=48, head_channels=12, device='cpu', workers=0, model_args=json.loads(NETWORK))
+    real, names = segmentation.train, {}
+    monkeypatch.setattr(segmentation, 'train', lambda *args, **flags: real(*args, **flags, **small))
+    exec(EXAMPLE.replace('simsiam_resnet50', 'resnet18:random'), names)
+    assert names['predictor'].classes == NAMES and np.array_equal(np.asarray(Image.open('mask.png')), names['mask'])
+    assert read_record(tmp_path / 'runs' / 'mine' / 'record.json')['benchmark'] == 'segment_fcn_d8'
+
+
+def test_wrong_flags_from_python_are_one_sentence(scenes: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match='unrecognized arguments: --crop 3'):
+        segmentation.train(scenes, tmp_path, dataset='folder', model='resnet18:random', crop=3)
+
+
+def test_test_images_that_also_train_are_named(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    root = shutil.copytree(scenes, tmp_path / 'scenes')
+    shutil.copy(root / 'images' / 'train' / '0003.jpg', root / 'images' / 'val' / '0001.jpg')
+    shutil.copy(root / 'masks' / 'train' / '0003.png', root / 'masks' / 'val' / '0001.png')
+    assert main(['segment', str(root), *SMALL, '--batch-size', '99', '--output', str(tmp_path / 'run')]) == 1
+    assert '1 of 3 test images are also training images, byte for byte' in capsys.readouterr().out
 
 
 def test_the_voc_layout_runs_every_path(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -71,19 +71,20 @@ def train_heads(
 
 @pytest.mark.timeout(900)
 def test_road_pictures_are_learned_far_beyond_their_most_frequent_class(camvid: Path, tmp_path: Path):
-    """Measured: 24.0 after 300 iterations; road everywhere has 2.7."""
+    """Measured: 24.0 after 300 iterations, 19.4 after 250 on a schedule of 250; road everywhere has 2.7."""
     majority = measure_majority(open_masks('folder', camvid))
     found = train(camvid, tmp_path / 'run', SMALL, '--image-size', '96', '--head-channels', '32', '--lr', '0.04',
-                  '--iterations', '250')
-    assert 2 < majority < 3.5 and found > 18
+                  '--iterations', '300', '--eval-every', '300')
+    assert 2 < majority < 3.5 and found > 17
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_trained_backbone_segments_better_than_heads_on_an_untrained_one(camvid: Path, tmp_path: Path):
+    """Measured, once: 30.4; heads on the frozen, untrained backbone 23.6; the most frequent class 2.7."""
     pair = open_masks('folder', camvid)
     majority, heads = measure_majority(pair), train_heads(pair, LARGER, 600, 128, (64, 32), 0.02)
     found = train(camvid, tmp_path / 'run', LARGER, '--image-size', '128', '--head-channels', '64', '--lr', '0.02',
-                  '--iterations', '600')
+                  '--iterations', '600', '--eval-every', '600')
     print(f'mIoU: {found:.2f}, heads on an untrained backbone {heads:.2f}, most frequent class {majority:.2f}')
     assert found > 25 and found > heads + 3 > majority
