@@ -58,7 +58,7 @@ def test_copies_in_folders_are_counted_and_the_first_is_named(parts, capsys):
         'first': [str(parts / 'val/0/copy.jpg'), str(parts / 'train/0/0000.jpg')]}
     assert said['shared'] == 3
     assert capsys.readouterr().out == (
-        '3 of 63 test images are also training images, byte for byte, 1 of them with another label: the result is '
+        '3 of 63 test images are also training images, byte for byte, 1 of them with another label, so the result is '
         f'better than on new images; the first: {parts / "val/0/copy.jpg"} is {parts / "train/0/0000.jpg"}\n')
 
 
