@@ -604,7 +604,7 @@ def test_the_tsne_is_scikit_learns_with_the_published_parameters():
         n_components=2, perplexity=30, early_exaggeration=12, learning_rate=200, max_iter=1000,
         n_iter_without_progress=300, init='random', random_state=0).fit_transform(x)
     np.testing.assert_array_equal(compute_tsne(x), expected)
-    with pytest.raises(ValueError, match='30 images for a t-SNE of perplexity 30'):
+    with pytest.raises(ValueError, match='30 images are too few: a t-SNE of perplexity 30'):
         compute_tsne(x[:30])
 
 

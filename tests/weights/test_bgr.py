@@ -217,7 +217,7 @@ def test_a_repository_takes_rgb_and_its_card_says_what_is_inferred(upstream, tmp
         assert words in text and '0.406, 0.456, 0.485' in text and 'RGB' in text
     assert 'BGR' not in describe('mm_ep200_in1k').split('Numbers of')[0]
     again = publish(tmp_path / 'repo', TAG, tmp_path / 'again')
-    assert 'already been converted' in again
+    assert 'converted from an already converted file' in again
     assert torch.equal(load_file(tmp_path / 'again' / 'model.safetensors')['conv1.weight'], theirs.flip(1))
 
 

@@ -327,7 +327,7 @@ def test_layers_that_are_no_linear_classifier_are_left_out_and_said(model: SimSi
     mlp = nn.Sequential(nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).state_dict()
     checkpoint = recognize({**disk.part(model, 'backbone'), **disk.prefixed('fc.', mlp)})
     assert checkpoint.classifier is None and checkpoint.info['dropped']['fc'] == len(mlp)
-    assert 'no linear classifier' in checkpoint.describe()
+    assert 'are not a linear classifier and were left out' in checkpoint.describe()
 
 
 # ---- numbers ----

@@ -83,7 +83,7 @@ def _find_range(
     if high is not None:
         low = next((_read(tags, tag, 0) for tag in _MINIMA if tag in tags), 0)
         if not low < high < float('inf'):
-            raise ValueError(f'its declared range, {low} to {high}, is empty; {_REMEDY}')
+            raise ValueError(f'its declared range, {low} to {high}, is invalid; {_REMEDY}')
         return low, high
     if not image.mode.startswith('I;16') and image.format != 'PNG':  # older versions of Pillow read such a PNG as I
         what = {'f': 'floating-point', 'i': 'signed', 'u': 'unsigned'}[kind]

@@ -122,7 +122,8 @@ def test_the_expected_sizes_are_those_of_the_published_sets():
     assert {kind: size[1:4] for kind, size in sizes.SIZES.items()} == {
         'imagenet': (1281167, 50000, 1000), 'places205': (2448873, 20500, 205), 'inat18': (437513, 24426, 8142),
         'cifar10': (50000, 10000, 10), 'cifar100': (50000, 10000, 100), 'voc07': (5011, 4952, 20),
-        'voc0712': (16551, 4952, 20), 'coco': (118287, 5000, 80)}
+        'voc0712': (16551, 4952, 20), 'coco': (118287, 5000, 80), 'voc12aug': (10582, 1449, 21),
+        'cityscapes': (2975, 500, 19)}
 
 
 def test_every_single_count_is_checked():

@@ -214,7 +214,7 @@ def test_samples_outside_the_declared_range_are_refused(wrong):
 
 @pytest.mark.parametrize('top', [0.0, -1.0, float('inf'), float('nan')])
 def test_a_declared_range_that_is_none_is_refused(top):
-    with pytest.raises(UnreadableError, match='its declared range from 0 to .* is none'):
+    with pytest.raises(UnreadableError, match='its declared range, 0 to .*, is invalid'):
         decode(tiff(RAMP.astype(np.float32), '<', (SMAX, FLOAT, [top])), 'x')
 
 

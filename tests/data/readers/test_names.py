@@ -197,7 +197,7 @@ def test_junk_in_a_tar_is_passed_over_and_counted(tmp_path, caplog):
     assert len(images) == 2 and caplog.text.count('\n') == 3 and 'no labels: no .cls' in caplog.text
     assert ': 5 (1 .ipynb_checkpoints, 1 ._*' in caplog.text.replace('1 ._*, 1 .ipynb_checkpoints',
                                                                      '1 .ipynb_checkpoints, 1 ._*')
-    assert 'of images: 2 (2 .json), the first cat/1.json' in caplog.text
+    assert 'files without an image extension, skipped: 2 (2 .json), the first cat/1.json' in caplog.text
 
 
 def test_junk_in_a_stream_is_passed_over_and_named(tmp_path, caplog):
@@ -257,7 +257,7 @@ def test_shards_are_divided_by_the_same_names_and_others_are_named(tmp_path, cap
     assert split('a.tar', 'b.tar') == [['a.tar', 'b.tar'], []] and not caplog.records
     assert split('training-0.tar', 'Dev-0.tar') == [['training-0.tar'], ['Dev-0.tar']] and not caplog.records
     assert split('train-0.tar', 'test-0.tar', 'val-0.tar') == [['train-0.tar'], ['val-0.tar']]
-    assert '1 files are left out' in caplog.text and 'the first is test-0.tar' in caplog.text
+    assert 'skipped 1 files, whose names are neither like' in caplog.text and 'the first is test-0.tar' in caplog.text
     assert split('part-0.tar', 'test-0.tar') == [['part-0.tar'], ['test-0.tar']]  # test images train nothing
     assert 'training on the 1 files' in caplog.text
     assert split('val-0.tar', 'val-1.tar') == [['val-0.tar', 'val-1.tar'], []] and not caplog.records
