@@ -22,7 +22,7 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import printable, require, short
+from ...runtime.messages import json_object, printable, require, short
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..datasets.objects import ObjectPair, open_objects
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder '
         'your own: a COCO json or a folder with one, or a VOC folder')
     add_model(parser)
+    add('--model-args', type=json_object, default={}, metavar='JSON', help='keyword arguments of the backbone')
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run, its detector and its record; the same command continues the run')
     add('--protocol', choices=list(DETECTION), default='voc0712_c4_24k', help='default: voc0712_c4_24k')
@@ -139,7 +140,7 @@ def fit_detector(
     schedule = make_schedule(s, args, epoch)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,
-        **dataclasses.asdict(s.numbers)).to(world.device)
+        model_args=args.model_args, **dataclasses.asdict(s.numbers)).to(world.device)
     detector.world = world
     protocol = describe_protocol(args, s, schedule, open_batches(s.protocol.batch_size).plan.per_epoch)
     source = detector.source

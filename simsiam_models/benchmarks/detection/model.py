@@ -127,7 +127,7 @@ class Detector(nn.Module):
 
 def build(
     model: str | Backbone, kind: str = 'fasterrcnn_c4', classes: int | Sequence[str] = 20, *, seed: int = 0,
-    branch: str | None = None, **numbers: Any,
+    branch: str | None = None, model_args: dict[str, Any] | None = None, **numbers: Any,
 ) -> Detector:
     """Builds a detector whose backbone holds the weights of `model`; the other parts are initialised from `seed`.
 
@@ -136,6 +136,7 @@ def build(
         kind: 'fasterrcnn_c4', 'maskrcnn_fpn' or 'maskrcnn_c4'.
         classes: how many, or their names.
         branch: which network to take of a checkpoint with several.
+        model_args: keyword arguments of the backbone.
         numbers: of the detector, where they are not the protocol's: fields of `protocols.DetectorNumbers`.
 
     Raises:
@@ -146,7 +147,7 @@ def build(
     numbers = resolve_numbers(kind, numbers)
     if not names or len(set(names)) < len(names):
         raise ValueError(f'{len(names)} classes, {len(set(names))} of them different: each needs a name of its own')
-    source = model if isinstance(model, Backbone) else load_backbone(model, branch=branch)
+    source = model if isinstance(model, Backbone) else load_backbone(model, branch=branch, **(model_args or {}))
     resnet = source.model
     if not isinstance(resnet, ResNet) or [i['reduction'] for i in resnet.feature_info[-4:]] != STRIDES:
         raise ValueError(
