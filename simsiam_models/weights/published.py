@@ -102,7 +102,8 @@ def hub_namespace() -> str:
     namespace = os.environ.get('SIMSIAM_HUB_NAMESPACE', '').strip()
     try:
         validate_repo_id(f'{namespace}/{NAME}' if namespace else NAME)
-    except HFValidationError:
+        namespace.encode('ascii')  # older clients admit letters that the Hub does not
+    except (HFValidationError, UnicodeEncodeError):
         raise ValueError(
             f'SIMSIAM_HUB_NAMESPACE={namespace!r} cannot be a user or an organization on the Hub, whose names consist '
             'of letters, digits, "-", "_" and "."; correct it, or unset it') from None
