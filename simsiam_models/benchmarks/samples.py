@@ -101,6 +101,16 @@ def check_several_classes(images: Images) -> None:
             'needs at least two, each in its own folder')
 
 
+def hold_out_rows(images: Images, share: float, seed: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the rows of images without classes to train on, a seeded `share` to test on, and a text that says so."""
+    if len(images) < 2:
+        raise ValueError(f'{images.name}: {len(images)} image, so none can be held out to test on; add images')
+    n = min(max(1, round(share * len(images))), len(images) - 1)
+    held = np.zeros(len(images), bool)
+    held[permutation(seed, 0, len(images))[:n]] = True
+    return ~held, held, f'{n} of {len(images)} images, {share:g} of all, held out by seed {seed}'
+
+
 def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset, str]:
     """Returns the images to train on, a seeded `share` of each class to hold out, and a text that says so."""
     train, held = split(np.asarray(images.labels), share, seed)

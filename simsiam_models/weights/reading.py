@@ -86,7 +86,7 @@ def require_file(path: Path) -> None:
 
 
 def read_head(path: Path) -> bytes:
-    """Returns the first bytes of a file, which tell what it is."""
+    """Returns the first bytes of a file, enough to identify its format."""
     require_file(path)
     with open(path, 'rb') as f:
         return f.read(4096)

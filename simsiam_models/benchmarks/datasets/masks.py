@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...data.philox import permutation
 from ...data.readers.decode import DataError, UnreadableError, decode
 from ...data.readers.images import FileImages, stored_sizes
 from ...data.readers.index import Listing, digest, name_some
 from ...data.threads import Job, make_threads, run_in_order
 from ...runtime.distributed import cores
 from ...runtime.messages import announce, printable
-from ..samples import Pair
+from ..samples import Pair, hold_out_rows
 from .cityscapes import list_cityscapes
 from .exif import WITHIN, is_turned
 from .mask_files import IGNORED, Classes, decode_mask
@@ -142,13 +141,9 @@ def make_source(root: Path, pairs: Sequence[tuple[str, str]], name: str, classes
 
 def hold_out_images(images: MaskedImages, share: float, seed: int) -> tuple[MaskedImages, MaskedImages, str]:
     """Returns the images to train on, a seeded share to test on, and a text that says so."""
-    if len(images) < 2:
-        raise ValueError(f'{images.name}: {len(images)} image, so none can be held out to test on; add images')
-    n = min(max(1, round(share * len(images))), len(images) - 1)
-    held = np.zeros(len(images), bool)
-    held[permutation(seed, 0, len(images))[:n]] = True
-    parts = (MaskedImages(images.images, images.masks, images.kinds, images.indices[rows]) for rows in (~held, held))
-    return *parts, f'{n} of {len(images)} images, {share:g} of all, held out by seed {seed}'
+    *parts, text = hold_out_rows(images, share, seed)
+    train, test = (MaskedImages(images.images, images.masks, images.kinds, images.indices[rows]) for rows in parts)
+    return train, test, text
 
 
 def find_ids(images: MaskedImages) -> np.ndarray:

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from ...data.opening import find_validation_list
-from ...data.philox import permutation
 from ...data.readers.decode import DataError, decode
 from ...data.readers.images import FileImages
 from ...data.readers.index import Listing, digest, name_some
 from ...data.readers.names import VALIDATION, is_passed_over, part_of
 from ...runtime.messages import announce, short
-from ..samples import Pair
+from ..samples import Pair, hold_out_rows
 from .annotations import MIN_SIDE, VARIANTS, Annotated, Objects
 from .coco import find_images, parse_coco
 from .exif import WITHIN, find_orientation
@@ -205,13 +204,9 @@ def open_objects(
 
 
 def _hold_out(images: ObjectImages, share: float, seed: int) -> tuple[ObjectImages, ObjectImages, str]:
-    if len(images) < 2:
-        raise ValueError(f'{images.name}: {len(images)} image, so none can be held out to test on; add images')
-    n = min(max(1, round(share * len(images))), len(images) - 1)
-    held = np.zeros(len(images), bool)
-    held[permutation(seed, 0, len(images))[:n]] = True
-    parts = (ObjectImages(images.images, images.annotated, images.indices[rows]) for rows in (~held, held))
-    return *parts, f'{n} of {len(images)} images, {share:g} of all, held out by seed {seed}'
+    *parts, text = hold_out_rows(images, share, seed)
+    train, test = (ObjectImages(images.images, images.annotated, images.indices[rows]) for rows in parts)
+    return train, test, text
 
 
 def _open_images(annotated: Annotated, root: Path, rows: np.ndarray | None = None) -> ObjectImages:

@@ -22,25 +22,25 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import json_object, printable, require, short
+from ...runtime.messages import printable, require, short
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
-from ..datasets.objects import ObjectPair, open_objects
-from ..options import add_held_out, add_model, check_held_out, parse_flags
+from ..datasets.objects import KINDS, ObjectPair, open_objects
+from ..options import check_held_out, parse_flags
 from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
+from ..trained import BACKBONE, COUNT, RECORD, add_run, name_source, write_result
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
-from .data import EvalLoader, TrainLoader
+from .data import BatchPlan, EvalLoader, TrainLoader
 from .metrics import Detections
 from .model import build
-from .result import RECORD, write_predictions, write_result
+from .result import write_predictions
 from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, make_example, make_inputs
 
-COUNT = dict(type=int, metavar='N')
 # On a user's own images, by default: iterations, at least, and epochs; evaluations.
 LEAST, EPOCHS, EVALUATIONS = 1000, 12, 10
 FREE = {'processes', 'protocol', 'detector', 'source', 'changed'}  # of a run's identity: these follow from the rest
@@ -50,22 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='VOCdevkit with VOC2007 and VOC2012, the COCO folder, or with --dataset folder '
         'your own: a COCO json or a folder with one, or a VOC folder')
-    add_model(parser)
-    add('--model-args', type=json_object, default={}, metavar='JSON', help='keyword arguments of the backbone')
-    add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
-        help='folder of the run, its detector and its record; the same command continues the run')
-    add('--protocol', choices=list(DETECTION), default='voc0712_c4_24k', help='default: voc0712_c4_24k')
+    add_run(parser, 'detector', list(DETECTION), list(KINDS))
     add('--variant', choices=list(DETECTION_VARIANTS), default='mmdet',
         help="mmdet, which MMSelfSup's page is measured with (default), or detectron2, MoCo's, for voc0712_c4_24k")
-    add('--dataset', choices=['voc0712', 'coco', 'folder'], help="default: the protocol's")
-    add('--allow-partial', action='store_true', help='accept fewer images than the data set has')
-    add_held_out(parser)
-    add('--eval-only', type=Path, metavar='CHECKPOINT', help='measure a trained detector: the folder of a run or its '
-        'checkpoint.pth')
-    add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
-    add('--workers', **COUNT, help='threads that read images (default: by device and cores)')
-    add('--amp', choices=['off', 'bfloat16', 'float16'], default='off', help='precision (default: off, as published)')
-    add('--checkpoint-minutes', type=float, default=10.0, metavar='X', help='default: 10')
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
     add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16); the learning rate and '
         'the number of iterations follow')
@@ -78,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--proposals', **COUNT, help='proposals per image, in training and tests')
     add('--eval-every', **COUNT, help='iterations between evaluations (default for --dataset folder: '
         f'1/{EVALUATIONS} of all)')
-    parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,29 +111,26 @@ def fit_detector(
     args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, life: Lifecycle, log: RunLog,
 ) -> None:
     """Trains a new detector, or the rest of one, and exports and measures it."""
-    world, say, preparation = life.world, log.say, s.prepare(True)
+    world, say = life.world, log.say
     workers = default_workers(world.device) if args.workers is None else args.workers
-    indices = pair.train.training_indices(args.variant)
-
-    def open_batches(size: int) -> TrainLoader:
-        return TrainLoader(pair.train, indices, preparation, size, world, seed=s.seed, workers=workers)
-
-    batches = open_batches(args.batch_size or s.protocol.batch_size)
+    batches = TrainLoader(
+        pair.train, pair.train.training_indices(args.variant), s.prepare(True),
+        args.batch_size or s.protocol.batch_size, world, seed=s.seed, workers=workers)
     epoch = batches.plan.per_epoch
     if args.dataset == 'folder':  # the protocols' numbers are for thousands of images
         args.iterations = args.iterations or max(LEAST, EPOCHS * epoch)
         args.eval_every = args.eval_every or -(-args.iterations // EVALUATIONS)
     schedule = make_schedule(s, args, epoch)
+    published = BatchPlan(batches.plan.landscape, s.protocol.batch_size, s.seed)
     detector = build(
         args.model, s.protocol.detector, pair.train.classes, seed=s.seed, branch=args.branch,
         model_args=args.model_args, **dataclasses.asdict(s.numbers)).to(world.device)
     detector.world = world
-    protocol = describe_protocol(args, s, schedule, open_batches(s.protocol.batch_size).plan.per_epoch)
+    protocol = describe_protocol(args, s, schedule, published.per_epoch)
     source = detector.source
     identity = {
         **protocol, 'benchmark': 'detect', 'record': name_benchmark(args, s), 'weights': source.identity,
-        'source': {'name': source.name, 'tag': source.tag, 'digest': source.digest},
-        'digest': pair.digest, 'processes': world.size, 'protocol': protocol,
+        'source': name_source(source), 'digest': pair.digest, 'processes': world.size, 'protocol': protocol,
         'detector': stored.describe(detector, s.test_side, s.long_side)}
     life.claim(identity, FREE)
     say(f'{args.model}: {detector.describe()}')
@@ -165,9 +148,9 @@ def fit_detector(
         stored.export(detector, args.output, s.test_side, s.long_side)
         history = [{k: entry[k] for k in ('step', 'metrics', 'seconds')} for entry in transfer.history]
         write_result(
-            args.output, name_benchmark(args, s), protocol, source, pair, transfer.history[-1],
+            args.output, identity['record'], protocol, source, pair, transfer.history[-1],
             seconds=transfer.seconds, say=say, extra={'unreadable': batches.unreadable, 'history': history})
-        say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / stored.BACKBONE}")
+        say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / BACKBONE}")
 
 
 def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog) -> int:

@@ -50,7 +50,7 @@ def coco_metrics(
     Returns `box_AP` and so on, and a row for each class. What has no object, such as boxes of a size that does not
     occur, is left out of the former and None in the latter. VOC's difficult objects are measured like crowds.
 
-    Objects are numbered anew: pycocotools takes a match with annotation 0 for none.
+    Annotations are renumbered from 1, because pycocotools treats a match with annotation 0 as no match.
     """
     require("COCO's metric", pycocotools='pycocotools')
     results, truth = to_coco_results(images, rows, detections), _list_objects(images, rows)

@@ -8,46 +8,30 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ...runtime import checkpoint
-from ...runtime.checkpoint import LAST
 from ...runtime.distributed import choose_device
-from ...runtime.files import write_json
-from ...runtime.messages import short
-from ...weights import tensorfile
-from ...weights.export import export_backbone
-from ...weights.folders import check_network, read_json
-from ...weights.tensorfile import CONFIG, MODEL
-from ..backbone import RANDOM, load_backbone
 from ..pixels import Normalizer, fit_size, read_image, resize_image
-from ..transfer import KEYS
+from ..trained import describe_source, export_network, read_export, read_run, rename_source, restore_source
+from .masks import rasterize
 from .model import Detector, build
 from .training import detect_one
 
-FOLDER, BACKBONE = 'detector', 'backbone'  # in a run's folder
-FORMAT, VERSION = 'simsiam_models detector', 1
+NAME = 'detector'  # of the folder in a run's
 
 
 def describe(detector: Detector, test_side: int, long_side: int) -> dict[str, Any]:
     """Returns what `restore` needs besides the weights, as JSON holds it."""
-    source = detector.source
     return json.loads(json.dumps({
-        'format': FORMAT, 'version': VERSION, 'kind': detector.kind, 'classes': detector.names,
-        'numbers': dataclasses.asdict(detector.numbers), 'architecture': source.architecture,
-        'model_args': source.args, 'mean': source.mean, 'std': source.std, 'test_side': test_side,
-        'long_side': long_side}))
+        'kind': detector.kind, 'classes': detector.names, 'numbers': dataclasses.asdict(detector.numbers),
+        **describe_source(detector.source), 'test_side': test_side, 'long_side': long_side}))
 
 
 def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> Detector:
     """Builds the detector of a configuration from `describe`; its weights fill it, or this raises ValueError."""
     try:
-        network = check_network(config['architecture'], config['model_args'], where)
-        source = load_backbone(f'{network.name}{RANDOM}', **network.args)
-        source.mean, source.std = tuple(config['mean']), tuple(config['std'])
         numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in config['numbers'].items()}
-        detector = build(source, config['kind'], config['classes'], **numbers)
+        detector = build(restore_source(config, where), config['kind'], config['classes'], **numbers)
         detector.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f'{where}: no usable detector ({str(e).splitlines()[0][:150]})') from None
@@ -56,11 +40,7 @@ def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> 
 
 def export(detector: Detector, folder: Path, test_side: int, long_side: int) -> None:
     """Writes FOLDER/detector for `load`, and FOLDER/backbone for timm."""
-    (folder / FOLDER).mkdir(parents=True, exist_ok=True)
-    tensorfile.write(folder / FOLDER / MODEL, detector.state_dict())
-    write_json(folder / FOLDER / CONFIG, describe(detector, test_side, long_side))
-    source = detector.source
-    export_backbone(source.model, folder / BACKBONE, source.architecture, source.args, source.image_size)
+    export_network(detector, detector.source, folder, NAME, describe(detector, test_side, long_side))
 
 
 class Predictor:
@@ -106,9 +86,7 @@ class Predictor:
             'boxes': found.boxes[kept], 'scores': found.scores[kept], 'labels': found.labels[kept],
             'names': [self.classes[i] for i in found.labels[kept]]}
         if found.masks is not None:
-            from pycocotools import mask as coco_masks
-
-            masks = [coco_masks.decode(found.masks[i]).astype(bool) for i in kept]
+            masks = [rasterize(found.masks[i], height, width).astype(bool) for i in kept]
             result['masks'] = np.stack(masks) if masks else np.zeros((0, height, width), bool)
         return result
 
@@ -122,38 +100,14 @@ def load(folder: str | Path, device: str | None = None) -> Predictor:
     Raises:
         FileNotFoundError, ValueError: there is no detector, or it is damaged.
     """
-    folder = Path(folder)
-    folder = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-    detector, config = read(folder)
+    config, weights, where = read_export(Path(folder), NAME, 'detect')
+    detector = restore(config, weights, where)
     return Predictor(detector, config['test_side'], config['long_side'], choose_device(device))
 
 
-def read(folder: Path) -> tuple[Detector, dict[str, Any]]:
-    """Returns the detector in an exported folder, and its configuration."""
-    if not (folder / CONFIG).is_file() or not (folder / MODEL).is_file():
-        raise FileNotFoundError(
-            f'{folder}: no {CONFIG} and {MODEL} of a detector there; name the --output of `simsiam detect`')
-    config = read_json(folder / CONFIG)
-    if config.get('format') != FORMAT or config.get('version') != VERSION:
-        raise ValueError(f'{folder / CONFIG} is not of a detector, whose "format" is {FORMAT!r}, version {VERSION}')
-    if not tensorfile.is_whole(folder / MODEL):
-        raise ValueError(f'{folder / MODEL}: it is damaged or was cut off; export or copy it again')
-    return restore(config, load_file(folder / MODEL), folder), config
-
-
 def open_trained(path: Path) -> tuple[Detector, dict[str, Any]]:
-    """Returns a trained detector and the identity of its run.
-
-    `path` is the folder of a run, or its checkpoint.pth, which a run that is not finished has, too.
-    """
-    file = path / LAST if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f'--eval-only {path}: no {LAST} of `simsiam detect` there')
-    state = checkpoint.read(file, KEYS)
-    run = state['run']
-    if run.get('benchmark') != 'detect':
-        raise ValueError(f'--eval-only {path}: a run of another kind ({short(run.get("benchmark"))})')
-    detector = restore(run['detector'], state['model'], file)
-    for name, value in run['source'].items():  # of the record: the weights that it was trained from
-        setattr(detector.source, name, value)
+    """Returns a trained detector and the identity of its run; `path`: see `read_run`."""
+    run, weights, file = read_run(path, 'detect')
+    detector = restore(run['detector'], weights, file)
+    rename_source(detector.source, run['source'])
     return detector, run

@@ -23,25 +23,25 @@ from ...runtime.distributed import World, cores, default_workers, join_world
 from ...runtime.files import explain_write_errors
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import json_object, short
+from ...runtime.messages import short
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..datasets.masks import KINDS, MaskPair, open_masks
-from ..options import add_held_out, add_model, check_held_out, parse_flags
+from ..options import check_held_out, parse_flags
 from ..pixels import Normalizer
 from ..protocols import SEGMENTATION
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
+from ..trained import BACKBONE, COUNT, RECORD, add_run, name_source, write_result
 from ..transfer import KEYS, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import load_tests, load_training
 from .inference import Inference
 from .model import LOSS_MEANS, build
-from .result import RECORD, choose_shown, write_pictures, write_prediction, write_result
+from .result import choose_shown, write_pictures, write_prediction
 from .settings import SegmentationSettings, resolve
 from .training import SegmentationEvaluation, make_example, make_inputs
 
-COUNT = dict(type=int, metavar='N')
 FREE = {'processes', 'protocol', 'segmenter', 'source', 'changed'}  # of a run's identity: these follow from the rest
 # On a user's own images, by default: iterations, at least, and epochs; evaluations.
 LEAST, EPOCHS, EVALUATIONS = 2000, 30, 10
@@ -51,22 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='VOCdevkit with VOC2012 and the masks of SBD, the Cityscapes folder, or with '
         '--dataset folder your own: images/ and masks/ with the same names, perhaps with train/ and val/ in both')
-    add_model(parser)
-    add('--model-args', type=json_object, default={}, metavar='JSON', help='keyword arguments of the backbone')
-    add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
-        help='folder of the run, its segmenter and its record; the same command continues the run')
-    add('--protocol', choices=list(SEGMENTATION), default='voc12aug_20k', help='default: voc12aug_20k')
-    add('--dataset', choices=list(KINDS), help="default: the protocol's")
+    add_run(parser, 'segmenter', list(SEGMENTATION), list(KINDS))
     add('--classes', type=Path, metavar='FILE', help='names of the classes of your own masks, one per line from id 0 '
         'on, or `id name` lines (default: DATA/classes.txt, or else the ids found); 255 is ignored')
-    add('--allow-partial', action='store_true', help='accept fewer images than the data set has')
-    add_held_out(parser)
-    add('--eval-only', type=Path, metavar='CHECKPOINT', help='measure a trained segmenter: the folder of a run or its '
-        'checkpoint.pth')
-    add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
-    add('--workers', **COUNT, help='threads that read images (default: by device and cores)')
-    add('--amp', choices=['off', 'bfloat16', 'float16'], default='off', help='precision (default: off, as published)')
-    add('--checkpoint-minutes', type=float, default=10.0, metavar='X', help='default: 10')
     add = parser.add_argument_group("numbers (default: the protocol's)").add_argument
     add('--batch-size', **COUNT, help='images per iteration over all processes (default: 16; Cityscapes: 8); the '
         'learning rate and the number of iterations follow')
@@ -81,7 +68,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--head-channels', **COUNT, help='of the decode head; the auxiliary head has half as many (default: 512)')
     add('--eval-every', **COUNT, help='iterations between evaluations (default for --dataset folder: '
         f'1/{EVALUATIONS} of all)')
-    parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -144,7 +130,7 @@ def fit_segmenter(
     identity = {
         **protocol, 'benchmark': 'segment', 'record': name_benchmark(s, pair), 'weights': source.identity,
         'digest': pair.digest, 'processes': world.size, 'protocol': protocol,
-        'source': {'name': source.name, 'tag': source.tag, 'digest': source.digest},
+        'source': name_source(source),
         'segmenter': stored.describe(segmenter, rule, pair.train.kinds.ids)}
     life.claim(identity, FREE)
     say(f'{args.model}: {segmenter.describe()}')
@@ -166,7 +152,7 @@ def fit_segmenter(
         write_result(
             args.output, identity['record'], protocol, source, pair, transfer.history[-1], seconds=transfer.seconds,
             say=say, extra={'unreadable': batches.unreadable, 'history': history})
-        say(f"the segmenter: segmentation.load('{args.output}'); its backbone: {args.output / stored.BACKBONE}")
+        say(f"the segmenter: segmentation.load('{args.output}'); its backbone: {args.output / BACKBONE}")
 
 
 def measure_again(args: argparse.Namespace, pair: MaskPair, world: World, log: RunLog) -> int:
@@ -178,8 +164,6 @@ def measure_again(args: argparse.Namespace, pair: MaskPair, world: World, log: R
             f'--eval-only {args.eval_only}: the segmenter has the classes {short(", ".join(segmenter.names))}, but the '
             f'masks {short(", ".join(kinds.names))}, or the same with other ids; give the data set that it was trained '
             'on')
-    for name, value in run['source'].items():  # of the record: the weights that it was trained from
-        setattr(segmenter.source, name, value)
     segmenter.to(world.device).eval().requires_grad_(False)
     world.broadcast_from_main(lambda: check_output(args.output))
     normalize = Normalizer(segmenter.source.mean, segmenter.source.std, world.device)

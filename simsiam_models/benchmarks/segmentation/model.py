@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...runtime.distributed import World, mean_over_processes
 from ...runtime.precision import widen
 from ..backbone import Backbone, forward_stages, load_backbone
 from ..protocols import SEGMENTATION
+from ..trained import check_trained, count_parts
 from .metrics import IGNORED
 
 OUTPUT_STRIDE = 8
@@ -123,18 +123,12 @@ class Segmenter(nn.Module):
 
     def check_trained(self) -> None:
         """Raises RuntimeError if a parameter or a batch norm is frozen."""
-        frozen = [name for name, p in self.named_parameters() if not p.requires_grad]
-        frozen += [name for name, m in self.named_modules() if 'Frozen' in type(m).__name__ or (
-            isinstance(m, _BatchNorm) and self.training and not m.training)]
-        if frozen:
-            raise RuntimeError(f'{len(frozen)} parts of the network are frozen, the first is {frozen[0]}')
+        check_trained(self, 'network')
 
     def describe(self) -> str:
         """Returns how large the network is, and that all of it trains."""
         self.check_trained()
-        norms = sum(isinstance(m, _BatchNorm) for m in self.modules())
-        return (f'FCN-D8: {sum(p.numel() for p in self.parameters()):,} parameters and {norms} batch norms, all of '
-                'which are trained')
+        return f'FCN-D8: {count_parts(self)}'
 
 
 def build(

@@ -17,7 +17,7 @@ _own = threading.local()  # size: of this thread's image; abandoned: of the call
 
 
 class Abandoned(BaseException):
-    """Nobody waits any more for the call that reads this image."""
+    """The call that reads this image was abandoned: its result is no longer needed."""
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
 def stored_bytes(images: Images, row: int, start: int = 0, length: int | None = None) -> bytes | None:
     """Returns the bytes of one image as it is stored: of its file, or of its pixels where only these are in memory.
 
-    None if the source has neither at hand. Raises UnreadableError if they cannot be read.
+    Returns None if the source provides neither. Raises UnreadableError if reading fails.
     """
     while hasattr(images, 'indices'):  # a subset
         images, row = images.images, int(images.indices[row])
