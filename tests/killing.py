@@ -22,6 +22,7 @@ import torch
 from simsiam_models.data import FolderImages, TwoViews
 from simsiam_models.data.readers import images as sources
 from simsiam_models.runtime import checkpoint
+from simsiam_models.training import autoperf
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -161,6 +162,8 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
     'SIGTERM': signals(signal.SIGTERM),
     'SIGINT': signals(signal.SIGINT),
     'SIGUSR1': signals(signal.SIGUSR1),
+    'SIGTERM in the trial': lambda count: at_call(
+        autoperf, 'time_step', count, lambda: os.kill(os.getpid(), signal.SIGTERM)),
     'SIGTERM twice': lambda count: [signals(signal.SIGTERM)(count) for _ in range(2)],
     'rank 1 dies': on_rank_1(lambda count: at_call(torch.optim.SGD, 'step', count, die)),
     'SIGTERM on rank 1': on_rank_1(signals(signal.SIGTERM)),

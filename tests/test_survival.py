@@ -192,10 +192,8 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(few_digits, tmp_pat
 
 
 def test_a_signal_before_the_first_step_stops_at_once(few_digits, tmp_path):
-    process = Process(few_digits, tmp_path / 'run', '--auto-perf', '--workers', '0')
-    process.wait_for('auto-perf')
-    process.send(signal.SIGTERM)
-    code, out, err = process.wait()
+    code, out, err = run(
+        few_digits, tmp_path / 'run', '--auto-perf', '--workers', '0', accident=('SIGTERM in the trial', 2))
     assert code == 143 and 'stopped by SIGTERM' in err
     assert not list((tmp_path / 'run').glob('*.pth'))
 

@@ -95,8 +95,9 @@ class MaskHead(nn.Module):
 
     def __init__(self, channels: int, classes: int, convs: int) -> None:
         super().__init__()
-        self.convs = MaskRCNNHeads(channels, [256] * convs, 1, norm_layer=nn.BatchNorm2d)
-        self.predictor = MaskRCNNPredictor(256 if convs else channels, 256, classes)
+        width = Pyramid.channels
+        self.convs = MaskRCNNHeads(channels, [width] * convs, 1, norm_layer=nn.BatchNorm2d)
+        self.predictor = MaskRCNNPredictor(width if convs else channels, width, classes)
         for layer in (self.predictor.conv5_mask, self.predictor.mask_fcn_logits):
             nn.init.zeros_(layer.bias)
 

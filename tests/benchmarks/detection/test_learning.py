@@ -8,20 +8,27 @@ from real_data import unpack_real
 from shapes import write_shapes
 
 from simsiam_models.benchmarks import detection
+from simsiam_models.benchmarks.detection.heads import Pyramid
 
 NETWORK = {'layers': [1, 1, 1, 1], 'channels': [32, 64, 128, 128], 'stem_width': 16, 'stem_type': 'deep'}
-SMALL = dict(dataset='folder', pool_size=4, proposals=100, device='cpu', workers=1)
-SMALLER = dict(model='resnet18:random', model_args=NETWORK, image_size=64)
+SMALL = dict(
+    dataset='folder', model='resnet18:random', model_args=NETWORK, pool_size=4, proposals=100, device='cpu', workers=1)
+KINDS = {
+    'fasterrcnn_c4': dict(protocol='voc0712_c4_24k', lr=0.05),
+    'maskrcnn_fpn': dict(protocol='coco_fpn_1x', lr=0.03, rois=16, batch_size=4)}
 # Kind -> flags for eight pictures, and for shapes.
 EIGHT = {
-    'fasterrcnn_c4': dict(
-        protocol='voc0712_c4_24k', model='resnet10t:random', image_size=96, batch_size=4, rois=16, lr=0.02,
-        iterations=400),
-    'maskrcnn_fpn': dict(
-        protocol='coco_fpn_1x', model='resnet10t:random', image_size=96, batch_size=2, rois=8, lr=0.01, iterations=500)}
+    'fasterrcnn_c4': dict(image_size=128, batch_size=4, rois=32, iterations=450),
+    'maskrcnn_fpn': dict(image_size=128, iterations=350)}
 SHAPES = {
-    'fasterrcnn_c4': dict(protocol='voc0712_c4_24k', **SMALLER, batch_size=8, rois=16, lr=0.04, iterations=500),
-    'maskrcnn_fpn': dict(protocol='coco_fpn_1x', **SMALLER, batch_size=4, rois=8, lr=0.02, iterations=500)}
+    'fasterrcnn_c4': dict(image_size=64, batch_size=8, rois=16, iterations=500),
+    'maskrcnn_fpn': dict(image_size=64, iterations=500)}
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pyramid and a mask head of 64 channels."""
+    monkeypatch.setattr(Pyramid, 'channels', 64)
 
 
 def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
@@ -44,13 +51,12 @@ def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('kind', EIGHT)
 def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Path):
     coco = unpack_real('coco_mini.zip', tmp_path / 'coco')
     data = pick_pictures(coco, tmp_path / 'eight', 8)
-    record = detection.train(data, tmp_path / 'run', **SMALL, **EIGHT[kind], eval_every=1000)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **EIGHT[kind], eval_every=1000)
     assert record['metrics']['box_AP50'] >= 90
     assert record['metrics'].get('mask_AP50', 100) >= 50
 
@@ -60,5 +66,6 @@ def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Pat
 @pytest.mark.parametrize('kind', SHAPES)
 def test_a_detector_finds_shapes_that_it_has_not_seen(kind: str, tmp_path: Path):
     data = write_shapes(tmp_path / 'shapes', 300, 50, side=128)
-    record = detection.train(data, tmp_path / 'run', **SMALL, **SHAPES[kind], eval_every=1000)
+    record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **SHAPES[kind], eval_every=1000)
     assert record['metrics']['box_AP50'] >= 80
+    assert record['metrics'].get('mask_AP50', 100) >= 80
