@@ -18,7 +18,7 @@ KINDS = {
     'maskrcnn_fpn': dict(protocol='coco_fpn_1x', lr=0.03, rois=16, batch_size=4)}
 # Kind -> flags for eight pictures, and for shapes.
 EIGHT = {
-    'fasterrcnn_c4': dict(image_size=128, batch_size=4, rois=32, iterations=450),
+    'fasterrcnn_c4': dict(image_size=128, batch_size=4, rois=32, iterations=500),
     'maskrcnn_fpn': dict(image_size=128, iterations=350)}
 SHAPES = {
     'fasterrcnn_c4': dict(image_size=64, batch_size=8, rois=16, iterations=500),
@@ -54,6 +54,7 @@ def pick_pictures(coco: Path, folder: Path, n: int) -> Path:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('kind', EIGHT)
 def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Path):
+    """Measured, box AP50: C4 96.9 and 91.4 (seed 1) after 450 iterations, 95.5 (seed 1) after 550; pyramid 100, 95.2."""
     coco = unpack_real('coco_mini.zip', tmp_path / 'coco')
     data = pick_pictures(coco, tmp_path / 'eight', 8)
     record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **EIGHT[kind], eval_every=1000)
@@ -65,6 +66,7 @@ def test_a_detector_learns_eight_real_pictures_by_heart(kind: str, tmp_path: Pat
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize('kind', SHAPES)
 def test_a_detector_finds_shapes_that_it_has_not_seen(kind: str, tmp_path: Path):
+    """Measured, box AP50: C4 93.3 in 96 s, pyramid 99.1 in 135 s, on one thread each of two busy cores."""
     data = write_shapes(tmp_path / 'shapes', 300, 50, side=128)
     record = detection.train(data, tmp_path / 'run', **SMALL, **KINDS[kind], **SHAPES[kind], eval_every=1000)
     assert record['metrics']['box_AP50'] >= 80
