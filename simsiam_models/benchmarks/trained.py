@@ -27,6 +27,10 @@ RECORD, PER_CLASS, SHEET = 'record.json', 'per_class.csv', 'sheet.jpg'
 VERSION = 1  # of an exported network
 SHOWN = 5  # classes
 COUNT = dict(type=int, metavar='N')  # a kind of flag
+# The flags that only training uses.
+TRAINING = (
+    'branch', 'model_args', 'batch_size', 'iterations', 'lr', 'image_size', 'eval_every', 'test', 'loss_mean',
+    'head_channels', 'rois', 'pool_size', 'proposals')
 
 
 def add_run(parser: argparse.ArgumentParser, what: str, protocols: Sequence[str], datasets: Sequence[str]) -> None:
@@ -49,6 +53,21 @@ def add_run(parser: argparse.ArgumentParser, what: str, protocols: Sequence[str]
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 
 
+def check_run(args: argparse.Namespace) -> None:
+    """Raises ValueError if a run would write into its data, or --eval-only over a run or beside flags of training."""
+    data, output = Path(args.data).resolve(), args.output.resolve()
+    if data.is_dir() and data in (output, *output.parents):
+        raise ValueError(
+            f'--output {args.output}: lies in the data, {args.data}, whose files it might overwrite; name a folder '
+            'elsewhere')
+    if args.eval_only is None:
+        return
+    if given := [f'--{name.replace("_", "-")}' for name in TRAINING if getattr(args, name, None) not in (None, {})]:
+        raise ValueError(f'--eval-only measures with the numbers of the trained run: leave {", ".join(given)} out')
+    if any((output / name).exists() for name in (RECORD, LAST)):
+        raise ValueError(f'--output {args.output}: holds a run or a record already; name another folder')
+
+
 def check_trained(model: nn.Module, what: str) -> None:
     """Raises RuntimeError if a parameter or a batch norm of the network, which it calls `what`, is frozen."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -63,6 +82,15 @@ def count_parts(model: nn.Module) -> str:
     norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
     parameters = sum(p.numel() for p in model.parameters())
     return f'{parameters:,} parameters and {norms} batch norms, all of which are trained'
+
+
+def name_classes(classes: int | Sequence[str]) -> list[str]:
+    """Returns the names of classes, which are their numbers if only their count is given."""
+    if isinstance(classes, int):
+        return [str(i) for i in range(classes)]
+    if isinstance(classes, str) or not isinstance(classes, Sequence):
+        raise ValueError(f'classes {short(classes)}: give how many there are, or a list of their names')
+    return [str(c) for c in classes]
 
 
 def describe_source(source: Backbone) -> dict[str, Any]:

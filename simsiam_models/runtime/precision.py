@@ -40,7 +40,7 @@ def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequenc
         ValueError: float16 on a CPU, which lacks operators for it.
     """
     if name == 'float16' and device.type == 'cpu':
-        raise ValueError('--amp float16 does not run on a CPU; use --amp auto, bfloat16 or off')
+        raise ValueError('--amp float16 does not run on a CPU; use --amp bfloat16 or off')
     if name != 'auto':
         return name
     if device.type == 'cuda':

@@ -131,8 +131,18 @@ def read_classes(file: Path) -> Classes:
     """
     if not file.is_file():
         raise FileNotFoundError(f'{file}: no such list of classes; it has a name in each line')
-    lines = [text for _, text in read_lines(file)]
+    read = [*read_lines(file)]
+    numbers, lines = [n for n, _ in read], [text for _, text in read]
     numbered = [_NUMBERED.fullmatch(text) for text in lines]
+    for n, text, found in zip(numbers, lines, numbered, strict=True):
+        if any(numbered) and not found:
+            raise ValueError(
+                f'{file}, line {n}: {short(text)}: no `id name`, as other lines have; write all lines so, or none')
+        if '\0' in text or any('\ud800' <= c <= '\udfff' for c in text):
+            raise ValueError(f'{file}, line {n}: not text in UTF-8; save it so')
+    if lines and not any(numbered) and numbers[-1] - numbers[0] >= len(lines):
+        raise ValueError(f'{file}: blank lines between names; the id of a name is its line, counted from 0: remove '
+                         'them, or write `id name` in each line')
     if all(numbered) and lines:
         ids, names = [int(found[1]) for found in numbered], [found[2] for found in numbered]
     else:

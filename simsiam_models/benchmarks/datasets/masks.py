@@ -217,7 +217,21 @@ def open_masks(
 def report_classes(part: str, names: list[str], seen: np.ndarray) -> list[str]:
     """Returns a sentence on the classes that no mask of a part has; `seen`: (classes,) bool."""
     missing = [names[i] for i in np.flatnonzero(~seen)]
-    return [f'{len(missing)} of {len(names)} classes are in no {part} mask: {name_some(missing)}'] if missing else []
+    return [f'classes in no {part}mask: {len(missing)} of {len(names)}, {name_some(missing)}'] if missing else []
+
+
+def check_labels(parts: Sequence[MaskedImages], scans: Sequence[np.ndarray], kinds: Classes) -> None:
+    """Raises ValueError if the masks to train on have fewer than two classes, or those to test on none."""
+    for images, scan, least in zip(parts, scans, (2, 1), strict=False):
+        seen = scan.any(0)
+        ids = [i for i in kinds.ids if seen[i]]
+        if len(ids) < least:
+            found = [f'the id {i}' for i in ids]
+            if seen[IGNORED] and IGNORED not in ids:
+                found.append(f'{IGNORED}, which is ignored')
+            only = f'only {" and ".join(found)}' if found else 'no id of a class'
+            raise ValueError(f'{images.name}: its masks have {only}; ' + (
+                'at least two classes are needed, such as 0 and 1' if least == 2 else 'there is nothing to test on'))
 
 
 def open_folder(
@@ -236,13 +250,10 @@ def open_folder(
         images.kinds, images.classes = kinds, kinds.names
         if (unknown := (scan & (kinds.table < 0)).any(1)).any():
             images.read_mask(int(unknown.argmax()))  # raises
-    if len(kinds.ids) < 2:
-        only = f'the id {found[0]}' if len(kinds.ids) else 'no id'
-        more = f' and {IGNORED}, which is ignored' if IGNORED in found else ''
-        raise ValueError(
-            f'{root}: its masks have {only}{more}; two classes are needed at least, such as 0 and 1')
+    check_labels(opened, scans, kinds)
     for (part, _), scan in zip(parts, scans, strict=True):
-        notes += report_classes({'train': 'training', 'val': 'test'}.get(part, ''), kinds.names, scan.any(0)[kinds.ids])
+        notes += report_classes({'train': 'training ', 'val': 'test '}.get(part, ''), kinds.names,
+                                scan.any(0)[kinds.ids])
     if file is None:
         notes.append(f'no classes.txt: the classes are the ids found, {describe_ids(kinds.ids)}')
     return opened[0], opened[1] if len(opened) > 1 else None

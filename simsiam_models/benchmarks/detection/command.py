@@ -31,7 +31,7 @@ from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
-from ..trained import BACKBONE, COUNT, RECORD, add_run, name_source, write_result
+from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, name_source, write_result
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import BatchPlan, EvalLoader, TrainLoader
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     require('simsiam detect', pycocotools='pycocotools')
     s = resolve(args)
     check_held_out(args)
+    check_run(args)
     with Signals() as signals, join_world(args.device) as world:
         log = RunLog(args.output, world.main)
         pair = open_objects(

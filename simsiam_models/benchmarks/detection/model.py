@@ -12,7 +12,7 @@ from ...runtime.distributed import World, mean_over_processes
 from ...runtime.precision import widen
 from ..backbone import Backbone, load_backbone
 from ..protocols import DETECTION_VARIANTS, DETECTORS, DetectorNumbers
-from ..trained import check_trained, count_parts
+from ..trained import check_trained, count_parts, name_classes
 from .heads import BoxHead, Layer4, MaskHead, Pyramid, Stages
 from .roi import Found, RoIHead
 from .rpn import RPN, Draw
@@ -137,7 +137,7 @@ def build(
         ValueError: the network is not a ResNet, or a number is unknown or out of range.
         As `load_backbone`, if the weights do not fill the backbone.
     """
-    names = [str(i) for i in range(classes)] if isinstance(classes, int) else [str(c) for c in classes]
+    names = name_classes(classes)
     numbers = resolve_numbers(kind, numbers)
     if not names or len(set(names)) < len(names):
         raise ValueError(f'{len(names)} classes, {len(set(names))} of them different: each needs a name of its own')

@@ -32,7 +32,7 @@ from ..pixels import Normalizer
 from ..protocols import SEGMENTATION
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
-from ..trained import BACKBONE, COUNT, RECORD, add_run, name_source, write_result
+from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, name_source, write_result
 from ..transfer import KEYS, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import load_tests, load_training
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     s = resolve(args)
     check_held_out(args)
+    check_run(args)
     with Signals() as signals, join_world(args.device) as world:
         choose_amp(args.amp, world.device, None, ())
         log = RunLog(args.output, world.main)

@@ -121,8 +121,8 @@ def load_training(images: Any, a: CropAugmentation, batch: int, world: World, *,
     """
     if len(images) < batch:
         raise ValueError(
-            f'{images.name}: {len(images)} images to train on are less than a batch of {batch}, and incomplete batches '
-            f'are dropped; use --batch-size {len(images)} or less')
+            f'{images.name}: a batch of {batch} needs more than the {len(images)} to train on, and incomplete '
+            f'batches are dropped; use a --batch-size of at most {len(images)}')
     return TrainItems(
         images, np.arange(len(images)), ShuffledPlan(len(images), batch, seed),
         lambda row, key: prepare(*images.read_pair(row), row, key, a), world, workers)

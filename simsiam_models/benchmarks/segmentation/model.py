@@ -10,7 +10,7 @@ from ...runtime.distributed import World, mean_over_processes
 from ...runtime.precision import widen
 from ..backbone import Backbone, forward_stages, load_backbone
 from ..protocols import SEGMENTATION
-from ..trained import check_trained, count_parts
+from ..trained import check_trained, count_parts, name_classes
 from .metrics import IGNORED
 
 OUTPUT_STRIDE = 8
@@ -153,7 +153,7 @@ def build(
         ValueError: the network is not a ResNet that can be dilated, or a number is out of range.
         As `load_backbone`, if the weights do not fill the backbone.
     """
-    names = [str(i) for i in range(classes)] if isinstance(classes, int) else [str(c) for c in classes]
+    names = name_classes(classes)
     channels = channels or (PUBLISHED.channels, PUBLISHED.aux_channels)
     if not 2 <= len(names) <= IGNORED or len(set(names)) < len(names):
         raise ValueError(
