@@ -68,6 +68,19 @@ def check_run(args: argparse.Namespace) -> None:
         raise ValueError(f'--output {args.output}: holds a run or a record already; name another folder')
 
 
+def follow_run(args: argparse.Namespace, numbers: dict[str, Any], **defaults: str) -> None:
+    """Sets flags to those of the trained run, for --eval-only; raises ValueError if one was given as another.
+
+    `numbers` is the protocol in the run's record, `defaults` are the values of flags that are not given.
+    """
+    for flag, default in defaults.items():
+        given, used = getattr(args, flag), numbers['name' if flag == 'protocol' else flag]
+        if given not in (default, used):
+            raise ValueError(
+                f'--eval-only {args.eval_only}: trained with --{flag} {used}, not {given}; leave --{flag} out')
+        setattr(args, flag, used)
+
+
 def check_trained(model: nn.Module, what: str) -> None:
     """Raises RuntimeError if a parameter or a batch norm of the network, which it calls `what`, is frozen."""
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

@@ -63,11 +63,11 @@ def _load(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{file} cannot be read as JSON ({one_line(e)}); give a file with {FORM}') from None
     if not isinstance(content, dict):
-        raise ValueError(f'{file} is not a file of annotations, but a {type(content).__name__}, as files of results '
-                         f'are; give one with {FORM}')
+        what = 'a list, as files of results are' if isinstance(content, list) else short(content)
+        raise ValueError(f'{file} is not a file of annotations, but {what}; give one with {FORM}')
     if missing := [key for key in ('images', 'annotations', 'categories') if not isinstance(content.get(key), list)]:
         found = ', '.join(short(key, 30) for key in [*content][:6]) or 'nothing'
-        raise ValueError(f'{file} has {found}, but no list of {" and of ".join(missing)}; give a file with {FORM}')
+        raise ValueError(f'{file} has {found}, but no list of {", ".join(missing)}; give a file with {FORM}')
     return content
 
 
@@ -91,11 +91,12 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
             keys = ', '.join(short(name, 30) for name in [*rows[at]][:8])
             raise ValueError(f'{_name(rows[at], what, at)} has no {key}, only {keys or "nothing"}; give a file '
                              f'with {FORM}')
-        raise ValueError(f'{_name(rows[at], what, at)}: {key} is {short(value)}, not {rule}; correct it')
+        raise ValueError(f'{_name(rows[at], what, at)}: {key} is {short(json.dumps(value))}, not {rule}; correct it')
     whole = [value for value in values if type(value) is int]
     if whole and not -MAX_WHOLE <= min(whole) <= max(whole) <= MAX_WHOLE:
         at = next(i for i, v in enumerate(values) if type(v) is int and abs(v) > MAX_WHOLE)
-        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, more than 64 bits; correct it')
+        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, beyond '
+                         f'{MAX_WHOLE}; correct it')
     return values
 
 
@@ -114,7 +115,12 @@ def _parse_categories(rows: list) -> tuple[list[int], list[str]]:
     if not ids:
         raise ValueError('it has no category; every annotation needs one')
     names = _column(rows, 'category', 'name', (str,), 'text', None)
-    return ids, [str(i) if name is None else name for i, name in zip(ids, names, strict=True)]
+    names = [name if name and name.strip() else str(i) for i, name in zip(ids, names, strict=True)]
+    first: dict[str, int] = {}
+    for i, name in zip(ids, names, strict=True):
+        if (other := first.setdefault(name, i)) != i:
+            raise ValueError(f'categories {other} and {i} are both called {short(name)}; give each a name of its own')
+    return ids, names
 
 
 def _match_categories(ids: list[int], names: list[str], known: Annotated) -> tuple[list[int], list[str]]:

@@ -192,10 +192,12 @@ def open_objects(
     held_out = ''
     if test is None:
         train, test, held_out = _hold_out(train, val_share, seed)
-    for images in (train, test):
-        if images.annotation_table(np.arange(len(images)))[3].all():
-            raise ValueError(f'{images.name}: none of its {len(images):,} images has an object'
-                             f'{", except ignored ones" if len(images) else ""}; a detector needs some')
+    for images, what in ((train, 'to train on'), (test, 'held out to test on')):
+        ignored = images.annotation_table(np.arange(len(images)))[3]
+        if ignored.all():
+            which = f'the {len(images):,} images {what}' if held_out else f'its {len(images):,} images'
+            raise ValueError(f'{images.name}: none of {which} has an object'
+                             f'{", except ignored ones" if len(ignored) else ""}; a detector needs some')
     train.note_training(variant)
     counts = {'train': len(train), 'test': len(test), 'classes': len(train.classes)}
     if not partial and (found := deviation(kind, counts)):

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
+from ...data.readers.index import name_some
 from ...data.readers.names import is_image
 from ...runtime.messages import one_line, short
 from .annotations import Annotated, Annotations
@@ -74,10 +75,13 @@ def open_voc_folder(
     file_of = {path.stem: path.name for path in sorted((root / images).iterdir()) if is_image(path.name)}
     main = root / 'ImageSets' / 'Main'
     names = next((pair for pair in LISTS if all((main / f'{n}.txt').is_file() for n in pair if n)), None)
+    if names is None and (others := sorted(path.name for path in main.glob('*.txt'))):
+        raise ValueError(f'{main} has {name_some(others)}, but neither train.txt nor trainval.txt; add one of them, '
+                         'or remove the folder to train on all images')
     parts = [_read_ids(main / f'{name}.txt') for name in names if name] if names else [[*listed]]
     if both := {*parts[0]} & {*parts[-1]} if len(parts) > 1 else ():
-        raise ValueError(f'{main}: {len(both):,} images are both in {names[0]}.txt and in {names[1]}.txt, such as '
-                         f'{min(both)}; name each in one of them')
+        raise ValueError(f'{main}: {names[0]}.txt and {names[1]}.txt both name {min(both)}, and have {len(both):,} '
+                         'images in common; name each in one of them')
     kept, n = [], []
     for i, ids in enumerate(parts):
         whose = f'{names[i]}.txt' if names else below
@@ -206,7 +210,7 @@ def _parse_object(node: ElementTree.Element) -> VocObject:
         try:
             texts[key] = _number(text)
         except ValueError:
-            raise ValueError(f'({short(name)}): {key} is {short(text)}, not a number') from None
+            raise ValueError(f'({short(name)}): {key} is "{short(text)}", not a number') from None
     return VocObject(name, difficult == '1', tuple(texts.values()))
 
 

@@ -31,12 +31,12 @@ from ..pixels import Normalizer
 from ..protocols import DETECTION, DETECTION_VARIANTS
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
-from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, name_source, write_result
+from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, follow_run, name_source, write_result
 from ..transfer import KEYS, Schedule, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import BatchPlan, EvalLoader, TrainLoader
 from .metrics import Detections
-from .model import build
+from .model import Detector, build
 from .result import write_predictions
 from .settings import DetectionSettings, make_schedule, resolve
 from .training import Evaluation, make_example, make_inputs
@@ -69,9 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     require('simsiam detect', pycocotools='pycocotools')
+    check_run(args)
+    trained = None if args.eval_only is None else stored.open_trained(args.eval_only)
+    if trained is not None:
+        follow_run(args, trained[1]['protocol'], protocol=next(iter(DETECTION)), variant='mmdet')
     s = resolve(args)
     check_held_out(args)
-    check_run(args)
     with Signals() as signals, join_world(args.device) as world:
         log = RunLog(args.output, world.main)
         pair = open_objects(
@@ -83,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
         if (size := args.batch_size or s.protocol.batch_size) % world.size:
             raise ValueError(
                 f'--batch-size {size} does not divide by {world.size} processes; use a multiple of {world.size}')
-        if args.eval_only is not None:
-            return measure_again(args, s, pair, world, log)
+        if trained is not None:
+            return measure_again(args, s, pair, world, log, trained)
         with Lifecycle(
                 args.output / LAST, KEYS, world, signals, log.say, minutes=args.checkpoint_minutes) as life:
             fit_detector(args, s, pair, life, log)
@@ -154,10 +157,13 @@ def fit_detector(
         say(f"the detector: detection.load('{args.output}'); its backbone: {args.output / BACKBONE}")
 
 
-def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog) -> int:
+def measure_again(
+    args: argparse.Namespace, s: DetectionSettings, pair: ObjectPair, world: World, log: RunLog,
+    trained: tuple[Detector, dict[str, Any]],
+) -> int:
     """Measures a trained detector, as --eval-only asks for."""
-    detector, trained = stored.open_trained(args.eval_only)
-    config = trained['detector']
+    detector, run = trained
+    config = run['detector']
     if detector.names != pair.test.classes:
         raise ValueError(
             f'--eval-only {args.eval_only}: the detector has the classes {short(", ".join(detector.names))}, but the '
@@ -170,7 +176,7 @@ def measure_again(args: argparse.Namespace, s: DetectionSettings, pair: ObjectPa
     entry = make_evaluation(args, s, pair, normalize, world).measure(detector, world)
     if world.main:
         write_result(
-            args.output, trained['record'], trained['protocol'], detector.source, pair, entry,
+            args.output, name_benchmark(args, s), run['protocol'], detector.source, pair, entry,
             seconds=time.monotonic() - start, say=log.say, extra={'measured_again': str(args.eval_only)})
     return 0
 

@@ -177,12 +177,16 @@ def check_targets(
     if len(images) != len(targets) or not images:
         raise ValueError(f'{len(images)} images and {len(targets)} targets: each image needs one')
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if missing := [key for key in ('boxes', 'labels') if key not in target]:
+            raise ValueError(f'target {i} has no {missing[0]}')
         boxes, labels = target['boxes'], target['labels']
         if image.ndim != 3 or image.shape[0] != 3:
             raise ValueError(f'image {i}: (3, H, W) is needed, not {tuple(image.shape)}')
         if boxes.ndim != 2 or boxes.shape[1] != 4 or labels.shape != (len(boxes),):
             raise ValueError(
                 f'image {i}: boxes (m, 4) and labels (m,) are needed, not {tuple(boxes.shape)}, {tuple(labels.shape)}')
+        if labels.is_floating_point():
+            raise ValueError(f'image {i}: labels are whole numbers, not {labels.dtype}')
         bad = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))
         if bad.any():
             at = int(bad.nonzero()[0])

@@ -65,8 +65,9 @@ def _draw(
         masks = np.stack([resize_mask(np.asarray(mask, bool), h, w) for mask in drawn.masks])
         if masks.any():
             picture = draw_segmentation_masks(picture, torch.from_numpy(masks), 0.45, each)
-    if n:
-        picture = draw_bounding_boxes(picture, torch.from_numpy(boxes), colors=each, width=2)
+    if n:  # a box of negative width or height becomes a point
+        ends = np.concatenate([boxes[:, :2], np.maximum(boxes[:, :2], boxes[:, 2:])], 1)
+        picture = draw_bounding_boxes(picture, torch.from_numpy(ends), colors=each, width=2)
     out = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
     for i in reversed(range(n)):  # the first lies on top
         score = '' if drawn.scores is None else f' {drawn.scores[i]:.2f}'

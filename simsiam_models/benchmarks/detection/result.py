@@ -28,8 +28,9 @@ def make_row(images: ObjectImages, row: int, found: Detections) -> SheetRow:
     """Returns an image with its objects and its best detections for the sheet."""
     image, objects = images.read(row), images.objects(row)
     size, best, truth, masks = image.shape[:2], found.scores >= SURE, None, None
-    if found.masks is not None:
+    if objects.segmentations is not None and found.masks is not None:
         truth = np.array([rasterize(s, *size) for s in objects.segmentations]).reshape(-1, *size)
+    if found.masks is not None:
         masks = [rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept]
         masks = np.array(masks).reshape(-1, *size)
     return SheetRow(

@@ -1,6 +1,7 @@
 """Every number of a detection run: the protocol's, and what flags change."""
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ def resolve(args: argparse.Namespace) -> DetectionSettings:
                           ('proposals', 1), ('eval_every', 1), ('workers', 0), ('seed', 0))
         if (value := getattr(args, name)) is not None)
     check_flags([
-        ('--lr', args.lr, args.lr is None or args.lr > 0, 'above 0'),
+        ('--lr', args.lr, args.lr is None or 0 < args.lr < math.inf, 'above 0 and finite'),
         ('--checkpoint-minutes', args.checkpoint_minutes, args.checkpoint_minutes >= 0, 'at least 0')])
     changes: dict[str, Any] = {'variant': args.variant}
     if args.rois is not None:

@@ -32,12 +32,12 @@ from ..pixels import Normalizer
 from ..protocols import SEGMENTATION
 from ..results.record import check_output, read_record
 from ..shared_images import report_shared
-from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, name_source, write_result
+from ..trained import BACKBONE, COUNT, RECORD, add_run, check_run, follow_run, name_source, write_result
 from ..transfer import KEYS, Transfer, TransferTrainer, fit, resume
 from . import stored
 from .data import load_tests, load_training
 from .inference import Inference
-from .model import LOSS_MEANS, build
+from .model import LOSS_MEANS, Segmenter, build
 from .result import choose_shown, write_pictures, write_prediction
 from .settings import SegmentationSettings, resolve
 from .training import SegmentationEvaluation, make_example, make_inputs
@@ -71,9 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_run(args)
+    trained = None if args.eval_only is None else stored.open_trained(args.eval_only)
+    if trained is not None:
+        follow_run(args, trained[2]['protocol'], protocol=next(iter(SEGMENTATION)))
     s = resolve(args)
     check_held_out(args)
-    check_run(args)
     with Signals() as signals, join_world(args.device) as world:
         choose_amp(args.amp, world.device, None, ())
         log = RunLog(args.output, world.main)
@@ -82,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
         log.say(pair.describe())
         if world.main:
             pair.shared = report_shared(pair.train, pair.test, log.say)
-        if args.eval_only is not None:
-            return measure_again(args, pair, world, log)
+        if trained is not None:
+            return measure_again(args, name_benchmark(s, pair), pair, world, log, trained)
         if s.used.batch_size % world.size:
             raise ValueError(
                 f'--batch-size {s.used.batch_size} does not divide by {world.size} processes; use a multiple of '
@@ -156,9 +159,12 @@ def fit_segmenter(
         say(f"the segmenter: segmentation.load('{args.output}'); its backbone: {args.output / BACKBONE}")
 
 
-def measure_again(args: argparse.Namespace, pair: MaskPair, world: World, log: RunLog) -> int:
+def measure_again(
+    args: argparse.Namespace, benchmark: str, pair: MaskPair, world: World, log: RunLog,
+    trained: tuple[Segmenter, Inference, dict[str, Any]],
+) -> int:
     """Measures a trained segmenter, as --eval-only asks for."""
-    segmenter, rule, run = stored.open_trained(args.eval_only)
+    segmenter, rule, run = trained
     found, kinds = (segmenter.names, run['segmenter']['ids']), pair.test.kinds
     if found != (kinds.names, kinds.ids):
         raise ValueError(
@@ -172,7 +178,7 @@ def measure_again(args: argparse.Namespace, pair: MaskPair, world: World, log: R
     entry = make_evaluation(args, rule, pair, normalize, world).measure(segmenter, world)
     if world.main:
         write_result(
-            args.output, run['record'], run['protocol'], segmenter.source, pair, entry,
+            args.output, benchmark, run['protocol'], segmenter.source, pair, entry,
             seconds=time.monotonic() - start, say=log.say, extra={'measured_again': str(args.eval_only)})
     return 0
 

@@ -1,6 +1,7 @@
 """Every number of a segmentation run: the protocol's, and what flags change."""
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +69,7 @@ def resolve(args: argparse.Namespace) -> SegmentationSettings:
         for name, low in (('iterations', 1), ('batch_size', 1), ('image_size', SMALLEST), ('head_channels', 2),
                           ('eval_every', 1), ('workers', 0), ('seed', 0))
         if (value := getattr(args, name)) is not None)
-    check_flags([('--lr', args.lr, args.lr is None or args.lr > 0, 'above 0'),
+    check_flags([('--lr', args.lr, args.lr is None or 0 < args.lr < math.inf, 'above 0 and finite'),
                  ('--checkpoint-minutes', args.checkpoint_minutes, args.checkpoint_minutes > 0, 'above 0')])
     batch = args.batch_size or p.batch_size
     factor = batch / p.batch_size

@@ -258,7 +258,7 @@ def test_lists_of_a_voc_folder_tell_the_parts(lists: dict, train: str | None, te
 def test_lists_of_a_voc_folder_that_overlap_or_repeat_are_refused(tmp_path: Path):
     texts = {i: xml(xml_object('ant')) for i in 'abc'}
     layouts.write_voc(tmp_path, texts, {'train': ['a', 'b'], 'val': ['b', 'c']})
-    with pytest.raises(ValueError, match='1 images are both in train.txt and in val.txt, such as b'):
+    with pytest.raises(ValueError, match='train.txt and val.txt both name b, and have 1 images in common'):
         open_folder(tmp_path)
     for ids, said in ((['a', 'a'], 'train.txt names a twice'), ([], 'train.txt names no image')):
         layouts.write_voc(tmp_path, texts, {'train': ids, 'val': ['c']})
@@ -269,6 +269,12 @@ def test_lists_of_a_voc_folder_that_overlap_or_repeat_are_refused(tmp_path: Path
             FileNotFoundError, match=r'1 images found in .*, 2 named for train.txt \(missing: x.jpg\); add what'):
         open_folder(tmp_path)
     assert names(open_folder(tmp_path, partial=True)[0]) == ['a']
+
+
+def test_lists_of_a_voc_folder_under_other_names_are_not_ignored(tmp_path: Path):
+    layouts.write_voc(tmp_path, {i: xml(xml_object('ant')) for i in 'abc'}, {'val': ['b']})
+    with pytest.raises(ValueError, match=r'Main has val.txt, but neither train.txt nor trainval.txt; add one of them'):
+        open_folder(tmp_path)
 
 
 def test_images_without_an_xml_file_are_left_out_and_counted(tmp_path: Path):

@@ -99,6 +99,31 @@ def test_eval_only_measures_what_the_run_measured(trained: Path, shapes: Path, t
         assert (out / 'predictions.json').read_bytes() == (trained / 'predictions.json').read_bytes()
 
 
+def test_eval_only_reads_the_data_by_the_rules_of_the_run(
+    trained: Path, shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture,
+):
+    args = ['detect', str(shapes), '--dataset', 'folder', '--eval-only', str(trained), '--device', 'cpu', '--output']
+    for flag, value, own in (('variant', 'detectron2', 'mmdet'), ('protocol', 'coco_fpn_1x', 'coco_c4_1x')):
+        assert main([*args, str(tmp_path / flag), f'--{flag}', value]) == 1
+        assert f'trained with --{flag} {own}, not {value}; leave --{flag} out' in capsys.readouterr().err
+
+
+def test_test_images_without_outlines_are_drawn_and_measured_by_their_boxes(
+    trained: Path, shapes: Path, tmp_path: Path,
+):
+    (data := tmp_path / 'data').mkdir()
+    for part in ('train', 'val'):
+        (data / part).symlink_to(shapes / part)
+        content = json.loads((shapes / f'{part}.json').read_text())
+        if part == 'val':
+            del content['annotations'][0]['segmentation']
+        (data / f'{part}.json').write_text(json.dumps(content))
+    assert main(['detect', str(data), '--dataset', 'folder', '--eval-only', str(trained), '--device', 'cpu', '--output',
+                 str(tmp_path / 'out')]) == 0
+    found = read_record(tmp_path / 'out' / 'record.json')['metrics']
+    assert 'box_AP' in found and 'mask_AP' not in found and (tmp_path / 'out' / 'sheet.jpg').is_file()
+
+
 def test_the_same_command_again_trains_no_further(trained: Path, shapes: Path, capsys: pytest.CaptureFixture):
     before = (trained / 'detector' / 'model.safetensors').read_bytes()
     assert main(['detect', str(shapes), *SMALL, '--protocol', 'coco_c4_1x', '--output', str(trained)]) == 0

@@ -37,6 +37,12 @@ def test_truth_is_on_the_left_and_prediction_on_the_right(tmp_path: Path):
         assert coloured(found[drawn]).any() and (found[1 - drawn] == 128).all()
 
 
+def test_a_box_of_negative_size_is_drawn_where_it_starts(tmp_path: Path):
+    """It stays in the truth, as in COCO's metric."""
+    write_sheet(tmp_path / 'sheet.png', [row(Drawn(np.array([[180.0, 60, 120, 200]]), np.array([1])))], CLASSES)
+    assert coloured(panels(tmp_path / 'sheet.png')[0])[60 * PANEL // 240:].any()
+
+
 def test_a_box_lies_where_its_object_is(tmp_path: Path):
     write_sheet(tmp_path / 'sheet.png', [row(BOX)], CLASSES)
     rows, columns = np.nonzero(coloured(panels(tmp_path / 'sheet.png')[0]))
