@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from . import __version__
 from .benchmarks import embed
 from .benchmarks.detection import command as detect
 from .benchmarks.finetune import command as finetune
@@ -19,6 +20,7 @@ from .preflight.report import preflight
 from .runtime.messages import printable
 from .runtime.signals import Signals
 from .runtime.terminal import Parser, plain_terminal
+from .training import pretrain
 from .weights import sources
 from .weights.convert import TARGETS, convert
 from .weights.publish import publish, publish_all
@@ -86,15 +88,15 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
 
 
 def add_preflight(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('data', metavar='DATA', help="as for train.py; 'demo' is the built-in demonstration data")
+    parser.add_argument('data', metavar='DATA', help="as for `pretrain`; 'demo' is the built-in demonstration data")
     parser.add_argument(
-        '--recipe', metavar='NAME', help="a recipe of train.py (default: the one that suits the data and device)")
+        '--recipe', metavar='NAME', help="a recipe of `pretrain` (default: the one that suits the data and device)")
     parser.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less if necessary")
     parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
     parser.add_argument(
         '--seconds', type=float, default=120.0, metavar='S',
         help='time limit; at most half of it goes into reading (default: 120)')
-    parser.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: train.py's)")
+    parser.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: as `pretrain`)")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         '--sample', type=int, metavar='N', help='images to read (default: as many as half of --seconds allows)')
@@ -108,52 +110,72 @@ class Command(NamedTuple):
     add_arguments: Callable[[argparse.ArgumentParser], Any]
     run: Callable[[argparse.Namespace], int | None]  # the exit status; None is 0
     help: str
+    example: str  # the arguments of one
 
 
 COMMANDS = {
     'weights list': Command(
-        lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds'),
+        lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds',
+        ''),
     'weights info': Command(
         lambda parser: parser.add_argument('tag', metavar='TAG'), lambda args: print(describe(args.tag)),
-        'show the origin of published weights and their numbers'),
-    'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file'),
+        'show the origin of published weights and their numbers', 'mm_ep200_in1k'),
+    'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file',
+        'backbone/model.safetensors'),
     'convert': Command(
         add_convert, lambda args: print(convert(args.source, args.out, args.to, args.branch)),
-        'convert a checkpoint of any known layout to another layout'),
+        'convert a checkpoint of any known layout to another layout', 'runs/mine backbone.onnx --to onnx'),
     'publish': Command(
-        add_publish, publish_weights, 'write a Hub repository from a checkpoint, or one for every tag, and upload it'),
+        add_publish, publish_weights, 'write a Hub repository from a checkpoint, or one for every tag, and upload it',
+        'checkpoint.pth --tag my_photos --dry-run repository'),
+    'pretrain': Command(
+        pretrain.add_arguments, pretrain.run,
+        'pretrain on images without labels: ImageNet, CIFAR-10, or your own; under torchrun on several devices',
+        'my_photos --recipe demo'),
     'preflight': Command(
-        add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a command for train.py'),
-    'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features'),
+        add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a `pretrain` command',
+        'my_photos --seconds 60'),
+    'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features',
+        'my_photos --model runs/mine'),
     'linear': Command(
         linear.add_arguments, linear.run,
-        'train a linear classifier on frozen features: published protocols, or a grid on cached features'),
+        'train a linear classifier on frozen features: published protocols, or a grid on cached features',
+        'IMAGENET --protocol mmselfsup'),
     'svm': Command(
-        svm.add_arguments, svm.run, 'train linear SVMs on five feature maps of VOC07, from all images or from a few'),
+        svm.add_arguments, svm.run, 'train linear SVMs on five feature maps of VOC07, from all images or from a few',
+        'VOCdevkit'),
     'finetune': Command(
         finetune.add_arguments, finetune.run,
-        'fine-tune a backbone on a labelled folder, or by the semi-supervised protocols'),
+        'fine-tune a backbone on a labelled folder, or by the semi-supervised protocols',
+        'my_photos --model runs/mine --output runs/classifier'),
     'detect': Command(
         detect.add_arguments, detect.run,
-        'train a detector on a ResNet backbone, and measure it: VOC 07+12, COCO, or your own objects'),
+        'train a detector on a ResNet backbone, and measure it: VOC 07+12, COCO, or your own objects',
+        'VOCdevkit --output runs/voc'),
     'segment': Command(
         segment.add_arguments, segment.run,
-        'train a segmenter on a ResNet backbone, and measure it: VOC12 + Aug, Cityscapes, or your own masks'),
-    'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE'),
+        'train a segmenter on a ResNet backbone, and measure it: VOC12 + Aug, Cityscapes, or your own masks',
+        'VOCdevkit --output runs/voc_masks'),
+    'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE',
+        'my_photos --output features.npz'),
     'report': Command(
-        report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers'),
+        report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers',
+        'runs'),
 }
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser('simsiam', description='SimSiam weights and benchmarks.')
-    top = parser.add_subparsers(required=True, metavar='COMMAND')
+    parser.add_argument('--version', action='version', version=f'simsiam_models {__version__}')
+    parser.set_defaults(run=lambda args: parser.print_help())
+    top = parser.add_subparsers(metavar='COMMAND')
     weights = top.add_parser('weights', help='published weights: list them, show one, verify one').add_subparsers(
         required=True, metavar='COMMAND')
     for name, command in COMMANDS.items():
         parent = weights if name.startswith('weights ') else top
         subparser = parent.add_parser(name.split()[-1], help=command.help, description=command.help)
         subparser.set_defaults(run=command.run)
+        subparser.epilog = f'example: simsiam {name} {command.example}'
         command.add_arguments(subparser)
     return parser
 

@@ -1,5 +1,6 @@
 """The `simsiam` command, and what `weights verify` finds."""
 import copy
+import functools
 import json
 import os
 import shutil
@@ -11,10 +12,11 @@ import pytest
 import timm
 import torch
 import warm
-from conftest import ROOT
+from conftest import ROOT, TINY
 from safetensors.torch import load_file
 from torch import nn
 
+import simsiam_models
 from simsiam_models import cli, create_simsiam
 from simsiam_models.cli import main
 from simsiam_models.runtime.distributed import default_device
@@ -166,6 +168,41 @@ def test_a_signal_is_one_line_that_says_what_is_kept(command, name, code, few_di
     assert capsys.readouterr().err == (
         f'simsiam: stopped by {name}; finished features are kept; the same command continues\n')
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_no_command_prints_help_and_version_the_package_s(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name.split()[0] in text for name in cli.COMMANDS)
+    with pytest.raises(SystemExit) as e:
+        main(['--version'])
+    assert e.value.code == 0 and capsys.readouterr().out == f'simsiam_models {simsiam_models.__version__}\n'
+
+
+@pytest.mark.parametrize('name', cli.COMMANDS)
+def test_help_ends_with_an_example_that_the_command_takes(name, capsys):
+    parser, words = cli.build_parser(), [*name.split(), *cli.COMMANDS[name].example.split()]
+    assert parser.parse_args(words).run is cli.COMMANDS[name].run
+    with pytest.raises(SystemExit):
+        parser.parse_args([*name.split(), '--help'])
+    assert f'example: simsiam {" ".join(words)}' in ' '.join(capsys.readouterr().out.split())
+
+
+def test_pretrain_and_train_py_are_one_program(few_digits, tmp_path):
+    """The same bits from both, and each names itself in its errors."""
+    programs = {'simsiam pretrain': ['-m', 'simsiam_models', 'pretrain'], 'train.py': [str(ROOT / 'train.py')]}
+    weights = []
+    for i, (name, command) in enumerate(programs.items()):
+        args = [str(few_digits), *TINY, '--batch-size', '16', '--output', str(tmp_path / str(i))]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+        run = functools.partial(
+            subprocess.run, cwd=ROOT if i else tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        done = run([warm.python(), *command, *args, '--max-steps', '2'])
+        assert done.returncode == 0, done.stderr
+        weights.append(torch.load(tmp_path / str(i) / 'checkpoint.pth', weights_only=True)['model'])
+        done = run([warm.python(), *command, *args, '--lr', '-1'])
+        assert done.returncode == 1 and done.stderr == f'{name}: --lr -1.0 must be above 0\n'
+    assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 
 def test_a_signal_before_the_command_is_known_is_one_line_too(monkeypatch, capsys):

@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import TINY
 
-import train
 from simsiam_models.benchmarks import segmentation
 from simsiam_models.benchmarks.detection.model import build
 from simsiam_models.benchmarks.transfer import Schedule, TransferTrainer
 from simsiam_models.data import Augmentation, FolderImages, TwoViews
 from simsiam_models.runtime.distributed import World
+from simsiam_models.training import pretrain
 from simsiam_models.training.recipes import RECIPES
 from simsiam_models.training.setup import make_model
 from simsiam_models.training.step import Trainer, train_step
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.mark.parametrize('amp', ['bfloat16', 'float16', 'off'])
 def test_ten_steps_on_the_card_lower_the_loss(few_digits: Path, tmp_path: Path, amp: str):
-    figures = train.main([
+    figures = pretrain.main([
         str(few_digits), *TINY, '--device', 'cuda', '--amp', amp, '--epochs', '10', '--batch-size', '64',
         '--workers', '2', '--output', str(tmp_path)])
     assert -1 <= figures['loss'] < 0 and not figures['collapsed']

@@ -32,7 +32,7 @@ def write_script(folder: Path, data: Path) -> Path:
     options = ' '.join(f"'{x}'" for x in [*TINY, '--epochs', '4000', '--batch-size', '16', '--workers', '0'])
     for old, new in (
             ('--nproc-per-node 8', '--nproc-per-node 2 --local-addr 127.0.0.1'), (':29500', f':{free_port()}'),
-            ('train.py IMAGENET --output OUTPUT', f'{ROOT}/train.py {data} --output {folder}/out {options}')):
+            ('pretrain IMAGENET --output OUTPUT', f'pretrain {data} --output {folder}/out {options}')):
         assert old in text
         text = text.replace(old, new)
     (folder / 'run.sh').write_text(text)

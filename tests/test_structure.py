@@ -61,7 +61,7 @@ def floor(module: str) -> int:
 
 def test_the_reader_of_imports_sees_them():
     found = imports()
-    assert 'runtime.lifecycle' in found['train'] and 'weights.layouts' in found['resnet']
+    assert 'runtime.lifecycle' in found['training.pretrain'] and 'weights.layouts' in found['resnet']
     assert sum(map(len, found.values())) > 200
 
 
@@ -142,7 +142,7 @@ def test_a_function_fits_a_screen_and_takes_at_most_six_positional_parameters():
 
 def test_a_file_is_short_enough_to_be_read_at_once():
     lines = {path.name: path.read_text().count('\n') for path in files().values()}
-    assert lines.pop('train.py') <= 330
+    assert lines['train.py'] <= 20
     assert not {name: n for name, n in lines.items() if n > 500}
 
 

@@ -23,7 +23,8 @@ from simsiam_models.training import step
 from simsiam_models.training.doctor import Diagnosis, Doctor
 from simsiam_models.training.journal import Journal
 from simsiam_models.training.monitor import effective_rank, output_std
-from simsiam_models.training.options import build_parser, resolve_recipe
+from simsiam_models.training.options import resolve_recipe
+from simsiam_models.training.pretrain import build_parser
 from simsiam_models.training.recipes import RECIPES, Recipe
 from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr
 from simsiam_models.training.setup import make_model
@@ -186,7 +187,7 @@ def test_plain_timm_loads_the_backbone_and_gives_the_runs_features(finished, dig
     subprocess.run([sys.executable, '-c', code], check=True, cwd=output, timeout=120)
     torch.set_num_threads(1)
     state = torch.load(output / 'checkpoint.pth', weights_only=True)['model']
-    _, recipe = resolve_recipe(build_parser('').parse_args([str(digits), *TINY]))
+    _, recipe = resolve_recipe(build_parser().parse_args([str(digits), *TINY]))
     model = make_model(recipe, 0)
     model.load_state_dict(state)
     with torch.no_grad():
@@ -313,7 +314,7 @@ def test_recipes_hold_the_published_numbers():
 
 
 def test_every_number_of_a_recipe_has_a_flag():
-    args = build_parser('').parse_args(
+    args = build_parser().parse_args(
         'x --recipe cifar10_ep800 --epochs 3 --hue 0.2 --image-size 64 --no-fix-pred-lr --blur-sigma 1 3'.split())
     _, recipe = resolve_recipe(args)
     assert (recipe.epochs, recipe.augmentation.hue, recipe.augmentation.size) == (3, 0.2, 64)

@@ -69,8 +69,9 @@ def load_backbone(
     """Loads a backbone without classifier. The weights fill every entry of it, or this raises.
 
     Args:
-        name: a timm name (pretrained weights), 'local-dir:FOLDER', 'hf-hub:REPO', a folder that train.py wrote or its
-            backbone/, a checkpoint file of any layout that `load_checkpoint` reads, or NAME:random (untrained, seed 0).
+        name: a timm name (pretrained weights), 'local-dir:FOLDER', 'hf-hub:REPO', a folder that `simsiam pretrain`
+            wrote or its backbone/, a checkpoint file of any layout that `load_checkpoint` reads, or NAME:random
+            (untrained, seed 0).
         branch: which network to take of a checkpoint file with several, as for `load_checkpoint`.
         model_kwargs: for timm's create_model.
 
@@ -121,7 +122,7 @@ def _load_model(
         return model, find_tag(path), args, True
     raise FileNotFoundError(
         f'--model {name}: neither a model of timm nor a file or folder; use a name that timm.list_models() returns, '
-        "a checkpoint, train.py's OUTPUT, local-dir:FOLDER or hf-hub:REPO")
+        "a checkpoint, OUTPUT of `simsiam pretrain`, local-dir:FOLDER or hf-hub:REPO")
 
 
 def _parse_size(values: Any, name: str) -> int:
@@ -218,8 +219,8 @@ def _load_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | N
         model, args = _load_file(path / 'checkpoint.pth', kwargs)
         return model, None, args
     raise FileNotFoundError(
-        f'{path}: contains neither config.json nor backbone/ nor checkpoint.pth; name a folder that train.py wrote or '
-        'that was exported for timm')
+        f'{path}: contains neither config.json nor backbone/ nor checkpoint.pth; name a folder that '
+        '`simsiam pretrain` wrote or that was exported for timm')
 
 
 def _load_file(path: Path, kwargs: dict[str, Any], branch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:

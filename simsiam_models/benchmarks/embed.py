@@ -34,7 +34,7 @@ TSNE = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('data', metavar='DATA', help="as for train.py: a folder of images, a list, tar shards, ...")
+    add('data', metavar='DATA', help="as for `pretrain`: a folder of images, a list, tar shards, ...")
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FILE.npz|FOLDER',
         help='file or folder for the features')
     add_model(parser)

@@ -45,7 +45,7 @@ def parse_flags(
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model', default='simsiam_resnet50', metavar='NAME',
-        help='timm name, checkpoint, OUTPUT of train.py, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
+        help='timm name, checkpoint, OUTPUT of `pretrain`, local-dir:FOLDER or hf-hub:REPO (default: simsiam_resnet50)')
     parser.add_argument(
         '--branch', metavar='NAME', help='which network to load from a checkpoint with several, for example teacher')
 

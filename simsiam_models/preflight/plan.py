@@ -1,4 +1,4 @@
-"""Derives a train.py command from the survey and the trial, with its reasons and its cost."""
+"""Derives a `simsiam pretrain` command from the survey and the trial, with its reasons and its cost."""
 import math
 import shlex
 import shutil
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..training.options import build_parser, resolve_recipe
+from ..training.options import resolve_recipe
+from ..training.pretrain import build_parser
 from ..training.recipes import RECIPES, Recipe
 from .survey import Survey
 from .trial import Trial
@@ -21,7 +22,7 @@ Line = tuple[str, str]  # kind, text
 
 
 class Plan:
-    """train.py's arguments for these data, and the reasons for them.
+    """The arguments of `simsiam pretrain` for these data, and the reasons for them.
 
     `name` and `batch` are the recipe and the batch size if the user gives them (otherwise `batch_reason` says why
     `batch` was chosen); `flags` are other flags of the user, by name.
@@ -47,14 +48,14 @@ class Plan:
             self.flags += ['--warmup-epochs', '10']
             self.reasons.append((PUBLISHED, 'warm-up of 10 epochs at batches of 1024 and more (paper)'))
         self.flags += [str(x) for flag, value in (flags or {}).items() if value is not None for x in (flag, value)]
-        self.args = build_parser('').parse_args(self.flags)
+        self.args = build_parser().parse_args(self.flags)
         self.name, self.recipe = resolve_recipe(self.args)
         self.steps_per_epoch = s.images // self.recipe.batch_size
         self.steps = self.steps_per_epoch * self.recipe.epochs
 
     @property
     def command(self) -> str:
-        return f'python train.py {shlex.join(self.flags)}'
+        return f'simsiam pretrain {shlex.join(self.flags)}'
 
     def _choose_recipe(self, short: int, device: torch.device) -> str:
         if device.type == 'cpu':

@@ -52,7 +52,7 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
     imagenet = *IMAGENET_DEFAULT_MEAN, *IMAGENET_DEFAULT_STD
     return [
         (share > allowed,
-         f'{100 * share:.1f} % of the images are unreadable, and train.py stops above {100 * allowed:g} %: repair or '
+         f'{100 * share:.1f} % of the images are unreadable, and training stops above {100 * allowed:g} %: repair or '
          f'remove them, or add --max-unreadable {math.ceil(100 * share + 1) / 100:g}'),
         (repeated > 0.01, f'{100 * repeated:.1f} % of the images repeat another one: remove them, they cost time and '
                           'inflate the kNN accuracy (rule of thumb: above 1 %)'),

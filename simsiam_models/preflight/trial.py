@@ -61,7 +61,7 @@ class Trial:
 
 
 def make_trainer(model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> Trainer:
-    """Returns a trainer like that of train.py, in a single process."""
+    """Returns a trainer like that of `simsiam pretrain`, in a single process."""
     model.to(device, memory_format=torch.channels_last).train()
     return Trainer(model, recipe, World(0, 1, device), amp)
 

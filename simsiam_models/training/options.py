@@ -1,4 +1,4 @@
-"""train.py's command line: every number of a recipe is a flag, and --help is its manual."""
+"""The command line of pretraining: every number of a recipe is a flag."""
 import argparse
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,6 @@ from typing import Any
 from ..data.augment import Augmentation
 from ..runtime.messages import check_flags, json_object
 from ..runtime.precision import AMP
-from ..runtime.terminal import Parser
 from .recipes import RECIPES, Recipe
 
 # Group -> field of Recipe or Augmentation -> help; without the flag the recipe's own number holds.
@@ -50,21 +49,20 @@ SPECIAL = {
     tuple: {'type': float, 'nargs': 2, 'metavar': ('MIN', 'MAX')}}
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    parser = Parser(
-        prog='train.py', description=description, epilog=_recipe_table(),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    for title, add_flags in (
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.epilog, parser.allow_abbrev = _recipe_table(), False
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.set_defaults(prog=parser.prog)
+    for title, add_group in (
             ('run', _add_run_flags), ('checkpoints', _add_checkpoint_flags), ('speed', _add_speed_flags),
             ('log', _add_log_flags)):
-        add_flags(parser.add_argument_group(title).add_argument)
+        add_group(parser.add_argument_group(title).add_argument)
     for title, fields in NUMBERS.items():
         group = parser.add_argument_group(f"{title} (default: the recipe's number, see the table below)")
         for name, text in fields.items():
             kind = type(_numbers(Recipe(''))[name])
             options = SPECIAL.get(kind, {'type': kind, 'metavar': 'X'})
             group.add_argument(_flag(name), dest=name, help=text, **options)
-    return parser
 
 
 def _add_run_flags(add: Callable[..., Any]) -> None:

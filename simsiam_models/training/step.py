@@ -1,4 +1,4 @@
-"""The training step: what train.py, --auto-perf and `simsiam preflight` all run."""
+"""The training step: what `simsiam pretrain`, --auto-perf and `simsiam preflight` all run."""
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -50,7 +50,7 @@ def export_checkpoint(
     if mismatch := describe_mismatch(tensors, expected):
         raise ValueError(
             f'the checkpoint does not fill {NAME}, which has {len(expected)} entries: {mismatch}. '
-            'If train.py trained another network, use the folder OUTPUT/backbone')
+            'If `simsiam pretrain` trained another network, use the folder OUTPUT/backbone')
     folder.mkdir(parents=True, exist_ok=True)
     bgr = checkpoint.info.get('bgr', False)
     mark = {tensorfile.CHANNELS: tensorfile.REVERSED} if bgr else {}

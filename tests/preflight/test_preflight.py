@@ -24,7 +24,8 @@ from simsiam_models.preflight import report as module
 from simsiam_models.preflight import trial as trial_module
 from simsiam_models.preflight.survey import survey
 from simsiam_models.preflight.trial import make_noise, make_trainer, run_trial, saved_bytes
-from simsiam_models.training.options import build_parser, resolve_recipe
+from simsiam_models.training.options import resolve_recipe
+from simsiam_models.training.pretrain import build_parser
 from simsiam_models.training.recipes import RECIPES, Recipe
 
 CPU = torch.device('cpu')
@@ -123,10 +124,10 @@ def test_mean_and_std_weigh_each_image_the_same(told, mixed):
     np.testing.assert_allclose(told['survey']['std'], std, atol=1e-9)
 
 
-def test_the_command_is_one_that_train_py_takes_and_fits_the_data(told, mixed):
+def test_the_command_is_one_that_pretrain_takes_and_fits_the_data(told, mixed):
     words = shlex.split(told['command'])
-    assert words[:3] == ['python', 'train.py', str(mixed)]
-    name, recipe = resolve_recipe(build_parser('').parse_args(words[2:]))
+    assert words[:3] == ['simsiam', 'pretrain', str(mixed)]
+    name, recipe = resolve_recipe(build_parser().parse_args(words[2:]))
     assert (name, recipe.batch_size, recipe.epochs) == (told['recipe'], told['batch_size'], told['epochs'])
     assert name == 'demo' and 2 <= recipe.batch_size <= 75
     assert told['cost']['steps'] == 75 // recipe.batch_size * recipe.epochs
@@ -146,7 +147,7 @@ def test_a_checkpoint_takes_the_bytes_that_were_counted(told, tmp_path):
 def test_the_report_is_short_and_ends_with_the_command(few_digits, capsys, fast):
     assert run(few_digits) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) <= 35 and out[-1].startswith('python train.py ')
+    assert len(out) <= 35 and out[-1].startswith('simsiam pretrain ')
     assert sum('images/s' in line for line in out) == 3  # data alone, step alone, both
 
 
@@ -314,7 +315,7 @@ def test_large_images_on_a_card_get_the_papers_recipe_and_small_ones_the_one_for
 
     cuda = plan(300, 1_281_167, 'cuda')
     assert cuda.flags == ['data', '--recipe', 'in1k_bs512_ep100', '--batch-size', '512'] and cuda.recipe.epochs == 100
-    assert plan(32, 50_000, 'cuda').command == 'python train.py data --recipe cifar10_ep800 --batch-size 512'
+    assert plan(32, 50_000, 'cuda').command == 'simsiam pretrain data --recipe cifar10_ep800 --batch-size 512'
     assert plan(64, 100_000, 'cuda').recipe.augmentation == Augmentation(size=64, blur_p=0.0)
     stl = plan(96, 100_000, 'cuda')
     assert (stl.name, stl.recipe.augmentation.size, stl.recipe.epochs) == ('in1k_bs512_ep100', 96, 398)

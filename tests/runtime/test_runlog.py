@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY
 
-import train
 from simsiam_models.runtime import log as runlog
 from simsiam_models.runtime.log import RunLog
+from simsiam_models.training import pretrain
 
 
 def run(data: Path, output: Path, *more: str) -> dict:
-    return train.main([
+    return pretrain.main([
         str(data), *TINY, '--epochs', '2', '--batch-size', '16', '--workers', '0', '--log-every', '2', '--output',
         str(output), *more])
 

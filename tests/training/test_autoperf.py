@@ -10,13 +10,13 @@ from conftest import TINY
 from processes import spawn
 from torch import nn
 
-import train
 from simsiam_models.runtime.distributed import World
 from simsiam_models.runtime.lifecycle import Lifecycle
 from simsiam_models.runtime.signals import Signals
-from simsiam_models.training import setup
+from simsiam_models.training import pretrain, setup
 from simsiam_models.training.autoperf import choose_perf
-from simsiam_models.training.options import build_parser, resolve_recipe
+from simsiam_models.training.options import resolve_recipe
+from simsiam_models.training.pretrain import build_parser
 from simsiam_models.training.recipes import RECIPES
 from simsiam_models.training.setup import make_model
 from simsiam_models.training.step import Perf, Trainer, train_step
@@ -82,7 +82,7 @@ def test_compiling_is_not_tried_on_a_cpu_without_time():
 
 
 def test_model_buffers_and_random_state_stay_the_same_bits():
-    args = build_parser('').parse_args([*TINY, '--batch-size', '8'])
+    args = build_parser().parse_args([*TINY, '--batch-size', '8'])
     _, recipe = resolve_recipe(args)
     model = make_model(recipe, 0)
     before, state, strides = copy.deepcopy(model.state_dict()), torch.get_rng_state(), [
@@ -107,17 +107,17 @@ def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_pat
     args = [
         str(few_digits), *TINY, '--amp', 'auto', '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output',
         str(tmp_path)]
-    train.main([*args, '--auto-perf', '--max-steps', '2'])
+    pretrain.main([*args, '--auto-perf', '--max-steps', '2'])
     record = json.loads((tmp_path / 'args.json').read_text())
     assert record['amp'] == 'bfloat16' and record['perf'] == {'channels_last': False, 'compile': False}
     for more in (['--auto-perf', '--max-steps', '3'], []):
-        train.main([*args, *more])
+        pretrain.main([*args, *more])
         assert 'amp bfloat16, contiguous, eager' in capsys.readouterr().out
     assert asked == [((16, 3, 32, 32), ('bfloat16', 'off'))]  # asked once
 
 
 def _decide(rank: int, folder: Path) -> list[str]:
-    args = build_parser('').parse_args(['--auto-perf', '--device', 'cpu'])
+    args = build_parser().parse_args(['--auto-perf', '--device', 'cpu'])
     world, record = World(rank, 2, CPU), {'amp': 'off', 'perf': None}
     if world.main:
         (folder / 'args.json').write_text('{}')
@@ -134,14 +134,14 @@ def test_the_first_process_decides_for_all(tmp_path):
 def test_a_named_precision_is_not_changed(few_digits, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(setup, 'choose_perf', lambda *a: asked.append(a[3]) or (a[3][0], Perf()))
-    train.main([
+    pretrain.main([
         str(few_digits), *TINY, '--amp', 'off', '--auto-perf', '--epochs', '1', '--batch-size', '16', '--workers', '0',
         '--max-steps', '1', '--output', str(tmp_path)])
     assert asked == [('off',)]
 
 
 def test_without_the_flag_a_run_is_channels_last_and_eager(few_digits, tmp_path, capsys):
-    train.main([
+    pretrain.main([
         str(few_digits), *TINY, '--epochs', '1', '--batch-size', '16', '--workers', '0', '--max-steps', '1', '--output',
         str(tmp_path)])
     assert 'amp off, channels_last, eager' in capsys.readouterr().out

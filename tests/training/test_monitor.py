@@ -30,7 +30,8 @@ from simsiam_models.training.monitor import (
     measure_pixel_std,
     output_std,
 )
-from simsiam_models.training.options import build_parser, resolve_recipe
+from simsiam_models.training.options import resolve_recipe
+from simsiam_models.training.pretrain import build_parser
 from simsiam_models.training.recipes import RECIPES
 from simsiam_models.training.setup import prepare
 from simsiam_models.training.summary import describe_gain
@@ -175,12 +176,12 @@ def test_one_class_or_no_labels_give_no_monitor(tmp_path, few_digits):
     for folder, said in ((few_digits / '3', 'has no labels'), (tmp_path / 'single', 'has only one class')):
         if not folder.exists():
             shutil.copytree(few_digits / '3', folder / '3')
-        args = build_parser('x').parse_args([str(few_digits), '--recipe', 'demo', '--knn-data', str(folder)])
+        args = build_parser().parse_args([str(few_digits), '--recipe', 'demo', '--knn-data', str(folder)])
         with pytest.raises(ValueError, match=f'--knn-data .* {said}'):
             prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))
-    args = build_parser('x').parse_args([str(few_digits / '3'), '--recipe', 'demo', '--batch-size', '2'])
+    args = build_parser().parse_args([str(few_digits / '3'), '--recipe', 'demo', '--batch-size', '2'])
     assert prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))[1] is None
-    args = build_parser('x').parse_args([str(tmp_path / 'single'), '--recipe', 'demo', '--batch-size', '2'])
+    args = build_parser().parse_args([str(tmp_path / 'single'), '--recipe', 'demo', '--batch-size', '2'])
     assert prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))[1] is None
 
 

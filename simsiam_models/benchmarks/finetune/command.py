@@ -39,7 +39,7 @@ COUNT, NUMBER = dict(type=int, metavar='N'), dict(type=float, metavar='X')  # ki
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('data', metavar='DATA', help='labelled images, as for train.py: one subfolder per class, a list, ...; with '
+    add('data', metavar='DATA', help='labelled images, as for `pretrain`: one subfolder per class, a list, ...; with '
         '--protocol the ImageNet folder')
     add_model(parser)
     add('--model-args', type=json_object, default={}, metavar='JSON',
