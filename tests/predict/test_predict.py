@@ -349,7 +349,7 @@ def test_a_missing_parquet_library_is_named_before_anything_is_read(trained, dig
 
 def test_the_examples_of_the_readme_run(trained, digits, tmp_path, monkeypatch):
     text = (ROOT / 'README.md').read_text()
-    code = text.split('<!-- predict -->\n```bash\n')[1].split('```')[0]
+    code = 'simsiam predict runs/' + text.split('```bash\nsimsiam predict runs/')[1].split('```')[0]
     (tmp_path / 'runs').mkdir()
     shutil.copytree(trained, tmp_path / 'runs/photos')
     shutil.copytree(digits / 'val/3', tmp_path / 'new')
