@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and kind != its:
             raise ValueError(f'{flag} {value}: {args.model} is a {kind}, and only a {its} has this flag; leave it out')
     if args.output is not None:
-        check_output(args.output, args.images)
+        check_no_image(args.output, args.images)
     device = choose_device(args.device)
     if args.workers is None:
         args.workers = min(16, cores())
@@ -75,7 +75,7 @@ def find_kind(model: str) -> str:
     return CLASSIFIER
 
 
-def check_output(output: Path, images: list[str]) -> None:
+def check_no_image(output: Path, images: list[str]) -> None:
     """Raises ValueError if --output would replace a file that IMAGES names."""
     if output.is_file() and any(Path(spec).is_file() and output.samefile(spec) for spec in images):
         raise ValueError(f'--output {output} is one of IMAGES; name another file')

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..benchmarks.results.record import check_output
 from ..runtime.files import explain_write_errors
 from ..runtime.messages import announce, printable, short
 from ..runtime.tables import Columns, check_table, format_table, write_table
@@ -19,6 +20,7 @@ def predict_labels(args: argparse.Namespace, images: Inputs, device: torch.devic
     """Writes or prints a row for each image, in their order; returns the exit status."""
     if args.output is not None:
         check_table(args.output)
+        check_output(args.output.parent)
     classifier = load_classifier(args.model, device)
     if args.top_k is not None and args.top_k > len(classifier.classes):
         raise ValueError(f'--top-k {args.top_k}: {args.model} has {len(classifier.classes)} classes; ask for fewer')

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 import torch
 
 from ..benchmarks import segmentation
+from ..benchmarks.results.record import check_output
 from ..runtime.files import explain_write_errors, write_atomically
 from ..runtime.messages import as_text, printable
 from ..runtime.tables import FORMATS, write_table
@@ -24,6 +25,7 @@ def predict_masks(args: argparse.Namespace, images: Inputs, device: torch.device
     names = [images.name_of(row) for row in range(len(images))]
     masks = name_masks(names)
     check_no_input(folder, [*masks, TABLE, CLASSES], [*names, *args.images])
+    check_output(folder)
     predictor = segmentation.load(args.model.removeprefix('local-dir:'), str(device))
     reader = Reader(images, lambda image: image, 1, args.workers)
     for rows, pictures in reader:

@@ -8,6 +8,7 @@ import torch
 from ..benchmarks import detection
 from ..benchmarks.detection.masks import encode_masks
 from ..benchmarks.detection.result import SURE
+from ..benchmarks.results.record import check_output
 from ..runtime.files import explain_write_errors, write_json
 from ..runtime.messages import as_text, printable, short
 from ..runtime.tables import Columns, check_table, format_table, write_table
@@ -22,6 +23,7 @@ def predict_objects(args: argparse.Namespace, images: Inputs, device: torch.devi
     """Writes or prints the boxes of each image, in their order; returns the exit status."""
     if args.output is not None:
         check_table(args.output)
+        check_output(args.output.parent)
     predictor = detection.load(args.model.removeprefix('local-dir:'), str(device))
     as_coco = args.output is not None and args.output.suffix.lower() == '.json'
     reader, found = Reader(images, lambda image: image, 1, args.workers), {}

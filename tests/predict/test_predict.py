@@ -325,6 +325,7 @@ def test_damaged_weights_are_one_sentence(digits, tmp_path, capsys):
     (['val/3', '--top-k', '11'], '--top-k 11: '), (['val/3', '--score', '0.5'], 'only a detector has this flag'),
     (['val/3', '--batch-size', '0'], '--batch-size 0: must be at least 1'),
     (['list.csv', '--output', 'list.csv'], '--output list.csv is one of IMAGES; name another file'),
+    (['val/3', '--output', 'notes.md/x.csv'], '--output notes.md: cannot be written to ('),
     (['hf-stream:a/b'], 'hf-stream:a/b: a stream')])
 def test_wrong_arguments_are_one_sentence(args, said, digits, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
