@@ -16,6 +16,7 @@ from .benchmarks.linear import command as linear
 from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
+from .predict import command as predict
 from .preflight.report import preflight
 from .runtime.messages import printable
 from .runtime.signals import Signals
@@ -156,6 +157,9 @@ COMMANDS = {
         segment.add_arguments, segment.run,
         'train a segmenter on a ResNet backbone, and measure it: VOC12 + Aug, Cityscapes, or your own masks',
         'VOCdevkit --output runs/voc_masks'),
+    'predict': Command(
+        predict.add_arguments, predict.run, 'apply a trained classifier, detector or segmenter to images',
+        'runs/classifier my_photos --output labels.csv'),
     'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE',
         'my_photos --output features.npz'),
     'report': Command(

@@ -19,7 +19,7 @@ from ..data import open_parts
 from ..data.readers.images import Images
 from ..runtime.distributed import join_world
 from ..runtime.files import write_atomically
-from ..runtime.messages import printable, require, silent
+from ..runtime.messages import as_text, printable, require, silent
 from .backbone import load_backbone
 from .features import NAMES, Features, extract
 from .options import add_extraction, add_model, check_extraction, make_transform, read_extraction, read_sizes
@@ -102,17 +102,12 @@ def list_paths(images: Images, rows: np.ndarray) -> list[str]:
     """Returns the paths of the files, or numbers for images that are not files."""
     if not hasattr(images, 'path'):
         return [str(i) for i in rows]
-    return [_as_text(images.path(int(i))) for i in rows]
-
-
-def _as_text(name: Any) -> str:
-    """Returns a name with replacement characters for bytes that are text in no encoding."""
-    return str(name).encode(errors='surrogateescape').decode(errors='replace')
+    return [as_text(images.path(int(i))) for i in rows]
 
 
 def _save(out: Path, features: Features, labels: np.ndarray | None, paths: list[str]) -> None:
     """Writes the readable rows to a .npz file, or to .npy files and images.json in a folder."""
-    rows, classes = features.readable, [_as_text(name) for name in features.classes]
+    rows, classes = features.readable, [as_text(name) for name in features.classes]
 
     def load(name: str) -> np.ndarray:
         return features.array(name) if len(rows) == len(features) else features.rows(name, rows)

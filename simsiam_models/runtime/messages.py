@@ -37,6 +37,11 @@ def printable(text: str, keep: str = '') -> str:
         c if c.isprintable() or c in keep else c.encode('unicode_escape', 'backslashreplace').decode() for c in text)
 
 
+def as_text(name: Any) -> str:
+    """Returns a name with replacement characters for bytes that are text in no encoding."""
+    return str(name).encode(errors='surrogateescape').decode(errors='replace')
+
+
 def inert_cell(value: Any) -> Any:
     """Returns a cell of a CSV file; text that a spreadsheet would take for a formula gets an apostrophe in front."""
     if isinstance(value, str) and value.startswith(FORMULA):

@@ -81,14 +81,14 @@ def _describe_pixels(backbone: Backbone) -> str:
 
 
 def check_output(folder: Path) -> None:
-    """Creates the folder of the records; raises ValueError if it is not writable, before hours of work."""
+    """Creates the folder of the output; raises ValueError if it is not writable, before hours of work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(buffering=0, dir=folder) as f:
             f.write(b'simsiam')
     except OSError as e:
         raise ValueError(
-            f'--output {folder}: cannot write a record there ({e.strerror}); name a writable folder') from None
+            f'--output {folder}: cannot be written to ({e.strerror}); name a writable folder') from None
 
 
 def to_json_types(value: Any) -> Any:

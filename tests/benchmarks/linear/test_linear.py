@@ -163,7 +163,7 @@ def test_two_processes_both_name_the_unreadable_image_or_leave_it_out(split_digi
 def test_an_output_that_cannot_be_written_to_is_found_before_anything_else(below, tmp_path):
     file = tmp_path / 'file'
     file.write_bytes(b'')
-    with pytest.raises(ValueError, match=f'^--output {file / below}: cannot write a record there'):
+    with pytest.raises(ValueError, match=f'^--output {file / below}: cannot be written to'):
         measure(tmp_path / 'no data', file / below, 'fair')
 
 

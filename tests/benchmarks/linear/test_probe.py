@@ -365,7 +365,7 @@ def test_flags_of_other_protocols_are_refused(split_digits, tmp_path):
 def test_an_output_that_is_a_file_is_found_before_the_features_are_made(split_digits, tmp_path):
     file = tmp_path / 'file'
     file.write_bytes(b'')
-    with pytest.raises(ValueError, match=f'^--output {file}: cannot write a record there'):
+    with pytest.raises(ValueError, match=f'^--output {file}: cannot be written to'):
         measure(split_digits, file, '--cache', str(tmp_path / 'cache'))
     assert not (tmp_path / 'cache').exists()
 

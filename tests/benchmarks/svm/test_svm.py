@@ -813,7 +813,7 @@ def test_an_output_that_takes_no_files_is_found_before_anything_slow(
     file = tmp_path / 'file'
     file.write_text('x')
     for output in file, file / 'below':
-        with pytest.raises(ValueError, match='--output .*file.*: cannot write a record there'):
+        with pytest.raises(ValueError, match='--output .*file.*: cannot be written to'):
             svm.run(parse(devkit, *TINY, '--output', output))
     with pytest.raises(ZeroDivisionError):
         svm.run(parse(devkit, *TINY, '--output', tmp_path / 'new' / 'folder'))

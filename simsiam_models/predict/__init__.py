@@ -1,0 +1,1 @@
+"""`simsiam predict`: what trained classifiers, detectors and segmenters say of images."""

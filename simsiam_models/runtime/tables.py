@@ -1,0 +1,58 @@
+"""Writes tables as CSV, JSON or Parquet, by the ending of the file, with the same columns in each."""
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomically, write_csv, write_json
+from .messages import as_text, require
+
+FORMATS = ('.csv', '.json', '.parquet')
+
+Columns = dict[str, type]  # name -> str, int or float
+
+
+def check_table(path: Path, flag: str = '--output') -> None:
+    """Raises ValueError for another ending than those of FORMATS, RuntimeError if Parquet's library is missing."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f'{flag} {path}: must be a file that ends in {", ".join(FORMATS)}')
+    if path.is_dir():
+        raise ValueError(f'{flag} {path} is a folder; name a file in it')
+    if path.suffix.lower() == '.parquet':
+        require(f'{flag} {path}', pyarrow='pyarrow')
+
+
+def write_table(path: Path, columns: Columns, rows: Sequence[Sequence[Any]]) -> None:
+    """Writes rows of cells; None is an empty cell.
+
+    Text that is no Unicode, such as some names of files, keeps its bytes in a CSV, and gets replacement characters in
+    JSON and Parquet, which hold only Unicode. A cell of a CSV that a spreadsheet would take for a formula becomes text.
+    JSON is a list of objects.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() == '.csv':
+        write_csv(path, [list(columns), *rows])
+        return
+    rows = [[as_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+    if path.suffix.lower() == '.json':
+        write_json(path, [dict(zip(columns, row, strict=True)) for row in rows])
+        return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
+    values = zip(*rows, strict=True) if rows else [()] * len(columns)
+    table = pa.table([pa.array(v, field.type) for v, field in zip(values, schema, strict=True)], schema)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    write_atomically(path, lambda file: file.write(memoryview(buffer.getvalue())))
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns lines of aligned columns below their names."""
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return '\n'.join('  '.join(f'{cell:{w}}' for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
