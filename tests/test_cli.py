@@ -201,7 +201,7 @@ def test_pretrain_and_train_py_are_one_program(few_digits, tmp_path):
         assert done.returncode == 0, done.stderr
         weights.append(torch.load(tmp_path / str(i) / 'checkpoint.pth', weights_only=True)['model'])
         done = run([warm.python(), *command, *args, '--lr', '-1'])
-        assert done.returncode == 1 and done.stderr == f'{name}: --lr -1.0 must be above 0\n'
+        assert done.returncode == 1 and done.stderr == f'{name}: --lr -1.0: must be above 0\n'
     assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
 
 

@@ -50,8 +50,8 @@ SPECIAL = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.epilog, parser.allow_abbrev = _recipe_table(), False
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = '\n\n'.join(filter(None, (_recipe_table(), parser.epilog)))
+    parser.formatter_class, parser.allow_abbrev = argparse.RawDescriptionHelpFormatter, False
     parser.set_defaults(prog=parser.prog)
     for title, add_group in (
             ('run', _add_run_flags), ('checkpoints', _add_checkpoint_flags), ('speed', _add_speed_flags),
