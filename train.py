@@ -1,6 +1,6 @@
 """SimSiam pretraining from a clone: `python train.py ...` is `simsiam pretrain ...`; --help is its manual.
 
-The loop is simsiam_models/training/pretrain.py, to be read from top to bottom.
+The loop is in simsiam_models/training/pretrain.py; read it from top to bottom.
 """
 import sys
 

@@ -91,13 +91,14 @@ def add_publish(parser: argparse.ArgumentParser) -> None:
 def add_preflight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('data', metavar='DATA', help="as for `pretrain`; 'demo' is the built-in demonstration data")
     parser.add_argument(
-        '--recipe', metavar='NAME', help="a recipe of `pretrain` (default: the one that suits the data and device)")
+        '--recipe', metavar='NAME', help="a `pretrain` recipe (default: the one that suits the data and device)")
     parser.add_argument('--batch-size', type=int, metavar='N', help="default: the recipe's, or less if necessary")
     parser.add_argument('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
     parser.add_argument(
         '--seconds', type=float, default=120.0, metavar='S',
         help='time limit; at most half of it goes into reading (default: 120)')
-    parser.add_argument('--workers', type=int, metavar='N', help="threads that read images (default: as `pretrain`)")
+    parser.add_argument(
+        '--workers', type=int, metavar='N', help='threads that read images (default: as for `pretrain`)')
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         '--sample', type=int, metavar='N', help='images to read (default: as many as half of --seconds allows)')
@@ -131,10 +132,10 @@ COMMANDS = {
         'checkpoint.pth --tag my_photos --dry-run repository'),
     'pretrain': Command(
         pretrain.add_arguments, pretrain.run,
-        'pretrain on images without labels: ImageNet, CIFAR-10, or your own; under torchrun on several devices',
+        'pretrain without labels on ImageNet, CIFAR-10 or your own images; use torchrun for several devices',
         'my_photos --recipe demo'),
     'preflight': Command(
-        add_preflight, run_preflight, 'inspect a data set, time a short training, and suggest a `pretrain` command',
+        add_preflight, run_preflight, 'inspect a data set, time a short training run, and suggest a `pretrain` command',
         'my_photos --seconds 60'),
     'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features',
         'my_photos --model runs/mine'),
@@ -169,7 +170,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser('simsiam', description='SimSiam weights and benchmarks.')
+    parser = Parser('simsiam', description='SimSiam: pretraining, published weights, benchmarks and prediction.')
     parser.add_argument('--version', action='version', version=f'simsiam_models {__version__}')
     parser.set_defaults(run=lambda args: parser.print_help())
     top = parser.add_subparsers(metavar='COMMAND')

@@ -122,7 +122,7 @@ def _load_model(
         return model, find_tag(path), args, True
     raise FileNotFoundError(
         f'--model {name}: neither a model of timm nor a file or folder; use a name that timm.list_models() returns, '
-        "a checkpoint, OUTPUT of `simsiam pretrain`, local-dir:FOLDER or hf-hub:REPO")
+        "a checkpoint, the OUTPUT of `simsiam pretrain`, local-dir:FOLDER or hf-hub:REPO")
 
 
 def _parse_size(values: Any, name: str) -> int:

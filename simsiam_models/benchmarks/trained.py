@@ -54,22 +54,22 @@ def add_run(parser: argparse.ArgumentParser, what: str, protocols: Sequence[str]
 
 
 def check_run(args: argparse.Namespace) -> None:
-    """Raises ValueError if a run would write into its data, or --eval-only over a run or beside flags of training."""
+    """Raises ValueError if --output is inside the data, or --eval-only has training flags or an --output in use."""
     data, output = Path(args.data).resolve(), args.output.resolve()
     if data.is_dir() and data in (output, *output.parents):
         raise ValueError(
-            f'--output {args.output}: lies in the data, {args.data}, whose files it might overwrite; name a folder '
-            'elsewhere')
+            f'--output {args.output}: is inside the data folder {args.data}, whose files it might overwrite; name a '
+            'folder elsewhere')
     if args.eval_only is None:
         return
     if given := [f'--{name.replace("_", "-")}' for name in TRAINING if getattr(args, name, None) not in (None, {})]:
-        raise ValueError(f'--eval-only measures with the numbers of the trained run: leave {", ".join(given)} out')
+        raise ValueError(f'--eval-only uses the settings of the trained run: leave out {", ".join(given)}')
     if any((output / name).exists() for name in (RECORD, LAST)):
-        raise ValueError(f'--output {args.output}: holds a run or a record already; name another folder')
+        raise ValueError(f'--output {args.output}: already holds a run or a record; name another folder')
 
 
 def follow_run(args: argparse.Namespace, numbers: dict[str, Any], **defaults: str) -> None:
-    """Sets flags to those of the trained run, for --eval-only; raises ValueError if one was given as another.
+    """Sets flags to those of the trained run, for --eval-only; raises ValueError if one was given with another value.
 
     `numbers` is the protocol in the run's record, `defaults` are the values of flags that are not given.
     """
@@ -102,7 +102,7 @@ def name_classes(classes: int | Sequence[str]) -> list[str]:
     if isinstance(classes, int):
         return [str(i) for i in range(classes)]
     if isinstance(classes, str) or not isinstance(classes, Sequence):
-        raise ValueError(f'classes {short(classes)}: give how many there are, or a list of their names')
+        raise ValueError(f'classes must be their number or a list of names, not {short(classes)}')
     return [str(c) for c in classes]
 
 

@@ -1,1 +1,1 @@
-"""`simsiam predict`: what trained classifiers, detectors and segmenters say of images."""
+"""`simsiam predict`: applies trained classifiers, detectors and segmenters to images."""

@@ -68,7 +68,7 @@ def name_classes(stored: Any, n: int, imagenet: bool, where: str) -> tuple[list[
 
     Args:
         stored: label_names of a configuration.
-        imagenet: the classes are those of ImageNet, in timm's order, if their number is.
+        imagenet: whether n classes are ImageNet's, in timm's order, if ImageNet has a set of so many.
 
     Raises:
         ValueError: `stored` is not a list of n names.
@@ -105,14 +105,14 @@ def load_classifier(name: str, device: torch.device) -> ImageClassifier:
         return ImageClassifier(model, name, isinstance(tag, str) and tag in WEIGHTS, device)
     if path.is_file():
         raise ValueError(
-            f'{name}: a file tells neither preprocessing nor classes; `simsiam convert {name} OUT --to timm` writes a '
-            'folder, to which you can add label_names in config.json')
+            f'{name}: a lone file stores neither preprocessing nor class names; `simsiam convert {name} OUT --to timm` '
+            'writes a folder, and you can add label_names to its config.json')
     if not name.startswith(HUB):
         if not is_model(timm_name.split('.')[0]):
             raise FileNotFoundError(
-                f'{name}: neither a folder nor a model of timm; name the --output of `simsiam finetune`, `detect` or '
-                '`segment`, a folder exported for timm, a name that timm.list_pretrained() returns, or a tag with '
-                'a classifier that `simsiam weights list` shows')
+                f'{name}: neither a folder nor a timm model; give the --output of `simsiam finetune`, `detect` or '
+                '`segment`, a folder exported for timm, a name from timm.list_pretrained(), or a tag in '
+                '`simsiam weights list` that has a classifier')
         config = timm.get_pretrained_cfg(timm_name)
         if config is not None and not config.num_classes:
             raise _lacks_classifier(timm_name)
@@ -127,7 +127,7 @@ def _load_folder(folder: Path, name: str) -> nn.Module:
         if (folder / BACKBONE / CONFIG).is_file():
             raise _lacks_classifier(name)
         inner = sorted(p.parent.name for p in folder.glob(f'*/{CONFIG}'))
-        hint = f'; there are some in it: {short(", ".join(inner))}' if inner else ''
+        hint = f'; these subfolders have one: {short(", ".join(inner))}' if inner else ''
         raise FileNotFoundError(
             f'{name}: no {CONFIG} there; name the --output of a finished `simsiam finetune`, `detect` or `segment`, or '
             f'a folder exported for timm{hint}')
@@ -147,5 +147,5 @@ def _create(name: str, create: Callable[[], nn.Module]) -> nn.Module:
 
 def _lacks_classifier(name: str) -> ValueError:
     return ValueError(
-        f'{name}: features without a classifier (num_classes 0); train one with `simsiam finetune DATA --model {name} '
-        '--output OUT`, and predict with OUT')
+        f'{name}: has no classifier, only features (num_classes 0); train one with `simsiam finetune DATA --model '
+        f'{name} --output OUT`, then predict with OUT')

@@ -2,8 +2,8 @@
 
     simsiam predict runs/photos new/*.jpg                          a table on the terminal
     simsiam predict runs/photos new --output labels.csv            or .json, .parquet
-    simsiam predict mm1x_ep200_lin_in1k 'new/**/*.png' --top-k 3   a published classifier of ImageNet
-    simsiam predict runs/detector new --output boxes.json          boxes in COCO's form, or a row for each in .csv
+    simsiam predict mm1x_ep200_lin_in1k 'new/**/*.png' --top-k 3   a published ImageNet classifier
+    simsiam predict runs/detector new --output boxes.json          boxes in COCO format, or one row per box in .csv
     simsiam predict runs/segmenter list.txt --output masks/        a mask for each image
 """
 import argparse
@@ -30,13 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('model', metavar='MODEL', help='folder that finetune, detect or segment wrote, folder exported for timm, timm '
         'name, hf-hub:REPO, or a tag with a classifier')
-    add('images', metavar='IMAGES', nargs='+', help='files, folders with all below them, patterns in quotes, lists of '
-        'paths (.txt, .csv), tar shards, Parquet files')
+    add('images', metavar='IMAGES', nargs='+', help='image files, folders (searched recursively), quoted glob '
+        'patterns, lists of paths (.txt, .csv), tar shards or Parquet files')
     add('--out', '--output', dest='output', type=Path, metavar='FILE|FOLDER',
-        help='.csv, .json or .parquet file (default: a table on the terminal); for a segmenter the folder of the masks')
-    add('--top-k', **COUNT, help='most likely classes to state (default: 5); of a classifier')
-    add('--score', type=float, metavar='X', help='lowest score of an object to state (default: 0.3); of a detector')
-    add('--batch-size', **COUNT, help='images in a forward pass of a classifier (default: 64; on a CPU 8)')
+        help='.csv, .json or .parquet file (default: a table on the terminal); for a segmenter, a folder')
+    add('--top-k', **COUNT, help='number of most likely classes to report (default: 5); classifiers only')
+    add('--score', type=float, metavar='X', help='minimum score of objects to report (default: 0.3); detectors only')
+    add('--batch-size', **COUNT, help='images per forward pass (default: 64, or 8 on a CPU); classifiers only')
     add('--workers', **COUNT, help='threads that read images (default: one per core, at most 16)')
     add('--device', metavar='D', help='cuda, mps or cpu (default: the first one available)')
 
@@ -45,13 +45,13 @@ def run(args: argparse.Namespace) -> int:
     """Predicts; returns 1 if no image could be read."""
     check_flags([
         ('--top-k', args.top_k, args.top_k is None or args.top_k >= 1, 'at least 1'),
-        ('--score', args.score, args.score is None or 0 <= args.score <= 1, 'in 0 .. 1'),
+        ('--score', args.score, args.score is None or 0 <= args.score <= 1, 'from 0 to 1'),
         ('--batch-size', args.batch_size, args.batch_size is None or args.batch_size >= 1, 'at least 1'),
         ('--workers', args.workers, args.workers is None or args.workers >= 0, 'at least 0')])
     kind = find_kind(args.model)
     for flag, value, its in (('--top-k', args.top_k, CLASSIFIER), ('--score', args.score, DETECTOR)):
         if value is not None and kind != its:
-            raise ValueError(f'{flag} {value}: {args.model} is a {kind}, and only a {its} has this flag; leave it out')
+            raise ValueError(f'{flag} {value}: applies only to a {its}, but {args.model} is a {kind}; leave it out')
     if args.output is not None:
         check_no_image(args.output, args.images)
     device = choose_device(args.device)

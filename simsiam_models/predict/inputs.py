@@ -23,7 +23,7 @@ from ..runtime.messages import announce
 
 ARCHIVES = ('.tar', *TABLES, *COMPRESSED)
 SOURCE = re.compile(r'(hf|hf-stream|torchvision|pipe|https?):')  # of what is no path
-FORMS = 'files, folders, patterns in quotes, lists (.txt, .csv), tar shards or Parquet files'
+FORMS = 'files, folders, quoted glob patterns, lists (.txt, .csv), tar shards or Parquet files'
 
 
 class Inputs:
@@ -46,7 +46,7 @@ class Inputs:
         return images.read(at)
 
     def name_of(self, row: int) -> str:
-        """Returns the path of an image as the user would write it, or the name of one that is no file."""
+        """Returns the path of an image as the user would write it, or the name of one that is not a file."""
         return name_of(*self._find(row))
 
 
@@ -92,7 +92,7 @@ def _open_spec(spec: str) -> list[Images]:
         return _open_parts(spec)
     if glob.has_magic(spec):
         return [_open_pattern(spec)]
-    raise FileNotFoundError(f'{spec}: no such file or folder; IMAGES are {FORMS}')
+    raise FileNotFoundError(f'{spec}: no such file or folder; IMAGES can be {FORMS}')
 
 
 def _list_folder(folder: str) -> Index:
@@ -115,7 +115,7 @@ def _open_pattern(pattern: str) -> FileImages:
             others += 1
     if not found:
         what = f'matches {others} files, but no image' if others else 'matches no file'
-        raise FileNotFoundError(f'{pattern}: this pattern {what}; IMAGES are {FORMS}')
+        raise FileNotFoundError(f'{pattern}: this pattern {what}; IMAGES can be {FORMS}')
     if others:
         announce(f'{pattern}: files without an image extension, skipped: {others:,}')
     return _open_files(list(found), pattern)
@@ -124,5 +124,5 @@ def _open_pattern(pattern: str) -> FileImages:
 def _open_parts(spec: str) -> list[Images]:
     train, val, unusable = open_parts(spec)
     if hasattr(train, 'samples'):
-        raise ValueError(f'{spec}: a stream has no images to return to; download it, and name its files')
+        raise ValueError(f'{spec}: a stream cannot be read at random; download it and give its files instead')
     return [train, *([] if val is None else [val]), *([unusable.images] if unusable else [])]

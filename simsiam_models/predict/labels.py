@@ -1,4 +1,4 @@
-"""Predicts the classes of images, as a table: path, label, probability, and further classes by falling probability."""
+"""Predicts the classes of images, as a table: path, label, probability, and the next most likely classes."""
 import argparse
 from typing import Any
 
@@ -23,10 +23,11 @@ def predict_labels(args: argparse.Namespace, images: Inputs, device: torch.devic
         check_output(args.output.parent)
     classifier = load_classifier(args.model, device)
     if args.top_k is not None and args.top_k > len(classifier.classes):
-        raise ValueError(f'--top-k {args.top_k}: {args.model} has {len(classifier.classes)} classes; ask for fewer')
+        raise ValueError(f'--top-k {args.top_k}: {args.model} has only {len(classifier.classes)} classes; use at '
+                         'most that many')
     k = min(args.top_k or TOP, len(classifier.classes))
     if not classifier.named:
-        announce(f'{args.model} holds no names of classes (label_names in config.json): labels are their numbers')
+        announce(f'{args.model} has no class names (label_names in config.json), so labels are class numbers')
     reader = Reader(images, classifier.prepare, args.batch_size, args.workers)
     labels, probabilities = classify(classifier, reader, k)
     rows = make_rows(reader, classifier.classes, labels, probabilities)
@@ -40,7 +41,10 @@ def predict_labels(args: argparse.Namespace, images: Inputs, device: torch.devic
 
 
 def classify(classifier: ImageClassifier, reader: Reader, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first k classes of each image, (N, k) int64, and their probabilities, float32; 0 without any."""
+    """Returns the first k classes of each image, (N, k) int64, and their probabilities, float32.
+
+    Both are zero for unreadable images.
+    """
     labels, probabilities = np.zeros((len(reader.images), k), np.int64), np.zeros((len(reader.images), k), np.float32)
     for rows, items in reader:
         labels[rows], probabilities[rows] = classifier.predict(items, k)

@@ -21,7 +21,7 @@ def predict_masks(args: argparse.Namespace, images: Inputs, device: torch.device
     folder = args.output
     if folder is None or folder.is_file() or folder.suffix.lower() in FORMATS:
         given = '' if folder is None else f' {folder}'
-        raise ValueError(f'--output{given}: {args.model} is a segmenter; name a folder for the masks')
+        raise ValueError(f'--output{given}: must be a folder for the masks, since {args.model} is a segmenter')
     names = [images.name_of(row) for row in range(len(images))]
     masks = name_masks(names)
     check_no_input(folder, [*masks, TABLE, CLASSES], [*names, *args.images])
@@ -40,14 +40,14 @@ def predict_masks(args: argparse.Namespace, images: Inputs, device: torch.device
         lines = [f'{i} {printable(as_text(name))}\n' for i, name in zip(predictor.ids, predictor.classes, strict=True)]
         write_atomically(folder / CLASSES, lambda file: file.write(''.join(lines).encode()))
     print(f'{folder}: masks of {len(images) - len(reader.unreadable):,} of {len(images):,} images; {TABLE} lists '
-          f'them, and {CLASSES} what their numbers mean')
+          f'them, and {CLASSES} says which class each pixel value is')
     return reader.report()
 
 
 def name_masks(names: list[str]) -> list[str]:
-    """Returns the relative path of each image's mask: the image's below the folder that holds all, ending in .png.
+    """Returns the relative path of each image's mask: its path below the common folder, with the extension .png.
 
-    If two images differ in their ending only, all masks keep it.
+    If two images differ only in their extension, .png is appended to it in the name of every mask.
 
     >>> name_masks(['x/a.jpg', 'x/b/a.jpg']), name_masks(['x/a.jpg', 'x/a.png'])
     (['a.png', 'b/a.png'], ['a.jpg.png', 'a.png.png'])
@@ -64,4 +64,4 @@ def check_no_input(folder: Path, outputs: list[str], inputs: list[str]) -> None:
     """Raises ValueError if a file in `folder` would replace one that is read."""
     read = {os.path.realpath(name) for name in inputs}
     if taken := next((name for name in outputs if os.path.realpath(folder / name) in read), None):
-        raise ValueError(f'--output {folder}: {taken} there is one of IMAGES; name another folder')
+        raise ValueError(f'--output {folder}: would overwrite {taken}, which is one of IMAGES; name another folder')

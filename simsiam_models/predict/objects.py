@@ -1,4 +1,4 @@
-"""Predicts the objects in images, as boxes: a file in COCO's form, or a row for each box."""
+"""Predicts the objects in images, as boxes: a file in COCO format, or one row per box."""
 import argparse
 from typing import Any
 
@@ -44,13 +44,13 @@ def predict_objects(args: argparse.Namespace, images: Inputs, device: torch.devi
             write_json(args.output, make_coco(reader, predictor.classes, found))
         else:
             write_table(args.output, COLUMNS, make_box_rows(reader, found))
-    print(f'{args.output}: {sum(len(one["scores"]) for one in found.values()):,} objects in {len(found):,} of '
-          f'{len(images):,} images')
+    print(f'{args.output}: {sum(len(one["scores"]) for one in found.values()):,} objects; {len(found):,} of '
+          f'{len(images):,} images could be read')
     return reader.report()
 
 
 def list_boxes(one: dict[str, Any]) -> list[list[float]]:
-    """Returns the corners x1, y1, x2, y2 of an image's boxes, in hundredths of its pixels."""
+    """Returns the corners x1, y1, x2, y2 of an image's boxes, in pixels, rounded to two decimals."""
     return np.round(one['boxes'].astype(np.float64), 2).tolist()
 
 

@@ -52,7 +52,7 @@ class Reader:
         for reason in reasons[:NAMED]:
             print(reason, file=sys.stderr)
         if reasons:
-            more = f', {len(reasons) - NAMED:,} of them not named here' if len(reasons) > NAMED else ''
+            more = f' ({len(reasons) - NAMED:,} of them not listed here)' if len(reasons) > NAMED else ''
             print(f'{len(reasons):,} of {len(self.images):,} images cannot be read and have no prediction{more}',
                   file=sys.stderr)
         return int(len(reasons) == len(self.images))

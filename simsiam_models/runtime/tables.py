@@ -12,9 +12,9 @@ Columns = dict[str, type]  # name -> str, int or float
 
 
 def check_table(path: Path, flag: str = '--output') -> None:
-    """Raises ValueError for another ending than those of FORMATS, RuntimeError if Parquet's library is missing."""
+    """Raises ValueError if the extension is not in FORMATS, RuntimeError if Parquet's library is missing."""
     if path.suffix.lower() not in FORMATS:
-        raise ValueError(f'{flag} {path}: must be a file that ends in {", ".join(FORMATS)}')
+        raise ValueError(f'{flag} {path}: the file name must end in one of {", ".join(FORMATS)}')
     if path.is_dir():
         raise ValueError(f'{flag} {path} is a folder; name a file in it')
     if path.suffix.lower() == '.parquet':
@@ -24,7 +24,7 @@ def check_table(path: Path, flag: str = '--output') -> None:
 def write_table(path: Path, columns: Columns, rows: Sequence[Sequence[Any]]) -> None:
     """Writes rows of cells; None is an empty cell.
 
-    Text that is no Unicode, such as some names of files, keeps its bytes in a CSV, and gets replacement characters in
+    Text that is not valid Unicode, such as some file names, keeps its bytes in a CSV and gets replacement characters in
     JSON and Parquet, which hold only Unicode. A cell of a CSV that a spreadsheet would take for a formula becomes text.
     JSON is a list of objects.
 

@@ -222,7 +222,7 @@ def another_is_gone(e: RuntimeError) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and says in a line why if it cannot go on; returns the exit code, or exits with that of a signal."""
+    """Trains, or prints one line on why it cannot continue; returns the exit code, or exits with a signal's."""
     try:
         start(args)
         return 0

@@ -22,24 +22,24 @@ def test_a_run_is_not_written_into_its_data(command: str, tmp_path: Path, capsys
     (data := tmp_path / 'data').mkdir()
     (tmp_path / 'link').symlink_to(data)
     for output in (data, data / 'run', tmp_path / 'link', data / '..' / 'data'):
-        with pytest.raises(ValueError, match='lies in the data'):
+        with pytest.raises(ValueError, match='is inside the data folder'):
             check(command, data, output)
     check(command, data, tmp_path / 'run')
     check(command, data, tmp_path / 'database')
     assert main([command, str(data), '--output', str(data)]) == 1
-    assert 'lies in the data' in capsys.readouterr().err and not list(data.iterdir())
+    assert 'is inside the data folder' in capsys.readouterr().err and not list(data.iterdir())
 
 
 @pytest.mark.parametrize('command', ['detect', 'segment'])
 def test_eval_only_refuses_flags_that_it_would_ignore_and_folders_that_hold_results(command: str, tmp_path: Path):
     run, data = tmp_path / 'run', tmp_path / 'data'
-    with pytest.raises(ValueError, match='numbers of the trained run: leave --lr, --image-size out'):
+    with pytest.raises(ValueError, match='settings of the trained run: leave out --lr, --image-size'):
         check(command, data, tmp_path / 'again', '--eval-only', str(run), '--image-size', '64', '--lr', '1')
     check(command, data, tmp_path / 'again', '--eval-only', str(run), '--device', 'cpu', '--workers', '1')
     for name in ('checkpoint.pth', 'record.json'):
         run.mkdir(exist_ok=True)
         (run / name).write_text('')
-        with pytest.raises(ValueError, match='holds a run or a record already; name another folder'):
+        with pytest.raises(ValueError, match='already holds a run or a record; name another folder'):
             check(command, data, run, '--eval-only', str(run))
         (run / name).unlink()
 
@@ -56,5 +56,5 @@ def test_the_flags_of_training_are_all_those_of_numbers():
 @pytest.mark.parametrize('build', [detection.build, segmentation.build])
 def test_classes_are_a_number_or_names(build):
     for wrong in ('road', 2.0, None, np.float32(3)):
-        with pytest.raises(ValueError, match='give how many there are, or a list of their names'):
+        with pytest.raises(ValueError, match='classes must be their number or a list of names'):
             build('resnet18:random', classes=wrong)

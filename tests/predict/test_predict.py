@@ -203,7 +203,7 @@ def test_the_exit_status_tells_only_that_no_image_could_be_read(trained, tmp_pat
         (tmp_path / f'{i}.png').write_bytes(b'no image')
     for out in ('out.csv', 'out.json', 'out.parquet'):
         assert predict(trained, f'{tmp_path}/*.png', '--output', tmp_path / out) == 1
-        assert '25 of 25 images cannot be read and have no prediction, 5 of them not named' in capsys.readouterr().err
+        assert '25 of 25 images cannot be read and have no prediction (5 of them not listed' in capsys.readouterr().err
     assert len(read_rows(tmp_path / 'out.csv')) == len(json.loads((tmp_path / 'out.json').read_text())) == 25
 
 
@@ -269,7 +269,7 @@ def test_a_classifier_without_names_gets_numbers_and_says_so(digits, tmp_path, c
     model = write_classifier(tmp_path / 'model', 1000)
     assert predict(model, digits / 'val/1', '--output', tmp_path / 'out.csv') == 0
     assert all(row['label'].isdigit() for row in read_rows(tmp_path / 'out.csv'))
-    assert 'holds no names of classes (label_names in config.json)' in caplog.text
+    assert 'has no class names (label_names in config.json)' in caplog.text
 
 
 def test_backbones_without_a_classifier_are_refused_with_the_way_to_one(digits, tmp_path, capsys):
@@ -280,12 +280,12 @@ def test_backbones_without_a_classifier_are_refused_with_the_way_to_one(digits, 
         assert predict(model, digits / 'val') == 1
         said, name = capsys.readouterr().err, 'simsiam_resnet50.mm_ep200_in1k' if model == 'mm_ep200_in1k' else model
         assert said == (
-            f'simsiam: {name}: features without a classifier (num_classes 0); train one with `simsiam finetune DATA '
-            f'--model {name} --output OUT`, and predict with OUT\n')
+            f'simsiam: {name}: has no classifier, only features (num_classes 0); train one with `simsiam finetune DATA '
+            f'--model {name} --output OUT`, then predict with OUT\n')
 
 
 @pytest.mark.parametrize(('model', 'config', 'said'), [
-    ('nothing', None, 'neither a folder nor a model of timm'),
+    ('nothing', None, 'neither a folder nor a timm model'),
     ('.', None, 'no config.json there; name the --output of a finished `simsiam finetune`'),
     ('m', {'label_names': ['a', 'b']}, 'label_names in its configuration: 3 names are needed, not 2 names'),
     ('m', {'label_names': 'abc'}, '3 names are needed, not abc'),
@@ -317,12 +317,12 @@ def test_damaged_weights_are_one_sentence(digits, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('args', 'said'), [
-    (['gone.jpg'], 'gone.jpg: no such file or folder; IMAGES are files, folders'),
+    (['gone.jpg'], 'gone.jpg: no such file or folder; IMAGES can be files, folders'),
     (['gone*.jpg'], 'gone*.jpg: this pattern matches no file'), (['*.md'], 'matches 1 files, but no image'),
-    (['val', '--output', 'x.xlsx'], '--output x.xlsx: must be a file that ends in .csv, .json, .parquet'),
-    (['val', '--output', 'x'], '--output x: must be a file that ends in'),
+    (['val', '--output', 'x.xlsx'], '--output x.xlsx: the file name must end in one of .csv, .json, .parquet'),
+    (['val', '--output', 'x'], '--output x: the file name must end in one of'),
     (['val/3', '--top-k', '0'], '--top-k 0: must be at least 1'),
-    (['val/3', '--top-k', '11'], '--top-k 11: '), (['val/3', '--score', '0.5'], 'only a detector has this flag'),
+    (['val/3', '--top-k', '11'], '--top-k 11: '), (['val/3', '--score', '0.5'], 'applies only to a detector, but'),
     (['val/3', '--batch-size', '0'], '--batch-size 0: must be at least 1'),
     (['list.csv', '--output', 'list.csv'], '--output list.csv is one of IMAGES; name another file'),
     (['val/3', '--output', 'notes.md/x.csv'], '--output notes.md: cannot be written to ('),

@@ -144,7 +144,7 @@ def test_no_mask_leaves_its_folder_or_replaces_an_input(segmenter, scenes, tmp_p
         image.save(tmp_path / place / f'{place}.png')
     before = (tmp_path / 'photos/photos.png').read_bytes()
     assert predict(segmenter, tmp_path / 'photos', '--output', tmp_path / 'photos') == 1
-    assert 'photos.png there is one of IMAGES; name another folder' in capsys.readouterr().err
+    assert 'would overwrite photos.png, which is one of IMAGES; name another folder' in capsys.readouterr().err
     (tmp_path / 'photos/classes.txt').write_text('../other/other.png\nphotos.png\n')
     assert predict(segmenter, tmp_path / 'photos/classes.txt', '--output', tmp_path / 'photos') == 1
     assert 'is one of IMAGES; name another folder' in capsys.readouterr().err
@@ -156,11 +156,11 @@ def test_no_mask_leaves_its_folder_or_replaces_an_input(segmenter, scenes, tmp_p
 
 @pytest.mark.parametrize(('kind', 'args', 'said'), [
     ('segmenter', [], '--output: '),
-    ('segmenter', ['--output', 'x.csv'], 'is a segmenter; name a folder for the masks'),
-    ('segmenter', ['--output', 'x', '--top-k', '3'], 'only a classifier has this flag'),
-    ('detector', ['--top-k', '3'], 'is a detector, and only a classifier has this flag'),
-    ('detector', ['--score', '2'], '--score 2.0: must be in 0 .. 1'),
-    ('detector', ['--output', 'x.txt'], '--output x.txt: must be a file that ends in .csv, .json, .parquet')])
+    ('segmenter', ['--output', 'x.csv'], 'must be a folder for the masks, since'),
+    ('segmenter', ['--output', 'x', '--top-k', '3'], 'applies only to a classifier, but'),
+    ('detector', ['--top-k', '3'], '--top-k 3: applies only to a classifier, but'),
+    ('detector', ['--score', '2'], '--score 2.0: must be from 0 to 1'),
+    ('detector', ['--output', 'x.txt'], '--output x.txt: the file name must end in one of .csv, .json, .parquet')])
 def test_flags_of_another_kind_of_model_are_refused(kind, args, said, request, images, capsys):
     assert predict(request.getfixturevalue(kind), images[0], *args) == 1
     error = capsys.readouterr().err

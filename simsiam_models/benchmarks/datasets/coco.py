@@ -63,11 +63,12 @@ def _load(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{file} cannot be read as JSON ({one_line(e)}); give a file with {FORM}') from None
     if not isinstance(content, dict):
-        what = 'a list, as files of results are' if isinstance(content, list) else short(content)
-        raise ValueError(f'{file} is not a file of annotations, but {what}; give one with {FORM}')
+        what = 'a list, like a results file' if isinstance(content, list) else short(content)
+        raise ValueError(f'{file} is not an annotation file, but {what}; give one with {FORM}')
     if missing := [key for key in ('images', 'annotations', 'categories') if not isinstance(content.get(key), list)]:
         found = ', '.join(short(key, 30) for key in [*content][:6]) or 'nothing'
-        raise ValueError(f'{file} has {found}, but no list of {", ".join(missing)}; give a file with {FORM}')
+        raise ValueError(f'{file} has {found}, but these are missing or not lists: {", ".join(missing)}; give a file '
+                         f'with {FORM}')
     return content
 
 
@@ -95,8 +96,8 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
     whole = [value for value in values if type(value) is int]
     if whole and not -MAX_WHOLE <= min(whole) <= max(whole) <= MAX_WHOLE:
         at = next(i for i, v in enumerate(values) if type(v) is int and abs(v) > MAX_WHOLE)
-        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, beyond '
-                         f'{MAX_WHOLE}; correct it')
+        raise ValueError(f'{what} {at + 1} of the list: {key} is {short(values[at])}, outside '
+                         f'±{MAX_WHOLE}; correct it')
     return values
 
 

@@ -137,12 +137,13 @@ def read_classes(file: Path) -> Classes:
     for n, text, found in zip(numbers, lines, numbered, strict=True):
         if any(numbered) and not found:
             raise ValueError(
-                f'{file}, line {n}: {short(text)}: no `id name`, as other lines have; write all lines so, or none')
+                f'{file}, line {n}: {short(text)}: not in the form `id name`, unlike other lines; use it on '
+                'every line, or on none')
         if '\0' in text or any('\ud800' <= c <= '\udfff' for c in text):
-            raise ValueError(f'{file}, line {n}: not text in UTF-8; save it so')
+            raise ValueError(f'{file}, line {n}: not valid UTF-8 text; save the file as UTF-8')
     if lines and not any(numbered) and numbers[-1] - numbers[0] >= len(lines):
-        raise ValueError(f'{file}: blank lines between names; the id of a name is its line, counted from 0: remove '
-                         'them, or write `id name` in each line')
+        raise ValueError(f'{file}: blank lines between names, whose ids are their line numbers, counted from 0: remove '
+                         'the blank lines, or write `id name` on each line')
     if all(numbered) and lines:
         ids, names = [int(found[1]) for found in numbered], [found[2] for found in numbered]
     else:

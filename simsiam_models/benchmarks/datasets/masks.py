@@ -217,7 +217,7 @@ def open_masks(
 def report_classes(part: str, names: list[str], seen: np.ndarray) -> list[str]:
     """Returns a sentence on the classes that no mask of a part has; `seen`: (classes,) bool."""
     missing = [names[i] for i in np.flatnonzero(~seen)]
-    return [f'classes in no {part}mask: {len(missing)} of {len(names)}, {name_some(missing)}'] if missing else []
+    return [f'classes that no {part}mask has: {len(missing)} of {len(names)} ({name_some(missing)})'] if missing else []
 
 
 def check_labels(parts: Sequence[MaskedImages], scans: Sequence[np.ndarray], kinds: Classes) -> None:
@@ -226,10 +226,10 @@ def check_labels(parts: Sequence[MaskedImages], scans: Sequence[np.ndarray], kin
         seen = scan.any(0)
         ids = [i for i in kinds.ids if seen[i]]
         if len(ids) < least:
-            found = [f'the id {i}' for i in ids]
+            found = [f'id {i}' for i in ids]
             if seen[IGNORED] and IGNORED not in ids:
-                found.append(f'{IGNORED}, which is ignored')
-            only = f'only {" and ".join(found)}' if found else 'no id of a class'
+                found.append(f'{IGNORED} (ignored)')
+            only = f'only {" and ".join(found)}' if found else 'no class id'
             raise ValueError(f'{images.name}: its masks have {only}; ' + (
                 'at least two classes are needed, such as 0 and 1' if least == 2 else 'there is nothing to test on'))
 

@@ -197,7 +197,7 @@ def open_objects(
         if ignored.all():
             which = f'the {len(images):,} images {what}' if held_out else f'its {len(images):,} images'
             raise ValueError(f'{images.name}: none of {which} has an object'
-                             f'{", except ignored ones" if len(ignored) else ""}; a detector needs some')
+                             f'{" that is not ignored" if len(ignored) else ""}; a detector needs at least one')
     train.note_training(variant)
     counts = {'train': len(train), 'test': len(test), 'classes': len(train.classes)}
     if not partial and (found := deviation(kind, counts)):

@@ -77,11 +77,11 @@ def open_voc_folder(
     names = next((pair for pair in LISTS if all((main / f'{n}.txt').is_file() for n in pair if n)), None)
     if names is None and (others := sorted(path.name for path in main.glob('*.txt'))):
         raise ValueError(f'{main} has {name_some(others)}, but neither train.txt nor trainval.txt; add one of them, '
-                         'or remove the folder to train on all images')
+                         'or remove ImageSets/Main to train on all images')
     parts = [_read_ids(main / f'{name}.txt') for name in names if name] if names else [[*listed]]
     if both := {*parts[0]} & {*parts[-1]} if len(parts) > 1 else ():
-        raise ValueError(f'{main}: {names[0]}.txt and {names[1]}.txt both name {min(both)}, and have {len(both):,} '
-                         'images in common; name each in one of them')
+        raise ValueError(f'{main}: {names[0]}.txt and {names[1]}.txt have images in common ({len(both):,}), such as '
+                         f'{min(both)}; list each image in only one')
     kept, n = [], []
     for i, ids in enumerate(parts):
         whose = f'{names[i]}.txt' if names else below

@@ -121,7 +121,7 @@ def load_training(images: Any, a: CropAugmentation, batch: int, world: World, *,
     """
     if len(images) < batch:
         raise ValueError(
-            f'{images.name}: a batch of {batch} needs more than the {len(images)} to train on, and incomplete '
+            f'{images.name}: a batch of {batch} is larger than the training set ({len(images)}), and incomplete '
             f'batches are dropped; use a --batch-size of at most {len(images)}')
     return TrainItems(
         images, np.arange(len(images)), ShuffledPlan(len(images), batch, seed),

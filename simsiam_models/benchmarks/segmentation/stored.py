@@ -81,15 +81,16 @@ class MaskPredictor:
         return segment(self.segmenter, pixels, image.shape[:2], self.rule)
 
     def save(self, mask: np.ndarray, path: str | Path) -> None:
-        """Writes a predicted mask as a PNG with a palette, whose numbers are the ids of the classes in training.
+        """Writes a predicted mask as a palette PNG whose pixel values are the class ids used in training.
 
         Raises:
-            ValueError: the path does not end in .png, or the mask has other labels than positions in `classes`.
+            ValueError: the path does not end in .png, or the mask has labels that are not indices into `classes`.
         """
         if Path(path).suffix.lower() != '.png':
-            raise ValueError(f'{path}: masks are saved as PNG files; let the name end in .png')
+            raise ValueError(f'{path}: masks are saved as PNG files; use a name that ends in .png')
         if mask.size and not 0 <= mask.min() <= mask.max() < len(self.ids):
-            raise ValueError(f'labels from {mask.min()} to {mask.max()}, but the classes are 0 to {len(self.ids) - 1}')
+            raise ValueError(
+                f'the mask has labels from {mask.min()} to {mask.max()}, but the classes are 0 to {len(self.ids) - 1}')
         write_mask(Path(path), np.array(self.ids, np.uint8)[mask])
 
 

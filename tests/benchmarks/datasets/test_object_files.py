@@ -37,9 +37,9 @@ def rle(counts: object, size: object = (HEIGHT, WIDTH)) -> dict:
 
 ONES = HEIGHT * WIDTH
 MALFORMED = {  # change of a file whose second annotation has the id 10 -> what is said
-    'no images': (drop('images'), 'has info, licenses, categories, annotations, but no list of images'),
-    'no annotations or categories': (drop('annotations', 'categories'), 'no list of annotations, categories'),
-    'annotations as an object': (lambda c: c.update(annotations={}), 'no list of annotations'),
+    'no images': (drop('images'), 'categories, annotations, but these are missing or not lists: images'),
+    'no annotations or categories': (drop('annotations', 'categories'), 'not lists: annotations, categories'),
+    'annotations as an object': (lambda c: c.update(annotations={}), 'missing or not lists: annotations'),
     'no image': (lambda c: c.update(images=[], annotations=[]), 'it has no image'),
     'no category': (lambda c: c.update(categories=[]), 'it has no category'),
     'an image that is a name': (lambda c: c['images'].append('a.jpg'), 'image 5 of the list is a.jpg, not an object'),
@@ -66,8 +66,8 @@ MALFORMED = {  # change of a file whose second annotation has the id 10 -> what 
     'a box of NaN': (edit('annotations', 1, bbox=[1, 2, float('nan'), 4]), 'annotation 10: bbox .* is not finite'),
     'an infinite box': (edit('annotations', 1, bbox=[1, 2, 1e999, 4]), 'annotation 10: bbox .* is not finite'),
     'a huge number': (edit('annotations', 1, bbox=[1, 2, 10**400, 4]), 'annotation 10: bbox .*, not four numbers'),
-    'a huge id': (edit('annotations', 1, id=10**30), 'annotation 2 of the list: id is 1000.*, beyond 922'),
-    'a huge area': (edit('annotations', 1, area=10**400), 'annotation 2 of the list: area is 1000.*, beyond 922'),
+    'a huge id': (edit('annotations', 1, id=10**30), 'annotation 2 of the list: id is 1000.*, outside ±922'),
+    'a huge area': (edit('annotations', 1, area=10**400), 'annotation 2 of the list: area is 1000.*, outside ±922'),
     'an area of text': (edit('annotations', 1, area='5'), 'annotation 10: area is "5", not a number'),
     'iscrowd of text': (edit('annotations', 1, iscrowd='no'), 'annotation 10: iscrowd is "no", not 0 or 1'),
     'a segmentation of text': (edit('annotations', 1, segmentation='x'), 'annotation 10: segmentation is "x", not'),
@@ -108,10 +108,10 @@ def test_a_malformed_file_is_refused_with_what_is_wrong(what: str, tmp_path: Pat
 @pytest.mark.parametrize('text, said', [
     ('', 'cannot be read as JSON'), ('{"images": [', 'cannot be read as JSON'), ('\ufffe', 'cannot be read as JSON'),
     ('[' * 100000, 'cannot be read as JSON'), ('\x89PNG\r\n', 'cannot be read as JSON'),
-    ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]', 'but a list, as files of results are'),
-    ('null', 'is not a file of annotations, but null; give'), ('5', 'but 5; give'), ('"x"', 'but x; give'),
-    ('{}', 'has nothing, but no list of images'),
-    ('{"shapes": [], "imagePath": "a.jpg", "imageData": null}', 'has shapes, imagePath, imageData, but no list of')])
+    ('[{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}]', 'but a list, like a results file'),
+    ('null', 'is not an annotation file, but null; give'), ('5', 'but 5; give'), ('"x"', 'but x; give'),
+    ('{}', 'has nothing, but these are missing or not lists: images'),
+    ('{"shapes": [], "imagePath": "a.jpg", "imageData": null}', 'has shapes, imagePath, imageData, but')])
 def test_json_of_another_kind_is_refused(text: str, said: str, tmp_path: Path):
     file = tmp_path / 'a.json'
     file.write_bytes(text.encode('latin-1', 'replace'))

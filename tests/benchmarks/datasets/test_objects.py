@@ -135,7 +135,7 @@ def test_images_without_objects_and_small_ones_do_not_train_but_are_measured(tmp
 
 
 def test_data_without_any_object_to_train_on_or_to_measure_are_refused(tmp_path: Path):
-    for annotations, said in (([], 'has an object'), ([annotation(1, 100, iscrowd=1)], 'has an object, except ignored'),
+    for annotations, said in (([], 'has an object'), ([annotation(1, 100, iscrowd=1)], 'has an object that is not'),
                               ([annotation(1, 100, area=0)], 'has an object to train on; boxes with an area of 0')):
         with pytest.raises(ValueError, match=f'instances_train2017.json: none of its 4 images {said}'):
             open_folder(layouts.write_coco2017(tmp_path, layouts.coco(4, annotations)))
@@ -258,7 +258,7 @@ def test_lists_of_a_voc_folder_tell_the_parts(lists: dict, train: str | None, te
 def test_lists_of_a_voc_folder_that_overlap_or_repeat_are_refused(tmp_path: Path):
     texts = {i: xml(xml_object('ant')) for i in 'abc'}
     layouts.write_voc(tmp_path, texts, {'train': ['a', 'b'], 'val': ['b', 'c']})
-    with pytest.raises(ValueError, match='train.txt and val.txt both name b, and have 1 images in common'):
+    with pytest.raises(ValueError, match=r'train.txt and val.txt have images in common \(1\), such as b; list'):
         open_folder(tmp_path)
     for ids, said in ((['a', 'a'], 'train.txt names a twice'), ([], 'train.txt names no image')):
         layouts.write_voc(tmp_path, texts, {'train': ids, 'val': ['c']})

@@ -84,7 +84,7 @@ def test_a_trained_segmenter_predicts_the_same_in_files_arrays_and_pil_images(
         predictor(file)
     with pytest.raises(ValueError, match=r'\(H, W, 3\) of uint8'):
         predictor([np.zeros((8, 8))])
-    with pytest.raises(ValueError, match='let the name end in .png'):
+    with pytest.raises(ValueError, match='use a name that ends in .png'):
         predictor.save(found[0], tmp_path / 'mask.jpg')
     with pytest.raises(ValueError, match='labels from 0 to 3, but the classes are 0 to 2'):
         predictor.save(np.arange(4).reshape(2, 2), tmp_path / 'mask.png')
@@ -134,7 +134,7 @@ def test_another_run_does_not_continue_this_one(
     (['--image-size', '8'], '--image-size 8: must be at least 32'), (['--lr', '-1'], '--lr -1.0: must be above 0'),
     (['--head-channels', '1'], '--head-channels 1: must be at least 2'),
     (['--amp', 'float16'], 'does not run on a CPU'),
-    (['--batch-size', '11'], 'a batch of 11 needs more than the 10 to train on'),
+    (['--batch-size', '11'], 'a batch of 11 is larger than the training set (10)'),
     (['--model', 'nothing_like_this'], 'neither a model of timm nor a file'),
     (['--classes', 'nowhere.txt'], 'nowhere.txt: no such list of classes')])
 def test_wrong_flags_are_refused_in_one_sentence(

@@ -168,7 +168,7 @@ def test_another_image_replaces_an_unreadable_one_and_too_many_are_refused():
 
 
 def test_fewer_images_than_a_batch_are_refused():
-    with pytest.raises(ValueError, match='a batch of 4 needs more than the 3 to train on.*--batch-size of at most 3'):
+    with pytest.raises(ValueError, match=r'a batch of 4 is larger than the training set \(3\).*-size of at most 3'):
         load_training(Pictures(3), SMALL, 4, ALONE, seed=0, workers=0)
 
 
