@@ -14,12 +14,11 @@ from conftest import TINY, run_train
 from PIL import Image
 from torch import nn
 
-import train
 from simsiam_models import simsiam_loss
 from simsiam_models.data import EvalImages, Transform, open_data
 from simsiam_models.data.augment import normalize
 from simsiam_models.runtime.precision import choose_amp
-from simsiam_models.training import step
+from simsiam_models.training import pretrain, step
 from simsiam_models.training.doctor import Diagnosis, Doctor
 from simsiam_models.training.journal import Journal
 from simsiam_models.training.monitor import effective_rank, output_std
@@ -56,7 +55,7 @@ def test_log_lines_hold_the_figures(finished):
 
 
 def in_process(data: Path, output: Path, *more: str) -> dict:
-    return train.main([str(data), *TINY, '--batch-size', '16', '--workers', '0', '--output', str(output), *more])
+    return pretrain.main([str(data), *TINY, '--batch-size', '16', '--workers', '0', '--output', str(output), *more])
 
 
 def figure_lines(output: Path) -> list[dict]:
@@ -66,7 +65,7 @@ def figure_lines(output: Path) -> list[dict]:
 def test_figures_are_those_of_their_step_and_are_read_after_the_next_is_launched(
         few_digits, tmp_path, monkeypatch, one_thread):
     seen, order = [], []
-    train_step, write = train.train_step, Journal._write
+    train_step, write = pretrain.train_step, Journal._write
 
     def watch_step(trainer, x1, x2, step):
         loss, p, z = train_step(trainer, x1, x2, step)
@@ -77,7 +76,7 @@ def test_figures_are_those_of_their_step_and_are_read_after_the_next_is_launched
     def watch_write(self, seconds):
         write(self, seconds)
         order.append(f'read {self.figures["epoch"] * 4 + self.figures["step"]}')
-    monkeypatch.setattr(train, 'train_step', watch_step)
+    monkeypatch.setattr(pretrain, 'train_step', watch_step)
     monkeypatch.setattr(Journal, '_write', watch_write)
     last = in_process(few_digits, tmp_path, '--epochs', '2', '--log-every', '2', '--max-steps', '7')
     lines = figure_lines(tmp_path)
@@ -354,8 +353,8 @@ COLLAPSING = [  # the demonstration at 30 times its rate
 
 
 def test_on_collapse_stop_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, one_thread):
-    with pytest.raises(train.RunError, match=r'COLLAPSED \(learning rate too high\): --lr 12 per 256 .* is kept$'):
-        train.main([*COLLAPSING, '--on-collapse', 'stop', '--output', str(tmp_path)])
+    with pytest.raises(pretrain.RunError, match=r'COLLAPSED \(learning rate too high\): --lr 12 per 256 .* is kept$'):
+        pretrain.main([*COLLAPSING, '--on-collapse', 'stop', '--output', str(tmp_path)])
     assert (tmp_path / 'checkpoint.pth').exists() and not (tmp_path / 'backbone').exists()
 
 
@@ -373,7 +372,7 @@ def test_on_collapse_stop_names_the_cause_and_writes_no_further_checkpoint(
         few_digits, tmp_path, monkeypatch, one_thread):
     monkeypatch.setattr(Doctor, 'examine', lambda self, figures: Diagnosis('constant images', 'x', 'y'))
     monkeypatch.setattr(Doctor, 'confirmed', True)
-    with pytest.raises(train.RunError, match=r'constant images.*the last checkpoint is kept$'):
+    with pytest.raises(pretrain.RunError, match=r'constant images.*the last checkpoint is kept$'):
         in_process(few_digits, tmp_path, '--epochs', '2', '--on-collapse', 'stop')
     state = torch.load(tmp_path / 'checkpoint.pth', weights_only=True)
     assert (state['epoch'], state['step']) == (0, 0)
