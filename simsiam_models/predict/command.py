@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..benchmarks.detection.stored import NAME as DETECTOR
 from ..benchmarks.segmentation.stored import NAME as SEGMENTER
+from ..benchmarks.trained import COUNT
 from ..runtime.distributed import choose_device, cores
 from ..runtime.messages import check_flags
 from ..runtime.precision import full_precision
@@ -23,7 +24,6 @@ from .objects import predict_objects
 
 CLASSIFIER = 'classifier'
 KINDS = {CLASSIFIER: predict_labels, DETECTOR: predict_objects, SEGMENTER: predict_masks}
-COUNT = dict(type=int, metavar='N')  # a kind of flag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -134,17 +134,18 @@ def read_classes(file: Path) -> Classes:
     read = [*read_lines(file)]
     numbers, lines = [n for n, _ in read], [text for _, text in read]
     numbered = [_NUMBERED.fullmatch(text) for text in lines]
+    with_ids = any(numbered)
     for n, text, found in zip(numbers, lines, numbered, strict=True):
-        if any(numbered) and not found:
+        if with_ids and not found:
             raise ValueError(
                 f'{file}, line {n}: {short(text)}: not in the form `id name`, unlike other lines; use it on '
                 'every line, or on none')
         if '\0' in text or any('\ud800' <= c <= '\udfff' for c in text):
             raise ValueError(f'{file}, line {n}: not valid UTF-8 text; save the file as UTF-8')
-    if lines and not any(numbered) and numbers[-1] - numbers[0] >= len(lines):
+    if lines and not with_ids and numbers[-1] - numbers[0] >= len(lines):
         raise ValueError(f'{file}: blank lines between names, whose ids are their line numbers, counted from 0: remove '
                          'the blank lines, or write `id name` on each line')
-    if all(numbered) and lines:
+    if with_ids:  # then all lines have one
         ids, names = [int(found[1]) for found in numbered], [found[2] for found in numbered]
     else:
         ids, names = list(range(len(lines))), lines
