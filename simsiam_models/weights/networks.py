@@ -1,5 +1,6 @@
 """Finds and builds the network whose weights a source holds: an exported folder, a run's folder, or a checkpoint."""
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..runtime.checkpoint import LAST
 from ..runtime.lifecycle import ARGS
-from ..runtime.messages import one_line
+from ..runtime.messages import one_line, short
 from .export import PLAIN_TIMM, describe_mismatch, make_timm_config
 from .folders import Network, check_network, create_from_folder, read_config, read_json
 from .layouts import Checkpoint, load_checkpoint
@@ -99,8 +100,9 @@ def load_trained(source: Path, branch: str | None = None) -> Trained:
 
 
 def _load_export(folder: Path) -> Trained:
-    check_whole(find_export(folder))
     network, heads = read_config(folder), {}
+    _check_pixels(network.description, folder / CONFIG)
+    check_whole(find_export(folder))
     if (folder / HEADS).exists():
         require_safetensors(folder / HEADS)
         heads = read(folder / HEADS)
@@ -109,6 +111,15 @@ def _load_export(folder: Path) -> Trained:
     except (RuntimeError, *TIMM_ERRORS) as e:
         raise ValueError(f'timm cannot load {folder} as {network.name} ({one_line(e, 300)})') from None
     return Trained(model.eval(), network, heads, folder, None)
+
+
+def _check_pixels(description: dict[str, Any], file: Path) -> None:
+    """Raises ValueError if a description of the images holds something else than three numbers."""
+    for key in {'input_size', 'mean', 'std'} & set(description):
+        values = description[key]
+        if not isinstance(values, list) or len(values) != 3 or not all(
+                isinstance(x, int | float) and math.isfinite(x) for x in values):
+            raise ValueError(f'{file}: {key} {short(values)}, but three numbers are needed: export the folder again')
 
 
 def fill_network(
