@@ -78,16 +78,19 @@ def _rms_norm(g: Any, x: Any, shape: Any, weight: Any, eps: Any) -> Any:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Discards what is written to the standard output: when it fails, the exporter prints whole graphs from C++."""
+    """Discards what is printed, also from C++: the exporter's graphs when it fails, and the tracer's warnings."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
     try:
         with open(os.devnull, 'w') as null:
             os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        for to, file in enumerate(kept, 1):
+            os.dup2(file, to)
+            os.close(file)
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
