@@ -19,7 +19,7 @@ from .reading import COUNTER
 
 OPSET = 17  # of 2022, with file version 8: current and much older runtimes read them
 LARGEST = 2 * 10 ** 9  # bytes of a protobuf message, which an ONNX file in one piece is
-TOLERANCE = 1e-4  # of the largest output; 2e-5 is the most that was seen, in a random conv_nfnet
+TOLERANCE = 1e-4  # of the largest output; of 106 random networks of timm's, one differed by 4e-5, the others by < 1e-5
 BATCHES = 1, 3  # images; the traced graph saw 2
 
 
