@@ -47,13 +47,15 @@ def verify_weights(args: argparse.Namespace) -> int:
 
 def publish_weights(args: argparse.Namespace) -> int:
     if args.all:
-        given = {'CHECKPOINT': args.checkpoint, '--tag': args.tag, '--license': args.license}
+        given = {
+            'CHECKPOINT': args.checkpoint, '--tag': args.tag, '--license': args.license, '--repo': args.repo,
+            '--private': args.private or None}
         if left := [name for name, value in given.items() if value is not None]:
             raise ValueError(f"--all publishes every tag from its authors' server: leave {', '.join(left)} out")
         return 0 if publish_all(args.dry_run, functools.partial(print, flush=True)) else 1
-    if args.checkpoint is None or args.tag is None:
-        raise ValueError('name a CHECKPOINT and its --tag, or publish every tag with --all')
-    print(publish(args.checkpoint, args.tag, args.dry_run, args.license))
+    if args.checkpoint is None or args.tag is None and args.repo is None:
+        raise ValueError('name a CHECKPOINT and its --tag or --repo, or publish every tag with --all')
+    print(publish(args.checkpoint, args.tag, args.dry_run, args.license, repo=args.repo, private=args.private))
     return 0
 
 
@@ -70,19 +72,27 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('source', type=Path, metavar='IN')
-    parser.add_argument('out', type=Path, metavar='OUT')
+    parser.add_argument(
+        'source', type=Path, metavar='IN',
+        help='a checkpoint, OUTPUT of `pretrain` or `finetune`, or a folder exported for timm, of any architecture')
+    parser.add_argument('out', type=Path, metavar='OUT', help='a new folder or file')
     text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
     parser.add_argument('--branch', metavar='NAME', help='which network to load from a file with several')
 
 
 def add_publish(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', type=Path, nargs='?', metavar='CHECKPOINT')
+    parser.add_argument(
+        'checkpoint', type=Path, nargs='?', metavar='CHECKPOINT',
+        help='a checkpoint, OUTPUT of `pretrain` or `finetune`, or a folder exported for timm')
     parser.add_argument('--tag', help=f'the repository is NAMESPACE/MODEL.TAG, such as {NAME}.TAG')
+    parser.add_argument('--repo', metavar='OWNER/NAME', help='the repository of your own weights, instead of --tag')
+    parser.add_argument('--private', action='store_true', help='create a private repository')
     parser.add_argument(
         '--all', action='store_true', help="publish every tag from its authors' server; run it again to continue")
-    parser.add_argument('--license', help='licence of your own weights; published tags keep theirs')
+    parser.add_argument(
+        '--license', metavar='ID',
+        help="licence of your own weights, as the Hub calls it ('mit', 'apache-2.0', 'other', ...)")
     parser.add_argument(
         '--dry-run', type=Path, metavar='DIR',
         help='write the repository into DIR and upload nothing (--all: a folder in DIR for each tag)')
@@ -126,7 +136,8 @@ COMMANDS = {
         'backbone/model.safetensors'),
     'convert': Command(
         add_convert, lambda args: print(convert(args.source, args.out, args.to, args.branch)),
-        'convert a checkpoint of any known layout to another layout', 'runs/mine backbone.onnx --to onnx'),
+        'convert a checkpoint or an exported network to timm, torchvision, detectron2, mmdet or ONNX',
+        'runs/mine backbone.onnx --to onnx'),
     'publish': Command(
         add_publish, publish_weights, 'write a Hub repository from a checkpoint, or one for every tag, and upload it',
         'checkpoint.pth --tag my_photos --dry-run repository'),

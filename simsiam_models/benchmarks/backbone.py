@@ -10,7 +10,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.models import is_model
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -19,10 +18,12 @@ from ..data.readers.index import digest
 from ..runtime.messages import one_line
 from ..weights import sources, tensorfile
 from ..weights.export import BACKBONE
-from ..weights.folders import Network, check_network, create_from_folder, read_config, read_json
+from ..weights.folders import create_from_folder, read_config, read_json
 from ..weights.layouts import Checkpoint, load_checkpoint
-from ..weights.published import WEIGHTS, find_tag, pixel_statistics
+from ..weights.networks import TIMM_ERRORS, fill_network, find_weights, list_networks
+from ..weights.published import WEIGHTS, find_tag
 from ..weights.reading import find_export, is_safetensors, read_head
+from ..weights.tensorfile import check_whole
 from .protocols import LEAST, SIZE
 
 RANDOM = ':random'
@@ -33,9 +34,6 @@ WRONG_NAMES = {  # what timm says -> what to do
     'Unknown model': 'timm.list_models() lists the names',
     'Invalid pretrained tag': 'timm.list_pretrained() lists the tags'}
 VALUES = 9216  # adaptive pooling leaves at most this many values per map
-# Networks that a bare checkpoint may hold. The first one whose entries have the same names and shapes is chosen.
-KNOWN = ('simsiam_resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152')
-CIFAR = 'simsiam_resnet18_cifar'
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -159,7 +157,7 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
     """Turns timm's many kinds of errors into one sentence."""
     try:
         return create()
-    except (TypeError, AssertionError, LookupError, ArithmeticError, AttributeError, SafetensorError) as e:  # arguments
+    except TIMM_ERRORS as e:  # arguments
         raise ValueError(f'--model {name}: timm cannot build it ({one_line(e)})') from None
     except RuntimeError as e:
         text = one_line(e, 1000)
@@ -191,7 +189,7 @@ def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str |
     """
     if not (folder / 'config.json').is_file():
         raise FileNotFoundError(f'local-dir:{folder}: no config.json there; name a folder that was exported for timm')
-    _check_whole(find_export(folder))
+    check_whole(find_export(folder))
     model = _explain(f'local-dir:{folder}', lambda: create_from_folder(folder, num_classes=0, **kwargs))
     tag, args = model.pretrained_cfg.get('tag'), {**read_config(folder).args, **kwargs}
     if not isinstance(tag, str) or tag not in WEIGHTS:
@@ -205,19 +203,16 @@ def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str |
     return model, None, args
 
 
-def _check_whole(path: Path) -> None:
-    """Raises ValueError if the contents of a safetensors file do not match its header."""
-    if not tensorfile.is_whole(path):
-        raise ValueError(f'{path}: it is damaged or was cut off; copy or export it again')
-
-
 def _load_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | None, dict[str, Any]]:
-    for folder in (path, path / 'backbone'):
-        if (folder / 'config.json').is_file():
-            return _load_export(folder, kwargs)
-    if (path / 'checkpoint.pth').is_file():  # a run that has not finished
-        model, args = _load_file(path / 'checkpoint.pth', kwargs)
+    try:
+        found = find_weights(path)
+    except FileNotFoundError:
+        found = path
+    if found.is_file():  # a run that has not finished
+        model, args = _load_file(found, kwargs)
         return model, None, args
+    if (found / 'config.json').is_file():
+        return _load_export(found, kwargs)
     raise FileNotFoundError(
         f'{path}: contains neither config.json nor backbone/ nor checkpoint.pth; name a folder that '
         '`simsiam pretrain` wrote or that was exported for timm')
@@ -225,72 +220,20 @@ def _load_folder(path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str | N
 
 def _load_file(path: Path, kwargs: dict[str, Any], branch: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     if is_safetensors(read_head(path)):
-        _check_whole(path)
+        check_whole(path)
     return _build_model(load_checkpoint(path, branch), path, kwargs)
 
 
 def _build_model(checkpoint: Checkpoint, path: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds the network of the run whose folder holds the file, or the first of KNOWN that the entries fill."""
-    run, config = (_read_beside(path.parent / name) for name in ('args.json', 'config.json'))
-    candidates = [Network(name, {**args, **kwargs}) for name, args, _ in _list_networks(checkpoint)]
-    if (own := _find_network(run, path.parent / 'args.json', kwargs)) and 'stem' not in checkpoint.info:
-        candidates.insert(0, own)
-    size = _get_dict(config, 'pretrained_cfg').get('input_size')  # of an exported folder
-    if size is None and (side := _get_dict(run, 'augmentation').get('size')):  # of the views it was trained on
-        size = 3, side, side
-    shapes = {k: v.shape for k, v in checkpoint.backbone.items()}
-    for name, args, _ in candidates:
-        with torch.device('meta'):
-            model = _create(name, False, num_classes=0, **args)
-        if {k: v.shape for k, v in model.state_dict().items()} == shapes:
-            model = _create(name, False, num_classes=0, **args)
-            model.load_state_dict(checkpoint.backbone, strict=True)
-            if size is not None:
-                model.pretrained_cfg = {**model.pretrained_cfg, 'input_size': size}
-            if checkpoint.info.get('bgr'):
-                model.pretrained_cfg = {**model.pretrained_cfg, **pixel_statistics(True)}
-            return model, args
-    raise ValueError(
-        f'{path}: its {len(shapes)} backbone entries (layout {checkpoint.layout}) fill none of '
-        f'{", ".join(network.name for network in candidates)}; export the backbone and name it as local-dir:FOLDER')
-
-
-def _list_networks(checkpoint: Checkpoint) -> list[Network]:
-    """Returns the networks that a checkpoint may be of, as far as it tells."""
-    blocks = {tuple(k.split('.')[:2]) for k in checkpoint.backbone if k.startswith('layer')}
-    layers = [max(1, sum(layer == f'layer{i}' for layer, *_ in blocks)) for i in range(1, 5)]
-    stem = checkpoint.info.get('stem', {})
-    cifar = Network(CIFAR, {**({} if layers == [2, 2, 2, 2] else {'layers': layers}), **stem})
-    return [cifar] if stem else [*(Network(name, {}) for name in KNOWN), cifar]
-
-
-def _find_network(run: dict[str, Any], where: Path, kwargs: dict[str, Any]) -> Network | None:
-    """Returns the network that the arguments of a run name; None, with a warning, if they name none of timm's."""
-    if 'model' not in run:
-        return None
-    try:
-        network = check_network(run['model'], run.get('model_args'), where)
-        with torch.device('meta'):
-            _create(network.name, False, num_classes=0, **network.args)
-    except (ValueError, RuntimeError) as e:
-        _logger.warning(f'{e}; {where} is not used')
-        return None
-    return network._replace(args={**network.args, **kwargs})
-
-
-def _read_beside(file: Path) -> dict[str, Any]:
-    """Returns the JSON object beside a checkpoint; {}, with a warning, if the file holds something else."""
-    if not file.exists():
-        return {}
-    try:
-        return read_json(file)
-    except (ValueError, OSError) as e:
-        _logger.warning(f'{e}; it is not used')
-        return {}
-
-
-def _get_dict(values: dict[str, Any], key: str) -> dict[str, Any]:
-    return value if isinstance(value := values.get(key), dict) else {}
+    """Builds the first of the networks that the checkpoint may be of whose entries it fills; see `list_networks`."""
+    candidates = [network._replace(args={**network.args, **kwargs}) for network in list_networks(checkpoint, path)]
+    found = fill_network(checkpoint.backbone, candidates, create=lambda name, **more: _create(name, False, **more))
+    if found is None:
+        raise ValueError(
+            f'{path}: its {len(checkpoint.backbone)} backbone entries (layout {checkpoint.layout}) fill none of '
+            f'{", ".join(network.name for network in candidates)}; export the backbone and name it as local-dir:FOLDER')
+    model, network = found
+    return model, network.args
 
 
 def compute_maps(backbone: Backbone, x: Tensor) -> list[Tensor]:

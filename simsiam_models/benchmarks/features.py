@@ -37,9 +37,9 @@ from ..runtime.distributed import World, cores
 from ..runtime.files import cache_folder, explain_write_errors, hold_lock, write_atomically
 from ..runtime.messages import one_line
 from ..runtime.precision import AMP, autocast, full_precision
+from ..runtime.versions import versions
 from .backbone import Backbone, forward_stages, has_protocol_sizes, pool_stages
 from .feature_file import FeatureFile, shard_rows
-from .results.record import versions
 
 NAMES = ('avgpool', 'feat1', 'feat2', 'feat3', 'feat4', 'feat5')
 FORMAT = 2

@@ -115,14 +115,16 @@ class Journal:
             before['pixels'] = self.knn.measure_pixels()
         self.figures['knn'] = before
         text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
-        self.log.figures('', {'epoch': 0, 'knn': before}, f'before training, {self.knn.describe()}: {text}')
+        self.log.figures(
+            '', {'epoch': 0, 'knn': before, 'knn_images': self.knn.sizes},
+            f'before training, {self.knn.describe()}: {text}')
 
     def measure_knn(self, epoch: int) -> None:
         """Measures the kNN accuracy of the backbone after `epoch` epochs."""
         accuracy = self.figures['knn']['trained'] = self.knn.measure(self.trainer.model.backbone)
         self.log.figures(
-            '', {'epoch': epoch, 'knn': accuracy}, f'epoch {epoch}: {self.knn.describe()} {accuracy:.1f} %',
-            epoch * self.steps)
+            '', {'epoch': epoch, 'knn': accuracy, 'knn_images': self.knn.sizes},
+            f'epoch {epoch}: {self.knn.describe()} {accuracy:.1f} %', epoch * self.steps)
 
     def report_unreadable(self, epoch: int, views: TwoViews) -> None:
         """Logs how many images could not be read so far."""

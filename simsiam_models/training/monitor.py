@@ -177,13 +177,17 @@ class KnnMonitor:
             self.loaders.append(EvalImages(images, batches, transform, workers, world.device))
 
     @property
+    def sizes(self) -> list[int]:
+        """Returns the numbers of bank images and queries that were readable at the last measurement."""
+        return [len(rows) - len(bad) for (_, rows), bad in zip(self.sets, self.unreadable, strict=True)]
+
+    @property
     def queries(self) -> int:
-        """Returns the number of queries that were readable at the last measurement."""
-        return len(self.sets[1][1]) - len(self.unreadable[1])
+        return self.sizes[1]
 
     def describe(self) -> str:
-        bank = len(self.sets[0][1]) - len(self.unreadable[0])
-        text = f'kNN (k={self.k}, T={self.t:g}; {bank} bank images, {self.queries} queries)'
+        bank, queries = self.sizes
+        text = f'kNN (k={self.k}, T={self.t:g}; {bank} bank images, {queries} queries)'
         bad = [reason for part in reversed(self.unreadable) for reason in part.values()]
         return f'{text}, {len(bad)} unreadable images left out (the first: {bad[0]}),' if bad else text
 

@@ -15,6 +15,7 @@ from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
 from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
 from ..runtime.precision import autocast, choose_amp
+from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from .autoperf import choose_perf
 from .monitor import KnnMonitor, has_classes
@@ -28,7 +29,7 @@ KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'doctor', 'unrea
 FREE = {
     'data', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
     'auto_perf', 'perf', 'processes', 'knn_data', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
-    'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb'}
+    'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb', 'command', 'versions'}
 
 
 def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[TwoViews, KnnMonitor | None, SimSiam]:
@@ -87,7 +88,8 @@ def claim(
     record = {
         'recipe': name, 'data': data and str(Path(data).resolve() if Path(data).exists() else data),
         'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp, **numbers,
-        **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None}
+        **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None,
+        'command': command(), 'versions': versions()}
     free = FREE | ({'amp'} if args.amp == 'auto' else set())
 
     def read_given() -> dict[str, Any]:

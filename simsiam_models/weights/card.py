@@ -1,9 +1,12 @@
 """The README.md of a Hub repository: what the weights are, how to use them, and the numbers published for them."""
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..runtime.messages import plain_markdown
+from .history import History
 from .published import BGR_EVIDENCE, MMSELFSUP_0, WEIGHTS, Weights, find_page_results, find_results, format_metrics
 
 # Benchmark in published.json -> title, the Hub's task type, the Hub's id of the data set, and its name.
@@ -52,6 +55,7 @@ class CardFacts:
     origin: str  # which file the weights come from, and whether it was verified
     heads: bool  # whether the repository has heads.safetensors
     license: str
+    history: History | None = None  # how weights of the uploader's were trained
 
     @property
     def weights(self) -> Weights | None:
@@ -68,19 +72,20 @@ class CardFacts:
 
 def format_card(facts: CardFacts) -> str:
     """Returns README.md with its front matter."""
-    weights = facts.weights
+    weights, history = facts.weights, facts.history
     metadata = ModelCardData(
         library_name='timm', license=facts.license,
         tags=['timm', *([] if facts.needs_package else ['transformers']), 'simsiam', 'self-supervised'],
         pipeline_tag='image-classification' if facts.config['num_classes'] else 'image-feature-extraction',
-        datasets=['imagenet-1k'] if weights else None,
-        base_model=facts.repo.replace(facts.tag, weights.counterpart) if weights and weights.linear else None,
-        model_name=facts.name, eval_results=_list_eval_results(facts.tag) or None)
+        datasets=['imagenet-1k'] if weights else list(history.datasets) or None if history else None,
+        base_model=facts.repo.replace(facts.tag, weights.counterpart) if weights and weights.linear else (
+            history and history.base_model),
+        model_name=facts.name, eval_results=_list_eval_results(facts.tag) + _list_scores(facts) or None)
     note = [BGR_NOTE.format(counterpart=weights.counterpart, evidence=BGR_EVIDENCE[facts.tag])] if (
         weights and weights.bgr) else []
     return '\n\n'.join([
         f'---\n{metadata.to_yaml()}\n---', _format_details(facts), *note, _format_usage(facts),
-        _format_results(facts.tag), CITATION]) + '\n'
+        _format_scores(history) if history else _format_results(facts.tag), CITATION]) + '\n'
 
 
 def _list_eval_results(tag: str) -> list[EvalResult]:
@@ -99,11 +104,26 @@ def _list_eval_results(tag: str) -> list[EvalResult]:
     return results
 
 
+def _list_scores(facts: CardFacts) -> list[EvalResult]:
+    """Returns what was measured in a training of the uploader's."""
+    if facts.history is None:
+        return []
+    data = facts.history.data
+    return [EvalResult(
+        task_type='image-classification', task_name='Image classification', dataset_name=data,
+        dataset_type=next(iter(facts.history.datasets), None) or re.sub(r'[^\w.-]+', '-', data, flags=re.ASCII),
+        dataset_config=score.name, metric_type='accuracy', metric_name=score.name, metric_value=score.value,
+    ) for score in facts.history.scores]
+
+
 def _format_details(facts: CardFacts) -> str:
     config, weights, classes = facts.config, facts.weights, facts.config['num_classes']
     network = 'ResNet-50' if config['architecture'] == 'resnet50' else config['architecture']
     training = f' on ImageNet-1k ({weights.epochs} epochs, batch {weights.batch})' if weights else ''
-    fc = f'with a linear classifier of {classes} classes on its frozen features' if classes else 'without a classifier'
+    fc = f'with a classifier of {classes} classes' if classes else 'without a classifier'
+    if weights and classes:
+        fc = f'with a linear classifier of {classes} classes on its frozen features'
+    summary = plain_markdown(facts.history.summary) if facts.history else f'pretrained by SimSiam{training}'
     rows = [
         ('Model type', f'image {"classifier" if classes else "feature backbone"}, '
                        f'{facts.parameters / 1e6:.1f}M parameters, {config["num_features"]} features'),
@@ -117,29 +137,36 @@ def _format_details(facts: CardFacts) -> str:
             rgb = 'RGB (inferred from the dates of the log and of a bug fix)'
             bgr = f'BGR with RGB statistics ({BGR_EVIDENCE.get(facts.tag)}); now RGB, see below'
             rows.append(('Pixels in pretraining', bgr if weights.bgr else rgb))
+    if facts.history:
+        rows += [tuple(map(plain_markdown, fact)) for fact in facts.history.facts.items()]
     terms = facts.license + (': **no commercial use**' if '-nc' in facts.license else '')
     rows += [('Origin of this file', facts.origin),
              ('License', terms + (', the license of the repository that published them' if weights else ''))]
     details = '\n'.join(f'- **{name}:** {value}' for name, value in rows)
     limit = f'**For non-commercial use only** ({facts.license.upper()}).\n\n' if '-nc' in facts.license else ''
-    first = f'A {network} pretrained by SimSiam{training}, {fc}.'
-    return f'# {facts.name}\n\n{limit}{first}\n\n## Model details\n\n{details}'
+    first = f'A {network} {summary}, {fc}.'
+    command = facts.history.command if facts.history else ''
+    how = f'\n\n## Training\n\n```bash\n{command}\n```' if command and '`' not in command else ''
+    return f'# {facts.name}\n\n{limit}{first}\n\n## Model details\n\n{details}{how}'
 
 
 def _format_usage(facts: CardFacts) -> str:
     config, repo, name, ours = facts.config, facts.repo, facts.name, facts.needs_package
     out = f'(1, {config["num_classes"]}) logits' if config['num_classes'] else f'(1, {config["num_features"]}) features'
+    names = "\nprint(model.pretrained_cfg['label_names'][output.argmax()])" if 'label_names' in config else ''
     auto = 'AutoModelForImageClassification' if config['num_classes'] else 'AutoModel'
     blocks = [f'''{'With timm and simsiam_models' if ours else 'With timm alone'}:
 
 ```python
-import {'simsiam_models, timm' if ours else 'timm'}
+{'import simsiam_models  # registers the architecture' + chr(10) if ours else ''}import timm
 import torch
+from PIL import Image
 
 model = timm.create_model('hf-hub:{repo}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = Image.open('photo.jpg').convert('RGB')
 with torch.inference_mode():
-    output = model(transform(image).unsqueeze(0))  # image: PIL, RGB; output: {out}
+    output = model(transform(image).unsqueeze(0))  # {out}{names}
 ```''']
     if facts.weights:
         blocks.append(f'''With simsiam_models, which checks where they come from:
@@ -155,8 +182,10 @@ model = timm.create_model('{name}', pretrained=True, num_classes=10)  # to fine-
         blocks.append(f'''With transformers:
 
 ```python
+from PIL import Image
 from transformers import AutoImageProcessor, {auto}
 
+image = Image.open('photo.jpg').convert('RGB')
 processor = AutoImageProcessor.from_pretrained('{repo}')
 model = {auto}.from_pretrained('{repo}')
 outputs = model(**processor(image, return_tensors='pt'))
@@ -185,6 +214,16 @@ def _format_results(tag: str) -> str:
             'above, but they were measured with the file named in the first column, not with this one.',
             _format_table(others)]
     return '\n\n'.join(parts)
+
+
+def _format_scores(history: History) -> str:
+    """Returns the section about what was measured in a training of the uploader's."""
+    if not history.scores:
+        return '## Results\n\nNothing was measured in this training.'
+    rows = [f'| {plain_markdown(s.name)} | {s.value:.2f} | {plain_markdown(s.remark)} |' for s in history.scores]
+    return '\n'.join([
+        '## Results', '', f'Measured in the training, on {plain_markdown(history.data)} (percent):', '',
+        '| Measure | Result | Remark |', '|---|---|---|', *rows])
 
 
 def _format_table(entries: list[dict[str, Any]]) -> str:

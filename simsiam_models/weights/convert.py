@@ -1,5 +1,4 @@
-"""Converts a checkpoint of any layout to the file that timm, torchvision, detectron2, mmdet or ONNX runtimes load."""
-import json
+"""Converts the weights of any source to the file that timm, torchvision, detectron2, mmdet or ONNX runtimes load."""
 import pickle
 import re
 from collections.abc import Callable
@@ -11,67 +10,101 @@ import torch
 from torch import Tensor
 
 from ..runtime.files import write_atomically
-from ..runtime.messages import require
-from .export import describe_mismatch, export_checkpoint
+from .export import copy_export, describe_mismatch, export_checkpoint
 from .identity import make_origin, read_origin
-from .layouts import Checkpoint, load_checkpoint
-from .published import WEIGHTS, pixel_statistics
-from .reading import COUNTER
+from .networks import Trained, load_trained
+from .onnxfile import TOLERANCE, make_onnx
+from .published import WEIGHTS
 from .tensorfile import MODEL, hash_file
 
 TARGETS = ('timm', 'torchvision', 'detectron2', 'mmdet', 'onnx')
 SUFFIX = {'detectron2': '.pkl', 'onnx': '.onnx'}  # readers recognize these files by their suffix
+DEPTHS = {f'resnet{depth}': depth for depth in (18, 34, 50, 101, 152)}  # what torchvision and both detectors build
 
 
 def convert(source: str | Path, out: str | Path, to: str, branch: str | None = None) -> str:
     """Writes the backbone of `source` and, if the target has a place for it, the linear classifier.
 
-    `source` is a checkpoint in any layout that `load_checkpoint` knows; `out` is a new folder for timm, a new file for
-    the other TARGETS. `branch` is as for `load_checkpoint`. Returns a report of what was read, written and left out,
-    and the code that uses the result.
+    `source` is a folder exported for timm or written by `pretrain`, `finetune` or `publish`, of any architecture of
+    timm's, or a checkpoint in any layout that `load_checkpoint` knows; `out` is a new folder for timm, a new file for
+    the other TARGETS. `branch` is as for `load_checkpoint`. ONNX files are compared with torch first. Returns a report
+    of what was read, written and left out, and the code that uses the result.
 
     Raises:
-        FileNotFoundError, ValueError: `source` does not exist or is not a ResNet-50, or `out` exists.
+        FileNotFoundError, ValueError: `source` holds no weights of a known network, the target cannot hold that
+            network, or `out` exists.
         RuntimeError: the target needs a package that is not installed.
     """
     source, out = Path(source), Path(out)
     if to not in TARGETS:
         raise ValueError(f'{to!r} is not a target: choose one of {", ".join(TARGETS)}')
     if not source.exists():
-        raise FileNotFoundError(f'{source} does not exist: name a checkpoint to convert')
+        raise FileNotFoundError(f'{source} does not exist: name a checkpoint or a folder to convert')
     if out.exists() and not (to == 'timm' and out.is_dir() and not any(out.iterdir())):
         raise ValueError(f'{out} already exists: name a new {"folder" if to == "timm" else "file"}, or remove it first')
     if to in SUFFIX and out.suffix != SUFFIX[to]:
         raise ValueError(f'{out} does not end in {SUFFIX[to]}, the suffix of {to} files: rename it')
-    checkpoint = load_checkpoint(source, branch)
-    expected = timm.create_model('resnet50', num_classes=0, device='meta').state_dict()  # names and shapes, no memory
-    if mismatch := describe_mismatch(checkpoint.backbone, expected):
-        raise ValueError(f'the backbone in {source} is not a ResNet-50 ({len(expected)} entries), the only network '
-                         f'that convert writes: {mismatch}')
+    trained, checked = load_trained(source, branch), []
     if to == 'timm':
-        tag = checkpoint.info.get('tag')
-        origin = make_origin(WEIGHTS[tag], hash_file(source), checkpoint.layout) if tag else read_origin(
-            source / MODEL if source.is_dir() else source)
-        export_checkpoint(checkpoint, out, {'tag': tag} if tag else None, origin)
+        _write_folder(trained, out)
+    elif to == 'onnx':
+        data, difference = make_onnx(trained, trained.name == 'resnet50' and not _find_deviation(trained))
+        checked = [f'The outputs differ from those of torch by {difference:.1e} of the largest one (at most '
+                   f'{TOLERANCE:g} passes).']
+        _write(out, lambda file: file.write(data))
     else:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, lambda file: WRITERS[to](checkpoint, file))
+        if deviation := _find_deviation(trained):
+            raise ValueError(f'{to} cannot hold {trained.path}: {deviation}; convert it to timm or onnx')
+        state = {k: v.clone() for k, v in trained.model.state_dict().items()}  # torch.save writes whole storages
+        _write(out, lambda file: WRITERS[to](state, file))
     return '\n'.join([
-        f'{source}: {checkpoint.describe()}', *_list_omissions(checkpoint, to), f'Wrote {out} for {to}. Use it with',
-        _explain_use(checkpoint, out, to)])
+        trained.describe(), *_list_omissions(trained, to), *checked, f'Wrote {out} for {to}. Use it with',
+        _explain_use(trained, out, to)])
 
 
-def _list_omissions(checkpoint: Checkpoint, to: str) -> list[str]:
-    left = [name for name in ('projector', 'predictor') if getattr(checkpoint, name)]
+def _write(out: Path, write: Callable[[BinaryIO], Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, write)
+
+
+def _write_folder(trained: Trained, out: Path) -> None:
+    if (checkpoint := trained.checkpoint) is None:
+        copy_export(trained.path, out, {})
+        return
+    tag, path = checkpoint.info.get('tag'), trained.path
+    origin = make_origin(WEIGHTS[tag], hash_file(path), checkpoint.layout) if tag else read_origin(
+        path / MODEL if path.is_dir() else path)
+    export_checkpoint(checkpoint, out, {'tag': tag} if tag else None, origin, trained.network)
+
+
+def _find_deviation(trained: Trained) -> str:
+    """Says why the network is not one of torchvision's ResNets, in entries and in outputs; '' if it is one."""
+    model, name = trained.model, trained.name
+    if name not in DEPTHS:
+        return f'it is a network of the architecture {name}, not one of {", ".join(DEPTHS)}'
+    plain = timm.create_model(name, num_classes=model.num_classes).eval()
+    if mismatch := describe_mismatch(model.state_dict(), plain.state_dict()):
+        return f'its {name} is not the usual one: {mismatch}'
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, found = model(x), plain(x)
+    if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()), equal_nan=True):
+        return f'its {name} computes something else than the usual one because of {trained.network.args}'
+    return ''
+
+
+def _list_omissions(trained: Trained, to: str) -> list[str]:
+    left = [name for name in ('projector', 'predictor') if any(k.startswith(name) for k in trained.heads)]
     left = [] if to == 'timm' and len(left) == 2 else left  # heads.safetensors takes both or none
-    if checkpoint.classifier and (to in ('detectron2', 'mmdet') or 'fc.weight' not in checkpoint.model_state()):
+    several = trained.checkpoint and trained.checkpoint.classifier and not trained.model.num_classes  # multi-head
+    if several or trained.model.num_classes and to in ('detectron2', 'mmdet'):
         left += ['classifier']
     return [f'Left out: {", ".join(left)}.'] if left else []
 
 
-def _clone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies the tensors: torch.save writes the whole storage of a view."""
-    return {k: v.clone() for k, v in state.items()}
+def _drop_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if not k.startswith('fc.')}
 
 
 def _rename_for_detectron2(name: str) -> str:
@@ -81,89 +114,31 @@ def _rename_for_detectron2(name: str) -> str:
     return name.replace('downsample.0', 'shortcut').replace('downsample.1', 'shortcut.norm')
 
 
-def _write_detectron2(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    model = {_rename_for_detectron2(k): v.numpy() for k, v in checkpoint.backbone.items()}
+def _write_detectron2(state: dict[str, Tensor], file: BinaryIO) -> None:
+    model = {_rename_for_detectron2(k): v.numpy() for k, v in _drop_classifier(state).items()}
     # Protocol 3 stores bytes unchanged and module names as lines of text.
     data = pickle.dumps({'model': model, '__author__': 'SimSiam', 'matching_heuristics': True}, protocol=3)
     # numpy 2 writes the new name of this module, which numpy before 1.26 lacks. Every numpy reads the old name.
     file.write(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
 
 
-def _write_onnx(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    """Writes a ResNet-50 in ONNX operators, one operator per timm module.
-
-    The graph is built rather than traced: weights keep their names and batch norms stay separate, so that converting
-    back loses nothing, and the file does not depend on the version of torch.
-    """
-    require('an ONNX file', onnx='onnx')
-    import onnx
-
-    helper, number = onnx.helper, onnx.TensorProto.FLOAT
-    state = checkpoint.model_state()
-    nodes, output = _build_onnx_nodes(state, helper.make_node)
-    width = len(state.get('fc.weight', state['layer4.2.bn3.weight']))
-    graph = helper.make_graph(
-        nodes, 'simsiam_resnet50',
-        [helper.make_tensor_value_info('images', number, ['batch', 3, 'height', 'width'])],
-        [helper.make_tensor_value_info(output, number, ['batch', width])],
-        [onnx.numpy_helper.from_array(v.contiguous().numpy(), k) for k, v in state.items()
-         if not k.endswith(COUNTER)])
-    # Opset 17 and file version 8 date from 2022: current and much older runtimes read them.
-    model = helper.make_model(
-        graph, producer_name='simsiam_models', opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
-    counters = {k: int(v) for k, v in state.items() if k.endswith(COUNTER)}  # inference has no operator for them
-    helper.set_model_props(model, {COUNTER: json.dumps(counters)})
-    file.write(model.SerializeToString())
-
-
-def _build_onnx_nodes(state: dict[str, Tensor], make_node: Callable[..., Any]) -> tuple[list[Any], str]:
-    """Returns the operators, and the name of the output: 'features' (B, 2048) or 'logits' (B, classes)."""
-    nodes = []
-
-    def add(op: str, *inputs: str, to: str, **attributes: Any) -> str:
-        nodes.append(make_node(op, inputs, [to], name=to, **attributes))
-        return to
-
-    def conv_bn(x: str, conv: str, bn: str, stride: int = 1) -> str:
-        k = state[f'{conv}.weight'].shape[-1]
-        x = add('Conv', x, f'{conv}.weight', to=conv, kernel_shape=[k] * 2, pads=[k // 2] * 4, strides=[stride] * 2)
-        parts = [f'{bn}.{part}' for part in ('weight', 'bias', 'running_mean', 'running_var')]
-        return add('BatchNormalization', x, *parts, to=bn, epsilon=1e-5)
-
-    x = add('Relu', conv_bn('images', 'conv1', 'bn1', 2), to='act1')
-    x = add('MaxPool', x, to='maxpool', kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
-    for stage, depth in enumerate((3, 4, 6, 3), 1):
-        for i in range(depth):
-            block, shortcut = f'layer{stage}.{i}', x
-            stride = 2 if i == 0 and stage > 1 else 1  # of the 3x3 convolution
-            x = add('Relu', conv_bn(x, f'{block}.conv1', f'{block}.bn1'), to=f'{block}.act1')
-            x = add('Relu', conv_bn(x, f'{block}.conv2', f'{block}.bn2', stride), to=f'{block}.act2')
-            x = conv_bn(x, f'{block}.conv3', f'{block}.bn3')
-            if i == 0:
-                shortcut = conv_bn(shortcut, f'{block}.downsample.0', f'{block}.downsample.1', stride)
-            x = add('Relu', add('Add', x, shortcut, to=f'{block}.add'), to=f'{block}.act3')
-    x = add('GlobalAveragePool', x, to='global_pool')
-    x = add('Flatten', x, to='features', axis=1)  # (B, 2048)
-    if 'fc.weight' in state:
-        x = add('Gemm', x, 'fc.weight', 'fc.bias', to='logits', transB=1)
-    return nodes, x
-
-
 WRITERS = {
-    'torchvision': lambda checkpoint, file: torch.save(_clone(checkpoint.model_state()), file),
+    'torchvision': torch.save,
     'detectron2': _write_detectron2,
-    'mmdet': lambda checkpoint, file: torch.save({'meta': {}, 'state_dict': _clone(checkpoint.backbone)}, file),
-    'onnx': _write_onnx,
+    'mmdet': lambda state, file: torch.save({'meta': {}, 'state_dict': _drop_classifier(state)}, file),
 }
 
 
-def _explain_use(checkpoint: Checkpoint, out: Path, to: str) -> str:
-    file, fc = repr(str(out)), checkpoint.model_state().get('fc.bias')
-    mean, std = pixel_statistics(checkpoint.info.get('bgr', False)).values()
+def _explain_use(trained: Trained, out: Path, to: str) -> str:
+    file, classes, name = repr(str(out)), trained.model.num_classes, trained.name
+    cfg, depth = timm.data.resolve_model_data_config(trained.model), DEPTHS.get(name)
+    mean, std, (_, height, width) = tuple(cfg['mean']), tuple(cfg['std']), cfg['input_size']
     means, stds = ([round(255 * x, 3) for x in values] for values in (mean, std))
-    output, build = 'features', 'torchvision.models.resnet50(); model.fc = torch.nn.Identity()'
-    if fc is not None:
-        output, build = 'logits', f'torchvision.models.resnet50(num_classes={len(fc)})'
+    output, build = 'features', f'torchvision.models.{name}(); model.fc = torch.nn.Identity()'
+    if classes:
+        output, build = 'logits', f'torchvision.models.{name}(num_classes={classes})'
+    small = '  MODEL.RESNETS.RES2_OUT_CHANNELS: 64\n' if depth in (18, 34) else ''
+    sides = 'H, W' if name == 'resnet50' else f'{height}, {width}'
     return {
         'timm': (
             f'  model = timm.create_model({f"local-dir:{out}"!r}, pretrained=True)\n'
@@ -174,12 +149,14 @@ def _explain_use(checkpoint: Checkpoint, out: Path, to: str) -> str:
         # Both detectors default to other pixel values, which raise no error but cost accuracy.
         'detectron2': (
             f'  MODEL.WEIGHTS: {file}\n  MODEL.PIXEL_MEAN: {means}\n  MODEL.PIXEL_STD: {stds}\n'
+            f'  MODEL.RESNETS.DEPTH: {depth}\n{small}'
             '  MODEL.RESNETS.STRIDE_IN_1X1: False\n  INPUT.FORMAT: "RGB"'),
         'mmdet': (
-            "  backbone=dict(type='ResNet', depth=50, style='pytorch', "
+            f"  backbone=dict(type='ResNet', depth={depth}, style='pytorch', "
             f"init_cfg=dict(type='Pretrained', checkpoint={file}))\n"
             f'with RGB images, mean {means} and std {stds}.'),
         'onnx': (
             f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
-            f'images: float32 (B, 3, H, W), RGB in 0..1 minus {mean}, over {std}.'),
+            f'images: float32 (B, 3, {sides}), RGB in 0..1 minus {mean}, over {std}; the metadata of the file say the '
+            'same.'),
     }[to]

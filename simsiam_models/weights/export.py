@@ -1,18 +1,24 @@
 """Exports a trained backbone, or the parts of a checkpoint, to a folder that timm and transformers load."""
+import shutil
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ..runtime.files import write_json
+from ..runtime.messages import short
 from . import tensorfile
+from .folders import DESCRIPTION, Network, read_json
 from .layouts import Checkpoint
 from .published import NAME, pixel_statistics
+from .reading import find_export, read, require_safetensors
 from .tensorfile import CONFIG, HEADS, MODEL
 
 PLAIN_TIMM = {NAME: 'resnet50'}  # our name -> the name under which plain timm builds the same network
+RESNET50 = Network(NAME, {})  # of the published weights
 BACKBONE = 'backbone_sha256'  # hash of the backbone's entries, which ties a tag to its weights
 
 
@@ -34,22 +40,24 @@ def export_backbone(
 
 def export_checkpoint(
     checkpoint: Checkpoint, folder: str | Path, pretrained_cfg: dict[str, Any] | None = None,
-    origin: dict[str, str] | None = None,
+    origin: dict[str, str] | None = None, network: Network = RESNET50,
 ) -> None:
-    """Writes a ResNet-50: config.json, model.safetensors and, if the checkpoint has both heads, heads.safetensors.
+    """Writes config.json, model.safetensors and, if the checkpoint has both heads, heads.safetensors.
 
     model.safetensors holds the backbone and, if present, the linear classifier. timm rejects any other entry.
     `pretrained_cfg` overrides entries of config.json's pretrained_cfg (license, origin_url, ...), `origin` goes into
     the headers (see `identity.make_origin`). Raises ValueError if backbone and classifier do not match the entries of
-    a ResNet-50.
+    the `network`.
     """
     folder, tensors = Path(folder), checkpoint.model_state()
     num_classes = len(tensors.get('fc.weight', ()))
-    model = timm.create_model('resnet50', num_classes=num_classes, device='meta')
+    with torch.device('meta'):
+        model = timm.create_model(
+            PLAIN_TIMM.get(network.name, network.name), num_classes=num_classes, **network.args)
     expected = model.state_dict()
     if mismatch := describe_mismatch(tensors, expected):
         raise ValueError(
-            f'the checkpoint does not fill {NAME}, which has {len(expected)} entries: {mismatch}. '
+            f'the checkpoint does not fill {network.name}, which has {len(expected)} entries: {mismatch}. '
             'If `simsiam pretrain` trained another network, use the folder OUTPUT/backbone')
     folder.mkdir(parents=True, exist_ok=True)
     bgr = checkpoint.info.get('bgr', False)
@@ -59,10 +67,50 @@ def export_checkpoint(
         tensorfile.write(folder / HEADS, checkpoint.heads_state(), **(origin or {}))
     else:
         (folder / HEADS).unlink(missing_ok=True)  # heads of an earlier export would belong to another backbone
-    statistics = {k: list(v) for k, v in pixel_statistics(bgr).items()}
-    config = make_timm_config(model, NAME, num_classes, {**statistics, **(pretrained_cfg or {})})
+    description = {**network.description, **{k: list(v) for k, v in pixel_statistics(bgr).items()}}
+    config = make_timm_config(
+        model, network.name, num_classes, {**description, **(pretrained_cfg or {})}, network.args)
     config[BACKBONE] = tensorfile.hash_tensors(checkpoint.backbone)
     write_json(folder / CONFIG, config)
+
+
+def copy_export(source: Path, folder: Path, cfg: dict[str, Any]) -> None:
+    """Copies an exported folder of any architecture and adds `cfg` to its pretrained_cfg.
+
+    Raises FileNotFoundError, or ValueError if the folder is not whole, or holds NaN or infinity.
+    """
+    if source.resolve() == folder.resolve():
+        raise ValueError(f'{folder} is the source itself: write to another folder')
+    config = read_whole_config(source)
+    config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION} | cfg
+    (config.get('model_args') or {}).pop('num_classes', None)  # transformers passes it too, and fails
+    for name in (MODEL, HEADS):
+        if name == MODEL or (source / name).exists():
+            require_safetensors(find_export(source) if name == MODEL else source / name)
+            check_finite(read(source / name), source / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (MODEL, HEADS):
+        (folder / name).unlink(missing_ok=True)
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    write_json(folder / CONFIG, config)
+
+
+def read_whole_config(folder: Path) -> dict[str, Any]:
+    """Returns config.json with all that a card needs; raises ValueError if it lacks something."""
+    config = read_json(folder / CONFIG)
+    if not {'architecture', 'num_classes', 'num_features', 'pretrained_cfg'} <= set(config):
+        raise ValueError(f'{folder / CONFIG} is not that of a model exported for timm: it has only {", ".join(config)}')
+    size = config['pretrained_cfg'].get('input_size')
+    if not isinstance(size, list) or len(size) != 3:
+        raise ValueError(f'{folder / CONFIG}: pretrained_cfg has the input_size {short(size)}, but channels, height '
+                         'and width are needed: export the folder again')
+    return config
+
+
+def check_finite(tensors: dict[str, Any], source: Path | str) -> None:
+    if bad := tensorfile.find_nonfinite(tensors):
+        raise ValueError(f'{source} holds NaN or infinity in {len(bad)} tensors ({", ".join(bad[:3])})')
 
 
 def make_timm_config(
@@ -79,8 +127,8 @@ def make_timm_config(
     return {
         'architecture': PLAIN_TIMM.get(name, name), 'num_classes': num_classes, 'num_features': model.num_features,
         'pretrained_cfg': {
-            'tag': 'simsiam', 'custom_load': False, 'input_size': [3, 224, 224], 'fixed_input_size': False,
-            'interpolation': 'bilinear', 'crop_pct': 0.875, 'crop_mode': 'center',
+            'tag': 'simsiam', 'custom_load': False, 'input_size': list(cfg.get('input_size') or (3, 224, 224)),
+            'fixed_input_size': False, 'interpolation': 'bilinear', 'crop_pct': 0.875, 'crop_mode': 'center',
             'mean': list(IMAGENET_DEFAULT_MEAN), 'std': list(IMAGENET_DEFAULT_STD), 'num_classes': num_classes,
             'pool_size': cfg.get('pool_size'), 'first_conv': cfg.get('first_conv'), 'classifier': cfg.get('classifier'),
             'paper_ids': 'arXiv:2011.10566', **overlay,

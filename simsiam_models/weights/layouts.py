@@ -376,7 +376,7 @@ def _fix_backbone(parts: dict[str, State], notes: list[str]) -> dict[str, Any]:
         number, _, rest = key.partition('.')
         if names and number.isdigit() and int(number) < len(names):
             key = f'{names[int(number)]}.{rest}'
-        key = re.sub(r'(^|\.)shortcut\.', r'\1downsample.', key)
+        key = re.sub(r'^(layer.*\.)shortcut\.', r'\1downsample.', key)
         part, name = ('classifier', key.partition('.')[2]) if re.match(r'(fc|linear)\.', key) else ('backbone', key)
         if name in parts[part]:
             raise ValueError(f'two entries of the file are {part}.{name}')

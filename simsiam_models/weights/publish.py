@@ -1,5 +1,4 @@
-"""Publishes a checkpoint as a Hub repository that timm, transformers and this package load, with a card and hashes."""
-import json
+"""Publishes weights as a Hub repository that timm, transformers and this package load, with a card and hashes."""
 import os
 import shutil
 import tempfile
@@ -7,63 +6,96 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
-from huggingface_hub import HfApi, get_hf_file_metadata, get_token, hf_hub_url
 from huggingface_hub.utils import validate_repo_id
 
 from ..runtime.files import write_json
-from ..runtime.messages import one_line, short
+from ..runtime.messages import one_line
 from . import sources, tensorfile
 from .card import CardFacts, format_card
-from .export import export_checkpoint
-from .folders import DESCRIPTION, read_config, read_json
+from .export import PLAIN_TIMM, check_finite, copy_export, export_checkpoint, read_whole_config
+from .folders import create_from_folder
+from .history import TRAINING, History, read_history
 from .identity import check_identity, make_origin, read_origin
 from .layouts import Checkpoint, load_checkpoint
+from .licenses import check_license
+from .networks import TIMM_ERRORS, Trained, load_trained
 from .published import NAME, WEIGHTS, Weights
-from .reading import find_export, read, require_safetensors
+from .reading import read
 from .tensorfile import CONFIG, HEADS, MODEL
+from .upload import CARD, check_token, is_published, upload
 from .verify import FINGERPRINT, compute_fingerprint
 
 OWN = "the uploader's own training, not a published file"  # an origin
-CARD = 'README.md'
 UNFINISHED = '.unfinished-'
 
 
-def publish(source: str | Path, tag: str, dry_run: str | Path | None = None, license: str | None = None) -> str:
+def publish(
+    source: str | Path, tag: str | None = None, dry_run: str | Path | None = None, license: str | None = None, *,
+    repo: str | None = None, private: bool = False,
+) -> str:
     """Writes config.json, weights, fingerprint.json and README.md, uploads them, and returns a report.
 
-    `source` is a checkpoint in any layout that `load_checkpoint` knows, or a folder exported for timm; `tag` a key of
-    WEIGHTS, whose row the source is checked against, or any other tag for weights of your own, which need a `license`
-    ('mit', 'apache-2.0', ...). `dry_run` is a folder to write the repository into instead of uploading it.
+    Args:
+        source: what `load_trained` takes: a run's folder, a folder exported for timm, or a checkpoint. If the files of
+            a run are there, the card states how the weights were trained, and training.json keeps that.
+        tag: a key of WEIGHTS, whose row the source is checked against, or any other tag for weights of your own.
+        dry_run: a folder to write the repository into instead of uploading it.
+        license: of weights of your own: an identifier that the Hub knows, or 'other'.
+        repo: OWNER/NAME for weights of your own; by default NAMESPACE/simsiam_MODEL.TAG.
+        private: create a private repository.
 
     Raises:
         FileNotFoundError, ValueError: no source, or it does not match the tag, is incomplete or holds NaN or infinity.
         RuntimeError: the upload failed.
     """
-    source, tag = Path(source), tag.removeprefix(f'{NAME}.')
-    weights = WEIGHTS.get(tag)
-    if weights is None and not license:
-        raise ValueError(f'{tag!r} is not a published tag ({", ".join(WEIGHTS)}); to publish weights of your own, name '
-                         'their license: --license apache-2.0')
-    if weights and license and license != weights.license:
-        raise ValueError(f'{tag} is published by its authors under {weights.license}: leave --license out')
+    source, tag = Path(source), tag and tag.removeprefix(f'{NAME}.')
+    license = _check_request(tag, license, repo)
     if dry_run is None:
-        _check_token()
+        check_token()
+    elif private:
+        raise ValueError('--private and --dry-run exclude each other: a dry run creates no repository')
     if not source.exists():
-        raise FileNotFoundError(f'{source} does not exist: name a checkpoint or an exported folder')
-    name = NAME
-    if weights is None and source.is_dir():  # of any architecture
-        name = f'simsiam_{read_config(source).name.removeprefix("simsiam_")}'
-    repo = sources.hub_id(f'{name}.{tag}')
-    validate_repo_id(repo)
+        raise FileNotFoundError(f'{source} does not exist: name a checkpoint, or the folder of a run or an export')
+    trained = None if tag in WEIGHTS else load_trained(source)
+    if repo is None:
+        name = trained.network.name.removeprefix('simsiam_') if trained else PLAIN_TIMM[NAME]
+        repo = sources.hub_id(f'simsiam_{name}.{tag}')
+        validate_repo_id(repo)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(dry_run or temporary)
-        lines = _write_repository(source, tag, repo, folder, license or weights.license)
+        if trained is None:
+            lines = _write_tag(source, tag, repo, folder)
+        else:
+            lines = _write_own(trained, source, repo, folder, {'tag': tag or 'simsiam', 'license': license})
         if dry_run is None:
-            lines += _upload(folder, tag, repo)
+            lines += upload(folder, tag, repo, private)
         else:
             lines.append(f'Wrote {folder} and uploaded nothing; the repository would be {repo}.')
     return '\n'.join(lines)
+
+
+def _check_request(tag: str | None, license: str | None, repo: str | None) -> str:
+    """Returns the license; raises ValueError if tag, license and repository contradict one another."""
+    if weights := WEIGHTS.get(tag):
+        if license and license != weights.license:
+            raise ValueError(f'{tag} is published by its authors under {weights.license}: leave --license out')
+        if repo:
+            raise ValueError(f'--repo {repo}: is for weights of your own; {tag} goes to '
+                             f'{sources.hub_id(f"{NAME}.{tag}")} (SIMSIAM_HUB_NAMESPACE names another namespace)')
+        return weights.license
+    if repo is not None:
+        try:
+            validate_repo_id(repo)
+        except ValueError:
+            repo = ''
+        if repo.count('/') != 1:
+            raise ValueError('--repo: must be OWNER/NAME, each of letters, digits, "-", "_" and "."')
+    elif tag is None:
+        raise ValueError('name the repository, --repo OWNER/NAME, or a --tag')
+    if not license:
+        what = f'{tag!r} is not a published tag ({", ".join(WEIGHTS)}); to' if tag else 'To'
+        raise ValueError(f'{what} publish weights of your own, name their license: --license apache-2.0')
+    return check_license(license)
 
 
 def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = print) -> bool:
@@ -74,7 +106,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     Raises RuntimeError if there is no token.
     """
     if dry_run is None:
-        _check_token()
+        check_token()
     else:
         for left in Path(dry_run).glob(f'{UNFINISHED}*'):  # by a killed run
             shutil.rmtree(left, ignore_errors=True)
@@ -92,17 +124,12 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     return not failed
 
 
-def _check_token() -> None:
-    if get_token() is None:
-        raise RuntimeError('no Hugging Face token: run `hf auth login` or set HF_TOKEN (--dry-run FOLDER needs none)')
-
-
 def _publish_upstream(tag: str, dry_run: Path | None) -> list[str]:
     """Publishes the authors' file of a tag; returns what was done."""
     name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
     repo = sources.hub_id(name)
     validate_repo_id(repo)
-    if dry_run is None and _is_published(name):
+    if dry_run is None and is_published(name):
         return [f'{repo} is pinned, and the Hub has the pinned files']
     if dry_run is not None and _is_written(dry_run / name, repo, weights):
         return [f'{dry_run / name} is complete']
@@ -118,7 +145,7 @@ def _publish_upstream(tag: str, dry_run: Path | None) -> list[str]:
         text = _describe_origin(weights, origin, f'{weights.url} as downloaded')
         lines = _write_published(checkpoint, tag, repo, folder, (origin, text))
         if dry_run is None:
-            return [*lines, *_upload(folder, tag, repo)]
+            return [*lines, *upload(folder, tag, repo)]
         _make_folder(dry_run / name)
         for file in sorted(folder.iterdir(), key=lambda file: file.name == CARD):  # the card last: it says "complete"
             os.replace(file, dry_run / name / file.name)
@@ -140,41 +167,38 @@ def _is_written(folder: Path, repo: str, weights: Weights) -> bool:
         tensorfile.is_whole(folder / name) and read_origin(folder / name).get('url') == weights.url for name in names)
 
 
-def _is_published(name: str) -> bool:
-    """Returns whether the Hub has every pinned file of a tag. It states the SHA-256 of large files only."""
-    if not sources.is_pinned(name):
-        return False
-    pin = sources.read_pin(name)
-    for file, sha256 in pin['files'].items():
-        try:
-            stated = get_hf_file_metadata(hf_hub_url(pin['repo'], file, revision=pin['revision'])).etag or ''
-        except Exception:  # requests in huggingface_hub 0.36, httpx in 1.x and 2.x: no common base class
-            return False
-        if file == MODEL and stated != sha256 or len(stated) == len(sha256) and stated != sha256:
-            return False
-    return True
+def _write_tag(source: Path, tag: str, repo: str, folder: Path) -> list[str]:
+    """Writes the repository of a published tag from its file, or from a conversion of that; returns the findings."""
+    checkpoint, weights = load_checkpoint(source), WEIGHTS[tag]
+    origin = _find_origin(source, checkpoint, weights)
+    check_identity(checkpoint, tag, weights, origin)
+    if 'upstream_sha256' not in origin:
+        raise ValueError(f"the header of {source} does not say the SHA-256 of the authors' file of {tag}, which "
+                         f'the card states: publish that file ({weights.url})')
+    text = _describe_origin(weights, origin, 'a file' if 'layout' not in origin else None)
+    return [f'{source.name}: {checkpoint.describe()}.',
+            *_write_published(checkpoint, tag, repo, folder, (origin, text))]
 
 
-def _write_repository(source: Path, tag: str, repo: str, folder: Path, license: str) -> list[str]:
-    """Writes the repository's files from a checkpoint or an exported folder; returns the findings about it."""
-    if tag not in WEIGHTS and source.is_dir():
-        _copy_export(source, folder, {'tag': tag, 'license': license})
-        _finish_repository(source, tag, repo, folder, (OWN, license))
-        return []
-    checkpoint = load_checkpoint(source)
-    line = f'{source.name}: {checkpoint.describe()}.'
-    if weights := WEIGHTS.get(tag):
-        origin = _find_origin(source, checkpoint, weights)
-        check_identity(checkpoint, tag, weights, origin)
-        if 'upstream_sha256' not in origin:
-            raise ValueError(f"the header of {source} does not say the SHA-256 of the authors' file of {tag}, which "
-                             f'the card states: publish that file ({weights.url})')
-        text = _describe_origin(weights, origin, 'a file' if 'layout' not in origin else None)
-        return [line, *_write_published(checkpoint, tag, repo, folder, (origin, text))]
-    _check_finite({**checkpoint.model_state(), **checkpoint.heads_state()}, source)
-    export_checkpoint(checkpoint, folder, {'tag': tag, 'license': license})
-    _finish_repository(source, tag, repo, folder, (OWN, license))
-    return [line]
+def _write_own(trained: Trained, source: Path, repo: str, folder: Path, cfg: dict[str, Any]) -> list[str]:
+    """Writes the repository of the user's weights, with what the files of the run say about them."""
+    path, checkpoint, epochs = trained.path, trained.checkpoint, None
+    origin = read_origin(path / MODEL if path.is_dir() else path)
+    tag = next((t for t, w in WEIGHTS.items() if w.url == origin.get('url')), checkpoint and checkpoint.info.get('tag'))
+    if tag:
+        raise ValueError(f'{source} says that it holds the published weights {tag}: publish them with --tag {tag}')
+    if checkpoint is None:
+        copy_export(path, folder, cfg)
+    else:
+        check_finite({**checkpoint.model_state(), **checkpoint.heads_state()}, path)
+        export_checkpoint(checkpoint, folder, cfg, network=trained.network)
+        epochs = checkpoint.info.get('epoch')
+    (folder / TRAINING).unlink(missing_ok=True)
+    history = read_history(source, epochs)
+    if history:
+        write_json(folder / TRAINING, history.to_json())
+    _finish_repository(source, cfg['tag'], repo, folder, (OWN, cfg['license']), history)
+    return [f'{trained.describe()}.']
 
 
 def _write_published(
@@ -188,19 +212,21 @@ def _write_published(
     return [f'Origin: {text}.']
 
 
-def _finish_repository(source: Path | str, tag: str, repo: str, folder: Path, terms: tuple[str, str]) -> None:
+def _finish_repository(
+    source: Path | str, tag: str, repo: str, folder: Path, terms: tuple[str, str], history: History | None = None,
+) -> None:
     """Checks that timm loads the folder; adds fingerprint and card. `terms`: origin and license."""
-    config = _read_config(folder)
+    config = read_whole_config(folder)
     try:  # as timm does: build what config.json names, and fill it strictly
-        network = read_config(folder)
-        model = timm.create_model(network.name, num_classes=config['num_classes'], **network.args)
+        model = create_from_folder(folder)
         model.load_state_dict(read(folder / MODEL), strict=True)
-    except RuntimeError as e:
+        size = 224 if config['architecture'] == PLAIN_TIMM[NAME] else config['pretrained_cfg']['input_size'][-1]
+        write_json(folder / FINGERPRINT, compute_fingerprint(model, size))
+    except (RuntimeError, *TIMM_ERRORS) as e:
         raise ValueError(f'timm cannot load {source}: {one_line(e, 300)}') from e
-    write_json(folder / FINGERPRINT, compute_fingerprint(model))
     parameters = sum(p.numel() for p in model.parameters())
     origin, license = terms
-    facts = CardFacts(tag, repo, config, parameters, origin, (folder / HEADS).exists(), license)
+    facts = CardFacts(tag, repo, config, parameters, origin, (folder / HEADS).exists(), license, history)
     (folder / CARD).write_text(format_card(facts), encoding='utf-8')
 
 
@@ -221,67 +247,3 @@ def _describe_origin(weights: Weights, origin: dict[str, str], measured: str | N
         return (f'converted from {measured}, with the SHA-256 {sha256}; its authors publish no hash to compare it '
                 'with, so that its identity is not verified')
     return f"converted from the authors' own file, whose SHA-256 {sha256} begins with {prefix}, as published"
-
-
-def _check_finite(tensors: dict[str, Any], source: Path | str) -> None:
-    if bad := tensorfile.find_nonfinite(tensors):
-        raise ValueError(f'{source} holds NaN or infinity in {len(bad)} tensors ({", ".join(bad[:3])}): not published')
-
-
-def _copy_export(source: Path, folder: Path, cfg: dict[str, Any]) -> None:
-    """Copies an exported folder of any architecture and adds `cfg` to its pretrained_cfg."""
-    if source.resolve() == folder.resolve():
-        raise ValueError(f'{folder} is the source itself: write the dry run to another folder')
-    config = _read_config(source)
-    config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION} | cfg
-    (config.get('model_args') or {}).pop('num_classes', None)  # transformers passes it too, and fails
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (MODEL, HEADS):
-        (folder / name).unlink(missing_ok=True)
-        if name == MODEL or (source / name).exists():
-            require_safetensors(find_export(source) if name == MODEL else source / name)
-            _check_finite(read(source / name), source / name)
-            shutil.copyfile(source / name, folder / name)
-    write_json(folder / CONFIG, config)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / CONFIG)
-    if not {'architecture', 'num_classes', 'num_features', 'pretrained_cfg'} <= set(config):
-        raise ValueError(f'{folder / CONFIG} is not that of a model exported for timm: it has only {", ".join(config)}')
-    size = config['pretrained_cfg'].get('input_size')
-    if not isinstance(size, list) or len(size) != 3:
-        raise ValueError(f'{folder / CONFIG}: pretrained_cfg has the input_size {short(size)}, but the card needs '
-                         'channels, height and width: export the folder again')
-    return config
-
-
-def _upload(folder: Path, tag: str, repo: str) -> list[str]:
-    names = [name for name in (CARD, CONFIG, FINGERPRINT, MODEL, HEADS) if (folder / name).exists()]
-    try:
-        api = HfApi()
-        api.create_repo(repo, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=names, commit_message='Upload weights and card')
-    except Exception as e:  # requests in huggingface_hub 0.36, httpx in 1.x and 2.x: no common base class
-        reason = one_line(f'{type(e).__name__}: {e}', 300)
-        status = getattr(getattr(e, 'response', None), 'status_code', None)
-        if status in (401, 403):
-            reason = (f'the Hub refuses the token ({status}): it needs write access to the namespace '
-                      f'{repo.split("/")[0]} (SIMSIAM_HUB_NAMESPACE names another)')
-        raise RuntimeError(f'{repo} was not uploaded: {reason}') from e
-    record = {
-        'repo': repo, 'revision': commit.oid, 'files': {n: tensorfile.hash_file(folder / n) for n in names},
-        'fingerprint': json.loads((folder / FINGERPRINT).read_text())}
-    pinned = pin_upload(tag, record) if tag in WEIGHTS else []
-    return [f'Uploaded {", ".join(names)} to {repo} (revision {commit.oid}).', *pinned]
-
-
-def pin_upload(tag: str, record: dict[str, Any]) -> list[str]:
-    """Pins an upload, so that every later download is checked against it."""
-    path = sources.PINS
-    try:
-        write_json(path, {**json.loads(path.read_text()), tag: record})
-    except (OSError, ValueError) as e:  # the upload is done, and its hashes must not get lost
-        return [f'{path} cannot be written ({e}); add this to it:', json.dumps({tag: record}, indent=2)]
-    return [f'Recorded revision and hashes in {path}: commit that file.']

@@ -80,3 +80,9 @@ def is_whole(path: str | Path) -> bool:
             return expected is None or expected == hash_tensors({k: f.get_tensor(k) for k in f.keys()})
     except SafetensorError:
         return False
+
+
+def check_whole(path: Path) -> None:
+    """Raises ValueError if the contents of a safetensors file do not match its header."""
+    if not is_whole(path):
+        raise ValueError(f'{path}: it is damaged or was cut off; copy or export it again')

@@ -33,11 +33,11 @@ def make_test_image(size: int = 224) -> Tensor:
     return torch.stack(waves)[None].float()
 
 
-def compute_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Returns mean, std and 16 of the outputs of `model`, in evaluation mode, for the test image."""
+def compute_fingerprint(model: nn.Module, size: int = 224) -> dict[str, Any]:
+    """Returns mean, std and 16 of the outputs of `model`, in evaluation mode, for the test image of `size` pixels."""
     training = model.training
     with torch.inference_mode():
-        y = model.eval()(make_test_image().to(next(model.parameters()))).flatten().double().cpu()
+        y = model.eval()(make_test_image(size).to(next(model.parameters()))).flatten().double().cpu()
     model.train(training)
     picked = y[torch.linspace(0, len(y) - 1, 16).long()]
     return {'mean': y.mean().item(), 'std': y.std().item(), 'outputs': picked.tolist()}

@@ -211,7 +211,7 @@ def test_a_repository_takes_rgb_and_its_card_says_what_is_inferred(upstream, tmp
     assert torch.equal(load_file(tmp_path / 'repo' / 'model.safetensors')['conv1.weight'], theirs.flip(1))
     card = ' '.join((tmp_path / 'repo' / 'README.md').read_text().split())
     assert 'Trained on BGR pixels, made for RGB pixels' in card and 'inferred, on strong evidence' in card
-    assert 'image: PIL, RGB' in card and 'blue channel first' not in card
+    assert "convert('RGB')" in card and 'blue channel first' not in card
     for tag, words in ((TAG, 'strong evidence'), ('mm_ep200_bgr_in1k', 'weaker evidence')):
         text = describe(tag)
         assert words in text and '0.406, 0.456, 0.485' in text and 'RGB' in text

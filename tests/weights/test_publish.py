@@ -23,9 +23,10 @@ from simsiam_models.cli import main
 from simsiam_models.weights import load_checkpoint
 from simsiam_models.weights.card import BENCHMARKS, CardFacts, format_card
 from simsiam_models.weights.export import export_backbone, export_checkpoint
-from simsiam_models.weights.publish import pin_upload, publish
+from simsiam_models.weights.publish import publish
 from simsiam_models.weights.published import WEIGHTS, describe, find_page_results, find_results
 from simsiam_models.weights.tensorfile import hash_file
+from simsiam_models.weights.upload import pin_upload
 from simsiam_models.weights.verify import TOLERANCE, compare_fingerprints
 
 TAG, LIN, BGR = 'fb_bs512_ep100_in1k', 'fb_bs512_ep100_lin_in1k', 'mm_ep100_bgr_in1k'
@@ -370,7 +371,7 @@ def test_own_weights_of_any_architecture_need_a_license_and_get_a_card_without_n
     (tmp_path / 'foreign').mkdir()
     (tmp_path / 'foreign' / 'config.json').write_text('{"model_type": "bert"}')
     refused(tmp_path / 'foreign', 'mine', tmp_path / 'out3', 'not that of a model exported for timm', license='mit')
-    tensors = {**load_file(tmp_path / 'backbone' / 'model.safetensors'), 'bn1.weight': torch.full((8,), torch.inf)}
+    tensors = {**load_file(tmp_path / 'backbone' / 'model.safetensors'), 'bn1.weight': torch.full((64,), torch.inf)}
     save_file(tensors, tmp_path / 'backbone' / 'model.safetensors')
     with pytest.raises(ValueError, match='NaN or infinity'):
         publish(tmp_path / 'backbone', 'mine', tmp_path / 'out2', license='mit')
@@ -383,7 +384,7 @@ def test_a_folder_that_the_card_cannot_describe_is_refused_in_one_sentence(tmp_p
     for size in (None, [], 'x', [3, 224]):
         cfg = {**config['pretrained_cfg'], 'input_size': size}
         (tmp_path / 'a' / 'config.json').write_text(json.dumps({**config, 'pretrained_cfg': cfg}))
-        refused(tmp_path / 'a', 'mine', tmp_path / 'out', 'input_size .* needs channels, height', license='mit')
+        refused(tmp_path / 'a', 'mine', tmp_path / 'out', 'input_size .* are needed', license='mit')
 
 
 def test_a_folder_may_say_that_it_has_no_arguments(tmp_path):
@@ -413,7 +414,9 @@ class Hub(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
 
     def do_GET(self) -> None:
-        """Serves what was uploaded, at its commit."""
+        """Serves what was uploaded, at its commit, and whether the repository is private."""
+        if self.path.startswith('/api/models/'):
+            return self.answer(200, {'id': 'someone/x', 'private': self.server.private})
         repo, _, name = self.path.partition(f'/resolve/{COMMIT}/')
         body = self.server.files.get(name)
         if body is None or repo != f'/someone/{self.server.created["name"]}':
@@ -472,6 +475,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(('127.0.0.1', 0), Hub)
     server.url, server.status, server.files, server.log = f'http://127.0.0.1:{server.server_port}', 200, {}, []
+    server.private = True
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield server
     server.shutdown()
@@ -522,6 +526,25 @@ def test_an_upload_equals_the_dry_run_and_is_pinned(linear, hub, tmp_path):
     assert recorded[LIN]['repo'] == f'someone/simsiam_resnet50.{LIN}' and recorded[LIN]['revision'] == COMMIT
     assert recorded[LIN]['files']['model.safetensors'] == hash_file(repo / 'model.safetensors')
     assert recorded[LIN]['fingerprint'] == json.loads(hub.files['fingerprint.json'])
+
+
+@pytest.mark.parametrize('private', [True, False])
+def test_a_private_upload_goes_to_a_private_repository_only(private, hub, tmp_path, monkeypatch):
+    args = {'layers': [1, 1, 1, 1], 'channels': [8, 8, 8, 8]}
+    export_backbone(timm.create_model('resnet18', num_classes=0, **args), tmp_path / 'a', 'resnet18', args)
+    monkeypatch.setattr('huggingface_hub.constants.ENDPOINT', hub.url)
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', False)
+    monkeypatch.setenv('HF_TOKEN', 'hf_x')
+    hub.private = private  # what is there already
+    if private:
+        assert COMMIT in publish(tmp_path / 'a', license='mit', repo='someone/mine', private=True)
+        assert {'README.md', 'config.json', 'model.safetensors'} < set(hub.files)
+    else:
+        with pytest.raises(RuntimeError, match='someone/mine was not uploaded: --private: someone/mine is public'):
+            publish(tmp_path / 'a', license='mit', repo='someone/mine', private=True)
+        assert not hub.files
+    asked = hub.created.get('private'), hub.created.get('visibility')  # the client's older and newer word for it
+    assert asked in [(True, None), (None, 'private')] and hub.created['name'] == 'mine'
 
 
 def test_pins_that_cannot_be_written_are_returned(tmp_path, monkeypatch):
@@ -608,7 +631,8 @@ def test_every_tag_is_written_from_its_authors_file_and_the_same_command_goes_on
 @pytest.mark.parametrize('args, words', [
     (['--all', 'x.pth'], 'leave CHECKPOINT out'), (['--all', '--tag', 'a'], 'leave --tag out'),
     (['--all', '--license', 'mit', '--tag', 'a'], 'leave --tag, --license out'),
-    ([], 'name a CHECKPOINT and its --tag, or publish every tag with --all'),
+    (['--all', '--repo', 'me/x', '--private'], 'leave --repo, --private out'),
+    ([], 'name a CHECKPOINT and its --tag or --repo, or publish every tag with --all'),
     (['x.pth'], 'name a CHECKPOINT and its --tag'), (['--tag', 'a'], 'name a CHECKPOINT and its --tag')])
 def test_all_and_a_single_checkpoint_exclude_each_other(args, words, capsys):
     assert main(['publish', *args]) == 1
@@ -617,7 +641,7 @@ def test_all_and_a_single_checkpoint_exclude_each_other(args, words, capsys):
 
 
 def test_all_without_a_token_is_one_sentence_before_anything_is_downloaded(authors, monkeypatch, capsys):
-    monkeypatch.setattr('simsiam_models.weights.publish.get_token', lambda: None)
+    monkeypatch.setattr('simsiam_models.weights.upload.get_token', lambda: None)
     assert main(['publish', '--all']) == 1
     assert capsys.readouterr().err.startswith('simsiam: no Hugging Face token') and not authors.log
 

@@ -2,10 +2,7 @@
 
 Published numbers are never measured here; see `compare` for when a difference from them is computed.
 """
-import contextlib
-import importlib.metadata
 import json
-import platform
 import re
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +13,7 @@ from typing import Any
 from ...data.readers.index import digest
 from ...runtime.files import write_atomically
 from ...runtime.messages import one_line, short
+from ...runtime.versions import versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
 from ..protocols import KNN_T
@@ -102,15 +100,6 @@ def to_json_types(value: Any) -> Any:
         return json.loads(json.dumps(value, default=convert, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as e:
         raise ValueError(f'a record holds numbers, strings, and lists and tables of them ({e})') from None
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python and of the packages that affect a result."""
-    found = {'python': platform.python_version()}
-    for name in ('simsiam-models', 'torch', 'torchvision', 'timm', 'numpy', 'scikit-learn'):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

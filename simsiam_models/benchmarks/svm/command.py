@@ -30,6 +30,7 @@ from ...data.readers.index import digest
 from ...runtime.distributed import World, join_world
 from ...runtime.files import explain_write_errors, hold_lock
 from ...runtime.messages import check_flags, require
+from ...runtime.versions import versions
 from ..backbone import Backbone, compute_maps, has_protocol_sizes, load_backbone
 from ..datasets.voc import Voc07, open_voc07
 from ..features import Features, extract
@@ -46,7 +47,7 @@ from ..protocols import (
     SVM_FOLDS,
     SVM_TAPS,
 )
-from ..results.record import check_output, format_record, record_path, versions, write_record
+from ..results.record import check_output, format_record, record_path, write_record
 from ..shared_images import report_shared
 from .fits import FORMAT, write_svm_data
 from .jobs import FinishedTasks
