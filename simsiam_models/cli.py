@@ -12,6 +12,7 @@ from .benchmarks.detection import command as detect
 from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
+from .benchmarks.neighbours import command as neighbours
 from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
@@ -140,6 +141,9 @@ COMMANDS = {
         segment.add_arguments, segment.run,
         'train a segmenter on a ResNet backbone, and measure it: VOC12 + Aug, Cityscapes, or your own masks'),
     'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE'),
+    'neighbours': Command(
+        neighbours.add_arguments, neighbours.run,
+        'find the nearest images of each image, copies, outliers and likely wrong labels'),
     'report': Command(
         report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers'),
 }

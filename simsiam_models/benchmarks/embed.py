@@ -49,7 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Extracts the features, writes them, and draws the pictures."""
     check(args)
-    images = _open_images(args)
+    images = open_part(args.data, args.part)
+    if args.tsne is not None and not hasattr(images, 'samples'):  # `extract` refuses streams
+        shown = tsne.select_shown(images.labels, len(images), args.tsne_classes)
+        tsne.check_count(len(shown), args.tsne_classes)
     with join_world(args.device) as world:
         backbone = load_backbone(args.model, world.device, args.branch)
         transform = make_transform(args, backbone, print if world.main else silent)
@@ -102,19 +105,16 @@ def make_table(features: Features, images: Images, about: dict[str, Any]) -> Fea
     return FeatureTable(arrays, names, labels, [as_text(name) for name in features.classes], about)
 
 
-def _open_images(args: argparse.Namespace) -> Images:
-    """Opens DATA's part; raises ValueError if there is none, or too few images for --tsne."""
-    train, val, unusable = open_parts(args.data)
-    images = train if args.part == 'train' else val
+def open_part(data: str, part: str) -> Images:
+    """Opens the part 'train' or 'val' of DATA; raises ValueError if there is none."""
+    train, val, unusable = open_parts(data)
+    images = train if part == 'train' else val
     if images is None:
         if unusable:
             raise ValueError(
-                f'{unusable.images.name} cannot be the validation part of {args.data}: {unusable.reason}; give '
+                f'{unusable.images.name} cannot be the validation part of {data}: {unusable.reason}; give '
                 f'{unusable.images.name} itself, without --part')
-        raise ValueError(f'{args.data} has no validation part; leave --part out')
-    if args.tsne is not None and not hasattr(images, 'samples'):  # `extract` refuses streams
-        tsne.check_count(
-            len(tsne.select_shown(images.labels, len(images), args.tsne_classes)), args.tsne_classes)
+        raise ValueError(f'{data} has no validation part; leave --part out')
     return images
 
 
