@@ -19,8 +19,9 @@ from .nearest import QUERIES
 SIDE, NEAR = 16, 4  # pixels of a thumbnail; candidates by thumbnails, and as many by mirrored ones
 LOOSE = 0.9  # correlation of two thumbnails below which the images are not compared any further
 FINE = 64  # pixels at which two images are compared, or the short side of the smaller one
-# Difference, in parts of the contrast, up to which an image is a copy. Measured on 341 photographs of clothes with 100
-# planted copies (same file, JPEG of quality 40, half size, PNG, mirrored): copies differ by up to 0.07, others by 0.49.
+# Difference, in parts of the contrast, up to which an image is a copy. Measured on 341 photographs of clothes with five
+# copies of each (same file, JPEG of quality 40, half size, PNG, mirrored): copies differ by up to 0.09, others by 0.49.
+# A quarter of the size with quality 20 differs by more than this in 11 % of 300 of them.
 LIMIT = 0.2
 FLAT = 4.0  # gray levels: the least contrast that the difference is compared with
 KEPT = 20_000  # images whose small versions are kept in memory (250 MB)
