@@ -13,6 +13,7 @@ from .benchmarks.detection import command as detect
 from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
+from .benchmarks.neighbours import command as neighbours
 from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
@@ -174,6 +175,10 @@ COMMANDS = {
         'runs/classifier my_photos --output labels.csv'),
     'embed': Command(embed.add_arguments, embed.run, 'write features of any images to a file, and draw their t-SNE',
         'my_photos --output features.npz'),
+    'neighbours': Command(
+        neighbours.add_arguments, neighbours.run,
+        'find the nearest images of each image, copies, outliers and likely wrong labels',
+        'my_photos --output near.csv --html near.html'),
     'report': Command(
         report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers',
         'runs'),

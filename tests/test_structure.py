@@ -10,7 +10,7 @@ PACKAGE = 'simsiam_models'
 FLOORS = [
     ['cli', '__main__', 'train'], ['predict', 'preflight', 'benchmarks', 'training', '__init__'], ['simsiam'],
     ['resnet'], ['weights'], ['runtime']]
-BENCHMARKS = {'knn', 'linear', 'svm', 'finetune', 'detection', 'segmentation'}
+BENCHMARKS = {'knn', 'linear', 'svm', 'finetune', 'detection', 'segmentation', 'neighbours'}
 
 
 def files() -> dict[str, Path]:

@@ -1,7 +1,7 @@
 """Writes files that are complete or absent, locks folders between processes, and finds the cache folder."""
+import codecs
 import csv
 import errno
-import io
 import json
 import math
 import os
@@ -130,9 +130,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
     """Writes a table; a cell that a spreadsheet would take for a formula becomes text."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([inert_cell(cell) for cell in row] for row in rows)
-    write_atomically(path, lambda f: f.write(text.getvalue().encode(errors='surrogateescape')))
+    def write(file: Any) -> None:
+        table = csv.writer(codecs.getwriter('utf-8')(file, 'surrogateescape'), lineterminator='\n')
+        table.writerows([inert_cell(cell) for cell in row] for row in rows)
+
+    write_atomically(path, write)
 
 
 @contextmanager

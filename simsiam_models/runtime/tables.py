@@ -1,12 +1,14 @@
 """Writes tables as CSV, JSON or Parquet, by the ending of the file, with the same columns in each."""
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically, write_csv, write_json
+from .files import explain_write_errors, replacing, write_csv, write_json
 from .messages import as_text, require
 
 FORMATS = ('.csv', '.json', '.parquet')
+BLOCK = 100_000  # rows of a Parquet file that are written at a time
 
 Columns = dict[str, type]  # name -> str, int or float
 
@@ -21,7 +23,7 @@ def check_table(path: Path, flag: str = '--output') -> None:
         require(f'{flag} {path}', pyarrow='pyarrow')
 
 
-def write_table(path: Path, columns: Columns, rows: Sequence[Sequence[Any]]) -> None:
+def write_table(path: Path, columns: Columns, rows: Iterable[Sequence[Any]]) -> None:
     """Writes rows of cells; None is an empty cell.
 
     Text that is not valid Unicode, such as some file names, keeps its bytes in a CSV and gets replacement characters in
@@ -31,24 +33,27 @@ def write_table(path: Path, columns: Columns, rows: Sequence[Sequence[Any]]) -> 
     Raises:
         OSError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix.lower() == '.csv':
-        write_csv(path, [list(columns), *rows])
-        return
-    rows = [[as_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    if path.suffix.lower() == '.json':
-        write_json(path, [dict(zip(columns, row, strict=True)) for row in rows])
-        return
+    with explain_write_errors(path, '--output'):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix.lower() == '.csv':
+            write_csv(path, itertools.chain([columns], rows))
+            return
+        rows = ([as_text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
+        if path.suffix.lower() == '.json':
+            write_json(path, [dict(zip(columns, row, strict=True)) for row in rows])
+        else:
+            _write_parquet(path, columns, rows)
+
+
+def _write_parquet(path: Path, columns: Columns, rows: Iterator[Sequence[Any]]) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+    from pyarrow import parquet
 
     types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     schema = pa.schema([(name, types[kind]) for name, kind in columns.items()])
-    values = zip(*rows, strict=True) if rows else [()] * len(columns)
-    table = pa.table([pa.array(v, field.type) for v, field in zip(values, schema, strict=True)], schema)
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer)
-    write_atomically(path, lambda file: file.write(memoryview(buffer.getvalue())))
+    with replacing(path) as part, parquet.ParquetWriter(part, schema) as writer:
+        while block := list(itertools.islice(rows, BLOCK)):
+            writer.write_table(pa.table([list(cells) for cells in zip(*block, strict=True)], schema=schema))
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

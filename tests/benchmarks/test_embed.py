@@ -21,9 +21,10 @@ def test_both_spellings_of_the_output_are_one(flag, few_digits, tmp_path, capsys
     out = tmp_path / 'x.npz'
     assert cli.main(_command(few_digits, out, flag, str(out))) == 0
     assert len(np.load(out)['avgpool']) == 64
-    assert cli.main(_command(few_digits, out, flag, str(tmp_path / 'x.csv'))) == 1
+    assert cli.main(_command(few_digits, out, flag, str(tmp_path / 'x.txt'))) == 1
     assert capsys.readouterr().err.endswith(
-        f'simsiam: --output {tmp_path / "x.csv"}: must be a file that ends in .npz, or a folder\n')
+        f'simsiam: --output {tmp_path / "x.txt"}: must be a folder, or a file that ends in .npz, .npy, .csv, .parquet, '
+        '.safetensors\n')
 
 
 def test_a_part_is_found_under_any_usual_name_and_in_a_folder_around_it(few_digits, tmp_path, capsys):

@@ -590,14 +590,14 @@ def test_embed_writes_features_paths_labels_and_pictures(few_digits, tmp_path, c
     assert cli.main([*common, str(tmp_path / 'folder')]) == 0
     np.testing.assert_array_equal(np.load(tmp_path / 'folder' / 'avgpool.npy'), kept)
     assert len(json.loads((tmp_path / 'folder' / 'images.json').read_text())['paths']) == 64
-    assert cli.main([*common, str(tmp_path / 'x.csv')]) == 1
-    assert 'ends in .npz' in capsys.readouterr().err
+    assert cli.main([*common, str(tmp_path / 'x.npy')]) == 1
+    assert 'x.npy: a .npy file holds one feature, not 2; name a folder or a .npz\n' in capsys.readouterr().err
 
 
 def test_the_tsne_is_scikit_learns_with_the_published_parameters():
     from sklearn.manifold import TSNE
 
-    from simsiam_models.benchmarks.embed import compute_tsne
+    from simsiam_models.benchmarks.tsne import compute_tsne
 
     x = np.random.default_rng(0).standard_normal((40, 5)).astype(np.float32)
     expected = TSNE(

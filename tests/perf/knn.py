@@ -1,4 +1,4 @@
-"""Nearest neighbours: `benchmarks.knn.search` against faiss-cpu's exact flat index, in one interleaved run.
+"""Nearest neighbours: `benchmarks.search` against faiss-cpu's exact flat index, in one interleaved run.
 
   pip install faiss-cpu
   python tests/perf/knn.py                         100,000 x 2048 against 5,000 queries, k = 200, all cores
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 import torch
 
-from simsiam_models.benchmarks.knn.search import find_neighbours
+from simsiam_models.benchmarks.search import find_neighbours
 
 
 def make(rng: np.random.Generator, centres: np.ndarray, n: int, path: Path) -> np.ndarray:

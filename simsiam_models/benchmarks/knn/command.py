@@ -36,7 +36,7 @@ from ..options import (
 )
 from ..protocols import KNN_KS, KNN_T, LEAST
 from ..results.record import check_output, format_record, record_path, write_record
-from .search import Rows, count_hits, find_neighbours
+from ..search import Rows, count_hits, find_neighbours
 
 KINDS = ('folder', 'imagenet', 'cifar10', 'cifar100', 'places205', 'inat18')
 

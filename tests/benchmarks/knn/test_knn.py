@@ -14,7 +14,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from simsiam_models import cli, create_simsiam
 from simsiam_models.benchmarks.backbone import load_backbone
-from simsiam_models.benchmarks.knn.search import (
+from simsiam_models.benchmarks.options import read_sizes
+from simsiam_models.benchmarks.search import (
     EXTRA,
     Rows,
     count_hits,
@@ -22,7 +23,6 @@ from simsiam_models.benchmarks.knn.search import (
     find_candidates,
     find_neighbours,
 )
-from simsiam_models.benchmarks.options import read_sizes
 from simsiam_models.training.monitor import knn_accuracy
 from simsiam_models.weights.export import export_backbone
 
@@ -216,7 +216,7 @@ def test_the_monitor_of_a_run_measures_the_same():
 MEMORY = '''
 import sys, threading, time
 import numpy as np, torch
-from simsiam_models.benchmarks.knn.search import find_neighbours
+from simsiam_models.benchmarks.search import find_neighbours
 torch.set_num_threads(1)
 bank, queries = (np.load(path, mmap_mode='r') for path in sys.argv[1:3])
 def anonymous():

@@ -200,7 +200,7 @@ def multiply_with_all(
     """Yields each query in `which` and its float64 products (N,) with the whole bank; prints a line if there is any."""
     if which:
         print(
-            f'knn: {len(which)} of {len(queries)} queries have more neighbours than float32 can tell apart (collapsed '
+            f'{len(which)} of {len(queries)} queries have more neighbours than float32 can tell apart (collapsed '
             'features, or copies of images); ranking them in float64, slower', file=sys.stderr)
     size = max(1, TABLE_BYTES // (8 * len(bank)))  # queries
     for first in range(0, len(which), size):

@@ -1,0 +1,1 @@
+"""What features say about a data set: nearest images, copies, outliers, likely wrong labels."""
