@@ -23,6 +23,7 @@ from simsiam_models.data import FolderImages, TwoViews
 from simsiam_models.data.readers import images as sources
 from simsiam_models.runtime import checkpoint
 from simsiam_models.training import autoperf
+from simsiam_models.training.monitor import KnnMonitor
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -164,6 +165,8 @@ ACCIDENTS: dict[str, Callable[[int], None]] = {
     'SIGUSR1': signals(signal.SIGUSR1),
     'SIGTERM in the trial': lambda count: at_call(
         autoperf, 'time_step', count, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+    'SIGINT before the first checkpoint': lambda count: at_call(
+        KnnMonitor, 'measure_before', count, lambda: os.kill(os.getpid(), signal.SIGINT)),
     'SIGTERM twice': lambda count: [signals(signal.SIGTERM)(count) for _ in range(2)],
     'rank 1 dies': on_rank_1(lambda count: at_call(torch.optim.SGD, 'step', count, die)),
     'SIGTERM on rank 1': on_rank_1(signals(signal.SIGTERM)),

@@ -176,6 +176,15 @@ def test_a_signal_ends_the_step_saves_it_and_exits_with_its_number(few_digits, t
     assert_same_run(output, undisturbed)
 
 
+def test_a_signal_before_the_first_checkpoint_says_that_there_is_none(few_digits, tmp_path, undisturbed):
+    args = few_digits, tmp_path / 'run', '--checkpoint-steps', '2', '--workers', '0'
+    code, out, err = run(*args, accident=('SIGINT before the first checkpoint', 1))
+    assert code == 130 and err.splitlines() == [
+        'train.py: stopped by SIGINT; there is no checkpoint yet, so the same command starts from the beginning']
+    assert run(*args)[0] == 0
+    assert_same_run(tmp_path / 'run', undisturbed)
+
+
 def test_one_signal_that_arrives_twice_is_one(few_digits, tmp_path):
     """As when it is sent to torchrun and its processes together: torchrun passes it on."""
     code, out, err = run(few_digits, tmp_path / 'run', '--workers', '0', accident=('SIGTERM twice', 6))

@@ -35,7 +35,7 @@ def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory):
     output = tmp_path_factory.mktemp('run') / 'out'
     result = run_train(
         digits, *TINY, '--epochs', '12', '--batch-size', '64', '--lr', '0.2', '--workers', '2', '--output', output,
-        python=sys.executable)
+        '--knn-images', 'all', python=sys.executable)
     assert result.returncode == 0, result.stderr
     return output, result.stdout
 
@@ -163,11 +163,17 @@ class Slow(nn.Module):
 
 @pytest.mark.parametrize('model, expected', [
     (Slow(True), 'off'), (Slow(False), 'bfloat16'), (Slow(False, refuses=True), 'off')])
-def test_auto_times_the_runs_own_model_and_leaves_it_alone(model, expected):
+def test_auto_times_the_runs_own_model_and_leaves_it_alone(model, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
     state, buffers = torch.get_rng_state(), copy.deepcopy(model.state_dict())
     assert choose_amp('auto', torch.device('cpu'), model, (4, 3, 8, 8)) == expected
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(v, buffers[k]) for k, v in model.state_dict().items())
+
+
+def test_auto_does_not_time_an_emulated_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    assert choose_amp('auto', torch.device('cpu'), Slow(False), (4, 3, 8, 8)) == 'off'
 
 
 def test_plain_timm_loads_the_backbone_and_gives_the_runs_features(finished, digits):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..data import Images, TwoViews
 from ..runtime.distributed import World, synchronize
-from ..runtime.precision import choose_amp
+from ..runtime.precision import TRIAL, choose_amp, fewest_samples, has_bfloat16
 from ..simsiam import SimSiam
 from ..training.doctor import Doctor
 from ..training.monitor import Reading
@@ -147,10 +147,10 @@ def _probe(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: 
     if device.type == 'cpu':
         _halve_to_fit(t, per_sample)
     t.step_seconds, t.timed_batch = once * t.batch / n, n
-    # What choose_amp takes on a CPU: two precisions, at least four times, with this many samples.
-    needed = max(5.0, 8 * once / n * min(t.batch, max(8, 2**18 // size**2)))
-    if device.type != 'cpu' or needed < (end - time.perf_counter()) / 4:
-        t.amp = choose_amp('auto', device, model, (t.batch, 3, size, size))
+    shape = t.batch, 3, size, size
+    needed = TRIAL + 6 * once / n * fewest_samples(shape)  # what choose_amp takes on a CPU
+    if device.type != 'cpu' or not has_bfloat16() or needed < (end - time.perf_counter()) / 4:
+        t.amp = choose_amp('auto', device, model, shape)
     else:
         t.notes.append('no time to try bfloat16, so amp off')
     return make_trainer(model, recipe, device, t.amp)

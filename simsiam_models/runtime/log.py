@@ -95,8 +95,11 @@ class RunLog:
         except OSError:  # the disk of a log file is full: no reason to end the run
             pass
 
-    def figures(self, where: str, figures: dict[str, Any], text: str, step: int = 0) -> None:
-        """Writes one JSON line; shows `text` in the bar, or on a line of its own if there is no terminal."""
+    def figures(self, where: str, figures: dict[str, Any], text: str, step: int = 0, left: str = '') -> None:
+        """Writes one JSON line; shows `text` in the bar, or on a line of its own if there is no terminal.
+
+        `where` and `left` are only on that line: the bar has its own position and time left.
+        """
         if not self.main:
             return
         before = None
@@ -114,7 +117,7 @@ class RunLog:
         if self.bar is not None and where:
             self.bar.set_postfix_str(text)
         else:
-            self.say(f'{where}{text}')
+            self.say(f'{where}{text}{left}')
 
     def _truncate(self, size: int | None) -> None:
         """Removes an incomplete last line, which is not JSON."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+TRIAL, ENOUGH = 4.0, 0.2  # seconds of the trial of bfloat16; of a pass, beyond which more samples tell nothing
 AMP = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'off': None}
 
 
@@ -45,31 +46,47 @@ def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequenc
         return name
     if device.type == 'cuda':
         return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
-    return 'bfloat16' if device.type == 'cpu' and _bfloat16_is_faster(model, shape) else 'off'
+    return 'bfloat16' if device.type == 'cpu' and has_bfloat16() and _bfloat16_is_faster(model, shape) else 'off'
 
 
-def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15, seconds: float = 5.0) -> bool:
+def has_bfloat16() -> bool:
+    """Returns whether bfloat16 may be faster on this CPU; with AVX2 alone it is emulated, many times slower."""
+    return torch.backends.cpu.get_cpu_capability() != 'AVX2'
+
+
+def fewest_samples(shape: Sequence[int]) -> int:
+    """Returns with how many samples of `shape` the trial of bfloat16 begins."""
+    return min(shape[0], max(2, 2**14 // (shape[2] * shape[3])))
+
+
+def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15, seconds: float = TRIAL) -> bool:
     """Compares the median times of forward and backward of a copy of the model, with both precisions in turn.
 
-    For large images a part of the batch is enough, but at least 8 samples: the heads' weights cost the same for any
-    batch. At least 3 rounds run, then as many as the seconds allow.
+    A part of the batch is enough if it takes a while; a slow model is timed with a few samples, and once.
     """
     trial = copy.deepcopy(model).to('cpu', memory_format=torch.channels_last)
-    batch, *image = shape
-    batch = min(batch, max(8, 2**18 // (image[1] * image[2])))
-    x = torch.randn(batch, *image, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    n, end = fewest_samples(shape), time.perf_counter() + seconds
     spent: dict[bool, list[float]] = {False: [], True: []}
     with torch.random.fork_rng(devices=[]):
+        x = _make_views(n, shape)
+        _forward_backward(trial, x, False)
+        while (once := _forward_backward(trial, x, False)) < ENOUGH and n < shape[0]:
+            n = min(4 * n, shape[0])
+            x = _make_views(n, shape)
         try:
-            for bf16 in spent:
-                _forward_backward(trial, x, bf16)
+            if _forward_backward(trial, x, True) > max(1.0, 4 * once):  # the first time is always the slowest
+                return False
         except RuntimeError:  # an operator of this model does not support bfloat16
             return False
-        end = time.perf_counter() + seconds
-        while len(spent[True]) < 3 or len(spent[True]) < rounds and time.perf_counter() < end:
+        while not spent[True] or len(spent[True]) < rounds and time.perf_counter() < end:
             for bf16, times in spent.items():
                 times.append(_forward_backward(trial, x, bf16))
     return statistics.median(spent[True]) < 0.9 * statistics.median(spent[False])
+
+
+def _make_views(n: int, shape: Sequence[int]) -> torch.Tensor:
+    x = torch.randn(n, *shape[1:], generator=torch.Generator().manual_seed(0))
+    return x.to(memory_format=torch.channels_last)
 
 
 def _forward_backward(model: nn.Module, x: torch.Tensor, bf16: bool) -> float:

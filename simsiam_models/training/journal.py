@@ -14,7 +14,7 @@ from ..runtime.log import RunLog
 from ..runtime.messages import clock_time
 from ..runtime.precision import suggest_off
 from .doctor import Diagnosis, Doctor
-from .monitor import KnnMonitor, Moment, Reading, is_collapsed
+from .monitor import MOST, KnnMonitor, Moment, Reading, is_collapsed
 from .step import Trainer
 
 UNREADABLE = 'unreadable.txt'
@@ -29,8 +29,10 @@ class Journal:
     """
 
     def __init__(
-        self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, on_collapse: str) -> None:
+        self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, on_collapse: str,
+        max_steps: float = math.inf) -> None:
         self.log, self.trainer, self.steps, self.knn, self.on_collapse = log, trainer, steps, knn, on_collapse
+        self.total = min(trainer.recipe.epochs * steps, max_steps)  # steps of the run
         self.doctor = Doctor(
             trainer.recipe.lr, trainer.recipe.batch_size, steps * trainer.recipe.batch_size, trainer.amp)
         self.figures: dict[str, Any] = {'knn': {}}
@@ -41,10 +43,20 @@ class Journal:
         self._named = 0  # unreadable images in UNREADABLE
 
     def state_dict(self) -> dict[str, Any]:
-        return {'knn': self.figures['knn'], 'doctor': self.doctor.state_dict(), 'log_bytes': self.log.size()}
+        size = {} if self.knn is None else {'size': self.knn.size}
+        return {
+            'knn': {**self.figures['knn'], **size}, 'doctor': self.doctor.state_dict(), 'log_bytes': self.log.size()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.figures['knn'] = state['knn']
+        accuracies = dict(state['knn'])
+        size = accuracies.pop('size', MOST)
+        if self.knn is not None:
+            if self.knn.size not in (None, size):
+                self.log.say('the kNN monitor keeps its images, so that its numbers can be compared; --knn-images is '
+                             'for a new run')
+            self.knn.size = size
+            self.knn.select(size)
+        self.figures['knn'] = accuracies
         self.doctor.load_state_dict(state['doctor'])
 
     def restore(self) -> None:
@@ -97,23 +109,20 @@ class Journal:
         self.failed = self.log.main and self.doctor.confirmed and self.on_collapse == 'stop'
 
     def _write(self, seconds_per_step: float) -> None:
-        f, epochs = self.figures, self.trainer.recipe.epochs
-        done = f['epoch'] * self.steps + f['step']
+        f, done = self.figures, self.figures['epoch'] * self.steps + self.figures['step']
         text = (f'loss {f["loss"]:.4f}  std {f["std"]:.2f}  rank {f["rank"]:.0f}  lr {f["lr"]:.3g}  '
-                f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %  '
-                f'left {clock_time((epochs * self.steps - done) * seconds_per_step)}'
+                f'{f["images_per_second"]:.0f} img/s  waiting {100 * f["waiting"]:.0f} %'
                 f'{"  COLLAPSED" if f["collapsed"] else ""}')
-        figures = {k: v for k, v in f.items() if k != 'knn'}
-        self.log.figures(f'epoch {f["epoch"] + 1}/{epochs} step {f["step"]}/{self.steps}  ', figures, text, done)
+        where = f'epoch {f["epoch"] + 1}/{self.trainer.recipe.epochs} step {f["step"]}/{self.steps}  '
+        left = f'  left {clock_time((self.total - done) * seconds_per_step)}'
+        self.log.figures(where, {k: v for k, v in f.items() if k != 'knn'}, text, done, left)
 
     def measure_before(self) -> None:
         """Measures the kNN accuracy of the untrained backbone, and of the pixels if images are small."""
         if self.knn is None:
             return
-        before = {'random': self.knn.measure(self.trainer.model.backbone)}
-        if self.trainer.recipe.augmentation.size <= 64:
-            before['pixels'] = self.knn.measure_pixels()
-        self.figures['knn'] = before
+        small = self.trainer.recipe.augmentation.size <= 64
+        self.figures['knn'] = before = self.knn.measure_before(self.trainer.model.backbone, pixels=small)
         text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
         self.log.figures(
             '', {'epoch': 0, 'knn': before, 'knn_images': self.knn.sizes},

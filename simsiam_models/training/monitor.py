@@ -1,13 +1,17 @@
 """Measures output std and effective rank, which show a collapse, and the kNN accuracy of the features."""
+import functools
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 from ..data import DataError, EvalImages, Images, Transform
 from ..data.augment import normalize
@@ -20,7 +24,8 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
 MIN_SAMPLES = 8  # the rank of fewer means little
 RANK_ROWS = 256  # rows of p whose rank is computed: an eighth of the time of 512
 PICTURES, GRID = 64, 32  # of a batch, for `measure_pixel_std`
-MAX_BANK, MAX_QUERIES = 50_000, 10_000
+# The kNN monitor: images per batch; least and most images of a measurement; seconds of the first one; share of the run.
+BATCH, LEAST, MOST, SECONDS, SHARE = 128, 250, 60_000, 5.0, 0.05
 
 
 @torch.no_grad()
@@ -151,30 +156,48 @@ def explain_no_monitor(images: Images) -> str:
     return 'too few images' if has_classes(images) else 'only one class, so every neighbour has the right label'
 
 
+def allowed_size(recipe: Recipe, samples: int, device: torch.device) -> int:
+    """Returns how many images the kNN monitor may read each time so that it costs at most SHARE of a run.
+
+    `samples`: what the run trains on in all. On a CPU, forward and backward of two views cost more than four times as
+    much as measuring an image; elsewhere reading both may take the same time.
+    """
+    measurements = 1 + (-(-recipe.epochs // recipe.knn_every) if recipe.knn_every else 1)
+    images = SHARE * samples / measurements * (4 if device.type == 'cpu' else 1)
+    return min(MOST, max(LEAST, int(images)))
+
+
 class KnnMonitor:
     """Weighted kNN accuracy of a backbone's features on labelled images.
 
     The training images are the bank, and the validation images the queries. Without validation images every fifth image
-    is a query. A fixed permutation chooses at most MAX_BANK and MAX_QUERIES images: this is no benchmark. Unreadable
-    images are left out of both; `max_unreadable` is the share of each data set that may be unreadable.
+    is a query. A fixed permutation chooses `size` images, one query for four of the bank: this is no benchmark.
+    Unreadable images are left out.
+
+    Args:
+        size: number of images; None: as many as `measure_before` reads in about SECONDS, at most `most`.
+        max_unreadable: the share of each data set that may be unreadable.
     """
 
     def __init__(
-        self, train: Images, val: Images | None, recipe: Recipe, world: World, *, workers: int = 0,
-        max_unreadable: float = 0.1,
+        self, train: Images, val: Images | None, recipe: Recipe, world: World, *, size: int | None = None,
+        most: int = MOST, workers: int = 0, max_unreadable: float = 0.1,
     ) -> None:
         order = permutation(0, 0, len(train))
         held = len(order) // 5
         bank, queries = (order[held:], order[:held]) if val is None else (order, permutation(0, 0, len(val)))
         self.k, self.t, self.world, self.max_unreadable = recipe.knn_k, recipe.knn_t, world, max_unreadable
-        self.sets = [(train, bank[:MAX_BANK]), (train if val is None else val, queries[:MAX_QUERIES])]
+        self.whole = [(train, bank), (train if val is None else val, queries)]
         self.unreadable: list[dict[int, str]] = [{}, {}]  # of bank and queries, at the last measurement
-        transform = Transform(recipe.eval_resize, recipe.augmentation.size)
-        self.loaders = []
-        for images, rows in self.sets:
-            mine = rows[world.rank::world.size]
-            batches = [mine[part] for part in split_range(len(mine), 256)]
-            self.loaders.append(EvalImages(images, batches, transform, workers, world.device))
+        self.transform, self.workers = Transform(recipe.eval_resize, recipe.augmentation.size), workers
+        self.size, self.most = size, most
+        self.select(most if size is None else size)
+
+    def select(self, size: int) -> None:
+        """Measures with `size` images from here on, or with all if there are fewer."""
+        least, ((train, bank), (val, queries)) = self.world.size, self.whole
+        queries = queries[:max(least, size // 5, size - len(bank))]
+        self.sets = [(train, bank[:max(least, size - len(queries))]), (val, queries)]
 
     @property
     def sizes(self) -> list[int]:
@@ -191,22 +214,67 @@ class KnnMonitor:
         bad = [reason for part in reversed(self.unreadable) for reason in part.values()]
         return f'{text}, {len(bad)} unreadable images left out (the first: {bad[0]}),' if bad else text
 
-    def _measure(self, extract: Callable[[Tensor], Tensor]) -> float:
-        tables = [self._extract(part, extract) for part in (0, 1)]
-        self._judge_unreadable()
-        kept = []
-        for (images, rows), table, bad in zip(self.sets, tables, self.unreadable, strict=True):
-            keep = np.array([row not in bad for row in rows.tolist()])
-            labels = torch.from_numpy(images.labels[rows[keep]].astype(np.int64)).to(self.world.device)
-            kept += [table[torch.from_numpy(keep).to(self.world.device)], labels]
-        return knn_accuracy(*kept, self.k, self.t)
+    @torch.no_grad()
+    def measure_before(self, backbone: nn.Module, pixels: bool) -> dict[str, float]:
+        """Chooses the size if it is None; returns percent for the 'random' backbone, and for 'pixels' if asked to."""
+        with evaluating(backbone):
+            if self.size is None:
+                self.size = self.world.broadcast_from_main(lambda: self._choose_size(backbone))
+                self.select(self.size)
+            extractors = {'random': functools.partial(_features, backbone)}
+            if pixels:
+                extractors['pixels'] = _pixels
+            return dict(zip(extractors, self._measure(*extractors.values()), strict=True))
 
-    def _extract(self, part: int, extract: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns features of the bank (0) or the queries (1), and notes which images are unreadable."""
-        loader, device = self.loaders[part], self.world.device
-        features = [extract(normalize(x.to(device).permute(0, 3, 1, 2).float() / 255)) for _, x in loader]
-        self.unreadable[part] = {k: v for found in self.world.gather(loader.unreadable) for k, v in found.items()}
-        return gather_rows(torch.cat(features), len(self.sets[part][1]), self.world)
+    @torch.no_grad()
+    def measure(self, backbone: nn.Module) -> float:
+        """Returns percent; puts the backbone into evaluation mode meanwhile, and then back into its former mode."""
+        with evaluating(backbone):
+            return self._measure(functools.partial(_features, backbone))[0]
+
+    def _choose_size(self, backbone: nn.Module) -> int:
+        """Returns how many images all processes read in SECONDS, as this one reads and computes its first few."""
+        (images, rows), n, seconds = self.sets[0], 0, 0.0
+        while seconds < SECONDS / 10 and n < len(rows):
+            n = min(len(rows), 4 * n or 8)
+            began = time.perf_counter()
+            for _, x in self._load(images, rows[:n]):
+                _features(backbone, self._normalize(x)).sum().item()
+            seconds = time.perf_counter() - began
+        return min(self.most, max(LEAST, int(SECONDS * self.world.size * n / seconds)))
+
+    def _measure(self, *extractors: Callable[[Tensor], Tensor]) -> list[float]:
+        """Returns percent for the features of each extractor."""
+        images, hidden = sum(len(rows) for _, rows in self.sets), not (self.world.main and sys.stderr.isatty())
+        with tqdm(total=images, desc='kNN', unit='image', leave=False, dynamic_ncols=True, disable=hidden) as bar:
+            tables = [self._extract(part, extractors, bar) for part in (0, 1)]
+        self._judge_unreadable()
+        kept, labels = [], []
+        for (images, rows), bad in zip(self.sets, self.unreadable, strict=True):
+            keep = np.array([row not in bad for row in rows.tolist()])
+            kept.append(torch.from_numpy(keep).to(self.world.device))
+            labels.append(torch.from_numpy(images.labels[rows[keep]].astype(np.int64)).to(self.world.device))
+        return [
+            knn_accuracy(bank[kept[0]], labels[0], queries[kept[1]], labels[1], self.k, self.t)
+            for bank, queries in zip(*tables, strict=True)]
+
+    def _extract(self, part: int, extractors: Sequence[Callable[[Tensor], Tensor]], bar: tqdm) -> list[Tensor]:
+        """Returns features of the bank (0) or the queries (1) by each extractor; notes which images are unreadable."""
+        world, (images, rows) = self.world, self.sets[part]
+        loader, found = self._load(images, rows[world.rank::world.size]), []
+        for _, x in loader:
+            pixels = self._normalize(x)
+            found.append([extract(pixels) for extract in extractors])
+            bar.update(world.size * len(x))
+        self.unreadable[part] = {k: v for bad in world.gather(loader.unreadable) for k, v in bad.items()}
+        return [gather_rows(torch.cat(x), len(rows), world) for x in zip(*found, strict=True)]
+
+    def _load(self, images: Images, rows: np.ndarray) -> EvalImages:
+        batches = [rows[part] for part in split_range(len(rows), BATCH)]
+        return EvalImages(images, batches, self.transform, self.workers, self.world.device)
+
+    def _normalize(self, x: Tensor) -> Tensor:
+        return normalize(x.to(self.world.device).permute(0, 3, 1, 2).float() / 255)
 
     def _judge_unreadable(self) -> None:
         """Raises DataError if too many images of a data set, or all of the bank or the queries, are unreadable."""
@@ -221,16 +289,22 @@ class KnnMonitor:
                     f'{images.name}: {found} of {n} images for the kNN monitor cannot be read (the first: {first}), '
                     f'more than --max-unreadable {self.max_unreadable:g} allows: repair or remove them')
 
-    @torch.no_grad()
-    def measure(self, backbone: nn.Module) -> float:
-        """Returns percent; puts the backbone into evaluation mode meanwhile, and then back into its former mode."""
-        training = backbone.training
-        backbone.eval()
-        try:
-            return self._measure(lambda x: backbone(x.contiguous(memory_format=torch.channels_last)).float())
-        finally:
-            backbone.train(training)
 
-    def measure_pixels(self) -> float:
-        """Returns percent for the normalised pixels minus each image's mean (without the subtraction they do worse)."""
-        return self._measure(lambda x: x.flatten(1) - x.mean((1, 2, 3))[:, None])
+def _features(backbone: nn.Module, x: Tensor) -> Tensor:
+    return backbone(x.contiguous(memory_format=torch.channels_last)).float()
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """Returns the normalised pixels minus each image's mean; without the subtraction they do worse."""
+    return x.flatten(1) - x.mean((1, 2, 3))[:, None]
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation mode, and then back into its former mode."""
+    training = net.training
+    net.eval()
+    try:
+        yield
+    finally:
+        net.train(training)

@@ -1,6 +1,7 @@
 """The command line of pretraining: every number of a recipe is a flag."""
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ NUMBERS = {
         'eval_resize': 'short side before the centre crop, pixels',
         'knn_k': 'neighbours',
         'knn_t': 'temperature: a neighbour of cosine s has the weight exp(s / T)',
-        'knn_every': 'measure every N epochs (0: only before and after)'}}
+        'knn_every': 'measure every N epochs (0: only before and after; -1: never)'}}
 # Type of a field -> how argparse reads it, unless it is a single value of that type.
 SPECIAL = {
     bool: {'action': argparse.BooleanOptionalAction}, dict: {'type': json_object, 'metavar': 'JSON'},
@@ -120,6 +121,16 @@ def _add_log_flags(add: Callable[..., Any]) -> None:
     add('--tensorboard', action='store_true', help='also write the figures for TensorBoard, to OUTPUT/tensorboard')
     add('--wandb', metavar='PROJECT', help='also send the figures to this Weights & Biases project')
     add('--knn-data', metavar='DATA', help='labelled images for the kNN monitor (default: DATA, if it is labelled)')
+    add('--knn-images', type=_count_or_all, metavar='N|all',
+        help='images of the kNN monitor, one query for four of the bank (default: what it reads in a few seconds, and '
+             'at most what costs 5 %% of the run; the lines of the monitor state the numbers)')
+
+
+def _count_or_all(text: str) -> int:
+    try:
+        return sys.maxsize if text == 'all' else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: must be a number of images, or 'all'") from None
 
 
 def _flag(name: str) -> str:
@@ -147,9 +158,13 @@ def _short(value: Any) -> str:
     return f'{value:g}' if isinstance(value, float) else str(value)
 
 
+def name_recipe(args: argparse.Namespace) -> str:
+    return args.recipe or ('demo' if args.data is None else 'in1k_bs512_ep100')
+
+
 def resolve_recipe(args: argparse.Namespace) -> tuple[str, Recipe]:
     """Returns the recipe's name, and the recipe with the flags' numbers; raises ValueError if one is out of range."""
-    name = args.recipe or ('demo' if args.data is None else 'in1k_bs512_ep100')
+    name = name_recipe(args)
     recipe = RECIPES[name]
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
     numbers, aug = (
@@ -171,7 +186,9 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
             'batch of one forward pass; accumulated micro-batches are another method. Use more processes or a '
             'smaller batch (the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
     v = {**vars(args), **_numbers(recipe)}
-    least = dict(epochs=1, batch_size=2, log_every=1, checkpoint_steps=1, keep_every=0, images_per_epoch=1, workers=0)
+    least = dict(
+        epochs=1, batch_size=2, log_every=1, checkpoint_steps=1, keep_every=0, images_per_epoch=1, workers=0,
+        knn_every=-1, knn_images=10)
     rules = {
         **{name: (v[name] is None or v[name] >= n, f'at least {n}') for name, n in least.items()},
         'lr': (v['lr'] > 0, 'above 0'),

@@ -39,7 +39,7 @@ from ..runtime.signals import Signals, Stopped
 from ..runtime.terminal import Parser
 from ..weights import export_backbone
 from .journal import Journal
-from .options import add_flags, resolve_recipe
+from .options import add_flags, name_recipe, resolve_recipe
 from .schedule import set_lr
 from .setup import FREE, KEYS, claim, make_trainer, name_output, prepare
 from .step import Trainer, train_step
@@ -81,7 +81,8 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     with life:
         record, state = claim(args, name, recipe, model, views.images, life)
         trainer = make_trainer(args, recipe, model, record, life, state is not None)
-        journal = Journal(log, trainer, len(views), knn, on_collapse=args.on_collapse)
+        max_steps = math.inf if args.max_steps is None else args.max_steps
+        journal = Journal(log, trainer, len(views), knn, on_collapse=args.on_collapse, max_steps=max_steps)
         life.on_restored = journal.restore
         log.say(describe(name, trainer, views, knn, folder))
         run = Pretraining(args, trainer, views, journal, life, record)
@@ -132,7 +133,7 @@ def begin(run: Pretraining, state: dict[str, Any] | None) -> tuple[int, int]:
         if not save(run, 0, 0):
             raise RunError(f'no checkpoint can be written to {life.folder}')
     life.begin(epoch, step)
-    journal.log.start(trainer.recipe.epochs * len(views), done)
+    journal.log.start(journal.total, done)
     return epoch, step
 
 
@@ -235,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
             complain(args, str(e) or 'out of memory')
     except Stopped as e:
         if is_main():
-            complain(args, f'{e}; the same command continues from the last checkpoint')
+            complain(args, f'{e}; {describe_rest(args)}')
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(e.code)  # a thread that waits for a stream would delay a plain exit
@@ -244,6 +245,13 @@ def run(args: argparse.Namespace) -> int:
             raise
         complain(args, f'another process of this run is gone, so this one ends too ({str(e).splitlines()[0]})')
     return 1
+
+
+def describe_rest(args: argparse.Namespace) -> str:
+    """Returns what the same command does after a signal has stopped it."""
+    if (name_output(args, name_recipe(args)) / LAST).exists():
+        return 'the same command continues from the last checkpoint'
+    return 'there is no checkpoint yet, so the same command starts from the beginning'
 
 
 def is_main() -> bool:

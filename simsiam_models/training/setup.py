@@ -14,11 +14,11 @@ from ..data import Images, TwoViews, open_data
 from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
 from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
-from ..runtime.precision import autocast, choose_amp
+from ..runtime.precision import autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from .autoperf import choose_perf
-from .monitor import KnnMonitor, has_classes
+from .monitor import KnnMonitor, allowed_size, has_classes
 from .recipes import Recipe
 from .step import Perf, Trainer, train_step
 
@@ -28,7 +28,7 @@ KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'doctor', 'unrea
 # have moved; `digest` and `images` tell whether they are the same.
 FREE = {
     'data', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
-    'auto_perf', 'perf', 'processes', 'knn_data', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
+    'auto_perf', 'perf', 'processes', 'knn_data', 'knn_images', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
     'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb', 'command', 'versions'}
 
 
@@ -49,8 +49,11 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
         if not has_classes(train):
             raise ValueError(f'--knn-data {args.knn_data} has only one class; kNN needs at least two')
     knn = None  # without several classes, or with too few images for one query per process
-    if has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
-        knn = KnnMonitor(train, val, recipe, world, workers=workers, max_unreadable=args.max_unreadable)
+    if recipe.knn_every >= 0 and has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
+        most = allowed_size(recipe, recipe.epochs * len(views) * recipe.batch_size, world.device)
+        knn = KnnMonitor(
+            train, val, recipe, world, size=args.knn_images, most=most, workers=workers,
+            max_unreadable=args.max_unreadable)
     return views, knn, make_model(recipe, args.seed)
 
 
@@ -152,7 +155,8 @@ def decide_perf(
 
     def choose() -> tuple[str, Perf]:
         life.say('auto-perf: timing a few ways of computing a step, for about a minute')
-        amps = ('bfloat16', 'off') if args.amp == 'auto' and world.device.type == 'cpu' and not continued else (amp,)
+        both = args.amp == 'auto' and world.device.type == 'cpu' and has_bfloat16() and not continued
+        amps = ('bfloat16', 'off') if both else (amp,)
         chosen = choose_perf(model, _view_shape(recipe, world), world.device, amps, make_step, life.say)
         amend_claim(life.folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
         return chosen

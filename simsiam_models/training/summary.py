@@ -24,7 +24,9 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
         f'{world.device.type}, amp {trainer.amp}, {trainer.perf} -> {folder}']
     if hasattr(images, 'promise'):
         lines.append(images.promise)
-    if knn is None:
+    if r.knn_every < 0:
+        lines.append(f'--knn-every {r.knn_every}: no kNN monitor')
+    elif knn is None:
         lines.append(f'{explain_no_monitor(images)}, so no kNN monitor; --knn-data DATA names labelled images')
     if r.batch_size >= 1024 and not r.warmup_epochs and r.epochs > 10:
         lines.append('the paper warms up for 10 epochs at batches of 1024 and more: --warmup-epochs 10')

@@ -1,4 +1,5 @@
 """The run's log: JSON lines, TensorBoard, Weights & Biases, and what a log file shows."""
+import io
 import json
 import subprocess
 import sys
@@ -99,6 +100,16 @@ def test_in_a_log_file_each_interval_is_one_line(few_digits, tmp_path, capfd):
         'epoch 1/2 step 2/4', 'epoch 1/2 step 4/4', 'epoch 2/2 step 2/4', 'epoch 2/2 step 4/4']
     assert all('img/s' in line and 'left 0:00:0' in line for line in lines)
     assert '\r' not in captured.out + captured.err
+
+
+def test_the_bar_shows_one_time_left_and_ends_where_the_run_does(few_digits, tmp_path, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(shown, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(sys, 'stderr', shown)
+    run(few_digits, tmp_path, '--max-steps', '3')
+    bars = [text for text in shown.getvalue().split('\r') if 'loss' in text]
+    assert bars and all('/3 [' in text and text.count('<') == 1 and 'left' not in text for text in bars)
+    assert any('kNN' in text and '/64 [' in text for text in shown.getvalue().split('\r'))
 
 
 def test_no_extra_is_imported_unasked():

@@ -104,6 +104,7 @@ def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_pat
         asked.append((shape, amps))
         return 'bfloat16', EAGER_PLAIN
     monkeypatch.setattr(setup, 'choose_perf', chosen)
+    monkeypatch.setattr(setup, 'has_bfloat16', lambda: True)
     args = [
         str(few_digits), *TINY, '--amp', 'auto', '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output',
         str(tmp_path)]

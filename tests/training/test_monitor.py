@@ -17,10 +17,12 @@ from simsiam_models import SimSiam, create_simsiam, simsiam_loss
 from simsiam_models.data import DataError, FolderImages, demo_images
 from simsiam_models.data.philox import permutation
 from simsiam_models.runtime.distributed import World
+from simsiam_models.training import monitor as monitoring
 from simsiam_models.training.monitor import (
     KnnMonitor,
     Moment,
     Reading,
+    allowed_size,
     constant_channels,
     effective_rank,
     explain_no_monitor,
@@ -193,13 +195,13 @@ def test_unreadable_images_are_left_out_of_the_monitor_and_named(parts, tmp_path
     for path in bad:
         path.write_bytes(b'no image')
     monitor = pixel_monitor(train, val)
-    accuracy = monitor.measure_pixels()
+    accuracy = monitor.measure(nn.Flatten())
     words = f'(k=5, T=0.1; {40 - 2 * (spoiled == "train")} bank images, {24 - 2 * (spoiled == "val")} queries)'
     assert words in monitor.describe() and '2 unreadable images left out' in monitor.describe()
     assert any(str(path) in monitor.describe() for path in bad)
     for path in bad:
         path.unlink()
-    assert pixel_monitor(train, val).measure_pixels() == pytest.approx(accuracy, abs=1e-9)
+    assert pixel_monitor(train, val).measure(nn.Flatten()) == pytest.approx(accuracy, abs=1e-9)
 
 
 def test_the_share_of_a_folder_without_validation_images_is_that_of_the_folder(parts):
@@ -208,12 +210,12 @@ def test_the_share_of_a_folder_without_validation_images_is_that_of_the_folder(p
     files = [FolderImages(train).path(int(i)) for i in permutation(0, 0, 40)]
     files[0].write_bytes(b'no image')
     monitor = pixel_monitor(train, None)
-    monitor.measure_pixels()
+    monitor.measure(nn.Flatten())
     assert '32 bank images, 7 queries' in monitor.describe() and str(files[0]) in monitor.describe()
     for path in files[8:13]:
         path.write_bytes(b'no image')
     with pytest.raises(DataError, match='6 of 40 images'):
-        monitor.measure_pixels()
+        monitor.measure(nn.Flatten())
 
 
 def test_a_monitor_of_mostly_unreadable_images_is_refused(parts):
@@ -222,14 +224,76 @@ def test_a_monitor_of_mostly_unreadable_images_is_refused(parts):
     for path in files[:10]:
         path.write_bytes(b'no image')
     with pytest.raises(DataError, match=r'10 of 24 images for the kNN monitor cannot be read .*--max-unreadable 0.1'):
-        pixel_monitor(train, val).measure_pixels()
+        pixel_monitor(train, val).measure(nn.Flatten())
     monitor = pixel_monitor(train, val, max_unreadable=0.5)
-    monitor.measure_pixels()
+    monitor.measure(nn.Flatten())
     assert '14 queries' in monitor.describe()
     for path in files:
         path.write_bytes(b'no image')
     with pytest.raises(DataError, match='24 of 24 images'):
-        pixel_monitor(train, val, max_unreadable=1.0).measure_pixels()
+        pixel_monitor(train, val, max_unreadable=1.0).measure(nn.Flatten())
+
+
+class Timed(nn.Module):
+    """A backbone that takes 10 ms of an artificial clock for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seconds += 0.01 * len(x)
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize('most, processes, expected', [(60_000, 1, 500), (300, 1, 300), (60_000, 4, 2000)])
+def test_the_first_measurement_reads_what_its_seconds_allow(few_digits, monkeypatch, most, processes, expected):
+    backbone = Timed()
+    monkeypatch.setattr(monitoring.time, 'perf_counter', lambda: backbone.seconds)
+    images = FolderImages(few_digits)
+    monitor = KnnMonitor(images, None, RECIPES['demo'], World(0, processes, torch.device('cpu')), most=most)
+    assert monitor._choose_size(backbone) == pytest.approx(expected, abs=1)
+    assert backbone.seconds <= monitoring.SECONDS / 2
+
+
+def test_the_chosen_size_is_kept_and_stated(few_digits):
+    recipe, world = RECIPES['demo'], World(0, 1, torch.device('cpu'))
+    monitor = KnnMonitor(FolderImages(few_digits), None, recipe, world, most=50)
+    figures = monitor.measure_before(nn.Flatten(), pixels=True)
+    assert set(figures) == {'random', 'pixels'} and monitor.size == sum(monitor.sizes) == 50
+    again = KnnMonitor(FolderImages(few_digits), None, recipe, world, size=monitor.size)
+    assert again.measure_before(nn.Flatten(), pixels=False) == {'random': figures['random']}
+    assert again.sizes == monitor.sizes
+
+
+@pytest.mark.parametrize(
+    'size, sizes', [(10, [8, 2]), (20, [16, 4]), (50, [40, 10]), (60, [40, 20]), (10**9, [40, 24])])
+def test_a_fifth_of_the_images_are_queries_as_far_as_there_are_enough(parts, size, sizes):
+    assert pixel_monitor(*parts, size=size).sizes == sizes
+
+
+def test_few_queries_leave_the_rest_to_the_bank(parts):
+    train, val = parts
+    for path in sorted(val.rglob('*.*'))[3:]:
+        path.unlink()
+    assert pixel_monitor(train, val, size=40).sizes == [37, 3]
+
+
+def test_the_monitor_costs_at_most_its_share_of_the_run():
+    recipe = dataclasses.replace(RECIPES['demo'], epochs=20, knn_every=5)  # measured 5 times
+    assert allowed_size(recipe, 1_000_000, torch.device('cuda')) == 0.05 * 1_000_000 / 5
+    assert allowed_size(recipe, 1_000_000, torch.device('cpu')) == 4 * 0.05 * 1_000_000 / 5
+    assert allowed_size(recipe, 1000, torch.device('cpu')) == monitoring.LEAST
+    assert allowed_size(recipe, 10**9, torch.device('cpu')) == monitoring.MOST
+    for every, measurements in ((0, 2), (1, 21), (3, 8), (100, 2)):
+        recipe = dataclasses.replace(recipe, knn_every=every)
+        assert allowed_size(recipe, 10**6, torch.device('cuda')) == int(0.05 * 10**6 / measurements)
+
+
+def test_without_a_monitor_a_run_says_why(few_digits):
+    args = build_parser().parse_args([
+        str(few_digits), '--recipe', 'demo', '--batch-size', '2', '--knn-every', '-1'])
+    assert prepare(args, resolve_recipe(args)[1], World(0, 1, torch.device('cpu')))[1] is None
 
 
 def train_on_digits(stop_gradient: bool, steps: int = 100) -> list[tuple[float, float]]:
