@@ -25,7 +25,7 @@ class Journal:
 
     Reading a figure waits for the device, so the device always gets its next step first. `figures` holds the newest
     figures by name ('knn': accuracies in percent), `diagnosis` what the doctor found at the last reading. `failed`
-    means that the run must stop, because --on-collapse says so.
+    means that the run must stop, because --on-collapse says so. `start` names the weights before training.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Journal:
             trainer.recipe.lr, trainer.recipe.batch_size, steps * trainer.recipe.batch_size, trainer.amp)
         self.figures: dict[str, Any] = {'knn': {}}
         self.diagnosis: Diagnosis | None = None
-        self.failed = False
+        self.failed, self.start = False, 'random'
         self._losses: list[Tensor] = []
         self._waited, self._began, self._pending = 0.0, Moment(trainer.world.device), None
         self._named = 0  # unreadable images in UNREADABLE
@@ -107,10 +107,10 @@ class Journal:
         self.log.figures(f'epoch {f["epoch"] + 1}/{epochs} step {f["step"]}/{self.steps}  ', figures, text, done)
 
     def measure_before(self) -> None:
-        """Measures the kNN accuracy of the untrained backbone, and of the pixels if images are small."""
+        """Measures the kNN accuracy of the backbone as it starts, and of the pixels if images are small."""
         if self.knn is None:
             return
-        before = {'random': self.knn.measure(self.trainer.model.backbone)}
+        before = {self.start: self.knn.measure(self.trainer.model.backbone)}
         if self.trainer.recipe.augmentation.size <= 64:
             before['pixels'] = self.knn.measure_pixels()
         self.figures['knn'] = before
