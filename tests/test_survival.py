@@ -137,6 +137,35 @@ def test_a_run_killed_at_moments_of_the_clock_ends_in_the_same_bits(few_digits, 
     assert_same_run(output, undisturbed)
 
 
+def test_an_extended_run_killed_anywhere_ends_in_the_bits_and_lines_of_an_undisturbed_one(
+        few_digits, tmp_path, undisturbed):
+    """It goes on by --extend, or by the command that began it."""
+    args = '--checkpoint-steps', '2', '--workers', '0'
+    for name in ('whole', 'killed'):
+        shutil.copytree(undisturbed, tmp_path / name)
+    code, out, err = run(few_digits, tmp_path / 'whole', *args, '--extend', '5')
+    assert code == 0 and 'extending the run from 3 to 5 epochs' in out, err
+    for accident, extend in (
+            (('before rename', 1), True), (('after rename', 1), True), (('in load', 1), False),
+            (('after step', 3), False), (('in write', 1), True), (('before rename', 2), True)):
+        more = ['--extend', '5'] if extend else []
+        code, out, err = run(few_digits, tmp_path / 'killed', *args, *more, accident=accident)
+        assert code == -9, (accident, out, err)
+    assert run(few_digits, tmp_path / 'killed', *args)[0] == 0
+    assert_same_run(tmp_path / 'killed', tmp_path / 'whole')
+
+
+def test_a_run_extended_inside_an_epoch_ends_in_the_same_bits_from_the_checkpoint_before(half_way, tmp_path):
+    args, output = half_way
+    whole = shutil.copytree(output, tmp_path / 'whole')
+    assert run(args[0], whole, *args[2:], '--extend', '5')[0] == 0
+    assert run(*args, '--extend', '5', accident=('before step', 1))[0] == -9
+    (output / 'checkpoint.pth').write_bytes(b'')  # the one before is from before the extension
+    code, out, err = run(*args)
+    assert code == 0 and 'continuing after epoch 1, step 0' in out, err
+    assert_same_run(output, whole)
+
+
 def test_two_processes_of_which_one_is_killed_end_in_the_same_bits(few_digits, tmp_path):
     outputs = [tmp_path / n for n in ('whole', 'killed')]
     more = '--checkpoint-steps', '2', '--workers', '0'

@@ -25,7 +25,7 @@ class Journal:
 
     Reading a figure waits for the device, so the device always gets its next step first. `figures` holds the newest
     figures by name ('knn': accuracies in percent), `diagnosis` what the doctor found at the last reading. `failed`
-    means that the run must stop, because --on-collapse says so.
+    means that the run must stop, because --on-collapse says so. `start` names the weights before training.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Journal:
             trainer.recipe.lr, trainer.recipe.batch_size, steps * trainer.recipe.batch_size, trainer.amp)
         self.figures: dict[str, Any] = {'knn': {}}
         self.diagnosis: Diagnosis | None = None
-        self.failed = False
+        self.failed, self.start = False, 'random'
         self._losses: list[Tensor] = []
         self._waited, self._began, self._pending = 0.0, Moment(trainer.world.device), None
         self._named = 0  # unreadable images in UNREADABLE
@@ -118,11 +118,12 @@ class Journal:
         self.log.figures(where, {k: v for k, v in f.items() if k != 'knn'}, text, done, left)
 
     def measure_before(self) -> None:
-        """Measures the kNN accuracy of the untrained backbone, and of the pixels if images are small."""
+        """Measures the kNN accuracy of the backbone as it starts, and of the pixels if images are small."""
         if self.knn is None:
             return
         small = self.trainer.recipe.augmentation.size <= 64
-        self.figures['knn'] = before = self.knn.measure_before(self.trainer.model.backbone, pixels=small)
+        self.figures['knn'] = before = self.knn.measure_before(
+            self.trainer.model.backbone, self.start, pixels=small)
         text = ', '.join(f'{k} {v:.1f} %' for k, v in before.items())
         self.log.figures(
             '', {'epoch': 0, 'knn': before, 'knn_images': self.knn.sizes},

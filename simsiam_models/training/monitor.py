@@ -215,13 +215,13 @@ class KnnMonitor:
         return f'{text}, {len(bad)} unreadable images left out (the first: {bad[0]}),' if bad else text
 
     @torch.no_grad()
-    def measure_before(self, backbone: nn.Module, pixels: bool) -> dict[str, float]:
-        """Chooses the size if it is None; returns percent for the 'random' backbone, and for 'pixels' if asked to."""
+    def measure_before(self, backbone: nn.Module, start: str = 'random', *, pixels: bool) -> dict[str, float]:
+        """Chooses the size if it is None; returns percent for the backbone, named `start`, and for 'pixels' if asked."""
         with evaluating(backbone):
             if self.size is None:
                 self.size = self.world.broadcast_from_main(lambda: self._choose_size(backbone))
                 self.select(self.size)
-            extractors = {'random': functools.partial(_features, backbone)}
+            extractors = {start: functools.partial(_features, backbone)}
             if pixels:
                 extractors['pixels'] = _pixels
             return dict(zip(extractors, self._measure(*extractors.values()), strict=True))

@@ -80,6 +80,14 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
     add('--resume', default='auto', metavar='auto|never|FILE',
         help="auto: continue from the newest checkpoint in the run's folder; never: refuse a folder that holds a run; "
              'FILE: start a new folder from this checkpoint of the same recipe and data (default: auto)')
+    add('--extend', type=int, metavar='N',
+        help='continue the run in its folder, finished or stopped, to N epochs in all instead of --epochs: the epochs '
+             'still to come get the learning rates of a run of N epochs. The same command, with or without --extend, '
+             'continues the longer run')
+    add('--init-from', metavar='FILE|TAG',
+        help='start a new run from these weights: a published tag, OUTPUT of a run, an exported folder, or a '
+             'checkpoint of any known layout, all of the same backbone; projector and predictor, too, if it has them '
+             'and they fit (default: random weights)')
     add('--seed', type=int, default=0, help='seed of the weights, the order and the augmentation (default: 0)')
     add('--max-steps', type=int, metavar='N', help='stop after N optimizer steps in all (default: run to the end)')
     add('--max-unreadable', type=float, default=0.1, metavar='SHARE',

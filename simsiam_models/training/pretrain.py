@@ -11,7 +11,8 @@
 In a clone, `python train.py ...` and `torchrun --nproc-per-node 8 train.py ...` do the same. `simsiam preflight DATA`
 inspects the data first and recommends a command.
 
-The same command continues a run that was stopped or killed. On SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) a run finishes its
+The same command continues a run that was stopped or killed; with --extend N it continues to N epochs, also a finished
+run. --init-from FILE|TAG starts from trained weights. On SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) a run finishes its
 step, writes a checkpoint and exits with 128 + the signal's number: 143, 138, 130. Exit code 1 means that the run
 cannot continue as it is; one line says why.
 
@@ -20,6 +21,7 @@ arguments, resolved) and backbone/, which plain timm loads:
   timm.create_model('local-dir:OUTPUT/backbone', pretrained=True)
 """
 import argparse
+import dataclasses
 import math
 import os
 import sys
@@ -38,6 +40,8 @@ from ..runtime.precision import suggest_off
 from ..runtime.signals import Signals, Stopped
 from ..runtime.terminal import Parser
 from ..weights import export_backbone
+from .extension import recipe_at
+from .initial import KEY as INITIAL
 from .journal import Journal
 from .options import add_flags, name_recipe, resolve_recipe
 from .schedule import set_lr
@@ -80,9 +84,11 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
         every_steps=args.checkpoint_steps, keep_last=args.keep_last, keep_every=args.keep_every)
     with life:
         record, state = claim(args, name, recipe, model, views.images, life)
+        recipe = dataclasses.replace(recipe, epochs=record['epochs'])
         trainer = make_trainer(args, recipe, model, record, life, state is not None)
         max_steps = math.inf if args.max_steps is None else args.max_steps
         journal = Journal(log, trainer, len(views), knn, on_collapse=args.on_collapse, max_steps=max_steps)
+        journal.start = 'initial' if INITIAL in record else 'random'
         life.on_restored = journal.restore
         log.say(describe(name, trainer, views, knn, folder))
         run = Pretraining(args, trainer, views, journal, life, record)
@@ -94,7 +100,7 @@ def pretrain(args: argparse.Namespace, world: World, signals: Signals) -> dict[s
     if epoch == recipe.epochs and world.main:
         export_backbone(
             model.backbone, folder / BACKBONE, recipe.model, recipe.model_args, size=recipe.augmentation.size,
-            resize=recipe.eval_resize)
+            resize=recipe.eval_resize, epochs=epoch)
         log.say(verdict(journal, views, folder))
     elif epoch < recipe.epochs:
         log.say(f'stopped after {epoch * len(views) + step} steps; the same command without --max-steps continues')
@@ -158,9 +164,9 @@ def train(run: Pretraining, epoch: int, step: int) -> tuple[int, int]:
 
 def train_one_epoch(run: Pretraining, epoch: int, step: int, last: int) -> int:
     """Trains this epoch from `step` to `last`; returns the number of steps done in it."""
-    args, trainer, views, journal, life, _ = run
+    args, trainer, views, journal, life, record = run
     trainer.model.train()
-    set_lr(trainer.optimizer, epoch, trainer.recipe)
+    set_lr(trainer.optimizer, epoch, recipe_at(epoch, trainer.recipe, record))
     for x1, x2 in journal.measure_waiting(life.interruptible(views.epoch(epoch, step))):
         loss, p1, z1 = train_step(trainer, x1, x2, epoch * len(views) + step + 1)
         step += 1

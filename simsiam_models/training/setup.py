@@ -17,7 +17,11 @@ from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
 from ..runtime.precision import autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
+from ..weights.folders import read_json
 from .autoperf import choose_perf
+from .extension import check_epochs, extend, match_epochs
+from .initial import KEY as INITIAL
+from .initial import Initial, check_same, load_initial, match_initial
 from .monitor import KnnMonitor, allowed_size, has_classes
 from .recipes import Recipe
 from .step import Perf, Trainer, train_step
@@ -93,27 +97,77 @@ def claim(
         'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp, **numbers,
         **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None,
         'command': command(), 'versions': versions()}
-    free = FREE | ({'amp'} if args.amp == 'auto' else set())
-
-    def read_given() -> dict[str, Any]:
-        if not Path(args.resume).is_file():
-            raise FileNotFoundError(f'--resume {args.resume}: no such file; name a checkpoint, or use auto or never')
-        given = checkpoint.read(Path(args.resume), KEYS)
-        if differing := checkpoint.find_differences(given['run'], record, free):
-            raise ValueError(f'--resume {args.resume} belongs to another run ({differing})')
-        return {**given, 'log_bytes': 0}
-
-    given = None
-    if args.resume not in ('auto', 'never'):
-        given = world.broadcast_from_main(read_given)
-        record['amp'] = given['run']['amp']
+    free = FREE | {'extensions'} | ({'amp'} if args.amp == 'auto' else set())
+    record, given, initial = world.broadcast_from_main(
+        lambda: _match_earlier(args, recipe, record, free, life.folder, model=model))
     record = life.claim(record, free, fresh=args.resume == 'never')
     if continued:
         life.say(f'{life.folder} holds this run: continuing it')
-    state = life.resume(record, free)
+    state = life.resume(record, free | ({'epochs'} if record.get('extensions') else set()))
     if state is not None and given is not None:
         life.say(f'{life.folder} already has checkpoints, so --resume {args.resume} is ignored')
-    return record, state or given
+    state = state or given
+    if args.extend is not None:
+        record, said = world.broadcast_from_main(lambda: extend(life.folder, record, state, args.extend, recipe))
+        life.say(said)
+    if state is None and INITIAL in record:
+        _fill(args, recipe, model, record, life, initial)
+    return record, state
+
+
+def _match_earlier(
+    args: argparse.Namespace, recipe: Recipe, record: dict[str, Any], free: set[str], folder: Path, *, model: SimSiam,
+) -> tuple[dict[str, Any], dict[str, Any] | None, Initial | None]:
+    """Compares the arguments with what the run in the folder, or the one of --resume FILE, has become meanwhile.
+
+    Returns the arguments to claim the folder with, the checkpoint of --resume FILE, and the weights of --init-from for
+    a new run. Writes nothing.
+    """
+    recorded, given, initial = _read_recorded(folder), None, None
+    check_epochs(args.extend, record, recorded, free, folder)
+    if args.resume not in ('auto', 'never'):
+        if not Path(args.resume).is_file():
+            raise FileNotFoundError(f'--resume {args.resume}: no such file; name a checkpoint, or use auto or never')
+        given = {**checkpoint.read(Path(args.resume), KEYS), 'log_bytes': 0}
+    if earlier := recorded or given and given['run']:
+        where = folder if recorded else Path(args.resume)
+        record = {
+            **record, **{k: v for k, v in earlier.items() if k == 'extensions'},
+            'epochs': match_epochs(recipe.epochs, args.extend, earlier),
+            **match_initial(args.init_from, earlier, model, recipe, where)}
+    elif args.init_from is not None:
+        initial = load_initial(args.init_from, model, recipe)
+        record = {**record, INITIAL: initial.record}
+    if given is not None:
+        free = free | ({'epochs'} if record.get('extensions') else set())
+        if differing := checkpoint.find_differences(given['run'], record, free):
+            raise ValueError(f'--resume {args.resume} belongs to another run ({differing})')
+        record = {**record, 'amp': given['run']['amp']}
+    return record, given, initial
+
+
+def _read_recorded(folder: Path) -> dict[str, Any]:
+    """Returns the arguments of the pretraining in a folder; {} if it holds none, or something else."""
+    try:
+        recorded = read_json(folder / ARGS)
+    except (ValueError, OSError):  # `Lifecycle.claim` says what is wrong
+        return {}
+    return recorded if 'recipe' in recorded and 'epochs' in recorded else {}
+
+
+def _fill(
+    args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle,
+    initial: Initial | None,
+) -> None:
+    """Fills the model with the weights of --init-from, read again if an earlier start left no checkpoint."""
+    def load_again() -> Initial:
+        again = load_initial(args.init_from, model, recipe)
+        check_same(again, record[INITIAL], life.folder)
+        return again
+
+    initial = initial or life.world.broadcast_from_main(load_again)
+    model.load_state_dict(initial.state, strict=False)  # `load_initial` has compared the entries
+    life.say(initial.text)
 
 
 def _view_shape(recipe: Recipe, world: World) -> tuple[int, int, int, int]:

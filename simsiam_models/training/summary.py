@@ -53,9 +53,10 @@ def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
         lines += [f'  {text}' for text in list(bad.values())[:5]]
     if 'trained' in knn:
         raw = f', raw pixels {knn["pixels"]:.1f} %' if 'pixels' in knn else ''
-        gain = describe_gain(knn['trained'], max(knn['random'], knn.get('pixels', 0.0)), journal.knn.queries)
+        start, gain = knn[journal.start], describe_gain(
+            knn['trained'], max(knn[journal.start], knn.get('pixels', 0.0)), journal.knn.queries)
         lines.append(
-            f'{journal.knn.describe()}: trained backbone {knn["trained"]:.1f} %, random backbone {knn["random"]:.1f} %'
+            f'{journal.knn.describe()}: trained backbone {knn["trained"]:.1f} %, {journal.start} backbone {start:.1f} %'
             f'{raw}: {gain}')
     lines.append(f"The backbone is ready for timm: timm.create_model('local-dir:{folder / BACKBONE}', pretrained=True)")
     return '\n'.join(lines)

@@ -24,17 +24,17 @@ BACKBONE = 'backbone_sha256'  # hash of the backbone's entries, which ties a tag
 
 def export_backbone(
     backbone: nn.Module, folder: str | Path, model_name: str, model_args: dict[str, Any] | None = None, size: int = 224,
-    resize: int = 256,
+    resize: int = 256, *, epochs: int | None = None,
 ) -> None:
     """Writes a folder for `timm.create_model('local-dir:FOLDER', pretrained=True)`.
 
     timm built the backbone from `model_name` and `model_args`, apart from num_classes=0. For evaluation, `size` is the
-    side of the crop and `resize` the short side before it, in pixels.
+    side of the crop and `resize` the short side before it, in pixels. `epochs` of training go into the header.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     overlay = {'input_size': [3, size, size], 'crop_pct': size / resize}
-    tensorfile.write(folder / MODEL, backbone.state_dict())
+    tensorfile.write(folder / MODEL, backbone.state_dict(), **({'epochs': str(epochs)} if epochs else {}))
     write_json(folder / CONFIG, make_timm_config(backbone, model_name, 0, overlay, model_args))
 
 

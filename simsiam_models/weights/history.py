@@ -92,11 +92,17 @@ def _read_log(file: Path) -> list[dict[str, Any]]:
 
 
 def _read_pretraining(args: dict[str, Any], log: list[dict[str, Any]], epochs: int | None) -> History:
-    data, total = _name_data(args.get('data')), args.get('epochs')
+    data, total, extensions = _name_data(args.get('data')), args.get('epochs'), list(args.get('extensions') or ())
     done = total if epochs is None else epochs
+    while extensions and done <= extensions[-1]['from_epoch']:  # a longer schedule that these weights have not seen
+        total = extensions.pop()['epochs_before']
+    initial, base = _describe_initial(args.get('init_from'))
     facts = {
-        'Recipe': args.get('recipe'),
+        'Recipe': args.get('recipe'), 'Initialised from': initial,
         'Epochs': f'{done}' if done == total else f'{done} of {total}; the training had not finished',
+        'Extended': '; '.join(
+            f'from {x["epochs_before"]} to {x["epochs"]} epochs, with the learning rates of {x["epochs"]} epochs after '
+            f'epoch {x["from_epoch"]}' for x in extensions),
         'Batch': args.get('batch_size'), 'Learning rate per 256 images': args.get('lr'),
         'Weight decay': args.get('weight_decay'),
         'Data': f'{data}, {_count(args.get("images"))} images, without labels',
@@ -104,13 +110,22 @@ def _read_pretraining(args: dict[str, Any], log: list[dict[str, Any]], epochs: i
         'Versions': _join(args.get('versions'))}
     facts = {k: str(v) for k, v in facts.items() if v not in (None, '')}
     unfinished = '' if done == total else f', {done} of {total} epochs'
-    command = _name_command(args.get('command'))
+    commands = [_name_command(x.get('command')) for x in (args, *extensions)]
     scores = _read_knn(args, [line for line in log if line.get('epoch', 0) <= (done or 0)])
     source = str(args.get('data') or '')
     hub = re.match(r'hf(?:-stream)?:([\w.-]+/[\w.-]+)', source)
     return History(
-        f'pretrained by SimSiam on {data}{unfinished}', data, facts, command, scores,
-        datasets=(hub[1],) if hub else ())
+        f'pretrained by SimSiam on {data}{unfinished}', data, facts, ' && '.join(filter(None, commands)), scores, base,
+        (hub[1],) if hub else ())
+
+
+def _describe_initial(initial: dict[str, Any] | None) -> tuple[str, str | None]:
+    """Names the weights that a training started from, without a folder, and their Hub id if they are published."""
+    if not initial:
+        return '', None
+    tag, parts = initial.get('tag'), 'backbone, projector and predictor' if initial.get('heads') else 'backbone'
+    name = f'{NAME}.{tag} ({WEIGHTS[tag].license})' if tag in WEIGHTS else short(Path(initial.get('source', '')).name)
+    return f'{name}: {parts}', hub_id(f'{NAME}.{tag}') if tag in WEIGHTS else None
 
 
 def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, ...]:
@@ -121,7 +136,7 @@ def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, .
     last, before = lines[-1], next((line['knn'] for line in log if isinstance(line.get('knn'), dict)), {})
     images = last.get('knn_images') or ()
     sizes = [f'{images[0]} bank images and {images[1]} queries'] if len(images) == 2 else []
-    names = {'random': 'untrained backbone', 'pixels': 'raw pixels'}
+    names = {'random': 'untrained backbone', 'initial': 'backbone before this training', 'pixels': 'raw pixels'}
     others = [f'{names[k]} {v:.1f}' for k, v in before.items() if k in names and isinstance(v, float)]
     return Score(
         f'weighted kNN top-1 (k={args.get("knn_k")}, T={args.get("knn_t")})', round(last['knn'], 2), '; '.join([

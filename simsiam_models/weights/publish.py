@@ -182,13 +182,14 @@ def _write_tag(source: Path, tag: str, repo: str, folder: Path) -> list[str]:
 
 def _write_own(trained: Trained, source: Path, repo: str, folder: Path, cfg: dict[str, Any]) -> list[str]:
     """Writes the repository of the user's weights, with what the files of the run say about them."""
-    path, checkpoint, epochs = trained.path, trained.checkpoint, None
+    path, checkpoint = trained.path, trained.checkpoint
     origin = read_origin(path / MODEL if path.is_dir() else path)
     tag = next((t for t, w in WEIGHTS.items() if w.url == origin.get('url')), checkpoint and checkpoint.info.get('tag'))
     if tag:
         raise ValueError(f'{source} says that it holds the published weights {tag}: publish them with --tag {tag}')
     if checkpoint is None:
         copy_export(path, folder, cfg)
+        epochs = int(n) if (n := tensorfile.read_metadata(path / MODEL).get('epochs', '')).isdecimal() else None
     else:
         check_finite({**checkpoint.model_state(), **checkpoint.heads_state()}, path)
         export_checkpoint(checkpoint, folder, cfg, network=trained.network)
