@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         if len(runs) > 1 and world.main:
             names, rates = (('lr',), [(lr,) for lr in args.lr]) if plain else (
                 ('lr', 'head multiplier'), [(s.lr, s.head_multiplier) for _, s in runs])
-            say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all numbers')
+            used = ' (its lr is the one in use: --lr x batch / 256)' if plain else ''
+            say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all numbers{used}')
     return 0
 
 
