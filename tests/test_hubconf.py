@@ -1,5 +1,6 @@
 """torch.hub entry points: torch.hub executes hubconf.py from a clone, next to whatever else is on the path."""
 import ast
+import re
 import runpy
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from simsiam_models.weights.published import WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRY_POINTS = ['simsiam_r50', 'simsiam_r50_full', 'simsiam_r50_lin']
@@ -35,8 +38,41 @@ def test_there_are_exactly_three_entry_points():
 
 
 @pytest.mark.parametrize('name', ENTRY_POINTS)
-def test_each_entry_point_has_help(name):
-    assert 'SimSiam ResNet-50' in entry_points()[name].__doc__
+def test_torch_hubs_help_says_what_comes_back_how_to_get_it_and_under_which_licence(name, monkeypatch):
+    monkeypatch.setattr(torch.hub, '_get_cache_or_reload', lambda *args, **kwargs: str(ROOT))
+    text = torch.hub.help('OWNER/simsiam_models', name, trust_repo=True)
+    for part in ('SimSiam ResNet-50', '-> ', 'Args:', 'tag:', 'icence', f"load('OWNER/simsiam_models', '{name}'"):
+        assert part in text
+    assert torch.hub.list('OWNER/simsiam_models', trust_repo=True) == ENTRY_POINTS
+
+
+def test_the_examples_of_the_help_run_and_the_listed_tags_exist():
+    for point in entry_points().values():
+        lines = [line.strip() for line in point.__doc__.splitlines() if 'torch.hub.load' in line]
+        for line in lines:
+            line = line.replace("'OWNER/simsiam_models'", repr(str(ROOT))).replace(
+                'trust_repo=True', "source='local', pretrained=False")
+            exec(line, {'torch': torch})
+    named = re.findall(r'\w+_in1k', ' '.join(point.__doc__ for point in entry_points().values()))
+    assert {*named} <= {*WEIGHTS}
+    assert {tag for tag in named if '_lin_' in tag} == {tag for tag, weights in WEIGHTS.items() if weights.linear}
+    for tag, weights in WEIGHTS.items():  # what the help says about licences
+        assert weights.license == ('apache-2.0' if tag.startswith('mm') else 'cc-by-nc-4.0')
+
+
+@pytest.mark.parametrize('name', ENTRY_POINTS)
+def test_a_tag_chooses_the_weights_and_a_wrong_one_is_a_sentence(name, tmp_path, monkeypatch):
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    tag = 'fb_bs256_ep100_lin_in1k' if name == 'simsiam_r50_lin' else 'fb_bs256_ep100_in1k'
+    with pytest.raises(RuntimeError, match=tag):
+        load(name, tag=tag, cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="tag='nope' is not known; use one of .*in1k"):
+        load(name, tag='nope')
+
+
+def test_the_classifier_is_not_asked_of_weights_that_have_none():
+    with pytest.raises(ValueError, match="tag='mm_ep200_in1k' has no classifier; use one of mm1x_ep200_lin_in1k, "):
+        load('simsiam_r50_lin', tag='mm_ep200_in1k')
 
 
 def test_r50_gives_features():

@@ -1,4 +1,5 @@
 """The wheel, and the README's commands."""
+import os
 import re
 import subprocess
 import sys
@@ -39,3 +40,15 @@ def test_the_first_block_of_the_readme_runs_as_written():
     exec(code, scope)
     assert scope['features'].shape == (1, 2048)
     assert [m.shape[1] for m in scope['maps']] == [64, 256, 512, 1024, 2048]
+
+
+def test_the_readmes_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags(tmp_path: Path):
+    line = re.search(r'python3 -c "(import runpy, simsiam_models; .*?)"', README).group(1)
+    (tmp_path / 'validate.py').write_text(
+        'import sys, timm\n'
+        'if __name__ == "__main__":\n'
+        '    print(sys.argv, timm.create_model("simsiam_resnet50", num_classes=3).num_classes)\n')
+    done = subprocess.run(
+        [sys.executable, '-c', line, '--data-dir', 'FOLDER'], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env={**os.environ, 'PYTHONPATH': str(ROOT)})
+    assert done.stdout.strip() == "['validate.py', '--data-dir', 'FOLDER'] 3", done.stderr

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.evaluation import Transform
 from ..runtime.distributed import World
-from ..runtime.messages import check_flags, printable, short
+from ..runtime.messages import check_flags, counted, printable, short
 from .backbone import Backbone
 from .features import Extraction
 from .protocols import LEAST, SIZE
@@ -140,19 +140,20 @@ def make_transform(args: argparse.Namespace, backbone: Backbone, say: Callable[[
     return Transform(resize, size)
 
 
-def report_pair(pair: Pair, world: World) -> None:
-    """Prints where test images come from, which classes have none, and which are also training images.
+def report_pair(pair: Pair, world: World, say: Callable[[str], Any] = print) -> None:
+    """Prints what is trained and tested on, which classes have no image, and which images are in both parts.
 
     The main process alone compares them, and notes the result in `pair.shared`.
     """
     if not world.main:
         return
-    if pair.held_out:
-        print(f'{printable(pair.train.name)} has no validation part; the test images are {pair.held_out}')
-    pair.shared = report_shared(pair.train, pair.test, print)
+    say(printable(
+        f'{pair.train.name}: {counted(len(pair.train), "training image")} of {pair.counts["classes"]} classes; tested '
+        f'on {pair.tested_on}'))
+    pair.shared = report_shared(pair.train, pair.test, say)
     present = np.unique(pair.train.labels)
     absent, untested = np.setdiff1d(np.arange(pair.classes), present), np.setdiff1d(present, pair.test.labels)
     for missing, n, part in ((absent, pair.classes, 'training'), (untested, len(present), 'test')):
         if len(missing):
             names = short(', '.join(str(pair.train.classes[i]) for i in missing[:100]))
-            print(f'{len(missing)} of {n} classes have no {part} image: {names}')
+            say(f'{len(missing)} of {n} classes have no {part} image: {names}')

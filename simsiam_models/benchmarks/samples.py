@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ..data import announce_unusable, open_parts
 from ..data.philox import permutation
 from ..data.readers.images import Images, contents_digest
 from ..data.readers.index import digest
+from ..runtime.messages import counted
 
 
 @dataclass
@@ -24,6 +24,10 @@ class Pair:
     counts: dict[str, int]  # train, test: images; classes, test_classes: classes that have images
     held_out: str = ''  # how the test images were chosen, if they are a share of the training images
     shared: dict[str, Any] = field(default_factory=dict)  # images of both parts, from `shared_images.report_shared`
+
+    @property
+    def tested_on(self) -> str:
+        return self.held_out or f'{counted(len(self.test), "image")} of {self.test.name}'
 
     def data(self) -> dict[str, Any]:
         """Returns the data set's entry in a record."""
@@ -70,27 +74,8 @@ def check_every_class_trains(images: Images) -> None:
     if len(missing := np.flatnonzero(np.bincount(images.labels, minlength=len(images.classes)) == 0)):
         raise ValueError(
             f'{images.name}: {len(missing)} of {len(images.classes)} classes have no training image, the first is '
-            f'{images.classes[missing[0]]!r}; add images, or number the classes from 0 without gaps')
-
-
-def open_labelled(spec: str, share: float, seed: int) -> tuple[Images, Images, str]:
-    """Opens training and validation images; the latter are beside the former, or a seeded `share` of each class.
-
-    The string says which. Raises ValueError if there are no labels or only one class, the validation images have no
-    labels or other classes, or a class has no training image.
-    """
-    images, val, unusable = open_parts(spec)
-    if hasattr(images, 'samples') or images.labels is None:
-        notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
-        raise ValueError(f'{spec}: no labels; give one subfolder per class, or a list with labels{notes}')
-    if unusable and unusable.is_test:
-        announce_unusable(unusable)
-    elif unusable:
-        raise ValueError(
-            f'{unusable}; give both parts the same classes, or remove this one to hold out a share of the other')
-    check_several_classes(images)
-    check_every_class_trains(images)
-    return (images, val, f'{len(val)} images of {val.name}') if val is not None else hold_out(images, share, seed)
+            f'{images.classes[missing[0]]!r}; add images, number the classes from 0 without gaps, or accept this with '
+            '--allow-partial')
 
 
 def check_several_classes(images: Images) -> None:
@@ -119,7 +104,7 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset, s
             f'{images.name}: no class has two images, so none can be held out; add images, or a val folder')
     text = f'{len(held)} of {len(images)} images, {share:g} of each class, held out by seed {seed}'
     if single := sum(np.bincount(images.labels) == 1):
-        text += f'; {single} classes have one image and are not validated'
+        text += f'; {counted(single, "class has", "classes have")} one image and no test image'
     return subset(images, train), subset(images, held), text
 
 

@@ -1,4 +1,5 @@
 """Derives a `simsiam pretrain` command from the survey and the trial, with its reasons and its cost."""
+import argparse
 import math
 import shlex
 import shutil
@@ -9,6 +10,8 @@ import torch
 from ..training.options import resolve_recipe
 from ..training.pretrain import build_parser
 from ..training.recipes import RECIPES, Recipe
+from ..training.setup import name_output
+from ..weights.published import NAME
 from .survey import Survey
 from .trial import Trial
 
@@ -33,6 +36,7 @@ class Plan:
         flags: dict[str, Any] | None = None, batch_reason: str = '',
     ) -> None:
         short, self.reasons = s.short_side[1], []
+        self.labelled = (s.classes or 0) > 1
         chosen = name or self._choose_recipe(short, device)
         recipe = RECIPES[chosen]
         size = recipe.augmentation.size
@@ -56,6 +60,17 @@ class Plan:
     @property
     def command(self) -> str:
         return f'simsiam pretrain {shlex.join(self.flags)}'
+
+    @property
+    def finetune_command(self) -> str:
+        """The command that fine-tunes published weights on the same data; '' without labels of several classes."""
+        if not self.labelled:
+            return ''
+        a = self.args
+        words = [a.data, '--output', str(name_output(argparse.Namespace(output=None, data=a.data), 'finetune'))]
+        for flag, value in (('--device', a.device), ('--workers', a.workers)):
+            words += [] if value is None else [flag, str(value)]
+        return f'simsiam finetune {shlex.join(words)} --model {NAME}'
 
     def _choose_recipe(self, short: int, device: torch.device) -> str:
         if device.type == 'cpu':

@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..data import open_data
 from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
-from ..runtime.messages import check_flags, printable
+from ..runtime.messages import check_flags, counted, printable
 from ..training.recipes import RECIPES
 from .plan import MEASURED, PUBLISHED, Line, Plan, estimate_cost
 from .survey import ELONGATED, Survey, survey
@@ -41,7 +41,10 @@ def list_warnings(
         (cost['disk_bytes'] > cost['disk_free_bytes'],
          f'the run needs {size_text(cost["disk_bytes"])} and {size_text(cost["disk_free_bytes"])} are free in '
          f'{Path.cwd()}: put --output on another disk'),
-        (t.diagnosis is not None, f'after {t.steps} steps: {t.diagnosis}')]
+        (t.diagnosis is not None, f'after {counted(t.steps, "step")}: {t.diagnosis}'),
+        (bool(t.disturbance),
+         f'the timing was disturbed: {100 * (t.disturbance or 0):.0f} % of the processor time went to other processes; '
+         'run again on a quiet machine')]
     return [text for applies, text in warnings if applies]
 
 
@@ -59,10 +62,12 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
         (s.constant > 0, f'{s.constant} of {s.decoded} images are of one colour or nearly so, and their views teach '
             f'nothing: remove them{", or the outputs may collapse" if s.constant > 0.1 * s.decoded else ""}'),
         (s.images < FEW_IMAGES, f'{s.images:,} images are few: fine-tuning published weights will likely work better '
-                                f'(rule of thumb: below {FEW_IMAGES:,})'),
+                                f'(rule of thumb: below {FEW_IMAGES:,}); '
+         + ('see its command below' if plan.finetune_command else 'it needs labels, such as a subfolder per class')),
         (s.smaller_than(aug.size) > 0.5, f'most images are smaller than the {aug.size} px views and will be enlarged: '
                                          + suggest_size(s.short_side[1], aug.size)),
-        (bool(s.turned), f'{s.turned} images are turned by EXIF, which training does not apply: rotate the files'),
+        (bool(s.turned), f'{counted(s.turned or 0, "image is", "images are")} turned by EXIF, which training does not '
+                          'apply: rotate the files'),
         (s.grayscale > 0.9 and aug.brightness < 0.8,
          'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness 0.8 '
          '--contrast 0.8 (rule of thumb)'),
@@ -85,13 +90,13 @@ def data_lines(s: Survey, size: int) -> list[Line]:
     if s.classes is not None:
         (low, least), (high, most) = s.smallest_class, s.largest_class
         span = f'{least:,}' if least == most else f'{least:,} ({low}) to {most:,} ({high})'
-        classes = f'{s.classes} classes of {span}'
+        classes = f'{counted(s.classes, "class", "classes")} of {span}'
     more = '' if s.complete else '; everything below is about these images (--all reads every image)'
     repeats = ', '.join(f'{a} = {b}' for a, b in s.duplicates_first[:2])
     turned = '' if s.turned is None else f', turned by EXIF {s.turned:,}'
     (w0, w1, w2), (h0, h1, h2) = s.width, s.height
     texts = [
-        f'{s.images:,} images, {classes}',
+        f'{counted(s.images, "image")}, {classes}',
         f'read {"the first " if s.stream else ""}{s.read:,} of {s.images:,} in {s.seconds:.1f} s{more}',
         f'unreadable {s.unreadable:,}, duplicates {s.duplicates:,}{f" ({repeats})" if repeats else ""}{turned}, of one '
         f'colour {s.constant:,}',
@@ -109,7 +114,7 @@ def data_lines(s: Survey, size: int) -> list[Line]:
 
 def trial_lines(t: Trial) -> list[Line]:
     """Lists the measurements of the trial."""
-    scaled = '' if t.timed_batch == t.batch else f', estimated from {t.timed_batch} samples'
+    scaled = '' if t.timed_batch == t.batch else f', estimated from {counted(t.timed_batch, "sample")}'
     texts = [
         *t.notes, f'data alone: {t.data_rate:,.0f} images/s',
         f'step alone: {t.batch / t.step_seconds:,.1f} images/s ({t.step_seconds:.3g} s{scaled})']
@@ -125,7 +130,8 @@ def trial_lines(t: Trial) -> list[Line]:
         if t.diagnosis is not None:
             found = 'COLLAPSED' if t.collapsed else 'at risk, see the warnings'
         a, b = t.first, t.last
-        texts.append(f'{t.steps} steps: loss {a["loss"]:.2f} -> {b["loss"]:.2f}, std x sqrt(d) {a["std"]:.2f} -> '
+        rose = ' (worse)' if b['loss'] > a['loss'] else ''
+        texts.append(f'{t.steps} steps: loss {a["loss"]:.2f} -> {b["loss"]:.2f}{rose}, std x sqrt(d) {a["std"]:.2f} -> '
                      f'{b["std"]:.2f}, effective rank {a["rank"]:.0f} -> {b["rank"]:.0f}: {found}')
     return [(MEASURED, text) for text in texts]
 
@@ -133,11 +139,11 @@ def trial_lines(t: Trial) -> list[Line]:
 def cost_lines(plan: Plan, t: Trial, cost: dict[str, Any]) -> list[Line]:
     """Lists time and disk of the whole run."""
     return [
-        (MEASURED, f'{duration(3600 * cost["hours"])}: {plan.steps:,} steps of {t.run_seconds:.3g} s; '
-                   f'{plan.recipe.epochs} epochs of {duration(plan.steps_per_epoch * t.run_seconds)}; the kNN monitor '
-                   'is not included'),
-        (MEASURED, f'{size_text(cost["disk_bytes"])} of disk: {plan.args.keep_last} checkpoints and one being written, '
-                   f'{size_text(t.state_bytes)} each, backbone {size_text(t.backbone_bytes)}, log')]
+        (MEASURED, f'{duration(3600 * cost["hours"])}: {counted(plan.steps, "step")} of {t.run_seconds:.3g} s; '
+                   f'{counted(plan.recipe.epochs, "epoch")} of {duration(plan.steps_per_epoch * t.run_seconds)}; the '
+                   'kNN monitor is not included'),
+        (MEASURED, f'{size_text(cost["disk_bytes"])} of disk: {counted(plan.args.keep_last, "checkpoint")} and one '
+                   f'being written, {size_text(t.state_bytes)} each, backbone {size_text(t.backbone_bytes)}, log')]
 
 
 def preflight(
@@ -172,12 +178,13 @@ def preflight(
     cost = estimate_cost(plan, t)
     lines += _show(
         say, f'TRIAL  {plan.name}, {plan.recipe.model} with {t.parameters:,} parameters, batch {t.batch}, {where}, '
-        f'amp {t.amp}, {used} data threads, {t.seconds:.0f} s', trial_lines(t))
+        f'amp {t.amp}, {counted(used, "data thread")}, {t.seconds:.0f} s', trial_lines(t))
     lines += _show(say, 'PLAN', [*plan.reasons, *cost_lines(plan, t, cost)])
     warnings = list_warnings(s, plan, t, where, used, cost)
     record = {
-        'command': plan.command, 'recipe': plan.name, 'batch_size': t.batch, 'epochs': plan.recipe.epochs,
-        'image_size': plan.recipe.augmentation.size, 'device': str(where), 'workers': used,
+        'command': plan.command, 'finetune_command': plan.finetune_command, 'recipe': plan.name, 'batch_size': t.batch,
+        'epochs': plan.recipe.epochs, 'image_size': plan.recipe.augmentation.size, 'device': str(where),
+        'workers': used,
         'survey': s.record(plan.recipe.augmentation.size), 'trial': asdict(t), 'cost': cost, 'warnings': warnings,
         'lines': lines, 'seconds': time.perf_counter() - began, 'python': platform.python_version(),
         'torch': torch.__version__}
@@ -185,10 +192,17 @@ def preflight(
         write_json(file, record)
     if warnings:
         say('\n'.join(['WARNINGS', *(f'  - {printable(text)}' for text in warnings)]))
-    say(f'\n{printable(plan.command)}')
-    if where.type == 'cuda' and (n := torch.cuda.device_count()) > 1:
-        say(f'on all {n} cards (not measured): torchrun --nproc-per-node {n} {plan.command.removeprefix("python ")}')
+    _show_commands(say, plan, s, where)
     return record
+
+
+def _show_commands(say: Callable[[str], Any], plan: Plan, s: Survey, device: torch.device) -> None:
+    if s.images < FEW_IMAGES and plan.finetune_command:
+        say(f'\nlikely better than pretraining:\n{printable(plan.finetune_command)}')
+    say(f'\n{printable(plan.command)}')
+    if device.type == 'cuda' and (n := torch.cuda.device_count()) > 1:
+        say(f'on all {n} cards (not measured): torchrun --nproc-per-node {n} -m simsiam_models '
+            f'{plan.command.removeprefix("simsiam ")}')
 
 
 def _show(say: Callable[[str], Any], title: str, lines: list[Line]) -> list[dict[str, str]]:
@@ -200,7 +214,7 @@ def _show(say: Callable[[str], Any], title: str, lines: list[Line]) -> list[dict
 def _check_survey(s: Survey, batch: int | None) -> None:
     """Raises ValueError if the data cannot be trained on."""
     if s.images < 2 or batch is not None and batch > s.images:
-        raise ValueError(f'{s.name} has {s.images} images, but a batch takes {batch or 2}: use more images'
+        raise ValueError(f'{s.name} has {counted(s.images, "image")}, but a batch takes {batch or 2}: use more images'
                          + (f', or --batch-size {s.images} or less' if s.images >= 2 else ''))
     if s.unreadable > s.read / 2:
         raise ValueError(

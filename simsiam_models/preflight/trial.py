@@ -26,6 +26,7 @@ from ..training.recipes import Recipe
 from ..training.schedule import set_lr
 from ..training.setup import make_model
 from ..training.step import Trainer, time_step, train_step
+from .load import find_disturbance, read_clock
 
 PROBE = 2  # samples of the first, careful steps
 
@@ -52,6 +53,7 @@ class Trial:
     collapsed: bool | None = None
     diagnosis: str | None = None
     memory_of: str = 'of this process'
+    disturbance: float | None = None  # share of the processor's time, see `load.find_disturbance`
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -105,7 +107,7 @@ def saved_bytes(trainer: Trainer, views: tuple[Tensor, Tensor]) -> int:
 
 def run_trial(images: Images, recipe: Recipe, device: torch.device, workers: int, seconds: float) -> Trial:
     """Measures a run of `recipe` for about `seconds`; halves the batch until it fits, or raises ValueError."""
-    began = time.perf_counter()
+    began, clock = time.perf_counter(), read_clock()
     end = began + seconds
     model = make_model(recipe, 0)
     t = Trial(
@@ -132,6 +134,7 @@ def run_trial(images: Images, recipe: Recipe, device: torch.device, workers: int
             _halve(t)
             t.step_seconds /= 2
     t.memory, t.seconds = peak_memory(device), time.perf_counter() - began
+    t.disturbance = find_disturbance(clock, read_clock())
     return t
 
 

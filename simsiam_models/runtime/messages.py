@@ -21,6 +21,11 @@ def check_flags(rules: Iterable[Rule]) -> None:
             raise ValueError(f'{flag} {value}: must be {rule}')
 
 
+def counted(n: int, one: str, many: str | None = None) -> str:
+    """Returns '1 image' or '2,000 images'; by default the plural is that of `one` with an s."""
+    return f'{n:,} {one if n == 1 else many or one + "s"}'
+
+
 def require(what: str, **packages: str) -> None:
     """Raises RuntimeError if a package that `what` needs is not installed. `packages`: import name -> pip's name."""
     missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]

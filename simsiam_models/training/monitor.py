@@ -216,7 +216,7 @@ class KnnMonitor:
 
     @torch.no_grad()
     def measure_before(self, backbone: nn.Module, start: str = 'random', *, pixels: bool) -> dict[str, float]:
-        """Chooses the size if it is None; returns percent for the backbone, named `start`, and for 'pixels' if asked."""
+        """Chooses the size if it is None; returns percent for the backbone, named `start`, and for 'pixels'."""
         with evaluating(backbone):
             if self.size is None:
                 self.size = self.world.broadcast_from_main(lambda: self._choose_size(backbone))

@@ -65,8 +65,9 @@ def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
 def describe_gain(trained: float, before: float, queries: int) -> str:
     """Compares two accuracies in percent; a difference within two standard errors counts as none."""
     difference, p = trained - before, [x / 100 for x in (trained, before)]
-    if abs(difference) <= 200 * math.sqrt(sum(x * (1 - x) for x in p) / queries):
-        return f'no significant difference from the better of them with {queries} queries.'
-    if difference < 0:
-        return f'{-difference:.1f} points below the better of them; these features are of no use yet.'
-    return f'{difference:+.1f} points over the better of them, learned without labels.'
+    error = 100 * math.sqrt(sum(x * (1 - x) for x in p) / queries)
+    text = f'{abs(difference):.1f} points {"below" if difference < 0 else "over"} the better of them (standard error ' \
+           f'{error:.1f} with {queries} queries)'
+    if abs(difference) <= 2 * error:
+        return f'{text}, no significant difference.'
+    return f'{text}{"; these features are of no use yet" if difference < 0 else ", learned without labels"}.'

@@ -146,7 +146,8 @@ def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, .
 def _read_finetuning(record: dict[str, Any]) -> History:
     weights, data, protocol = (record.get(k) or {} for k in ('weights', 'data', 'protocol'))
     counts, tag = data.get('counts') or {}, weights.get('tag')
-    name, base = _name_data(data.get('name') or 'images'), short(weights.get('name') or '')
+    own = data.get('name') in (None, 'folder')
+    name, base = _name_data((data.get('path') if own else data['name']) or 'images'), short(weights.get('name') or '')
     base = base if base.startswith(('hf-hub:', 'hf_hub:')) else Path(base).name
     known = tag in WEIGHTS
     terms = f' ({WEIGHTS[tag].license})' if known else ''

@@ -14,8 +14,9 @@ from PIL import Image
 
 from simsiam_models import cli
 from simsiam_models.benchmarks import shared_images
+from simsiam_models.benchmarks.datasets.classification import open_pair
 from simsiam_models.benchmarks.datasets.voc import open_voc07
-from simsiam_models.benchmarks.samples import open_labelled, subset
+from simsiam_models.benchmarks.samples import subset
 from simsiam_models.benchmarks.shared_images import find_shared, report_shared
 from simsiam_models.data import FolderImages, MemoryImages, open_data
 from simsiam_models.data.readers.images import Images
@@ -170,7 +171,8 @@ def test_copies_between_what_was_learned_and_held_out_are_found(tmp_path):
     write_digits(tmp_path, 60)
     for path in files(tmp_path):
         shutil.copy(path, path.with_name(f'copy {path.name}'))
-    train, held, _ = open_labelled(str(tmp_path), 0.2, 0)
+    pair = open_pair('folder', tmp_path)
+    train, held = pair.train, pair.test
     said = find_shared(train, held)
     paths = [[part.images.path(int(i)) for i in part.indices] for part in (train, held)]
     assert said['shared'] == expect(*paths) > 0
@@ -193,20 +195,58 @@ def test_a_benchmark_prints_and_records_the_copies(parts, command, capsys):
     assert json.loads(record.read_text())['extra']['shared_images']['shared'] == 3
 
 
-@pytest.mark.parametrize('command', ['knn --k 1', 'linear --protocol fair --epochs 1 --lr 1'])
-def test_a_plain_class_folder_is_divided_and_the_output_and_the_record_say_how(tmp_path, command, capsys):
+COMMANDS = [
+    'knn --k 1', 'linear --protocol fair --epochs 1 --lr 1', 'linear --protocol auto --epochs 5',
+    'finetune --epochs 1 --batch-size 32 --workers 0']
+
+
+def run(command: str, data: Path, *flags: str) -> int:
+    name, *rest = command.split()
+    return cli.main([
+        name, str(data), *rest, '--model', 'resnet10t:random', '--image-size', '32', '--resize', '32',
+        '--device', 'cpu', '--out', str(data.parent / name), *flags])
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_divides_plain_data_alike_and_its_output_and_record_say_how(tmp_path, command, capsys):
     write_digits(tmp_path / 'data', 100)
-    args = [*command.split(), '--model', 'resnet10t:random', '--image-size', '32', '--resize', '32', '--device', 'cpu',
-            '--out', str(tmp_path / 'out'), '--val-share', '0.3', '--seed', '2']
-    assert cli.main([args[0], str(tmp_path / 'data'), *args[1:]]) == 0
-    _, held, text = open_labelled(str(tmp_path / 'data'), 0.3, 2)
-    assert f'{tmp_path / "data"} has no validation part; the test images are {text}' in capsys.readouterr().out
-    record, = ((tmp_path / 'out').glob('*.json'))
+    assert run(command, tmp_path / 'data', '--val-share', '0.3', '--seed', '2') == 0
+    pair = open_pair('folder', tmp_path / 'data', share=0.3, seed=2)
+    text = f'{len(pair.test)} of 100 images, 0.3 of each class, held out by seed 2'
+    said = f'{tmp_path / "data"}: {len(pair.train)} training images of 10 classes; tested on {text}'
+    assert capsys.readouterr().out.count(said) == 1
+    record, = ((tmp_path / command.split()[0]).glob('*record.json' if 'finetune' in command else '*.json'))
     data = json.loads(record.read_text())['data']
-    assert data['held_out'] == text and data['counts']['test'] == len(held)
+    assert data == pair.data() | {'path': str(tmp_path / 'data')} and data['held_out'] == text
     for flag in (['--val-share', '0'], ['--val-share', '1'], ['--seed', '-1']):
-        assert cli.main([args[0], str(tmp_path / 'data'), *args[1:], *flag]) == 1
+        assert run(command, tmp_path / 'data', *flag) == 1
         assert f'simsiam: {" ".join(flag)}: must be' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_refuses_a_class_without_training_images_alike(tmp_path, command, capsys):
+    paths = files(write_digits(tmp_path / 'data', 60))
+    (tmp_path / 'list.txt').write_text(''.join(f'{p} {p.parent.name}\n' for p in paths if p.parent.name != '3'))
+    assert run(command, tmp_path / 'list.txt') == 1
+    assert capsys.readouterr().err.strip().endswith(
+        "1 of 10 classes have no training image, the first is '3'; add images, number the classes from 0 without gaps, "
+        'or accept this with --allow-partial')
+    assert run(command, tmp_path / 'list.txt', '--allow-partial') == 0
+    assert '1 of 10 classes have no training image: 3' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_command_names_an_empty_class_folder_and_a_class_without_test_images(tmp_path, command, capsys, caplog):
+    for part in ('train', 'val'):
+        write_digits(tmp_path / 'data' / part, 60)
+    shutil.rmtree(tmp_path / 'data' / 'val' / '3')
+    (tmp_path / 'data' / 'train' / 'void').mkdir()
+    assert run(command, tmp_path / 'data') == 0
+    assert 'folders without images, not used as classes: void' in caplog.text
+    out = capsys.readouterr().out
+    assert '1 of 10 classes have no test image: 3' in out
+    n = len(files(tmp_path / 'data' / 'val'))
+    assert f'60 training images of 10 classes; tested on {n} images of {tmp_path / "data" / "val"}' in out
 
 
 def test_one_class_gives_no_knn_number(tmp_path, capsys):

@@ -11,7 +11,6 @@ import pytest
 from conftest import write_digits
 
 from simsiam_models.benchmarks.datasets.classification import open_pair
-from simsiam_models.benchmarks.samples import open_labelled
 from simsiam_models.data import open_data, open_parts
 from simsiam_models.data.parts import find_parts, holds_images, list_entries
 
@@ -47,8 +46,7 @@ VAL = ['val', 'valid', 'validation', 'Validation', 'dev', 'test', 'Test', 'testi
 def test_parts_of_any_usual_spelling_are_parts_in_every_command(tmp_path, classes, train, val):
     for name in (train, val):
         shutil.copytree(classes, tmp_path / name)
-    for images in (open_data(tmp_path), open_labelled(str(tmp_path), 0.2, 0)[:2],
-                   ((pair := open_pair('folder', tmp_path)).train, pair.test)):
+    for images in (open_data(tmp_path), ((pair := open_pair('folder', tmp_path)).train, pair.test)):
         assert [part.name for part in images] == [str(tmp_path / train), str(tmp_path / val)]
         assert images[0].classes == images[1].classes == ['0', '1']
 
@@ -134,8 +132,6 @@ def test_unusable_validation_images_are_named_and_not_replaced_in_silence(tmp_pa
     reason = f"{tmp_path / 'valid'}: not the 2 classes of {tmp_path / 'Train'}: '1' is in one of them only"
     assert open_data(tmp_path)[1] is None and f'not used for validation: {reason}' in caplog.text
     assert str(open_parts(tmp_path)[2]) == reason
-    with pytest.raises(ValueError, match='not the 2 classes'):
-        open_labelled(str(tmp_path), 0.2, 0)
     with pytest.raises(ValueError, match="1 of 2 test classes have no training image, the first is '2'"):
         open_pair('folder', tmp_path)
 
@@ -147,12 +143,8 @@ def test_test_images_without_labels_are_no_validation_images_but_val_must_have_l
     said = f'not used for validation: {tmp_path / part}: its images have no labels'
     assert open_data(tmp_path)[1] is None and said in caplog.text
     caplog.clear()
-    train, held, text = open_labelled(str(tmp_path), 0.2, 0)
-    assert 'held out by seed 0' in text and said in caplog.text
-    assert open_pair('folder', tmp_path).held_out == text
+    assert 'held out by seed 0' in open_pair('folder', tmp_path).held_out and said in caplog.text
     (tmp_path / part).rename(tmp_path / 'val')
-    with pytest.raises(ValueError, match='val: its images have no labels'):
-        open_labelled(str(tmp_path), 0.2, 0)
     with pytest.raises(ValueError, match='val: the test images have no labels'):
         open_pair('folder', tmp_path)
 
@@ -174,14 +166,15 @@ def test_a_list_has_its_validation_list_beside_it_under_the_same_names(tmp_path,
 # Without a validation part
 
 
-def test_every_benchmark_holds_out_the_same_images_of_a_plain_class_folder(classes):
-    train, val, text = open_labelled(str(classes), 0.3, 5)
+def test_a_seeded_share_of_each_class_of_a_plain_class_folder_is_held_out(classes):
     pair = open_pair('folder', classes, share=0.3, seed=5)
-    np.testing.assert_array_equal(pair.train.indices, train.indices)
-    np.testing.assert_array_equal(pair.test.indices, val.indices)
-    n = len(train) + len(val)
-    assert pair.held_out == text == f'{len(val)} of {n} images, 0.3 of each class, held out by seed 5'
-    assert pair.data()['held_out'] == text and pair.counts['test'] == len(val)
+    n = len(list(classes.rglob('*.*')))
+    assert sorted([*pair.train.indices, *pair.test.indices]) == list(range(n))
+    for c in (0, 1):
+        held, all_of_it = ((np.asarray(x.labels) == c).sum() for x in (pair.test, pair.test.images))
+        assert held == round(0.3 * all_of_it)
+    text = f'{len(pair.test)} of {n} images, 0.3 of each class, held out by seed 5'
+    assert pair.held_out == pair.tested_on == pair.data()['held_out'] == text and pair.counts['test'] == len(pair.test)
     other = open_pair('folder', classes, share=0.3, seed=6)
     assert other.digest != pair.digest and open_pair('folder', classes, share=0.3, seed=5).digest == pair.digest
 
@@ -200,17 +193,15 @@ def test_a_training_part_alone_is_divided_too_but_a_published_set_needs_its_own_
 def test_one_class_gives_no_number(tmp_path, classes, parts):
     for part in parts:
         shutil.copytree(classes / '0', tmp_path / part / 'only')
-    for call in (lambda: open_pair('folder', tmp_path), lambda: open_labelled(str(tmp_path), 0.2, 0)):
-        with pytest.raises(ValueError, match=r'only one class \(only\); a classifier needs at least two'):
-            call()
+    with pytest.raises(ValueError, match=r'only one class \(only\); a classifier needs at least two'):
+        open_pair('folder', tmp_path)
 
 
 def test_images_beside_class_folders_are_the_reason_in_the_error(tmp_path, classes):
     shutil.copytree(classes, tmp_path / 'data')
     shutil.copy(next(classes.rglob('*.png')), tmp_path / 'data/loose.png')
-    for call in (lambda: open_pair('folder', tmp_path / 'data'), lambda: open_labelled(str(tmp_path / 'data'), 0.2, 0)):
-        with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
-            call()
+    with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
+        open_pair('folder', tmp_path / 'data')
 
 
 def test_a_link_that_leads_nowhere_hides_no_part(tmp_path):
@@ -241,8 +232,8 @@ def test_unlabelled_test_files_are_not_used_and_a_share_is_held_out(tmp_path, cl
             parquet.write_table(pa.table(columns), root / f'{part}-0.parquet')
     train, _, unusable = open_parts(root)
     assert unusable.is_test and unusable.images.name == f'{root} (test)'
-    pair, (mine, held, _) = open_pair('folder', root), open_labelled(str(root), 0.2, 0)
-    assert len(pair.train) + len(pair.test) == len(mine) + len(held) == len(train) == len(pictures)
+    pair = open_pair('folder', root)
+    assert len(pair.train) + len(pair.test) == len(train) == len(pictures)
     assert f'not used for validation: {root} (test): its images have no labels' in caplog.text
 
 

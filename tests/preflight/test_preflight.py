@@ -3,8 +3,11 @@ import hashlib
 import io
 import itertools
 import json
+import os
 import shlex
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,12 +19,15 @@ import torch
 from conftest import write_digits
 from PIL import Image
 
+from simsiam_models.benchmarks.finetune.data import open_source
+from simsiam_models.cli import build_parser as build_command_parser
 from simsiam_models.cli import main
 from simsiam_models.data import MemoryImages, UnreadableError, open_data
 from simsiam_models.data.augment import Augmentation
 from simsiam_models.data.philox import permutation
 from simsiam_models.preflight import report as module
 from simsiam_models.preflight import trial as trial_module
+from simsiam_models.preflight.load import Clock, find_disturbance, read_clock
 from simsiam_models.preflight.survey import survey
 from simsiam_models.preflight.trial import make_noise, make_trainer, run_trial, saved_bytes
 from simsiam_models.training.options import resolve_recipe
@@ -38,10 +44,11 @@ def _pinned(one_thread):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """A clock by which any machine is fast: it moves on by 50 ms at each look, and a step takes 1 ms."""
+    """A clock by which any machine is fast and quiet: it moves on by 50 ms at each look, and a step takes 1 ms."""
     looks = itertools.count()
     monkeypatch.setattr(trial_module, 'time', SimpleNamespace(perf_counter=lambda: next(looks) / 20))
     monkeypatch.setattr(trial_module, 'time_step', lambda step, views: (step(*views), 0.001)[1])
+    monkeypatch.setattr(trial_module, 'find_disturbance', lambda before, after: 0.0)  # whatever else runs
 
 
 def run(*args: object, seconds: float = 3) -> int:
@@ -236,6 +243,49 @@ def test_the_first_images_of_a_stream_are_read_and_it_says_so(monkeypatch, capsy
     out = capsys.readouterr().out
     assert 'the first 62 of 64' in out and 'unreadable 1, duplicates 2' in out
     assert '--images-per-epoch 64' in out.splitlines()[-1]
+
+
+def test_few_labelled_images_get_the_command_that_fine_tunes_them(few_digits, tmp_path, capsys, fast):
+    assert run(few_digits, '--workers', '1', '--json', tmp_path / 'r.json') == 0
+    out, told = capsys.readouterr().out, json.loads((tmp_path / 'r.json').read_text())
+    assert f'\nlikely better than pretraining:\n{told["finetune_command"]}\n' in out
+    assert any('64 images are few' in text and text.endswith('see its command below') for text in told['warnings'])
+    args = build_command_parser().parse_args(shlex.split(told['finetune_command'])[1:])
+    assert (args.data, args.model, args.device, args.workers) == (str(few_digits), 'simsiam_resnet50', 'cpu', 1)
+    assert len(open_source(args).train) < 64  # `finetune` opens it
+    assert '1 data thread,' in out
+
+
+def test_images_without_labels_are_not_said_to_be_ready_for_fine_tuning(monkeypatch, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 16, 16, 3), dtype=np.uint8)
+    assert 'it needs labels, such as a subfolder per class' in warnings_of(pixels, monkeypatch, tmp_path)
+    assert json.loads((tmp_path / 'r.json').read_text())['finetune_command'] == ''
+
+
+@pytest.mark.parametrize('own, idle, found', [
+    (10, 0, 0.5), (20, 0, 0.0), (19, 0, 0.0), (4, 12, 0.0), (4, 4, 0.6)])  # of 20 s of two cores
+def test_a_timing_is_disturbed_by_others_only_where_they_leave_no_room(own, idle, found):
+    assert find_disturbance(Clock(100, 50, 7), Clock(120, 50 + idle, 7 + own)) == pytest.approx(found)
+    assert find_disturbance(None, Clock(1, 1, 1)) is None and find_disturbance(Clock(1, 1, 1), Clock(1, 1, 1)) is None
+
+
+def test_busy_processes_are_seen(monkeypatch):
+    if (before := read_clock()) is None:
+        pytest.skip('the system does not tell whose time it was')
+    spin = [sys.executable, '-c', 'import time; end = time.time() + 1.5\nwhile time.time() < end: pass']
+    busy = [subprocess.Popen(spin) for _ in os.sched_getaffinity(0)]
+    time.sleep(1.3)
+    share = find_disturbance(before, read_clock())
+    for process in busy:
+        process.wait()
+    assert share > 0.5
+
+
+def test_a_disturbed_timing_is_a_warning(few_digits, tmp_path, monkeypatch, fast):
+    monkeypatch.setattr(trial_module, 'find_disturbance', lambda before, after: 0.43)
+    assert run(few_digits, '--json', tmp_path / 'r.json') == 0
+    assert ('the timing was disturbed: 43 % of the processor time went to other processes; run again on a quiet machine'
+            in json.loads((tmp_path / 'r.json').read_text())['warnings'])
 
 
 def warnings_of(pixels: np.ndarray, monkeypatch, tmp_path: Path, *args: object) -> str:

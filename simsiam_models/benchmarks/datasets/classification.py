@@ -25,7 +25,7 @@ from ...data.opening import announce_unusable, open_parts
 from ...data.parts import list_entries
 from ...data.readers.images import FolderImages, Images
 from ...data.readers.names import VALIDATION
-from ..samples import Pair, Subset, check_several_classes, hold_out
+from ..samples import Pair, Subset, check_every_class_trains, check_several_classes, hold_out
 from .lists import open_list, parse_inat, parse_list, parse_solution
 from .sizes import SIZES, deviation, refusal
 
@@ -40,7 +40,8 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
     In a 'folder' without test images, a seeded `share` of each class is held out to test on.
 
     Raises FileNotFoundError if a file or folder is missing, and ValueError if images have no labels or all the same
-    one, or, unless `partial`, if the number of images or classes is not that of the complete set.
+    one, or, unless `partial`, if a class has no training image, or the number of images or classes is not that of the
+    complete set.
     """
     if kind not in KINDS:
         raise ValueError(f'--dataset {kind}: no such data set; choose one of {", ".join(KINDS)}')
@@ -56,7 +57,8 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
         if images.labels is None:
             notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
             raise ValueError(
-                f'{images.name}: the {part} images have no labels; a benchmark needs a class for each{notes}')
+                f'{images.name}: the {part} images have no labels; give one subfolder per class, or a list with '
+                f'labels{notes}')
     check_several_classes(train)
     if test.classes != train.classes:  # some may have no test image
         number = {name: i for i, name in enumerate(train.classes)}
@@ -71,6 +73,8 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
         'test_classes': int(np.unique(test.labels).size)}
     if not partial and (found := deviation(kind, counts)):
         raise ValueError(refusal(kind, str(root), found))
+    if not partial:
+        check_every_class_trains(train)
     return Pair(train, test, kind, len(train.classes), counts, held_out)
 
 

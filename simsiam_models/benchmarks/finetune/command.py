@@ -15,22 +15,24 @@ Semi-supervised ImageNet with 1 % or 10 % of the labels, by MMSelfSup's protocol
 """
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 from ...runtime.checkpoint import LAST
 from ...runtime.distributed import default_workers, join_world
 from ...runtime.lifecycle import Lifecycle
 from ...runtime.log import RunLog
-from ...runtime.messages import json_object, printable
+from ...runtime.messages import json_object
 from ...runtime.precision import choose_amp
 from ...runtime.signals import Signals
 from ..backbone import load_backbone
 from ..options import add_held_out, add_model, report_pair, report_size
 from ..protocols import LEAST, RESIZE, SEMI_WEIGHT_DECAY, SIZE
+from ..results.sweep import format_sweep, run_each
 from ..samples import Pair
 from .data import Loader, Samples, make_eval_transform, make_train_transform, open_source
 from .model import Classifier
-from .result import format_grid, write_result
+from .result import write_result
 from .settings import MIXED, PLAIN, RATE, STEPS, Settings, fit_batch, resolve_plain, resolve_semi
 from .training import KEYS, ClassifierTrainer, Finetuning, fit, resume
 
@@ -71,9 +73,9 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     add('--epochs', **COUNT, help=f'default: 30; for few images as many as make {STEPS} steps, at most 100')
     add('--batch-size', **COUNT, help='over all processes (default: 64; below 1000 images 32, below 200 images 16)')
     add('--opt', dest='optimizer', metavar='NAME', help=f"optimizer, as timm names it (default: {PLAIN['optimizer']})")
-    add('--lr', **NUMBER, help='learning rate of the last layer per 256 samples: lr * batch / 256 is '
+    add('--lr', nargs='+', **NUMBER, help='learning rate of the last layer per 256 samples: lr * batch / 256 is '
         f'used (default: {RATE:g} is used, times the root of {STEPS} / steps beyond {STEPS} steps); with --protocol '
-        'the rate of the backbone, unscaled')
+        'the rate of the backbone, unscaled; several: a run and a folder for each, and a table')
     add('--weight-decay', **NUMBER, help=f'default: {PLAIN["weight_decay"]}')
     add('--layer-decay', **NUMBER,
         help=f"each layer's rate is the next one's times this (default: {PLAIN['layer_decay']}; 1: the same rate)")
@@ -98,27 +100,31 @@ def run(args: argparse.Namespace) -> int:
         if args.branch:  # an argument of load_backbone, as those of the network
             args.model_args = {**args.model_args, 'branch': args.branch}
         # Refuses wrong flags before the data are opened.
-        runs = [(args.output, resolve_plain(args, MIXED, LEAST))] if plain else resolve_semi(args)
-        images, validation = open_source(args)
-        report_pair(images, world)
-        say(f'{len(images.train)} training images of {images.classes} classes; validation: {printable(validation)}')
+        runs = resolve_plain(args, MIXED, LEAST) if plain else resolve_semi(args)
+        images = open_source(args)
+        report_pair(images, world, say)
         if plain:
             own = SIZE
             if args.image_size is None:
                 backbone = load_backbone(args.model, **args.model_args)
                 own = backbone.image_size
                 report_size(args, backbone, say)
-            runs = [(args.output, resolve_plain(args, len(images.train), own, world.size))]
-        records = []
-        for folder, s in runs:
+            runs = resolve_plain(args, len(images.train), own, world.size)
+
+        def train(folder: Path, s: Settings) -> dict | None:
             with Lifecycle(folder / LAST, KEYS, world, signals, say) as life:
-                records.append(finetune(args, images, validation, s, life))
-        if args.grid and world.main:
-            say(format_grid([s for _, s in runs], records))
+                return finetune(args, images, s, life)
+
+        records = run_each([functools.partial(train, *run) for run in runs], say)
+        if len(runs) > 1 and world.main:
+            names, rates = (('lr',), [(lr,) for lr in args.lr]) if plain else (
+                ('lr', 'head multiplier'), [(s.lr, s.head_multiplier) for _, s in runs])
+            used = ' (its lr is the one in use: --lr x batch / 256)' if plain else ''
+            say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all numbers{used}')
     return 0
 
 
-def finetune(args: argparse.Namespace, images: Pair, validation: str, s: Settings, life: Lifecycle) -> dict | None:
+def finetune(args: argparse.Namespace, images: Pair, s: Settings, life: Lifecycle) -> dict | None:
     """Trains a new run, or the rest of one, and exports the classifier; returns the record on rank 0."""
     world, device, n = life.world, life.world.device, len(images.train)
     s = fit_batch(s, n, world.size, life.say)
@@ -135,8 +141,8 @@ def finetune(args: argparse.Namespace, images: Pair, validation: str, s: Setting
     val = Loader(Samples(images.test, eval_transform, s.seed, False), workers, device)
     identity = {
         'benchmark': 'finetune', 'protocol': args.protocol, 'model': args.model, 'model_args': args.model_args,
-        'weights': classifier.identity, 'images': n, 'digest': images.digest, 'validation': validation, 'amp': amp,
-        'processes': world.size, **dataclasses.asdict(s)}
+        'weights': classifier.identity, 'images': n, 'digest': images.digest, 'validation': images.tested_on,
+        'amp': amp, 'processes': world.size, **dataclasses.asdict(s)}
     # Paths may be spelled in another way, and --amp auto may choose another precision on another machine.
     free = {'model', 'processes', 'validation', *(['amp'] if args.amp == 'auto' else [])}
     life.claim(identity, free)
@@ -146,4 +152,4 @@ def finetune(args: argparse.Namespace, images: Pair, validation: str, s: Setting
         f'{args.model}: protocol {args.protocol}, {s.epochs} epochs of {trainer.steps} steps, batch {s.batch_size}, '
         f'{s.optimizer}, lr {s.lr:.3g}, {s.image_size} px, {device.type}, amp {amp} -> {life.folder}')
     fit(run)
-    return write_result(run, images) if world.main else None
+    return write_result(run, images.data() | {'path': args.data}, images.shared) if world.main else None

@@ -4,6 +4,7 @@ timm's transforms draw from the generators of Python, NumPy and torch. All three
 before each image, so neither the number of workers nor a restart changes the result for an image.
 """
 import argparse
+import dataclasses
 import logging
 import math
 import random
@@ -27,7 +28,7 @@ from ...runtime.distributed import World
 from ...runtime.messages import one_line
 from ..datasets.classification import open_pair
 from ..datasets.lists import labelled_subset
-from ..samples import Pair, check_every_class_trains, open_labelled
+from ..samples import Pair, check_every_class_trains
 from .settings import Settings
 
 MAX_UNREADABLE = 0.1  # share of the images
@@ -38,20 +39,16 @@ Key = tuple[int, int]  # epoch, index
 _logger = logging.getLogger('simsiam_models')
 
 
-def open_source(args: argparse.Namespace) -> tuple[Pair, str]:
-    """Opens the user's images or those of --protocol; the string says where the validation images come from."""
-    if args.protocol == 'plain':
-        name, (train, val, validation) = args.data, open_labelled(args.data, args.val_share, args.seed)
-    else:
-        pair = open_pair(args.dataset, args.data, args.allow_partial)
-        name, train, val = args.dataset, pair.train, pair.test
-        validation = f"the data set's {len(val)} test images"
-        if args.list is not None:
-            train = labelled_subset(train, args.protocol.removeprefix('semi_'), args.list, args.allow_partial)
-        if not args.allow_partial:
-            check_every_class_trains(train)
-    classes = len(train.classes)
-    return Pair(train, val, name, classes, {'train': len(train), 'test': len(val), 'classes': classes}), validation
+def open_source(args: argparse.Namespace) -> Pair:
+    """Opens the user's images, or those of --protocol, of which --list names the training images."""
+    kind = 'folder' if args.protocol == 'plain' else args.dataset
+    pair = open_pair(kind, args.data, args.allow_partial, args.val_share, args.seed)
+    if args.list is None:
+        return pair
+    train = labelled_subset(pair.train, args.protocol.removeprefix('semi_'), args.list, args.allow_partial)
+    if not args.allow_partial:
+        check_every_class_trains(train)
+    return dataclasses.replace(pair, train=train, counts={**pair.counts, 'train': len(train)})
 
 
 def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor
 from ...runtime.files import write_csv
 from ...runtime.messages import printable, short
 from ..results.record import format_record, write_record
-from ..samples import Pair
-from .settings import Settings, list_deviations
+from .settings import list_deviations
 from .training import UNREADABLE, Finetuning, measure_accuracy
 
 RECORD, PER_CLASS, CONFUSION = 'record.json', 'per_class.csv', 'confusion.csv'
@@ -19,8 +18,11 @@ WHOLE = 1000  # a confusion matrix of more classes is written as a list of pairs
 Pairs = dict[tuple[int, int], int]  # (label, predicted class) -> images
 
 
-def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
-    """Exports the kept weights, writes and prints the confusion matrix and the record; returns the record."""
+def write_result(run: Finetuning, data: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
+    """Exports the kept weights, writes and prints the confusion matrix and the record; returns the record.
+
+    `data` is the entry of the data set in the record; `shared` are the images of both parts.
+    """
     classifier, best, s, protocol = run.classifier, run.best, run.trainer.settings, run.identity['protocol']
     folder, classes, labels, plain = classifier.folder, classifier.classes, run.val.samples.labels, protocol == 'plain'
     classifier.export(best['weights'])
@@ -39,11 +41,11 @@ def write_result(run: Finetuning, images: Pair) -> dict[str, Any]:
     extra = {
         'best_epoch': best['epoch'], 'last_epoch': run.epoch, 'kept': s.keep, 'stopped_early': run.epoch < s.epochs,
         'epochs': run.history, 'per_class': rows, 'confusion': confusion, 'averaged_weights': bool(s.ema_decay),
-        'shared_images': images.shared,
+        'shared_images': shared,
         'unreadable': sorted({*run.train.unreadable.values(), *run.val.unreadable.values()})}
     record = write_record(
-        folder / RECORD, 'finetune' if plain else f'{images.name}_{protocol}', describe_protocol(run),
-        classifier.backbone, images.data(), metrics, seconds=sum(row['seconds'] for row in run.history), extra=extra)
+        folder / RECORD, 'finetune' if plain else f'{data["name"]}_{protocol}', describe_protocol(run),
+        classifier.backbone, data, metrics, seconds=sum(row['seconds'] for row in run.history), extra=extra)
     report_result(run, pairs, rows)
     epoch = f'best epoch {best["epoch"]} of {run.epoch}' if plain else f'epoch {best["epoch"]}'
     run.life.say(f'{epoch}, {printable(run.identity["validation"])}\n{format_record(record)}')
@@ -116,13 +118,3 @@ def format_confusion(pairs: Pairs, rows: list[dict[str, Any]]) -> str:
         right = '    none' if r['accuracy'] is None else f'{r["accuracy"]:6.1f} %'
         lines.append(f'{name:{wide}}' + ''.join(f'{pairs.get((i, j), 0):>{cell}}' for j in range(len(rows))) + right)
     return '\n'.join(lines)
-
-
-def format_grid(settings: list[Settings], records: list[dict[str, Any]]) -> str:
-    """Returns the top-1 of each pair of learning rates as a table."""
-    rows = [(s.lr, s.head_multiplier, r['metrics']['top1']) for s, r in zip(settings, records, strict=True)]
-    lr, multiplier, _ = max(rows, key=lambda row: row[2])
-    return '\n'.join([
-        f'{"lr of the backbone":20}{"x for the classifier":>22}{"top-1":>8}',
-        *(f'{lr:<20g}{multiplier:>22g}{top1:8.2f}' for lr, multiplier, top1 in rows),
-        f'best pair: {lr:g} and {multiplier:g}, chosen on the test images'])

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...runtime.messages import check_flags
 from .. import protocols
-from ..options import check_extraction, read_sizes
+from ..options import check_extraction, check_held_out, read_sizes
+from ..results.sweep import each_rate
 
 # Defaults of --protocol plain; `choose_by_size` has those that depend on the number of images.
 PLAIN = {
@@ -27,9 +28,7 @@ RANGES: list[tuple[tuple[str, ...], Callable[[Any], bool], str]] = [
     (('layer_decay',), lambda x: 0 < x <= 1, 'above 0, at most 1'),
     (('smoothing', 'ema_decay'), lambda x: 0 <= x < 1, 'at least 0, below 1'),
     (('crop_scale',), lambda x: 0 < x[0] <= x[1] <= 1, '0 < MIN <= MAX <= 1'),
-    (('flip', 'erase'), lambda x: 0 <= x <= 1, 'a probability'),
-    (('val_share',), lambda x: 0 < x < 1, 'above 0, below 1'),
-    (('seed',), lambda x: 0 <= x < 2**63, 'from 0 to 2**63 - 1')]
+    (('flip', 'erase'), lambda x: 0 <= x <= 1, 'a probability')]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,21 @@ def check_ranges(args: argparse.Namespace) -> None:
     check_flags(
         (name_flag(name), value, is_allowed(value), rule) for names, is_allowed, rule in RANGES for name in names
         if (value := getattr(args, name)) is not None)
+    check_held_out(args)
 
 
-def resolve_plain(args: argparse.Namespace, images: int, own: int = protocols.SIZE, processes: int = 1) -> Settings:
-    """Returns the settings of --protocol plain, or raises ValueError; `own` is the model's image size in pixels."""
+def resolve_plain(
+    args: argparse.Namespace, images: int, own: int = protocols.SIZE, processes: int = 1,
+) -> list[tuple[Path, Settings]]:
+    """Returns folder and settings of each run of --protocol plain, one for each --lr; ValueError for a wrong flag.
+
+    `own` is the model's image size in pixels.
+    """
+    runs = [(one.lr, _resolve_one(one, images, own, processes)) for one in each_rate(args)]
+    return [(args.output if len(runs) == 1 else args.output / f'lr{lr:g}', s) for lr, s in runs]
+
+
+def _resolve_one(args: argparse.Namespace, images: int, own: int, processes: int) -> Settings:
     for name in ('list', 'head_multiplier', 'grid'):
         if getattr(args, name) is not None and getattr(args, name) is not False:  # 0 is a value that was given
             raise ValueError(f'{name_flag(name)} belongs to --protocol semi_1pct or semi_10pct; add one of them')
@@ -127,7 +137,7 @@ def fit_batch(s: Settings, n: int, processes: int, say: Callable[[str], Any]) ->
 
 
 def resolve_semi(args: argparse.Namespace) -> list[tuple[Path, Settings]]:
-    """Returns folder and settings of each semi-supervised run, one or all nine; ValueError for a wrong flag."""
+    """Returns folder and settings of each semi-supervised run, for each --lr or all nine; else ValueError."""
     for name in (*PLAIN, *BY_SIZE):
         if name not in (*protocols.SEMI, 'lr') and getattr(args, name) is not None:
             raise ValueError(f'{name_flag(name)} is fixed by --protocol {args.protocol}; leave it out')
@@ -137,17 +147,18 @@ def resolve_semi(args: argparse.Namespace) -> list[tuple[Path, Settings]]:
         raise ValueError(
             f'--protocol {args.protocol} needs --list FILE, the names of the labelled images; imagenet_subsets of '
             'https://github.com/google-research/simclr has those of 1 % and 10 %')
-    check_ranges(args)
+    for one in each_rate(args):
+        check_ranges(one)
     size, resize = read_sizes(args)
     check_extraction(args, size, resize)
     numbers = {**protocols.SEMI_FIXED, **protocols.SEMI, 'weight_decay': protocols.SEMI_WEIGHT_DECAY[args.protocol]}
     numbers |= {k: getattr(args, k) for k in protocols.SEMI if getattr(args, k) is not None}
     lrs, multipliers = protocols.SEMI_LRS, protocols.SEMI_HEAD_MULTIPLIERS
     if not args.grid:
-        lrs = [lrs[1] if args.lr is None else args.lr]
+        lrs = args.lr or [lrs[1]]
         multipliers = [multipliers[1] if args.head_multiplier is None else args.head_multiplier]
     return [
-        (args.output / f'lr{lr:g}_head{multiplier:g}' if args.grid else args.output, Settings(
+        (args.output / f'lr{lr:g}_head{multiplier:g}' if len(lrs) > 1 else args.output, Settings(
             **numbers, lr=lr, head_multiplier=multiplier, keep='last', partial_batch=True, image_size=size,
             resize=resize, seed=args.seed))
         for lr in lrs for multiplier in multipliers]

@@ -126,7 +126,7 @@ def resume(run: Finetuning, free: set[str]) -> None:
 
 
 def fit(run: Finetuning) -> None:
-    """Trains to the last epoch or the end of the patience. After Stopped or RuntimeError there is a checkpoint."""
+    """Trains to the last epoch or the end of the patience. After Stopped or an error there is a checkpoint."""
     s, life, train, val = run.trainer.settings, run.life, run.train, run.val
     life.begin(run.epoch, run.step)
     while run.epoch < s.epochs and not (s.patience and run.best and run.epoch - run.best['epoch'] >= s.patience):
@@ -267,4 +267,5 @@ def save(run: Finetuning) -> None:
 
 def check_loss(run: Finetuning, loss: float) -> None:
     if not math.isfinite(loss):
-        raise RuntimeError(f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr{suggest_off(run.trainer.amp)}')
+        raise FloatingPointError(
+            f'the loss of epoch {run.epoch + 1} is {loss}; lower --lr{suggest_off(run.trainer.amp)}')

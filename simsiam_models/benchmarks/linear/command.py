@@ -9,6 +9,7 @@ another protocol; every line and the record then say so.
 """
 import argparse
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..datasets.classification import open_pair
 from ..options import add_held_out, add_model, check_held_out, report_pair, report_size
 from ..protocols import LEAST
 from ..results.record import check_output, format_record, record_path, write_record
+from ..results.sweep import each_rate, format_sweep, run_each
 from ..samples import Pair
 from .frozen import FrozenBackbone, explain_out_of_memory
 from .images import leave_out_unreadable
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         'numbers of the protocol', 'with any of these, the protocol is no longer the published one')
     for name, (kind, text) in OVERRIDES.items():
-        nargs = {'crop_scale': 2, 'lr_steps': '*', 'report_epochs': '*'}.get(name)
+        nargs = {'crop_scale': 2, 'lr': '+', 'lr_steps': '*', 'report_epochs': '*'}.get(name)
         group.add_argument(flag_of(name), type=kind, nargs=nargs, metavar='N', help=text)
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 
@@ -80,10 +82,17 @@ def run(args: argparse.Namespace) -> int:
         pair = world.all_or_none(lambda: open_pair(
             args.dataset, args.data, args.allow_partial, args.val_share, args.seed))
         backbone = world.all_or_none(lambda: load_backbone(args.model, world.device, args.branch))
+        report_pair(pair, world)
         if auto:
             run_auto(args, backbone, pair, world)
-        else:
-            run_published(args, backbone, pair, world, signals)
+            return 0
+        runs = each_rate(args)
+        records = run_each(
+            [functools.partial(run_published, one, backbone, pair, world, signals) for one in runs],
+            print if world.main else silent)
+        if len(runs) > 1 and world.main:
+            print(format_sweep(['lr'], [(one.lr,) for one in runs], records))
+            print(f'simsiam report {args.output} shows all numbers')
     return 0
 
 
@@ -98,7 +107,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f'--cache {args.cache}: only --protocol auto caches features; leave it out')
     if args.fresh and auto:
         raise ValueError('--fresh: --protocol auto always starts again; leave it out')
-    (resolve_probe if auto else choose)(args)
+    for one in each_rate(args):
+        (resolve_probe if auto else choose)(one)
 
 
 def choose(args: argparse.Namespace, own_size: int = LEAST) -> ChosenProtocol:
@@ -106,14 +116,15 @@ def choose(args: argparse.Namespace, own_size: int = LEAST) -> ChosenProtocol:
     return choose_protocol(args.protocol, args.dataset, {k: getattr(args, k) for k in OVERRIDES}, amp, own_size)
 
 
-def run_published(args: argparse.Namespace, backbone: Backbone, pair: Pair, world: World, signals: Signals) -> None:
-    """Trains by a published protocol, continuing a run that was stopped, and writes the record."""
+def run_published(
+    args: argparse.Namespace, backbone: Backbone, pair: Pair, world: World, signals: Signals,
+) -> dict[str, Any] | None:
+    """Trains by a published protocol, or continues; writes the record, and returns it on rank 0."""
     say = print if world.main else silent
     workers = default_workers(world.device) if args.workers is None else args.workers
     chosen, frozen, protocol = prepare(args, backbone, pair, world.device, say)
     benchmark, data = benchmark_name(chosen, args.dataset), pair.data() | {'path': args.data}
     path = record_path(args.output, benchmark, backbone, protocol, data)
-    report_pair(pair, world)
     pair, unreadable = leave_out_unreadable(pair, workers, world, say) if args.allow_partial else (pair, 0)
     # What a run and its continuation must have in common; numbers that a flag overrides carry its name.
     identity = {
@@ -135,6 +146,8 @@ def run_published(args: argparse.Namespace, backbone: Backbone, pair: Pair, worl
                 seconds=time.perf_counter() - run.started, extra={
                     'epochs': run.history, 'unreadable': unreadable, 'shared_images': pair.shared})
             say(f'protocol {chosen.label}: {format_record(record)}\nwritten to {path}')
+            return record
+    return None
 
 
 def prepare(
@@ -146,7 +159,7 @@ def prepare(
     frozen = FrozenBackbone(backbone, p, device, 'off' if args.amp == 'auto' else args.amp)
     if frozen.pooling == 'adaptive':
         chosen = dataclasses.replace(chosen, changed=chosen.changed | {'pooling': ('mmselfsup', 'adaptive')})
-    say(f'{args.dataset}, {n} training and {len(pair.test)} test images; {chosen.describe()}')
+    say(chosen.describe())
     report_size(args, backbone, say)
     if p.batch_size > n:
         say(f'batch {p.batch_size} is larger than the {n} training images, so an epoch is one step; for your own '

@@ -20,7 +20,7 @@ from ...runtime.files import finite
 from ...runtime.messages import check_flags, silent
 from ..backbone import Backbone
 from ..features import Extraction, extract
-from ..options import check_extraction, make_transform, read_sizes, report_pair
+from ..options import check_extraction, make_transform, read_sizes
 from ..protocols import LEAST
 from ..results.record import format_record, record_path, write_record
 from ..samples import Pair
@@ -115,7 +115,6 @@ def extend_grid(lr: float, weight_decay: float, p: AutoProbe) -> list[tuple[floa
 def run_auto(args: argparse.Namespace, backbone: Backbone, pair: Pair, world: World) -> None:
     """`simsiam linear --protocol auto`: extracts the features of the test transform, probes them, writes the record."""
     p, say = resolve_probe(args), print if world.main else silent
-    report_pair(pair, world)
     transform, started = make_transform(args, backbone, say), time.perf_counter()
     extraction = Extraction(args.cache, args.micro_batch or 256, args.workers, args.amp, args.allow_partial)
     with explain_out_of_memory('in the backbone: lower --micro-batch'):

@@ -102,7 +102,8 @@ def check_batches(n: int, batch: int, single: bool) -> None:
 def train(run: LinearRun, state: dict[str, Any] | None = None) -> None:
     """Trains and evaluates until the last epoch, from the checkpoint `state` if there is one.
 
-    Raises Stopped after a signal; RuntimeError if the loss is not finite, or an image or a checkpoint fails.
+    Raises Stopped after a signal; FloatingPointError if the loss is not finite; RuntimeError if an image or a
+    checkpoint fails.
     """
     p, label, life = run.chosen.protocol, run.chosen.label, run.life
     epoch, step = (0, 0) if state is None else run.restore(state)
@@ -139,7 +140,7 @@ def train_one_epoch(run: LinearRun, epoch: int, step: int) -> float:
         images += len(batch[1])
         pause = any(life.agree(epoch * steps + step))
         if (pause or step == steps or step % CHECK_EVERY == 0) and not math.isfinite(run.sums[0]):
-            raise RuntimeError(
+            raise FloatingPointError(
                 f'protocol {run.chosen.label}: the loss is not finite in epoch {epoch + 1}, by step {step}; lower --lr '
                 f'({p.lr:g}){suggest_off(run.frozen.amp)}')
         if pause and step < steps:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from ...runtime.messages import short
+from ...runtime.messages import counted, short
 from ...weights.published import WEIGHTS, find_page_results, find_results
 from .. import protocols
 from ..datasets.sizes import LABELLED, SIZES, deviation
@@ -141,7 +141,7 @@ def describe_unreadable(record: dict[str, Any]) -> str:
     """Returns how many images were left out or replaced; '' if none were."""
     found = record.get('extra', {}).get('unreadable', 0)
     n = found if isinstance(found, int) else len(found)
-    return f'{n:,} {"image" if n == 1 else "images"} could not be read' if n else ''
+    return f'{counted(n, "image")} could not be read' if n else ''
 
 
 def is_changed(protocol: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from ...runtime.versions import versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
 from ..protocols import KNN_T
+from .accuracy import count_tested, describe_difference, standard_error
 from .compare import TOLERANCE, compare, list_changes, note_unpublished, own_numbers
 
 FORMAT, VERSION = 'simsiam_models benchmark', 1
@@ -196,7 +197,8 @@ def format_record(record: dict[str, Any]) -> str:
     return '\n'.join(filter(None, (
         f'{short(record["benchmark"])}: {display_name(record["weights"])} on {short(data["name"])}'
         f' ({describe_counts(data) or "counts unknown"})',
-        *_format_metrics(record['metrics'], now),
+        *_format_metrics(record, now),
+        _describe_worse(record, now),
         rates and f'with {rates}',
         f'not comparable with published numbers: {reason}' if reason else changes and f'changed: {changes}',
         f'tolerance: {TOLERANCE}' if now['tolerance'] else '',
@@ -204,9 +206,12 @@ def format_record(record: dict[str, Any]) -> str:
         '' if now['published'] else note_unpublished(record))))
 
 
-def _format_metrics(metrics: dict[str, float], now: dict[str, Any]) -> list[str]:
+def _format_metrics(record: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Returns the lines of a table; `now`: from `compare`."""
+    metrics, n = record['metrics'], count_tested(record)
     columns = [('measured', metrics, '.2f')]
+    if n:
+        columns.append(('std. error', {name: standard_error(value, n) for name, value in metrics.items()}, '.2f'))
     own = own_numbers(now['published'])
     if own and now['not_comparable'] is None:
         columns += [
@@ -216,6 +221,14 @@ def _format_metrics(metrics: dict[str, float], now: dict[str, Any]) -> list[str]
              for name in metrics]
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ['  '.join(['', row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+
+
+def _describe_worse(record: dict[str, Any], now: dict[str, Any]) -> str:
+    """Returns how far metrics are below their published numbers; '' if none is; `now`: from `compare`."""
+    own, metrics, n = own_numbers(now['published']), record['metrics'], count_tested(record)
+    worse = [f'{short(name, 40)} {describe_difference(metrics[name], own[name], n)}'
+             for name, difference in now['difference'].items() if difference < 0]
+    return f'worse than published: {"; ".join(worse)}' if worse else ''
 
 
 def format_published(entry: dict[str, Any]) -> str:

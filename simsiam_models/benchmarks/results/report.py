@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...runtime.messages import plain_markdown, short
+from ...runtime.messages import counted, plain_markdown, short
 from ..protocols import KNN_KS, KNN_T, LOW_SHOT_KS
+from .accuracy import note_uncertainty
 from .compare import TOLERANCE, compare, strip_layer
 from .record import NoRecordError, describe_source, format_published, read_record
 from .sheets import VARIANT, Compared, Label, ResultTable, make_label, tabulate
@@ -120,7 +121,7 @@ def _read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[s
             else:
                 left_out.append(short(str(e), 400))
     if others:
-        left_out.append(f'{others} JSON {"file" if others == 1 else "files"} of other kinds')
+        left_out.append(f'{counted(others, "JSON file")} of other kinds')
     if not records:
         more = f'; left out: {left_out[0]}' if left_out else ''
         raise FileNotFoundError(f'{", ".join(map(str, paths))}: no record of a benchmark there{more}')
@@ -150,6 +151,7 @@ def _fill(table: PageTable, chosen: list[Compared], label: Label) -> ResultTable
                   (name, 'difference', difference), (name, 'tolerance', tolerance)]
     for tag, entries in elsewhere.items():
         lines.append((tag, 'published, other weights', _published_cells(table, entries, notes)))
+    notes |= dict.fromkeys(note_uncertainty([record for record, _ in chosen]))
     header = ['Weights', '', *(column.header for column in table.columns)]
     rows = [[*line, *(cells.get(i, '') for i in range(len(table.columns)))] for *line, cells in lines if cells]
     return ResultTable(table.title, [header, *rows], list(notes), 2)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ...runtime.messages import short
 from ..datasets.sizes import SIZES
 from . import compare
+from .accuracy import note_uncertainty
 from .record import describe_counts, describe_rates, display_name
 
 Compared = tuple[dict[str, Any], dict[str, Any]]  # record, compare(record)
@@ -74,8 +75,10 @@ def _tabulate_group(group: list[Compared], label: Label) -> ResultTable:
     rows = [[*keys, *(short(name, 40) for name in metrics)]]
     for record, key in zip(records, zip(*keys.values(), strict=True), strict=True):
         rows.append([*key, *(f'{record["metrics"][m]:.2f}' if m in record['metrics'] else '' for m in metrics)])
+    uncertainty = note_uncertainty(records) if len(records) > 1 else []  # something to compare
+    notes += [*uncertainty, *_make_notes(group, label, differing)]
     return ResultTable(
-        _make_title(records[0], benchmark), rows, [*notes, *_make_notes(group, label, differing)], len(keys),
+        _make_title(records[0], benchmark), rows, notes, len(keys),
         tuple(len(keys) + i for i, name in enumerate(metrics) if VARIANT.search(name)))
 
 

@@ -24,10 +24,12 @@ from tiny_finetune import ALONE, NETWORK, PLAIN, TINY, Broken, parse, settings
 
 from simsiam_models.benchmarks import protocols
 from simsiam_models.benchmarks.backbone import load_backbone
+from simsiam_models.benchmarks.datasets.classification import open_pair
 from simsiam_models.benchmarks.finetune import command, training
-from simsiam_models.benchmarks.finetune.data import Loader, Samples, make_eval_transform, open_labelled
+from simsiam_models.benchmarks.finetune.data import Loader, Samples, make_eval_transform
 from simsiam_models.benchmarks.finetune.model import Classifier
 from simsiam_models.benchmarks.finetune.training import compute_lr_factor
+from simsiam_models.benchmarks.results.report import report
 from simsiam_models.data import DataError
 from simsiam_models.runtime import checkpoint
 from simsiam_models.runtime.lifecycle import Lifecycle, RunError
@@ -67,7 +69,7 @@ def exported_logits(folder: Path, photos: Path) -> torch.Tensor:
     """Of the held-out images, by what plain timm makes of the folder."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
-    _, val, _ = open_labelled(str(photos), 0.2, 0)
+    val = open_pair('folder', photos).test
     with torch.no_grad():
         return model(torch.stack([transform(Image.fromarray(val.read(i))) for i in range(len(val))]))
 
@@ -77,7 +79,7 @@ def exported_logits(folder: Path, photos: Path) -> torch.Tensor:
 def test_digits_are_learned_from_a_folder_without_validation_images(trained: Path):
     record = json.loads((trained / 'record.json').read_text())
     assert record['metrics']['top1'] > 45  # chance is 10
-    assert record['data']['counts'] == {'train': 240, 'test': 60, 'classes': 10}
+    assert record['data']['counts'] == {'train': 240, 'test': 60, 'classes': 10, 'test_classes': 10}
     assert record['protocol']['validation'] == '60 of 300 images, 0.2 of each class, held out by seed 0'
     assert record['metrics']['top1'] == max(e['top1'] for e in record['extra']['epochs'])
     assert record['extra']['best_epoch'] in range(1, 7) and record['extra']['last_epoch'] == 6
@@ -122,7 +124,7 @@ def test_the_readmes_lines_name_the_class_of_a_photo(
 
 
 def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predicts(trained: Path, photos: Path):
-    _, val, _ = open_labelled(str(photos), 0.2, 0)
+    val = open_pair('folder', photos).test
     predicted = exported_logits(trained, photos).argmax(1)
     expected = confusion_matrix(val.labels, predicted, labels=range(10))
     rows = list(csv.reader((trained / 'confusion.csv').open()))
@@ -140,7 +142,7 @@ def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predic
 
 def test_top_1_and_top_5_are_those_of_the_exported_model(trained: Path, photos: Path):
     predicted = exported_logits(trained, photos).topk(5).indices
-    label = torch.tensor(open_labelled(str(photos), 0.2, 0)[1].labels)[:, None]
+    label = torch.tensor(open_pair('folder', photos).test.labels)[:, None]
     metrics = json.loads((trained / 'record.json').read_text())['metrics']
     for k in (1, 5):
         right = (predicted[:, :k] == label).any(1).double().mean().item()
@@ -230,7 +232,7 @@ def _mark(run: training.Finetuning) -> float:
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_sentence(photos: Path, tmp_path: Path):
     args = parse(photos, '--out', tmp_path / 'run', *PLAIN, '--opt', 'sgd', '--lr', '1e30', '--warmup-epochs', '0')
-    with pytest.raises(RuntimeError, match='the loss of epoch 1 is (nan|inf); lower --lr'):
+    with pytest.raises(FloatingPointError, match='the loss of epoch 1 is (nan|inf); lower --lr'):
         command.run(args)
 
 
@@ -247,18 +249,37 @@ def test_a_grid_on_a_list_of_labelled_images_names_each_pair_and_its_deviations(
         '--out', tmp_path / 'o', *TINY, '--epochs', '11', '--batch-size', '8')
     assert command.run(args) == 0
     printed = capsys.readouterr().out
-    assert 'chosen on the test images' in printed
+    assert 'chosen on the 12 test images that' in printed and printed.count('std. error') == 5
     record = json.loads((tmp_path / 'o' / 'lr0.001_head10' / 'record.json').read_text())
     assert record['benchmark'] == 'imagenet_semi_1pct'
     assert (record['protocol']['lr'], record['protocol']['head_multiplier']) == (0.001, 10)
     assert record['protocol']['changed'] == ['epochs 11', 'batch_size 8', 'image_size 32', 'resize 36']
-    assert record['data']['counts'] == {'train': 12, 'test': 12, 'classes': 3}
+    assert record['data']['counts'] == {'train': 12, 'test': 12, 'classes': 3, 'test_classes': 3}
     assert set(record['metrics']) == {'top1', 'top1_epoch10', 'top1_epoch11'}  # three classes have no top-5
     assert [('top1' in e) for e in record['extra']['epochs']] == [False] * 9 + [True] * 2
     assert record['extra']['best_epoch'] == 11
     first = torch.load(tmp_path / 'o' / 'lr0.1_head1' / 'checkpoint.pth', weights_only=True)['model']
     start = load_backbone('resnet18:random', **json.loads(NETWORK)).model
     assert not torch.equal(first['bn1.running_mean'], start.bn1.running_mean)  # batch norm is not frozen
+
+
+def test_several_rates_are_a_run_each_and_a_table_that_marks_the_best(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, one_thread: None,
+):
+    assert command.run(parse(photos, '--out', tmp_path / 'o', *PLAIN, '--epochs', '4', '--lr', '1e-6', '0.06')) == 0
+    printed = capsys.readouterr().out
+    folders = [tmp_path / 'o' / name for name in ('lr1e-06', 'lr0.06')]
+    low, high = (json.loads((folder / 'record.json').read_text()) for folder in folders)
+    assert low['protocol']['lr'] == 1e-6 * 32 / 256 and low['metrics']['top1'] < high['metrics']['top1']
+    row, = (line.split() for line in printed.splitlines() if line.endswith(' best') and '%' in line)
+    assert row[:2] == ['0.06', f'{high["metrics"]["top1"]:.2f}']
+    assert 'best: lr 0.06, chosen on the 60 test images' in printed
+    alone = run(photos, '--out', tmp_path / 'alone', *PLAIN, '--epochs', '4')
+    assert (alone['metrics'], alone['protocol']) == (high['metrics'], high['protocol'])
+    table = report([tmp_path / 'o'], markdown=False)
+    assert 'lr 1.25e-07' in table and 'Standard error of an accuracy: at most' in table
+    with pytest.raises(ValueError, match='--lr 0.0: must be above 0'):
+        command.run(parse(photos, '--out', tmp_path / 'x', *PLAIN, '--lr', '0.1', '0'))
 
 
 def test_the_protocol_is_at_224_px_whatever_the_size_of_the_model(trained: Path, photos: Path, tmp_path: Path):
@@ -292,8 +313,9 @@ def test_images_that_could_not_be_read_are_still_in_the_record_after_a_restart(
 def break_images(photos: Path, folder: Path) -> list[Path]:
     """A copy in which one training image and two validation images, of two processes one each, cannot be read."""
     shutil.copytree(photos, folder)
-    train, val, _ = open_labelled(str(folder), 0.2, 0)
-    broken = [images.images.path(int(images.indices[i])) for images, i in ((train, 17), (val, 20), (val, 31))]
+    pair = open_pair('folder', folder)
+    rows = (pair.train, 17), (pair.test, 20), (pair.test, 31)
+    broken = [images.images.path(int(images.indices[i])) for images, i in rows]
     for path in broken:
         path.write_bytes(b'torn')
     return broken
@@ -528,7 +550,7 @@ def test_a_loss_that_is_not_finite_reaches_no_checkpoint(
 ):
     monkeypatch.setattr(command, 'Lifecycle', functools.partial(Lifecycle, every_steps=1))
     args = ('--opt', 'sgd', '--lr', '1e30', '--warmup-epochs', '0')
-    with pytest.raises(RuntimeError, match='the loss of epoch 1 is (nan|inf); lower --lr'):
+    with pytest.raises(FloatingPointError, match='the loss of epoch 1 is (nan|inf); lower --lr'):
         command.run(parse(photos, '--out', tmp_path / 'run', *PLAIN, *args))
     assert np.isfinite(checkpoint.read(tmp_path / 'run' / 'checkpoint.pth', training.KEYS)['losses']).all()
 

@@ -1,12 +1,10 @@
 """Fine-tuning images: who trains and who validates, what becomes of an image, and which cannot be read."""
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_digits
 from tiny_finetune import ALONE, Broken, settings
 
 from simsiam_models.benchmarks.finetune.data import (
@@ -15,7 +13,6 @@ from simsiam_models.benchmarks.finetune.data import (
     find_crop_pct,
     make_eval_transform,
     make_train_transform,
-    open_labelled,
     plan_train_batches,
 )
 from simsiam_models.benchmarks.samples import split
@@ -31,17 +28,6 @@ def test_held_out_images_are_a_seeded_share_of_each_class():
     np.testing.assert_array_equal(held, split(labels, 0.3, 0)[1])
     assert set(held) != set(split(labels, 0.3, 1)[1])
     assert np.bincount(labels[split(labels, 0.99, 0)[0]], minlength=4).tolist() == [1, 1, 1, 1]
-
-
-def test_a_val_folder_is_what_is_validated_on(tmp_path: Path):
-    photos = write_digits(tmp_path / 'data' / 'train', 300)
-    for i in range(10):
-        shutil.copytree(photos / str(i), tmp_path / 'data' / 'val' / str(i))
-    train, val, text = open_labelled(str(tmp_path / 'data'), 0.2, 0)
-    assert len(train) == len(val) == 300 and text == f'300 images of {tmp_path / "data" / "val"}'
-    shutil.rmtree(tmp_path / 'data' / 'val' / '3')
-    with pytest.raises(ValueError, match="val: not the 10 classes of .*: '3' is in one of them only"):
-        open_labelled(str(tmp_path / 'data'), 0.2, 0)
 
 
 @pytest.mark.parametrize('n, batch, keep, sizes', [

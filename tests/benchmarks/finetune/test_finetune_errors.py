@@ -56,7 +56,7 @@ def test_wrong_data_are_one_sentence(photos: Path, tmp_path: Path):
     lines = ['path,label', *(f'{p},{0 if i % 2 else 99999}' for i, p in enumerate(sorted(photos.rglob('*.png'))[:8]))]
     for name in ('train', 'val'):
         (tmp_path / f'{name}.csv').write_text('\n'.join(lines))
-    said = "99998 of 100000 classes have no training image, the first is '1'; add images, or number"
+    said = "99998 of 100000 classes have no training image, the first is '1'; add images, number"
     with pytest.raises(ValueError, match=said):
         command.run(parse(tmp_path / 'train.csv', '--out', tmp_path / 'run', *PLAIN))
     protocol = ('--protocol', 'semi_1pct', '--dataset', 'folder')

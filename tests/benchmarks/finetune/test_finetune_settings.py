@@ -23,7 +23,7 @@ def test_defaults_follow_the_number_of_images():
     assert (given.epochs, given.batch_size, given.mixup, given.patience, given.warmup_epochs) == (5, 8, 0.1, 2, 0)
     assert given.lr == 0.01
     for n, processes, batch in ((8, 1, 8), (100, 6, 12), (100, 32, 32), (1, 1, 2), (100_000, 3, 60)):
-        s = resolve_plain(parse('x', '--out', 'y'), n, processes=processes)
+        ((_, s),) = resolve_plain(parse('x', '--out', 'y'), n, processes=processes)
         assert s.batch_size == batch
         if n > 1:
             assert fit_batch(s, n, processes, print) == s

@@ -27,7 +27,8 @@ def parse(*args: str | Path) -> argparse.Namespace:
 
 
 def settings(*args: str, images: int = 50_000) -> Settings:
-    return resolve_plain(parse('x', '--out', 'y', *args), images)
+    ((_, s),) = resolve_plain(parse('x', '--out', 'y', *args), images)
+    return s
 
 
 def semi(*args: str, share: str = '1pct') -> list[tuple[Path, Settings]]:

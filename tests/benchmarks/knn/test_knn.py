@@ -371,7 +371,7 @@ def test_the_command_measures_and_writes_a_record(digits, tmp_path, capsys):
     said = capsys.readouterr().out
     path, = (tmp_path / 'results').glob('folder_knn_T0.07-*.json')
     assert 'k=10' in said and said.endswith(f'written to {path}\n')
-    assert said.startswith('--k 201 500: skipped, as there are only 200 training images\n')
+    assert '\n--k 201 500: skipped, as there are only 200 training images\n' in said
     record = json.loads(path.read_text())
     assert record['protocol']['k'] == [1, 10, 200]
     assert record['metrics'].keys() == {f'k={k}{top}' for k in (1, 10, 200) for top in ('', ' top-5')}

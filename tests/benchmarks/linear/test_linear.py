@@ -1,5 +1,6 @@
 """The `simsiam linear` command: its records, and what a user can get wrong."""
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -81,9 +82,26 @@ def test_a_backbone_that_changed_gives_no_number(split_digits, tmp_path, monkeyp
 
 
 def test_a_loss_that_is_not_finite_ends_with_a_sentence(split_digits, tmp_path):
-    with pytest.raises(RuntimeError, match=r'^protocol moco \(changed\): the loss is not finite in epoch '):
+    with pytest.raises(FloatingPointError, match=r'^protocol moco \(changed\): the loss is not finite in epoch '):
         measure(split_digits, tmp_path, 'moco', '--lr', '1e38', '--epochs', '5')
     assert not list(tmp_path.glob('*.json'))
+
+
+def test_several_rates_are_a_record_each_and_a_table_and_one_that_diverges_is_a_row(split_digits, tmp_path, capsys):
+    assert measure(split_digits, tmp_path / 'out', 'moco', '--lr', '1', '1e38', '10') == 0
+    printed = capsys.readouterr().out
+    assert printed.count(' training images of 10 classes; tested on 60 images of ') == 1
+    found = {record['protocol']['lr']: record for record in map(
+        lambda path: json.loads(path.read_text()), (tmp_path / 'out').glob('*.json'))}
+    assert set(found) == {1, 10}
+    rows = [line.split() for line in printed.splitlines()]
+    assert ['1e+38', 'diverged'] in rows and 'the loss is not finite in epoch 1' in printed
+    for lr in (1, 10):
+        assert [row for row in rows if row[:2] == [str(lr), f'{found[lr]["metrics"]["top1"]:.2f}']]
+    assert measure(split_digits, tmp_path / 'alone', 'moco', '--lr', '10') == 0
+    assert same_numbers(read_record(tmp_path / 'alone'), found[10])
+    with pytest.raises(ValueError, match='--lr: not used by --protocol auto'):
+        measure(split_digits, tmp_path / 'auto', 'auto', '--lr', '1', '2')
 
 
 def test_an_unreadable_image_ends_the_evaluation(split_digits, tmp_path):

@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,19 @@ def test_a_difference_is_measured_minus_published_for_the_same_file(benchmark: s
     assert found['difference'] == {k: pytest.approx(-1.5) for k in published}
     text = format_record(found)
     assert all(f'{v - 1.5:.2f}' in text and str(v) in text for v in published.values()) and '-1.50' in text
+
+
+def test_a_worse_result_is_called_worse_by_how_much_and_with_its_standard_error(tmp_path: Path):
+    found = write(tmp_path / 'knn.json', 'imagenet_knn_T0.07', {**KNN, 'k=10': 58.7, 'k=20': 60.3, 'k=100': 59.0})
+    text = format_record(found)
+    assert ('worse than published: k=10 1.50 points below (standard error 0.31); '  # sqrt((p q + p' q') / 50000)
+            'k=20 0.10 points below (standard error 0.31, so it may be chance)\n') in text
+    assert re.search(r'k=10 +58.70 +0.22 ', text)  # sqrt(.587 * .413 / 50000)
+    boxes = write(tmp_path / 'voc.json', 'voc07_svm_feature5', {'mAP': 1.0}, backbone(BGR))
+    assert 'points below\n' in format_record(boxes) and 'std. error' not in format_record(boxes)
+    assert 'worse' not in format_record(write(tmp_path / 'same.json', 'imagenet_knn_T0.07', KNN))
+    (tmp_path / 'voc.json').unlink()
+    assert 'Standard error of an accuracy: at most 0.22 points; whatever is less than 0.63 apart' in report([tmp_path])
 
 
 @pytest.mark.parametrize('benchmark', CASES)
