@@ -25,7 +25,7 @@ MIN_SAMPLES = 8  # the rank of fewer means little
 RANK_ROWS = 256  # rows of p whose rank is computed: an eighth of the time of 512
 PICTURES, GRID = 64, 32  # of a batch, for `measure_pixel_std`
 # The kNN monitor: images per batch; least and most images of a measurement; seconds of the first one; share of the run.
-BATCH, LEAST, MOST, SECONDS, SHARE = 128, 250, 60_000, 5.0, 0.05
+BATCH, LEAST, MOST, SECONDS, SHARE = 128, 100, 60_000, 3.0, 0.05
 
 
 @torch.no_grad()
