@@ -68,7 +68,7 @@ def run_preflight(args: argparse.Namespace) -> None:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('target', metavar='TAG|PATH')
+    parser.add_argument('target', metavar='TAG|PATH', help='a published tag, or a ResNet-50: file or exported folder')
     parser.add_argument('--dtype', choices=list(TOLERANCE), default='float32', help='type of the computed outputs')
 
 
@@ -131,7 +131,8 @@ COMMANDS = {
         lambda parser: None, list_weights, 'list the published weights, and show which of them a cache holds',
         ''),
     'weights info': Command(
-        lambda parser: parser.add_argument('tag', metavar='TAG'), lambda args: print(describe(args.tag)),
+        lambda parser: parser.add_argument('tag', metavar='TAG', help='as `simsiam weights list` shows it'),
+        lambda args: print(describe(args.tag)),
         'show the origin of published weights and their numbers', 'mm_ep200_in1k'),
     'weights verify': Command(add_verify, verify_weights, 'check hash, keys, values and outputs of a tag or a file',
         'backbone/model.safetensors'),
@@ -141,7 +142,7 @@ COMMANDS = {
         'runs/mine backbone.onnx --to onnx'),
     'publish': Command(
         add_publish, publish_weights, 'write a Hub repository from a checkpoint, or one for every tag, and upload it',
-        'checkpoint.pth --tag my_photos --dry-run repository'),
+        'runs/mine --repo OWNER/my_photos --license mit --dry-run repository'),
     'pretrain': Command(
         pretrain.add_arguments, pretrain.run,
         'pretrain without labels on ImageNet, CIFAR-10 or your own images; use torchrun for several devices',

@@ -3,6 +3,7 @@ import atexit
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def write_digits(folder: Path, n: int) -> Path:
         target.mkdir(parents=True, exist_ok=True)
         image.save(target / (f'{i:04}.png' if i % 2 else f'{i:04}.jpg'), **({} if i % 2 else {'quality': 95}))
     return folder
+
+
+def build_wheel(folder: Path) -> Path:
+    """Builds the wheel into a folder, from a copy of what git tracks: setuptools writes into the folder it builds."""
+    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in files:
+        (folder / 'sources' / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / 'sources' / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'wheel', str(folder / 'sources'), '--no-deps', '--no-build-isolation', '-q', '-w',
+         str(folder)], check=True, timeout=120)
+    return next(folder.glob('simsiam_models-*.whl'))
 
 
 @pytest.fixture

@@ -6,21 +6,13 @@ import sys
 import zipfile
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, build_wheel
 
 README = (ROOT / 'README.md').read_text()
 
 
 def test_the_wheel_holds_only_the_package(tmp_path: Path):
-    sources = tmp_path / 'sources'  # setuptools writes into the folder that it builds
-    files = subprocess.run(['git', 'ls-files'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in files:
-        (sources / name).parent.mkdir(parents=True, exist_ok=True)
-        (sources / name).write_bytes((ROOT / name).read_bytes())
-    subprocess.run(
-        [sys.executable, '-m', 'pip', 'wheel', str(sources), '--no-deps', '--no-build-isolation', '-q', '-w',
-         str(tmp_path)], check=True, timeout=120)
-    names = zipfile.ZipFile(next(tmp_path.glob('simsiam_models-*.whl'))).namelist()
+    names = zipfile.ZipFile(build_wheel(tmp_path)).namelist()
     assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'simsiam_models'}
     assert {'simsiam_models/py.typed', 'simsiam_models/data/demo.py', 'simsiam_models/data/kernel.c'} <= set(names)
     assert any(name.endswith('licenses/LICENSE') for name in names)
