@@ -24,8 +24,9 @@ COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
 MIN_SAMPLES = 8  # the rank of fewer means little
 RANK_ROWS = 256  # rows of p whose rank is computed: an eighth of the time of 512
 PICTURES, GRID = 64, 32  # of a batch, for `measure_pixel_std`
-# The kNN monitor: images per batch; least and most images of a measurement; seconds of the first one; share of the run.
-BATCH, LEAST, MOST, SECONDS, SHARE = 128, 100, 60_000, 3.0, 0.05
+# The kNN monitor: images per batch; least and most images of a measurement; seconds of the first one; share of the run;
+# bytes of pixels that are kept for the next measurement.
+BATCH, LEAST, MOST, SECONDS, SHARE, KEPT = 128, 100, 60_000, 3.0, 0.05, 256 << 20
 
 
 @torch.no_grad()
@@ -156,15 +157,16 @@ def explain_no_monitor(images: Images) -> str:
     return 'too few images' if has_classes(images) else 'only one class, so every neighbour has the right label'
 
 
-def allowed_size(recipe: Recipe, samples: int, device: torch.device) -> int:
-    """Returns how many images the kNN monitor may read each time so that it costs at most SHARE of a run.
+def allowed_size(recipe: Recipe, samples: int) -> int:
+    """Returns how many images the kNN monitor may measure each time so that it costs at most SHARE of a run.
 
-    `samples`: what the run trains on in all. On a CPU, forward and backward of two views cost more than four times as
-    much as measuring an image; elsewhere reading both may take the same time.
+    `samples`: what the run trains on in all. A measured image costs as much as one of these if it is read, and a fourth
+    if its pixels are kept: a step has forward and backward of two views.
     """
     measurements = 1 + (-(-recipe.epochs // recipe.knn_every) if recipe.knn_every else 1)
-    images = SHARE * samples / measurements * (4 if device.type == 'cpu' else 1)
-    return min(MOST, max(LEAST, int(images)))
+    read = int(SHARE * samples / measurements)
+    kept = int(SHARE * samples / (1 + (measurements - 1) / 4))
+    return min(MOST, max(LEAST, read, min(kept, KEPT // (3 * recipe.augmentation.size**2))))
 
 
 class KnnMonitor:
@@ -189,7 +191,8 @@ class KnnMonitor:
         self.k, self.t, self.world, self.max_unreadable = recipe.knn_k, recipe.knn_t, world, max_unreadable
         self.whole = [(train, bank), (train if val is None else val, queries)]
         self.unreadable: list[dict[int, str]] = [{}, {}]  # of bank and queries, at the last measurement
-        self.transform, self.workers = Transform(recipe.eval_resize, recipe.augmentation.size), workers
+        self.transform = Transform(recipe.eval_resize, recipe.augmentation.size)
+        self.workers = workers and workers + 1  # this thread waits meanwhile
         self.size, self.most = size, most
         self.select(most if size is None else size)
 
@@ -198,6 +201,7 @@ class KnnMonitor:
         least, ((train, bank), (val, queries)) = self.world.size, self.whole
         queries = queries[:max(least, size // 5, size - len(bank))]
         self.sets = [(train, bank[:max(least, size - len(queries))]), (val, queries)]
+        self._kept: list[list[Tensor] | None] = [None, None]  # pixels of the bank and of the queries, if they are few
 
     @property
     def sizes(self) -> list[int]:
@@ -260,14 +264,26 @@ class KnnMonitor:
 
     def _extract(self, part: int, extractors: Sequence[Callable[[Tensor], Tensor]], bar: tqdm) -> list[Tensor]:
         """Returns features of the bank (0) or the queries (1) by each extractor; notes which images are unreadable."""
-        world, (images, rows) = self.world, self.sets[part]
-        loader, found = self._load(images, rows[world.rank::world.size]), []
-        for _, x in loader:
+        found = []
+        for x in self._read(part):
             pixels = self._normalize(x)
             found.append([extract(pixels) for extract in extractors])
-            bar.update(world.size * len(x))
+            bar.update(self.world.size * len(x))
+        return [gather_rows(torch.cat(x), len(self.sets[part][1]), self.world) for x in zip(*found, strict=True)]
+
+    def _read(self, part: int) -> Iterator[Tensor]:
+        """Yields the pixels of this process's images; keeps them if there are few."""
+        if self._kept[part] is not None:
+            yield from self._kept[part]
+            return
+        world, (images, rows), kept = self.world, self.sets[part], []
+        loader = self._load(images, rows[world.rank::world.size])
+        few = 3 * self.transform.crop**2 * sum(len(rows) for _, rows in self.sets) <= KEPT
+        for _, x in loader:
+            kept += [x] if few else []
+            yield x
         self.unreadable[part] = {k: v for bad in world.gather(loader.unreadable) for k, v in bad.items()}
-        return [gather_rows(torch.cat(x), len(rows), world) for x in zip(*found, strict=True)]
+        self._kept[part] = kept if few else None
 
     def _load(self, images: Images, rows: np.ndarray) -> EvalImages:
         batches = [rows[part] for part in split_range(len(rows), BATCH)]

@@ -54,7 +54,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
             raise ValueError(f'--knn-data {args.knn_data} has only one class; kNN needs at least two')
     knn = None  # without several classes, or with too few images for one query per process
     if recipe.knn_every >= 0 and has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
-        most = allowed_size(recipe, recipe.epochs * len(views) * recipe.batch_size, world.device)
+        most = allowed_size(recipe, recipe.epochs * len(views) * recipe.batch_size)
         knn = KnnMonitor(
             train, val, recipe, world, size=args.knn_images, most=most, workers=workers,
             max_unreadable=args.max_unreadable)

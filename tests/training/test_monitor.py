@@ -215,7 +215,7 @@ def test_the_share_of_a_folder_without_validation_images_is_that_of_the_folder(p
     for path in files[8:13]:
         path.write_bytes(b'no image')
     with pytest.raises(DataError, match='6 of 40 images'):
-        monitor.measure(nn.Flatten())
+        pixel_monitor(train, None).measure(nn.Flatten())
 
 
 def test_a_monitor_of_mostly_unreadable_images_is_refused(parts):
@@ -280,14 +280,25 @@ def test_few_queries_leave_the_rest_to_the_bank(parts):
 
 
 def test_the_monitor_costs_at_most_its_share_of_the_run():
-    recipe = dataclasses.replace(RECIPES['demo'], epochs=20, knn_every=5)  # measured 5 times
-    assert allowed_size(recipe, 1_000_000, torch.device('cuda')) == 0.05 * 1_000_000 / 5
-    assert allowed_size(recipe, 1_000_000, torch.device('cpu')) == 4 * 0.05 * 1_000_000 / 5
-    assert allowed_size(recipe, 1000, torch.device('cpu')) == monitoring.LEAST
-    assert allowed_size(recipe, 10**9, torch.device('cpu')) == monitoring.MOST
+    small, large = (
+        dataclasses.replace(RECIPES[name], epochs=20, knn_every=5) for name in ('demo', 'in1k_bs256_ep100'))
+    assert allowed_size(large, 1_000_000) == 0.05 * 1_000_000 / 5  # measured 5 times
+    assert allowed_size(small, 1_000_000) == 0.05 * 1_000_000 / (1 + 4 / 4)  # the pixels are kept
+    assert allowed_size(large, 50_000) == 0.05 * 50_000 / (1 + 4 / 4)
+    assert allowed_size(large, 100_000) == monitoring.KEPT // (3 * 224**2)
+    assert allowed_size(small, 1000) == monitoring.LEAST and allowed_size(small, 10**9) == monitoring.MOST
     for every, measurements in ((0, 2), (1, 21), (3, 8), (100, 2)):
-        recipe = dataclasses.replace(recipe, knn_every=every)
-        assert allowed_size(recipe, 10**6, torch.device('cuda')) == int(0.05 * 10**6 / measurements)
+        recipe = dataclasses.replace(large, knn_every=every)
+        assert allowed_size(recipe, 10**6) == int(0.05 * 10**6 / measurements)
+
+
+@pytest.mark.parametrize('more, reads', [(0, 64), (-1, 128)])
+def test_few_pixels_are_read_once_and_many_each_time(parts, monkeypatch, more, reads):
+    monkeypatch.setattr(monitoring, 'KEPT', 64 * 32 * 32 * 3 + more)
+    monitor, seen, real = pixel_monitor(*parts), [], FolderImages.read
+    monkeypatch.setattr(FolderImages, 'read', lambda images, row: seen.append(row) or real(images, row))
+    assert monitor.measure(nn.Flatten()) == monitor.measure(nn.Flatten())
+    assert len(seen) == reads
 
 
 def test_without_a_monitor_a_run_says_why(few_digits):
