@@ -19,12 +19,12 @@ def simsiam_r50(pretrained=True, tag=None, **kwargs):
 
     Args:
         pretrained: load published weights (default), or start at random.
-        tag: which weights. The default is mm_ep200_in1k, 69.84 % linear top-1 on ImageNet as published. After the
-            first load of any model, timm.list_pretrained('simsiam_resnet50*') lists every tag.
+        tag: which weights to load. The default is mm_ep200_in1k (69.84 % linear top-1 on ImageNet as published). Once
+            any model has been loaded, timm.list_pretrained('simsiam_resnet50*') lists every tag.
         **kwargs: passed on to timm.create_model, for example num_classes=10, in_chans=1 or features_only=True.
 
-    Licence: the code is Apache-2.0. Each file of weights has its own: tags that start with mm (OpenMMLab) are
-    Apache-2.0, those that start with fb (Facebook AI Research) CC BY-NC 4.0, for non-commercial use only.
+    Licence: the code is Apache-2.0. Weights have their own licences: tags that start with mm (OpenMMLab) are
+    Apache-2.0; those that start with fb (Facebook AI Research) are CC BY-NC 4.0, for non-commercial use only.
     """
     import timm
 
@@ -58,7 +58,7 @@ def simsiam_r50_full(pretrained=True, tag=None, **kwargs):
 
     Args:
         pretrained: load published weights (default), or start at random.
-        tag: which weights, without _lin_ in the name; see simsiam_r50.
+        tag: which weights to load: a tag without _lin_ in its name; see simsiam_r50.
         **kwargs: dim, pred_dim and proj_layers of the heads; all others are passed on to timm.create_model.
 
     Raises ValueError for weights that hold no heads. Licences: see simsiam_r50.

@@ -68,14 +68,14 @@ def run_preflight(args: argparse.Namespace) -> None:
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('target', metavar='TAG|PATH', help='a published tag, or a ResNet-50: file or exported folder')
+    parser.add_argument('target', metavar='TAG|PATH', help='a published tag, or a ResNet-50 file or exported folder')
     parser.add_argument('--dtype', choices=list(TOLERANCE), default='float32', help='type of the computed outputs')
 
 
 def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'source', type=Path, metavar='IN',
-        help='a checkpoint, OUTPUT of `pretrain` or `finetune`, or a folder exported for timm, of any architecture')
+        help='a checkpoint, the OUTPUT of `pretrain` or `finetune`, or a folder exported for timm, of any architecture')
     parser.add_argument('out', type=Path, metavar='OUT', help='a new folder or file')
     text = 'timm writes a folder that timm and transformers load; every other target is one file'
     parser.add_argument('--to', required=True, choices=TARGETS, help=text)
@@ -85,10 +85,10 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
 def add_publish(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'checkpoint', type=Path, nargs='?', metavar='CHECKPOINT',
-        help='a checkpoint, OUTPUT of `pretrain` or `finetune`, or a folder exported for timm')
+        help='a checkpoint, the OUTPUT of `pretrain` or `finetune`, or a folder exported for timm')
     parser.add_argument('--tag', help=f'the repository is NAMESPACE/MODEL.TAG, such as {NAME}.TAG')
-    parser.add_argument('--repo', metavar='OWNER/NAME', help='the repository of your own weights, instead of --tag')
-    parser.add_argument('--private', action='store_true', help='create a private repository')
+    parser.add_argument('--repo', metavar='OWNER/NAME', help='the repository for your own weights, instead of --tag')
+    parser.add_argument('--private', action='store_true', help='make the repository private')
     parser.add_argument(
         '--all', action='store_true', help="publish every tag from its authors' server; run it again to continue")
     parser.add_argument(
@@ -178,7 +178,7 @@ COMMANDS = {
         'my_photos --output features.npz'),
     'neighbours': Command(
         neighbours.add_arguments, neighbours.run,
-        'find the nearest images of each image, copies, outliers and likely wrong labels',
+        'find nearest images, copies, outliers and likely wrong labels',
         'my_photos --output near.csv --html near.html'),
     'report': Command(
         report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers',

@@ -1,4 +1,4 @@
-"""Writes features of any images for other tools, and draws their t-SNE.
+"""Writes the features of any images for other tools, and draws t-SNE pictures of them.
 
     simsiam embed PHOTOS --out photos.npz                        average pool, paths and labels
     simsiam embed PHOTOS --out photos.parquet                    or .csv, .npy, .safetensors
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help="as for `pretrain`: a folder of images, a list, tar shards, ...")
     add('--out', '--output', dest='output', type=Path, required=True, metavar='FILE|FOLDER',
-        help='FILE.npz, .npy, .csv, .parquet (under torchrun, one file for each process) or .safetensors; or a folder')
+        help='FILE.npz, .npy, .csv, .parquet (under torchrun, one file per process) or .safetensors; or a folder')
     add_model(parser)
     add('--what', nargs='+', choices=NAMES, default=['avgpool'], metavar='FEATURE',
         help='avgpool, and feat1 .. feat5, the pooled maps of the stages (default: avgpool)')
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--tsne', nargs='?', type=Path, const=Path(), metavar='PNG',
         help='also draw a t-SNE picture of each feature (default: named after --out)')
     add('--tsne-classes', type=int, default=tsne.CLASSES, metavar='N',
-        help='the picture shows the first N classes (default: 20, as published)')
+        help='draw the first N classes (default: 20, as published)')
     add('--tsne-pca', type=int, metavar='D',
-        help='first project the features onto D principal components, 50 for example: faster, but not as published')
+        help='first project the features onto D principal components, such as 50: faster, but not as published')
     add_extraction(parser)
     add('--allow-partial', action='store_true', help='leave unreadable images out instead of stopping')
 

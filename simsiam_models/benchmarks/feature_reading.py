@@ -38,9 +38,9 @@ def read_features(files: Sequence[str | Path]) -> FeatureTable:
         if others or own != name or x.shape[1] != tables[0].arrays[name].shape[1]:
             raise ValueError(
                 f'{file}: {own} of {x.shape[1]} numbers{"".join(f", {text}" for text in others)}, unlike {files[0]}; '
-                'give files of one model')
+                'give files from the same model')
         if (table.labels is None) != (tables[0].labels is None):
-            raise ValueError(f'{file} and {files[0]}: only one of them has labels; give files of one data set')
+            raise ValueError(f'{file} and {files[0]}: only one of them has labels; give files from the same data set')
     x = tables[0].arrays[name] if len(tables) == 1 else np.concatenate([table.arrays[name] for table in tables])
     paths = [path for table in tables for path in table.paths]
     labels, classes = None, []
@@ -56,7 +56,7 @@ def _check_shards(files: list[Path]) -> None:
     sets: dict[tuple[str, str], list[Path]] = {}
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f'--features {file}: no such file; name what simsiam embed wrote')
+            raise FileNotFoundError(f'--features {file}: no such file; name a file that simsiam embed wrote')
         if found := SHARD.fullmatch(file.stem):
             sets.setdefault((found[1], found[3]), []).append(file)
     for (_, count), shards in sets.items():
@@ -95,7 +95,7 @@ def _read_file(path: Path) -> FeatureTable:
 
 def _choose(names: Sequence[str]) -> str:
     if 'avgpool' not in names and len(names) != 1:
-        raise ValueError(f'the average pool or one feature is needed, but it has {", ".join(names) or "none"}')
+        raise ValueError(f'it must have avgpool or a single feature, but has {", ".join(names) or "none"}')
     return 'avgpool' if 'avgpool' in names else names[0]
 
 

@@ -91,8 +91,8 @@ def write_shards(path: Path, table: FeatureTable, world: World) -> list[Path]:
 def _refuse_left(left: list[str], processes: int) -> None:
     if left:
         raise ValueError(
-            f'{sorted(left)[0]}: {len(left)} shards are there that {processes} processes do not replace; remove them, '
-            'or choose another --output')
+            f'{sorted(left)[0]}: {len(left)} older shards are there that {processes} processes would not replace; '
+            'remove them, or choose another --output')
 
 
 def _write_folder(path: Path, table: FeatureTable) -> None:

@@ -26,8 +26,8 @@ def check_count(n: int, classes: int = CLASSES) -> None:
     """Raises ValueError if n images are too few for the perplexity."""
     if n <= TSNE['perplexity']:
         raise ValueError(
-            f'{n} images are too few: a t-SNE of perplexity {TSNE["perplexity"]:g} needs more than that, in the first '
-            f'{classes} classes if there are labels; add images, or omit --tsne')
+            f'{n} images are too few: a t-SNE of perplexity {TSNE["perplexity"]:g} needs more than that (in the first '
+            f'{classes} classes if there are labels); add images, or omit --tsne')
 
 
 def select_shown(labels: np.ndarray | None, n: int, classes: int = CLASSES) -> np.ndarray:

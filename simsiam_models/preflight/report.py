@@ -44,7 +44,7 @@ def list_warnings(
         (t.diagnosis is not None, f'after {counted(t.steps, "step")}: {t.diagnosis}'),
         (bool(t.disturbance),
          f'the timing was disturbed: {100 * (t.disturbance or 0):.0f} % of the processor time went to other processes; '
-         'run again on a quiet machine')]
+         'run it again on an idle machine')]
     return [text for applies, text in warnings if applies]
 
 
@@ -66,8 +66,8 @@ def _check_images(s: Survey, plan: Plan) -> list[tuple[bool, str]]:
          + ('see its command below' if plan.finetune_command else 'it needs labels, such as a subfolder per class')),
         (s.smaller_than(aug.size) > 0.5, f'most images are smaller than the {aug.size} px views and will be enlarged: '
                                          + suggest_size(s.short_side[1], aug.size)),
-        (bool(s.turned), f'{counted(s.turned or 0, "image is", "images are")} turned by EXIF, which training does not '
-                          'apply: rotate the files'),
+        (bool(s.turned), f'{counted(s.turned or 0, "image is", "images are")} rotated by an EXIF tag, which training '
+                          'ignores: rotate the files'),
         (s.grayscale > 0.9 and aug.brightness < 0.8,
          'on grayscale images hue, saturation and grayscale change nothing, so views differ less: use --brightness 0.8 '
          '--contrast 0.8 (rule of thumb)'),
@@ -198,7 +198,7 @@ def preflight(
 
 def _show_commands(say: Callable[[str], Any], plan: Plan, s: Survey, device: torch.device) -> None:
     if s.images < FEW_IMAGES and plan.finetune_command:
-        say(f'\nlikely better than pretraining:\n{printable(plan.finetune_command)}')
+        say(f'\nlikely to work better than pretraining:\n{printable(plan.finetune_command)}')
     say(f'\n{printable(plan.command)}')
     if device.type == 'cuda' and (n := torch.cuda.device_count()) > 1:
         say(f'on all {n} cards (not measured): torchrun --nproc-per-node {n} -m simsiam_models '

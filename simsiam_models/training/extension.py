@@ -42,7 +42,7 @@ def check_epochs(
                 f'continue it to {wanted}, or give another --output')
         return
     if not recorded:
-        raise ValueError(f'--extend {epochs}: {folder} holds no run; name the --output of one, or leave --extend out')
+        raise ValueError(f'--extend {epochs}: {folder} holds no run; name the --output of a run, or leave --extend out')
     total = recorded['epochs']
     if epochs < total or epochs == total and not recorded.get('extensions'):
         raise ValueError(
@@ -63,7 +63,7 @@ def extend(
     """
     if record['epochs'] == epochs:
         done = state is not None and state['epoch'] == epochs
-        return record, f'{folder} has been extended to {epochs} epochs{" and is finished" if done else ""}'
+        return record, f'{folder} has already been extended to {epochs} epochs{" and is finished" if done else ""}'
     earlier = record.get('extensions', [])
     reached = 0 if state is None else state['epoch'] + (state['step'] > 0)
     extension = {
@@ -77,7 +77,8 @@ def extend(
 def _describe(extension: dict[str, Any], recipe: Recipe) -> str:
     before, now, epoch = extension['epochs_before'], extension['epochs'], extension['from_epoch']
     old, new = (dataclasses.replace(recipe, epochs=n) for n in (before, now))
-    was = f'instead of {lr_at(epoch, old):.3g}' if epoch < before else f'after {lr_at(epoch - 1, old):.3g} in the last'
+    was = (f'instead of {lr_at(epoch, old):.3g}' if epoch < before
+           else f'after {lr_at(epoch - 1, old):.3g} in the epoch before')
     predictor = f"; the predictor's stays {scaled_lr(recipe):.3g}" if recipe.fix_pred_lr else ''
     return (
         f'extending the run from {before} to {now} epochs: from epoch {epoch + 1} on, the learning rate follows the '

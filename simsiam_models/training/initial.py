@@ -58,20 +58,20 @@ def load_initial(source: str, model: SimSiam, recipe: Recipe) -> Initial:
         check_finite({**found.backbone, **found.heads}, source)
     except (ValueError, FileNotFoundError) as e:
         text = str(e).removeprefix(f'{source}: ')
-        hint = '; `simsiam convert FILE FOLDER --to timm --branch NAME` takes one out' if '--branch' in text else ''
+        hint = '; `simsiam convert FILE FOLDER --to timm --branch NAME` extracts one' if '--branch' in text else ''
         raise type(e)(f'--init-from {source}: {text}{hint}') from None
     if found.tag:
         warn_of_licence(f'{NAME}.{found.tag}', WEIGHTS[found.tag])
     own = model.state_dict()
     if mismatch := describe_mismatch(found.backbone, model.backbone.state_dict()):
         raise ValueError(
-            f'--init-from {source}: its backbone is not the {recipe.model} of this run: {mismatch}; name its network '
+            f'--init-from {source}: its backbone is not the {recipe.model} of this run: {mismatch}; name that network '
             'with --model and --model-args')
     if any(recipe.model_args.get(k) != v for k, v in found.stem.items()):
         raise ValueError(
-            f'--init-from {source}: its network has a stem of its own; add it to --model-args: '
+            f'--init-from {source}: its network has a non-standard stem; add it to --model-args: '
             f'{json.dumps({**recipe.model_args, **found.stem})}')
-    state, misfit = {f'backbone.{k}': v for k, v in found.backbone.items()}, 'it holds none'
+    state, misfit = {f'backbone.{k}': v for k, v in found.backbone.items()}, 'the source has none'
     if found.heads:
         misfit = describe_mismatch(found.heads, {k: v for k, v in own.items() if not k.startswith('backbone.')})
         state |= {} if misfit else found.heads
@@ -79,7 +79,7 @@ def load_initial(source: str, model: SimSiam, recipe: Recipe) -> Initial:
     said = f'backbone only; projector and predictor start at random ({misfit})' if misfit else 'backbone, projector ' \
         'and predictor'
     if tuple(found.mean) != pixel_statistics(False)['mean']:
-        said += f'; they took pixels with the mean {tuple(found.mean)}, and now get the usual one'
+        said += f'; the weights were trained on pixels with the mean {tuple(found.mean)}, and now get the usual one'
     record = {'source': name_source(source), 'tag': found.tag, 'sha256': sha256, 'heads': not misfit}
     return Initial(state, record, f'starting from {record["source"]}: {said}; SHA-256 {sha256[:16]}')
 
@@ -108,10 +108,10 @@ def match_initial(
     if theirs is None and source is None:
         return {}
     if theirs is None:
-        raise ValueError(f'{where} holds a run that began without --init-from; give another --output')
+        raise ValueError(f'{where} holds a run that started without --init-from; give another --output')
     if source is None:
         raise ValueError(
-            f'{where} holds a run that began from other weights; add --init-from {theirs["source"]} to continue it, '
+            f'{where} holds a run that started from given weights; add --init-from {theirs["source"]} to continue it, '
             'or give another --output')
     if name_source(source) != theirs['source']:
         check_same(load_initial(source, model, recipe), theirs, where)
@@ -123,7 +123,7 @@ def check_same(initial: Initial, recorded: dict[str, Any], where: Path) -> None:
     ours, theirs = initial.record['sha256'][:16], recorded['sha256'][:16]
     if ours != theirs:
         raise ValueError(
-            f'{where} holds a run that began from {recorded["source"]} with the SHA-256 {theirs}, and '
+            f'{where} holds a run that started from {recorded["source"]} with the SHA-256 {theirs}, but '
             f'{initial.record["source"]} has {ours}; give another --output')
 
 
@@ -137,7 +137,7 @@ def _read_tag(tag: str) -> Source:
 def _read_path(path: Path) -> Source:
     if not path.exists():
         raise FileNotFoundError(
-            f'{path}: neither a file or folder nor a published tag (`simsiam weights list` shows them)')
+            f'{path}: not a file, a folder or a published tag (`simsiam weights list` shows the tags)')
     newest = path / LAST
     # A finished run has the weights in backbone/, too, but the heads only in its checkpoint.
     path = newest if newest.is_file() and 'recipe' in _read_args(path) else find_weights(path)

@@ -52,8 +52,8 @@ class Journal:
         size = accuracies.pop('size', MOST)
         if self.knn is not None:
             if self.knn.size not in (None, size):
-                self.log.say('the kNN monitor keeps its images, so that its numbers can be compared; --knn-images is '
-                             'for a new run')
+                self.log.say('the kNN monitor keeps its images, so that its numbers stay comparable; --knn-images '
+                             'takes effect in a new run only')
             self.knn.size = size
             self.knn.select(size)
         self.figures['knn'] = accuracies

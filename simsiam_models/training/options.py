@@ -81,13 +81,13 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
         help="auto: continue from the newest checkpoint in the run's folder; never: refuse a folder that holds a run; "
              'FILE: start a new folder from this checkpoint of the same recipe and data (default: auto)')
     add('--extend', type=int, metavar='N',
-        help='continue the run in its folder, finished or stopped, to N epochs in all instead of --epochs: the epochs '
-             'still to come get the learning rates of a run of N epochs. The same command, with or without --extend, '
+        help='continue the finished or stopped run in its folder to a total of N epochs, instead of --epochs: the '
+             'remaining epochs use the learning rates of an N-epoch run. The same command, with or without --extend, '
              'continues the longer run')
     add('--init-from', metavar='FILE|TAG',
-        help='start a new run from these weights: a published tag, OUTPUT of a run, an exported folder, or a '
-             'checkpoint of any known layout, all of the same backbone; projector and predictor, too, if it has them '
-             'and they fit (default: random weights)')
+        help='start a new run from these weights: a published tag, the OUTPUT of a run, an exported folder, or a '
+             'checkpoint in any known layout, with the same backbone; the projector and predictor are loaded too, '
+             'if they are there and fit (default: random weights)')
     add('--seed', type=int, default=0, help='seed of the weights, the order and the augmentation (default: 0)')
     add('--max-steps', type=int, metavar='N', help='stop after N optimizer steps in all (default: run to the end)')
     add('--max-unreadable', type=float, default=0.1, metavar='SHARE',
@@ -130,8 +130,8 @@ def _add_log_flags(add: Callable[..., Any]) -> None:
     add('--wandb', metavar='PROJECT', help='also send the figures to this Weights & Biases project')
     add('--knn-data', metavar='DATA', help='labelled images for the kNN monitor (default: DATA, if it is labelled)')
     add('--knn-images', type=_count_or_all, metavar='N|all',
-        help='images of the kNN monitor, one query for four of the bank (default: what it reads in a few seconds, and '
-             'at most what costs 5 %% of the run; the lines of the monitor state the numbers)')
+        help='images for the kNN monitor, one query to four bank images (default: as many as it measures in a few '
+             'seconds and within 5 %% of the run; its output states the numbers)')
 
 
 def _count_or_all(text: str) -> int:

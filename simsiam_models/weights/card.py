@@ -219,10 +219,10 @@ def _format_results(tag: str) -> str:
 def _format_scores(history: History) -> str:
     """Returns the section about what was measured in a training of the uploader's."""
     if not history.scores:
-        return '## Results\n\nNothing was measured in this training.'
+        return '## Results\n\nNothing was measured during training.'
     rows = [f'| {plain_markdown(s.name)} | {s.value:.2f} | {plain_markdown(s.remark)} |' for s in history.scores]
     return '\n'.join([
-        '## Results', '', f'Measured in the training, on {plain_markdown(history.data)} (percent):', '',
+        '## Results', '', f'Measured during training, on {plain_markdown(history.data)} (percent):', '',
         '| Measure | Result | Remark |', '|---|---|---|', *rows])
 
 

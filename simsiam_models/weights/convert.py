@@ -49,8 +49,8 @@ def convert(source: str | Path, out: str | Path, to: str, branch: str | None = N
         _write_folder(trained, out)
     elif to == 'onnx':
         data, difference = make_onnx(trained, trained.name == 'resnet50' and not _find_deviation(trained))
-        checked = [f'The outputs differ from those of torch by {difference:.1e} of the largest one (at most '
-                   f'{TOLERANCE:g} passes).']
+        checked = [f'The outputs differ from those of torch by {difference:.1e} of the largest one (tolerance '
+                   f'{TOLERANCE:g}).']
         _write(out, lambda file: file.write(data))
     else:
         if deviation := _find_deviation(trained):
@@ -81,7 +81,7 @@ def _find_deviation(trained: Trained) -> str:
     """Says why the network is not one of torchvision's ResNets, in entries and in outputs; '' if it is one."""
     model, name = trained.model, trained.name
     if name not in DEPTHS:
-        return f'it is a network of the architecture {name}, not one of {", ".join(DEPTHS)}'
+        return f'its architecture is {name}, not one of {", ".join(DEPTHS)}'
     plain = timm.create_model(name, num_classes=model.num_classes).eval()
     if mismatch := describe_mismatch(model.state_dict(), plain.state_dict()):
         return f'its {name} is not the usual one: {mismatch}'
@@ -90,7 +90,7 @@ def _find_deviation(trained: Trained) -> str:
     with torch.inference_mode():
         expected, found = model(x), plain(x)
     if not torch.allclose(found, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max()), equal_nan=True):
-        return f'its {name} computes something else than the usual one because of {trained.network.args}'
+        return f'its {name} computes something different from the usual one because of {trained.network.args}'
     return ''
 
 
@@ -157,6 +157,6 @@ def _explain_use(trained: Trained, out: Path, to: str) -> str:
             f'with RGB images, mean {means} and std {stds}.'),
         'onnx': (
             f'  {output}, = onnxruntime.InferenceSession({file}).run(None, {{"images": images}})\n'
-            f'images: float32 (B, 3, {sides}), RGB in 0..1 minus {mean}, over {std}; the metadata of the file say the '
-            'same.'),
+            f'images: float32 (B, 3, {sides}), RGB in 0..1 minus {mean}, over {std}; the metadata of the file say so '
+            'too.'),
     }[to]

@@ -80,7 +80,7 @@ def copy_export(source: Path, folder: Path, cfg: dict[str, Any]) -> None:
     Raises FileNotFoundError, or ValueError if the folder is not whole, or holds NaN or infinity.
     """
     if source.resolve() == folder.resolve():
-        raise ValueError(f'{folder} is the source itself: write to another folder')
+        raise ValueError(f'{folder} is the source itself: give another folder')
     config = read_whole_config(source)
     config['pretrained_cfg'] = {k: v for k, v in config['pretrained_cfg'].items() if k in DESCRIPTION} | cfg
     (config.get('model_args') or {}).pop('num_classes', None)  # transformers passes it too, and fails

@@ -99,7 +99,7 @@ def _read_pretraining(args: dict[str, Any], log: list[dict[str, Any]], epochs: i
     initial, base = _describe_initial(args.get('init_from'))
     facts = {
         'Recipe': args.get('recipe'), 'Initialised from': initial,
-        'Epochs': f'{done}' if done == total else f'{done} of {total}; the training had not finished',
+        'Epochs': f'{done}' if done == total else f'{done} of {total}; training had not finished',
         'Extended': '; '.join(
             f'from {x["epochs_before"]} to {x["epochs"]} epochs, with the learning rates of {x["epochs"]} epochs after '
             f'epoch {x["from_epoch"]}' for x in extensions),
@@ -140,7 +140,7 @@ def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, .
     others = [f'{names[k]} {v:.1f}' for k, v in before.items() if k in names and isinstance(v, float)]
     return Score(
         f'weighted kNN top-1 (k={args.get("knn_k")}, T={args.get("knn_t")})', round(last['knn'], 2), '; '.join([
-            f'the monitor of the training, after epoch {last["epoch"]}', *sizes, *others])),
+            f'kNN monitor, after epoch {last["epoch"]}', *sizes, *others])),
 
 
 def _read_finetuning(record: dict[str, Any]) -> History:
@@ -159,7 +159,7 @@ def _read_finetuning(record: dict[str, Any]) -> History:
         'Batch': protocol.get('batch_size'), 'Optimizer': protocol.get('optimizer'),
         'Learning rate': protocol.get('lr'), 'Seed': protocol.get('seed'), 'Date': record.get('date'),
         'Versions': _join(record.get('versions'))}
-    chosen = '; the epoch was chosen on them' if protocol.get('keep') == 'best' else ''
+    chosen = '; the best epoch was chosen on them' if protocol.get('keep') == 'best' else ''
     measured = {k: v for k, v in (record.get('metrics') or {}).items() if k in ('top1', 'top5')}
     return History(
         f'fine-tuned on {name}', name, {k: short(str(v), 300) for k, v in facts.items() if v not in (None, '')},

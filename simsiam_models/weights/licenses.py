@@ -20,4 +20,4 @@ def check_license(name: str) -> str:
     near = difflib.get_close_matches(found, LICENSES)
     raise ValueError(
         f'--license {name}: not an identifier that the Hub knows; use {", ".join(near) if near else "mit, apache-2.0"} '
-        "or another one of huggingface.co/docs/hub/repositories-licenses, or 'other'")
+        "or another one from huggingface.co/docs/hub/repositories-licenses, or 'other'")

@@ -77,7 +77,7 @@ def load_trained(source: Path, branch: str | None = None) -> Trained:
     path = find_weights(source)
     if (path / CONFIG).is_file():
         if branch is not None:
-            raise ValueError(f'--branch {branch}: selects a network of a checkpoint file, but {path} is a folder')
+            raise ValueError(f'--branch {branch}: selects a network in a checkpoint file, but {path} is a folder')
         return _load_export(path)
     if path.is_file() and is_safetensors(read_head(path)):
         check_whole(path)
@@ -91,7 +91,7 @@ def load_trained(source: Path, branch: str | None = None) -> Trained:
         raise ValueError(
             f'{path}: its {len(checkpoint.backbone)} backbone entries (layout {checkpoint.layout}) fill none of '
             f'{", ".join(network.name for network in candidates)}; it is not a ResNet-50 because of '
-            f'{describe_mismatch(checkpoint.backbone, expected)}: name the folder that it was exported to, or put the '
+            f'{describe_mismatch(checkpoint.backbone, expected)}: name the folder it was exported to, or put the '
             "run's args.json beside it")
     model, network = found
     cfg = make_timm_config(model, network.name, model.num_classes, network.description)['pretrained_cfg']

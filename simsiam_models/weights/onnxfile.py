@@ -135,7 +135,7 @@ def _compare(data: bytes, model: nn.Module, name: str) -> float:
         raise ValueError(f'{name} does not run in ONNX ({one_line(e)}); convert it to timm instead') from None
     if not (worst := float(max(differences))) <= TOLERANCE:  # NaN too
         raise ValueError(
-            f'{name} computes something else in ONNX than in torch: the outputs differ by {worst:.1e} of the largest '
+            f'{name} gives different results in ONNX and in torch: the outputs differ by {worst:.1e} of the largest '
             f'one, more than rounding explains ({TOLERANCE:g}); convert it to timm instead')
     return worst
 

@@ -55,7 +55,7 @@ def publish(
     elif private:
         raise ValueError('--private and --dry-run exclude each other: a dry run creates no repository')
     if not source.exists():
-        raise FileNotFoundError(f'{source} does not exist: name a checkpoint, or the folder of a run or an export')
+        raise FileNotFoundError(f'{source} does not exist: name a checkpoint, or the folder of a run or export')
     trained = None if tag in WEIGHTS else load_trained(source)
     if repo is None:
         name = trained.network.name.removeprefix('simsiam_') if trained else PLAIN_TIMM[NAME]
@@ -80,7 +80,7 @@ def _check_request(tag: str | None, license: str | None, repo: str | None) -> st
         if license and license != weights.license:
             raise ValueError(f'{tag} is published by its authors under {weights.license}: leave --license out')
         if repo:
-            raise ValueError(f'--repo {repo}: is for weights of your own; {tag} goes to '
+            raise ValueError(f'--repo {repo}: only for your own weights; {tag} goes to '
                              f'{sources.hub_id(f"{NAME}.{tag}")} (SIMSIAM_HUB_NAMESPACE names another namespace)')
         return weights.license
     if repo is not None:
@@ -89,12 +89,12 @@ def _check_request(tag: str | None, license: str | None, repo: str | None) -> st
         except ValueError:
             repo = ''
         if repo.count('/') != 1:
-            raise ValueError('--repo: must be OWNER/NAME, each of letters, digits, "-", "_" and "."')
+            raise ValueError('--repo: must be OWNER/NAME, each made up of letters, digits, "-", "_" and "."')
     elif tag is None:
-        raise ValueError('name the repository, --repo OWNER/NAME, or a --tag')
+        raise ValueError('name the repository with --repo OWNER/NAME, or give a --tag')
     if not license:
         what = f'{tag!r} is not a published tag ({", ".join(WEIGHTS)}); to' if tag else 'To'
-        raise ValueError(f'{what} publish weights of your own, name their license: --license apache-2.0')
+        raise ValueError(f'{what} publish your own weights, give their licence: --license apache-2.0')
     return check_license(license)
 
 
@@ -186,7 +186,7 @@ def _write_own(trained: Trained, source: Path, repo: str, folder: Path, cfg: dic
     origin = read_origin(path / MODEL if path.is_dir() else path)
     tag = next((t for t, w in WEIGHTS.items() if w.url == origin.get('url')), checkpoint and checkpoint.info.get('tag'))
     if tag:
-        raise ValueError(f'{source} says that it holds the published weights {tag}: publish them with --tag {tag}')
+        raise ValueError(f'{source} is marked as the published weights {tag}: publish them with --tag {tag}')
     if checkpoint is None:
         copy_export(path, folder, cfg)
         epochs = int(n) if (n := tensorfile.read_metadata(path / MODEL).get('epochs', '')).isdecimal() else None

@@ -53,7 +53,7 @@ def upload(folder: Path, tag: str, repo: str, private: bool = False) -> list[str
         reason = one_line(e if type(e) is RuntimeError else f'{type(e).__name__}: {e}', 300)
         status = getattr(getattr(e, 'response', None), 'status_code', None)
         if status in (401, 403):
-            reason = (f'the Hub refuses the token ({status}): it needs write access to the namespace '
+            reason = (f'the Hub refused the token ({status}): it needs write access to the namespace '
                       f'{repo.split("/")[0]} (--repo or SIMSIAM_HUB_NAMESPACE names another)')
         raise RuntimeError(f'{repo} was not uploaded: {reason}') from e
     record = {
@@ -70,4 +70,4 @@ def pin_upload(tag: str, record: dict[str, Any]) -> list[str]:
         write_json(path, {**json.loads(path.read_text()), tag: record})
     except (OSError, ValueError) as e:  # the upload is done, and its hashes must not get lost
         return [f'{path} cannot be written ({e}); add this to it:', json.dumps({tag: record}, indent=2)]
-    return [f'Recorded revision and hashes in {path}: commit that file.']
+    return [f'Recorded the revision and hashes in {path}: commit that file.']

@@ -248,7 +248,7 @@ def test_the_first_images_of_a_stream_are_read_and_it_says_so(monkeypatch, capsy
 def test_few_labelled_images_get_the_command_that_fine_tunes_them(few_digits, tmp_path, capsys, fast):
     assert run(few_digits, '--workers', '1', '--json', tmp_path / 'r.json') == 0
     out, told = capsys.readouterr().out, json.loads((tmp_path / 'r.json').read_text())
-    assert f'\nlikely better than pretraining:\n{told["finetune_command"]}\n' in out
+    assert f'\nlikely to work better than pretraining:\n{told["finetune_command"]}\n' in out
     assert any('64 images are few' in text and text.endswith('see its command below') for text in told['warnings'])
     args = build_command_parser().parse_args(shlex.split(told['finetune_command'])[1:])
     assert (args.data, args.model, args.device, args.workers) == (str(few_digits), 'simsiam_resnet50', 'cpu', 1)
@@ -284,8 +284,8 @@ def test_busy_processes_are_seen(monkeypatch):
 def test_a_disturbed_timing_is_a_warning(few_digits, tmp_path, monkeypatch, fast):
     monkeypatch.setattr(trial_module, 'find_disturbance', lambda before, after: 0.43)
     assert run(few_digits, '--json', tmp_path / 'r.json') == 0
-    assert ('the timing was disturbed: 43 % of the processor time went to other processes; run again on a quiet machine'
-            in json.loads((tmp_path / 'r.json').read_text())['warnings'])
+    assert ('the timing was disturbed: 43 % of the processor time went to other processes; run it again on an idle '
+            'machine' in json.loads((tmp_path / 'r.json').read_text())['warnings'])
 
 
 def warnings_of(pixels: np.ndarray, monkeypatch, tmp_path: Path, *args: object) -> str:

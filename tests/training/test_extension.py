@@ -57,7 +57,8 @@ def test_a_finished_run_goes_on_with_the_cosine_of_the_new_total_and_keeps_its_l
     train(few_digits, run, '--epochs', '2', '--extend', '4')
     said = capsys.readouterr().out
     assert ('extending the run from 2 to 4 epochs: from epoch 3 on, the learning rate follows the cosine over 4 '
-            f'epochs, which gives {cosine(2, 4):.3g} in that epoch after {cosine(1, 2):.3g} in the last; '
+            f'epochs, which gives {cosine(2, 4):.3g} in that epoch after {cosine(1, 2):.3g} in the '
+            'epoch before; '
             f"the predictor's stays {BASE:.3g}\n") in said
     assert (run / 'log.jsonl').read_bytes().startswith(log)
     assert rates(run) == pytest.approx({0: cosine(0, 2), 1: cosine(1, 2), 2: cosine(2, 4), 3: cosine(3, 4)})
@@ -88,11 +89,11 @@ def test_an_extended_run_is_finished_once_and_goes_on_by_either_command(few_digi
     assert (run / 'backbone/model.safetensors').read_bytes() == backbone  # still that of 2 epochs
     capsys.readouterr()
     train(few_digits, run, '--epochs', '2', '--extend', '3')
-    assert f'{run} has been extended to 3 epochs\n' in capsys.readouterr().out
+    assert f'{run} has already been extended to 3 epochs\n' in capsys.readouterr().out
     checkpoint, args = (run / 'checkpoint.pth').read_bytes(), arguments(run)
     assert len(args['extensions']) == 1
     train(few_digits, run, '--epochs', '2', '--extend', '3')
-    assert f'{run} has been extended to 3 epochs and is finished' in capsys.readouterr().out
+    assert f'{run} has already been extended to 3 epochs and is finished' in capsys.readouterr().out
     assert (run / 'checkpoint.pth').read_bytes() == checkpoint and arguments(run) == args
 
 
@@ -120,7 +121,7 @@ def test_what_cannot_be_extended_is_refused_and_nothing_changes(few_digits, done
 
 
 def test_a_folder_without_a_run_cannot_be_extended(few_digits, tmp_path):
-    with pytest.raises(ValueError, match=r'--extend 4: .*new holds no run; name the --output of one'):
+    with pytest.raises(ValueError, match=r'--extend 4: .*new holds no run; name the --output of a run'):
         train(few_digits, tmp_path / 'new', '--extend', '4')
     assert not (tmp_path / 'new').exists()
 

@@ -111,9 +111,9 @@ def test_a_tag_gives_backbone_and_heads_and_says_which_pixels_they_took(tmp_path
     initial = load_initial(source, model, RECIPE)
     assert not differing(initial.state, written.state_dict())
     assert initial.record['source'] == f'simsiam_resnet50.{tag}' and initial.record['tag'] == tag
-    assert ('they took pixels with the mean (0.406, 0.456, 0.485)' in initial.text) == WEIGHTS[tag].bgr
+    assert ('trained on pixels with the mean (0.406, 0.456, 0.485)' in initial.text) == WEIGHTS[tag].bgr
     copy = load_initial(str(tmp_path / 'model.safetensors'), model, RECIPE)  # the header says where it comes from
-    assert copy.record['tag'] == tag and ('took pixels' in copy.text) == WEIGHTS[tag].bgr
+    assert copy.record['tag'] == tag and ('trained on pixels' in copy.text) == WEIGHTS[tag].bgr
 
 
 def test_a_supervised_model_of_timm_gives_its_backbone(tmp_path):
@@ -123,7 +123,7 @@ def test_a_supervised_model_of_timm_gives_its_backbone(tmp_path):
     model = create_simsiam('vit_tiny_patch16_224', dim=16, pred_dim=4, **args)
     initial = load_initial(str(tmp_path / 'vit'), model, Recipe('', model='vit_tiny_patch16_224', model_args=args))
     kept = {f'backbone.{k}': v for k, v in trained.state_dict().items() if not k.startswith('head.')}
-    assert not differing(initial.state, kept) and '(it holds none)' in initial.text
+    assert not differing(initial.state, kept) and '(the source has none)' in initial.text
     assert '(0.5, 0.5, 0.5), and now get the usual one' in initial.text
 
 
@@ -145,12 +145,12 @@ def test_a_continuation_needs_no_file_and_a_moved_one_is_recognized(few_digits, 
 def test_other_first_weights_are_another_run(few_digits, done, tmp_path):
     train(few_digits, tmp_path / 'run', '--max-steps', '1', '--init-from', str(done))
     for more, words in (
-            ([], f'began from other weights; add --init-from {done.resolve()} to continue it'),
-            (['--init-from', str(done / 'backbone')], 'with the SHA-256 [0-9a-f]{16}, and .*backbone has [0-9a-f]{16}'),
-            (['--init-from', str(tmp_path / 'nothing')], 'neither a file or folder nor a published tag')):
+            ([], f'started from given weights; add --init-from {done.resolve()} to continue it'),
+            (['--init-from', str(done / 'backbone')], 'with the SHA-256 [0-9a-f]{16}, but .*backbone has [0-9a-f]{16}'),
+            (['--init-from', str(tmp_path / 'nothing')], 'not a file, a folder or a published tag')):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             train(few_digits, tmp_path / 'run', *more)
-    with pytest.raises(ValueError, match='holds a run that began without --init-from; give another --output'):
+    with pytest.raises(ValueError, match='holds a run that started without --init-from; give another --output'):
         train(few_digits, done, '--init-from', str(done))
 
 
@@ -203,10 +203,10 @@ def other_network(done: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize('make, words', [
     (spoiled, 'holds NaN or infinity in 1 tensors'),
-    (two_networks, '`simsiam convert FILE FOLDER --to timm --branch NAME` takes one out'),
+    (two_networks, '`simsiam convert FILE FOLDER --to timm --branch NAME` extracts one'),
     (other_network, r'its backbone is not the resnet18 of this run: .* of another shape \(.*--model and --model-args'),
     (lambda done, tmp_path: tmp_path, '--init-from .*: no model.safetensors there; name a folder'),
-    (lambda done, tmp_path: tmp_path / 'mm_ep300_in1k', r'nor a published tag \(`simsiam weights list` shows them\)')])
+    (lambda done, tmp_path: tmp_path / 'mm_ep300_in1k', r'a published tag \(`simsiam weights list` shows the tags\)')])
 def test_weights_that_cannot_be_used_are_refused_before_a_folder_is_made(few_digits, done, tmp_path, make, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         train(few_digits, tmp_path / 'run', '--init-from', str(make(done, tmp_path)))
@@ -220,7 +220,7 @@ def test_a_stem_that_no_entry_shows_must_be_the_runs_own(tmp_path):
     # solo-learn's, whose stem pads by 2
     torch.save({'state_dict': {**model.state_dict(), **classifier}}, tmp_path / 'solo.ckpt')
     recipe = Recipe('', model='simsiam_resnet18_cifar', model_args=args)
-    with pytest.raises(ValueError, match='a stem of its own; add it to --model-args: .*"stem_padding": 2'):
+    with pytest.raises(ValueError, match='a non-standard stem; add it to --model-args: .*"stem_padding": 2'):
         load_initial(str(tmp_path / 'solo.ckpt'), model, recipe)
     recipe = Recipe('', model='simsiam_resnet18_cifar', model_args={**args, 'stem_padding': 2})
     assert not differing(load_initial(str(tmp_path / 'solo.ckpt'), model, recipe).state, model.state_dict())

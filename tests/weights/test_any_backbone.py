@@ -92,7 +92,7 @@ def test_an_onnx_file_that_differs_from_torch_is_not_written(tmp_path: Path, mon
         return trace(model, *args)
 
     monkeypatch.setattr(onnxfile, '_trace', trace_others)
-    with pytest.raises(ValueError, match='resnet18 computes something else in ONNX than in torch') as error:
+    with pytest.raises(ValueError, match='resnet18 gives different results in ONNX and in torch') as error:
         convert(tmp_path / 'in', tmp_path / 'out.onnx', 'onnx')
     assert '\n' not in str(error.value) and [p.name for p in tmp_path.iterdir()] == ['in']
 
@@ -110,9 +110,9 @@ def test_what_onnx_has_no_operator_for_is_one_sentence(
 
 @pytest.mark.parametrize('to, file', [('torchvision', 'x.pth'), ('mmdet', 'x.pth'), ('detectron2', 'x.pkl')])
 @pytest.mark.parametrize('name, args, words', [
-    ('vit_tiny_patch16_224', VIT, 'of the architecture vit_tiny_patch16_224, not one of resnet18, resnet34'),
+    ('vit_tiny_patch16_224', VIT, 'its architecture is vit_tiny_patch16_224, not one of resnet18, resnet34'),
     ('resnet18', NARROW, 'resnet18 is not the usual one: '),
-    ('resnet18', {'act_layer': 'silu'}, "computes something else than the usual one because of {'act_layer': 'silu'}")])
+    ('resnet18', {'act_layer': 'silu'}, "something different from the usual one because of {'act_layer': 'silu'}")])
 def test_what_a_target_cannot_hold_is_refused_by_name(
         to: str, file: str, name: str, args: dict, words: str, tmp_path: Path) -> None:
     export(tmp_path / 'in', name, args)

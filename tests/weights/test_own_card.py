@@ -97,7 +97,7 @@ def test_a_run_that_has_not_finished_says_so_and_has_no_numbers(few_digits: Path
     publish(tmp_path / 'run', repo='me/x', license='mit', dry_run=tmp_path / 'out')
     card = ModelCard.load(tmp_path / 'out' / 'README.md')
     assert card.data.eval_results is None and 'model-index' not in card.content
-    assert '0 of 3; the training had not finished' in card.text and 'Nothing was measured' in card.text
+    assert '0 of 3; training had not finished' in card.text and 'Nothing was measured' in card.text
     assert (tmp_path / 'out' / 'heads.safetensors').exists()
 
 
@@ -109,7 +109,7 @@ def test_a_fine_tuned_classifier_has_the_numbers_of_its_record(classifier: Path,
         f'top-{k}': round(record['metrics'][f'top{k}'], 2) for k in (1, 5)}
     counts = record['data']['counts']
     assert f'{counts["train"]} training and {counts["test"]} validation images of 10 classes' in card.text
-    assert 'the epoch was chosen on them' in card.text and 'pretrained by SimSiam' not in card.text
+    assert 'the best epoch was chosen on them' in card.text and 'pretrained by SimSiam' not in card.text
     assert card.data.pipeline_tag == 'image-classification'
 
 
@@ -189,7 +189,7 @@ def test_a_license_must_be_one_that_the_hub_knows(license: str, words: str, run:
 
 @pytest.mark.parametrize('args, words', [
     (['--repo', 'me'], '--repo: must be OWNER/NAME'), (['--repo', 'a/b/c'], '--repo: must be OWNER/NAME'),
-    (['--repo', 'me/x y'], '--repo: must be OWNER/NAME'), (['--repo', 'me/x'], 'name their license'),
+    (['--repo', 'me/x y'], '--repo: must be OWNER/NAME'), (['--repo', 'me/x'], 'give their licence'),
     (['--repo', 'me/x', '--tag', 'mm_ep200_in1k'], 'mm_ep200_in1k goes to simsiam-models/'),
     (['--repo', 'me/x', '--license', 'mit', '--private'], '--private and --dry-run exclude each other')])
 def test_what_contradicts_itself_is_refused(

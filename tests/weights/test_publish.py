@@ -558,7 +558,7 @@ def test_a_refused_token_a_dead_hub_and_no_token_are_told_in_a_sentence(linear, 
     hub.status = 403
     refused, dead, tokenless = upload(linear[0], pins, f'{hub.url} hf_x', 'http://127.0.0.1:9 hf_x', hub.url)
     start = f'RuntimeError: someone/simsiam_resnet50.{LIN} was not uploaded: '
-    assert refused.startswith(f'{start}the Hub refuses the token (403)')
+    assert refused.startswith(f'{start}the Hub refused the token (403)')
     assert dead.startswith(start) and 'Connect' in dead
     assert tokenless.startswith('RuntimeError: no Hugging Face token: ')
     assert pins.read_text() == '{}'

@@ -75,7 +75,7 @@ def add_training_arguments(group: argparse._ArgumentGroup) -> None:
     add('--opt', dest='optimizer', metavar='NAME', help=f"optimizer, as timm names it (default: {PLAIN['optimizer']})")
     add('--lr', nargs='+', **NUMBER, help='learning rate of the last layer per 256 samples: lr * batch / 256 is '
         f'used (default: {RATE:g} is used, times the root of {STEPS} / steps beyond {STEPS} steps); with --protocol '
-        'the rate of the backbone, unscaled; several: a run and a folder for each, and a table')
+        'the rate of the backbone, unscaled; given several: a run and a folder for each, and a table')
     add('--weight-decay', **NUMBER, help=f'default: {PLAIN["weight_decay"]}')
     add('--layer-decay', **NUMBER,
         help=f"each layer's rate is the next one's times this (default: {PLAIN['layer_decay']}; 1: the same rate)")
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
             names, rates = (('lr',), [(lr,) for lr in args.lr]) if plain else (
                 ('lr', 'head multiplier'), [(s.lr, s.head_multiplier) for _, s in runs])
             used = ' (its lr is the one in use: --lr x batch / 256)' if plain else ''
-            say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all numbers{used}')
+            say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all the numbers{used}')
     return 0
 
 

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
             print if world.main else silent)
         if len(runs) > 1 and world.main:
             print(format_sweep(['lr'], [(one.lr,) for one in runs], records))
-            print(f'simsiam report {args.output} shows all numbers')
+            print(f'simsiam report {args.output} shows all the numbers')
     return 0
 
 

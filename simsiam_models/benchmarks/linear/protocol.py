@@ -10,7 +10,7 @@ from ..protocols import LINEAR, SIZE, LinearProtocol
 # The numbers that the flag of the same name overrides: type and help text.
 OVERRIDES: dict[str, tuple[type, str]] = {
     'batch_size': (int, 'samples per optimizer step, over all processes'),
-    'lr': (float, 'learning rate (fair: per 256 samples); several: a run for each, and a table'),
+    'lr': (float, 'learning rate (fair: per 256 samples); given several: a run for each, and a table'),
     'epochs': (int, 'passes over the training images'),
     'lr_steps': (int, 'epochs after which the learning rate falls'),
     'lr_gamma': (float, 'factor by which it falls'),

@@ -1,11 +1,11 @@
 """Looks at a data set through features: nearest images, copies, outliers, likely wrong labels.
 
     simsiam neighbours PHOTOS --out photos.csv --html photos.html
-    simsiam neighbours PHOTOS --query photo.jpg                          what is like it, and is it there already?
-    simsiam neighbours --features photos-*.parquet --out found.parquet   from what simsiam embed wrote
+    simsiam neighbours PHOTOS --query photo.jpg                          what is similar, and is it there already?
+    simsiam neighbours --features photos-*.parquet --out found.parquet   from files that simsiam embed wrote
 
 --out NAME.csv lists the k nearest of each image; NAME-copies.csv, NAME-outliers.csv and, with labels, NAME-labels.csv
-list what was found. The search is exact; above a million images faiss makes it, or with --approximate at any size.
+list what was found. The search is exact; it uses faiss above a million images, or at any size with --approximate.
 """
 import argparse
 import tempfile
@@ -37,12 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('data', metavar='DATA', nargs='?', help='as for `pretrain`: a folder of images, a list, tar shards, ...')
     add('--features', nargs='+', type=Path, metavar='FILE',
         help='instead of DATA: files that simsiam embed wrote; images are read from the paths in them')
-    add('--query', nargs='+', type=Path, metavar='IMAGE', help='only look up the nearest of these image files')
+    add('--query', nargs='+', type=Path, metavar='IMAGE', help='only look up the images nearest to these files')
     add('--k', type=int, default=5, metavar='K', help='nearest images to list (default: 5)')
     add('--out', '--output', dest='output', type=Path, metavar='FILE',
         help='FILE.csv or FILE.parquet for the nearest images; findings go to FILE-copies, FILE-outliers, FILE-labels')
-    add('--html', type=Path, metavar='FILE.html', help='contact sheet: one file, to open in a browser')
-    add('--approximate', action='store_true', help='search with faiss in a part of the images; the recall is printed')
+    add('--html', type=Path, metavar='FILE.html', help='contact sheet: a single file to open in a browser')
+    add('--approximate', action='store_true', help='search only some of the images, with faiss; prints the recall')
     add_model(parser)
     add('--part', choices=['train', 'val'], default='train',
         help='part to use, if the data has both (default: train)')
@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
         return _look_up(args, table, images, backbone, world)
     k = min(args.k, len(table.paths) - 1)
     if k < 1:
-        raise ValueError(f'{args.data or args.features[0]}: one image has no neighbours; give more')
+        raise ValueError(f'{args.data or args.features[0]}: a single image has no neighbours; give more images')
     if k < args.k:
-        print(f'--k {args.k}: {k}, as there are only {len(table.paths)} images')
+        print(f'--k {args.k}: using {k}, as there are only {len(table.paths)} images')
     workers = cores() if args.workers is None else args.workers
     found = examine(table, images, k, world.device, args.approximate, workers)
     for text in found.describe():
@@ -109,8 +109,8 @@ def _extract_table(
 def _open_paths(paths: list[str], name: str) -> FileImages | None:
     """Returns the files at these paths; None, with a line, if the first is no file."""
     if not Path(paths[0]).is_file():
-        print(f'{printable(paths[0])} is no file that is here, so copies are not looked for, and no pictures '
-              'shown; run the command where the paths in --features lead to the images, or give DATA instead')
+        print(f'{printable(paths[0])} is not a file on this machine, so there is no search for copies, and no '
+              'pictures are shown; run the command where the paths in --features exist, or give DATA instead')
         return None
     listing = Listing()
     for path in paths:
@@ -132,7 +132,7 @@ def _look_up(
     backbone = backbone or load_backbone(args.model, world.device, args.branch)
     if table.about.get('weights', backbone.digest) != backbone.digest:
         raise ValueError(
-            f'--features are of {table.about.get("model")} (weights {table.about["weights"]}), but --model '
+            f'--features come from {table.about.get("model")} (weights {table.about["weights"]}), but --model '
             f'{args.model} has the weights {backbone.digest}; name the same model with --model')
     transform = make_transform(args, backbone, print)
     with tempfile.TemporaryDirectory() as cache:

@@ -63,7 +63,7 @@ def _find_by_faiss(
     bank: np.ndarray, queries: np.ndarray, k: int, device: torch.device, approximate: bool, *,
     say: Callable[[str], Any],
 ) -> Found:
-    what = '--approximate' if approximate else f'a search among more than {LARGE:,} images'
+    what = '--approximate' if approximate else f'a search of more than {LARGE:,} images'
     require(what, faiss='faiss-cpu')
     import faiss
 

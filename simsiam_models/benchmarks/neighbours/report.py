@@ -53,7 +53,7 @@ class Findings:
             lines.append(f'copies: {len(self.copies):,} of {n:,} images, in {groups:,} groups{kinds}')
             if self.table.labels is not None:
                 other = sum(self.class_of(c.row) != self.class_of(c.original) for c in self.copies)
-                lines[-1] += f'; {other:,} in another class than their original' if other else ''
+                lines[-1] += f'; {other:,} in a different class from their original' if other else ''
         lines.append(f'outliers: {len(self.outliers):,} of {n:,} images')
         if self.table.labels is not None:
             weak = ', so these features say little about them' if self.agree < 0.5 else ''
@@ -110,7 +110,7 @@ def _load(found: Findings, source: str, row: int) -> Image.Image:
     """Returns a picture of the data or of the queries; raises UnreadableError."""
     images = found.queries[1] if source == 'query' else found.images
     if images is None:
-        raise UnreadableError(f'{found.table.paths[row]}: no file that is here')
+        raise UnreadableError(f'{found.table.paths[row]}: not a file on this machine')
     return Image.fromarray(images.read(row))
 
 
@@ -148,30 +148,30 @@ def _list_neighbours(found: Findings) -> Iterator[tuple[Any, ...]]:
 
 def _list_sections(found: Findings) -> list[Section]:
     if found.queries is not None:
-        return [Section('Nearest images', 'Each query, and its nearest images by cosine.', [
+        return [Section('Nearest images', 'Each query and its nearest images by cosine similarity.', [
             _neighbour_row(found, i) for i in range(min(ROWS, len(found.found)))], len(found.found))]
     groups: dict[int, list[Copy]] = {}
     for copy in found.copies:
         groups.setdefault(copy.group, []).append(copy)
     sections = [Section(
-        'Copies', 'The first image of a group has the most pixels and bytes.',
+        'Copies', 'The first image of each group is the one with the most pixels and bytes.',
         [(f'Group {number}', [_cell(found, group[0].original, 'original'), *(
             _cell(found, c.row, c.kind) for c in group[:SHOWN])]) for number, group in list(groups.items())[:ROWS]],
         len(groups))] if found.images is not None else []
     sections.append(Section(
-        'Outliers', 'Images that are far from all others, the farthest first, with their nearest images.',
+        'Outliers', 'Images that are far from all others, farthest first, with their nearest images.',
         [_neighbour_row(found, o.row, f'score {o.score:.1f}') for o in found.outliers[:ROWS]], len(found.outliers)))
     if found.table.labels is not None:
         sections.append(Section(
-            'Likely wrong labels', 'At least seven of ten neighbours are of one other class, at most one of the own. '
-            f'The neighbours agree with {found.agree:.0%} of all labels.',
+            'Likely wrong labels', 'At least seven of ten neighbours belong to one other class, and at most one to '
+            f'the class of the image. The neighbours agree with {found.agree:.0%} of all labels.',
             [_neighbour_row(found, d.row, f'{short(found.class_of(d.row), 40)}, or '
                             f'{short(found.table.classes[d.suggested], 40)}? ({d.share:.0%} of the votes)')
              for d in found.doubts[:ROWS]], len(found.doubts)))
     n = len(found.found)
     some = sorted({n * i // ROWS for i in range(ROWS)})
     sections.append(Section(
-        'Nearest images', 'Evenly spaced images of the data, and their nearest ones by cosine.',
+        'Nearest images', 'A sample of the images, evenly spaced, and their nearest images by cosine similarity.',
         [_neighbour_row(found, i) for i in some], n))
     return sections
 

@@ -37,5 +37,5 @@ def note_uncertainty(records: Sequence[dict[str, Any]]) -> list[str]:
         standard_error(value, n) for record in records if (n := count_tested(record))
         for value in record['metrics'].values()]
     return [
-        f'Standard error of an accuracy: at most {max(errors):.2f} points; whatever is less than '
-        f'{2 * math.sqrt(2) * max(errors):.2f} apart (two standard errors) may be so by chance.'] if errors else []
+        f'Standard error of an accuracy: at most {max(errors):.2f} points; differences of less than '
+        f'{2 * math.sqrt(2) * max(errors):.2f} points (two standard errors) may be chance.'] if errors else []

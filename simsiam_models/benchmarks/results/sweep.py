@@ -66,10 +66,10 @@ def _describe_best(names: Sequence[str], values: Sequence[Sequence[float]], rank
         return 'every run diverged; try lower rates'
     (best, _, accuracy, images), *others = ranked
     which = ', '.join(f'{name} {x:g}' for name, x in zip(names, values[best], strict=True))
-    text = (f'best: {which}, chosen on the {counted(images, "test image")} that its accuracy is of, so expect less of '
-            'it on new images')
+    text = (f'best: {which}, chosen on the {counted(images, "test image")} that gave its accuracy, so expect less on '
+            'new images')
     if others:
-        text += f'; {describe_difference(accuracy, others[0][2], images)} the next one'
+        text += f'; compared with the runner-up: {describe_difference(accuracy, others[0][2], images)}'
     for name, own, tried in zip(names, values[best], zip(*values, strict=True), strict=True):
         if len({*tried}) > 2 and own in (min(tried), max(tried)):
             text += f'; no {"lower" if own == min(tried) else "higher"} {name} was tried'

@@ -109,7 +109,7 @@ def test_features_without_their_images_still_have_neighbours_and_a_line_says_wha
     assert cli.main(['neighbours', '--features', str(tmp_path / 'x.csv'), '--out', str(tmp_path / 'n.csv'), '--html',
                      str(tmp_path / 'n.html'), '--device', 'cpu']) == 0
     said = capsys.readouterr().out
-    assert 'gone/0.jpg is no file that is here, so copies are not looked for' in said and 'copies:' not in said
+    assert 'gone/0.jpg is not a file on this machine, so there is no search' in said and 'copies:' not in said
     assert len(read(tmp_path / 'n.csv')) == 150 and not (tmp_path / 'n-labels.csv').exists()
     assert 'The image cannot be read.' in (tmp_path / 'n.html').read_text()
 
@@ -185,7 +185,7 @@ def test_names_of_files_are_text_in_the_sheet_and_in_the_tables(photos, tmp_path
     assert cli.main(['neighbours', os.fsdecode(root), *MODEL, '--cache', str(tmp_path / 'cache'), '--out',
                      str(tmp_path / 'n.csv'), '--html', str(tmp_path / 'n.html')]) == 0
     said = ''.join(capsys.readouterr())
-    assert all(c.isprintable() or c == '\n' for c in said) and '--k 5: 4, as there are only 5 images' in said
+    assert all(c.isprintable() or c == '\n' for c in said) and '--k 5: using 4, as there are only 5 images' in said
     page = Sheet((tmp_path / 'n.html').read_text())
     assert not [tag for tag, attrs in page.tags if 'onerror' in attrs or attrs.get('src') == 'x']
     joined = ''.join(page.texts)

@@ -170,7 +170,8 @@ def test_a_worse_result_is_called_worse_by_how_much_and_with_its_standard_error(
     assert 'points below\n' in format_record(boxes) and 'std. error' not in format_record(boxes)
     assert 'worse' not in format_record(write(tmp_path / 'same.json', 'imagenet_knn_T0.07', KNN))
     (tmp_path / 'voc.json').unlink()
-    assert 'Standard error of an accuracy: at most 0.22 points; whatever is less than 0.63 apart' in report([tmp_path])
+    assert 'Standard error of an accuracy: at most 0.22 points; differences of less than 0.63 points' in report(
+        [tmp_path])
 
 
 @pytest.mark.parametrize('benchmark', CASES)

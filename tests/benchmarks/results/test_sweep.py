@@ -32,8 +32,8 @@ def test_the_table_marks_the_best_and_says_what_it_was_chosen_on():
     assert [row.split() for row in rows] == [
         ['0.01', '40.00', '%', '6.32'], ['0.03', '80.00', '%', '5.16', 'best'], ['0.1', '75.00', '%', '5.59']]
     assert last == (
-        'best: lr 0.03, chosen on the 60 test images that its accuracy is of, so expect less of it on new images; 5.00 '
-        'points above (standard error 7.61, so it may be chance) the next one')
+        'best: lr 0.03, chosen on the 60 test images that gave its accuracy, so expect less on new images; compared '
+        'with the runner-up: 5.00 points above (standard error 7.61, so it may be chance)')
 
 
 def test_the_first_of_equals_is_the_best_and_an_end_of_the_rates_is_named():
@@ -76,4 +76,4 @@ def test_only_accuracies_have_a_standard_error():
     boxes = {'benchmark': 'voc0712_faster_rcnn_c4_24k', 'data': {'counts': {'test': 10}}, 'metrics': {'AP50': 50.0}}
     assert note_uncertainty([boxes]) == []
     (note,) = note_uncertainty([record(50.0, 100), record(90.0, 100)])
-    assert 'at most 5.00 points; whatever is less than 14.14 apart' in note
+    assert 'at most 5.00 points; differences of less than 14.14 points' in note
