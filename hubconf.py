@@ -73,6 +73,8 @@ def _name(tag, classifier=False):
     import simsiam_models  # registers the models with timm
     from simsiam_models.weights.published import NAME, WEIGHTS
 
+    if tag is None and classifier:
+        tag = 'mm1x_ep200_lin_in1k'
     tags = [known for known, weights in WEIGHTS.items() if weights.linear or not classifier]
     if tag is not None and tag not in tags:
         what = 'has no classifier' if tag in WEIGHTS else 'is not known'

@@ -40,6 +40,7 @@ from ..runtime.precision import suggest_off
 from ..runtime.signals import Signals, Stopped
 from ..runtime.terminal import Parser
 from ..weights import export_backbone
+from ..weights.networks import BACKBONE
 from .extension import recipe_at
 from .initial import KEY as INITIAL
 from .journal import Journal
@@ -47,7 +48,7 @@ from .options import add_flags, name_recipe, resolve_recipe
 from .schedule import set_lr
 from .setup import FREE, KEYS, claim, make_trainer, name_output, prepare
 from .step import Trainer, train_step
-from .summary import BACKBONE, describe, describe_continuation, verdict
+from .summary import describe, describe_continuation, verdict
 
 
 def build_parser(prog: str = 'simsiam pretrain') -> argparse.ArgumentParser:
@@ -136,8 +137,8 @@ def begin(run: Pretraining, state: dict[str, Any] | None) -> tuple[int, int]:
     life.world.broadcast_from_main(lambda: journal.log.attach(args.tensorboard, args.wandb, record, done))
     if state is None:
         journal.measure_before()
-        if not save(run, 0, 0):
-            raise RunError(f'no checkpoint can be written to {life.folder}')
+    if not life.world.broadcast_from_main(life.newest.exists) and not save(run, epoch, step):
+        raise RunError(f'no checkpoint can be written to {life.folder}')
     life.begin(epoch, step)
     journal.log.start(journal.total, done)
     return epoch, step

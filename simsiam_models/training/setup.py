@@ -3,6 +3,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ from ..data import Images, TwoViews, open_data
 from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
 from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
-from ..runtime.precision import autocast, choose_amp, has_bfloat16
+from ..runtime.precision import AMP, autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from ..weights.folders import read_json
+from ..weights.networks import BACKBONE
 from .autoperf import choose_perf
 from .extension import check_epochs, extend, match_epochs
 from .initial import KEY as INITIAL
@@ -101,9 +103,12 @@ def claim(
     record, given, initial = world.broadcast_from_main(
         lambda: _match_earlier(args, recipe, record, free, life.folder, model=model))
     record = life.claim(record, free, fresh=args.resume == 'never')
-    if continued:
-        life.say(f'{life.folder} holds this run: continuing it')
     state = life.resume(record, free | ({'epochs'} if record.get('extensions') else set()))
+    lost = state is None and given is None
+    if continued and lost and world.broadcast_from_main((life.folder / BACKBONE).exists):
+        raise ValueError(f'{life.folder} holds a trained backbone, but no checkpoint; give another --output')
+    if continued:
+        life.say(f'{life.folder} holds this run{", but no checkpoint: it begins again" if lost else ": continuing it"}')
     if state is not None and given is not None:
         life.say(f'{life.folder} already has checkpoints, so --resume {args.resume} is ignored')
     state = state or given
@@ -152,7 +157,28 @@ def _read_recorded(folder: Path) -> dict[str, Any]:
         recorded = read_json(folder / ARGS)
     except (ValueError, OSError):  # `Lifecycle.claim` says what is wrong
         return {}
-    return recorded if 'recipe' in recorded and 'epochs' in recorded else {}
+    if 'recipe' not in recorded or 'epochs' not in recorded:
+        return {}
+    if not _is_sound(recorded):
+        raise ValueError(f'{folder / ARGS} is damaged; give another --output, or restore the file')
+    return recorded
+
+
+def _is_sound(recorded: dict[str, Any]) -> bool:
+    """Returns whether what a continued run takes from its arguments can be what a run has written."""
+    try:
+        total, perf, initial = recorded['epochs'], recorded.get('perf'), recorded.get(INITIAL)
+        for extension in reversed(recorded.get('extensions', [])):
+            before, epochs, start = (operator.index(extension[k]) for k in ('epochs_before', 'epochs', 'from_epoch'))
+            if not (epochs == total > before and 0 <= start <= before):
+                return False
+            total = before
+        return (
+            operator.index(total) > 0 and recorded['amp'] in AMP
+            and (perf is None or isinstance(perf, dict) and {*perf} == {'channels_last', 'compile'})
+            and (initial is None or all(isinstance(initial[k], str) for k in ('source', 'sha256'))))
+    except (TypeError, KeyError):
+        return False
 
 
 def _fill(

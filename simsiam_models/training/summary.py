@@ -4,12 +4,11 @@ from pathlib import Path
 
 from ..data import TwoViews
 from ..runtime.messages import printable
+from ..weights.networks import BACKBONE
 from .journal import UNREADABLE, Journal
 from .monitor import KnnMonitor, explain_no_monitor
 from .schedule import scaled_lr
 from .step import Trainer
-
-BACKBONE = 'backbone'  # folder of the exported backbone, in the run's
 
 
 def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | None, folder: Path) -> str:

@@ -54,6 +54,8 @@ def publish(
         check_token()
     elif private:
         raise ValueError('--private and --dry-run exclude each other: a dry run creates no repository')
+    elif Path(dry_run).exists() and (not Path(dry_run).is_dir() or any(Path(dry_run).iterdir())):
+        raise ValueError(f'--dry-run {dry_run} already exists; name a new or empty folder')
     if not source.exists():
         raise FileNotFoundError(f'{source} does not exist: name a checkpoint, or the folder of a run or export')
     trained = None if tag in WEIGHTS else load_trained(source)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from simsiam_models.cli import main
 from simsiam_models.training import pretrain
+from simsiam_models.training.setup import _read_recorded
 from simsiam_models.weights.history import read_history
 from simsiam_models.weights.publish import publish
 
@@ -165,3 +166,30 @@ def test_the_commands_of_the_readme_run_as_written(few_digits, tmp_path, monkeyp
     assert [main([*shlex.split(c, comments=True), '--max-steps', '2']) for c in commands] == [0, 0, 0]
     assert arguments(tmp_path / 'runs/mine')['epochs'] == 30
     assert arguments(tmp_path / 'runs/next')['init_from']['heads']
+
+
+@pytest.mark.parametrize('key, value', [
+    ('extensions', 'foo'), ('extensions', [3]), ('extensions', None), ('extensions', [{}]), ('epochs', '8'),
+    ('epochs', None), ('epochs', -1), ('init_from', 'foo'), ('init_from', {'a': 1}), ('perf', 'x'), ('amp', 3),
+    ('extensions', [{'epochs_before': 5, 'epochs': 2, 'from_epoch': 0}]),
+    ('extensions', [{'epochs_before': 1, 'epochs': 2, 'from_epoch': -1}])])
+def test_arguments_that_no_run_has_written_are_one_sentence(key, value, tmp_path):
+    sound = {'recipe': 'demo', 'epochs': 2, 'amp': 'off', 'perf': None}
+    (tmp_path / 'args.json').write_text(json.dumps(sound))
+    assert _read_recorded(tmp_path) == sound
+    (tmp_path / 'args.json').write_text(json.dumps({**sound, key: value}))
+    with pytest.raises(ValueError, match='args.json is damaged; give another --output'):
+        _read_recorded(tmp_path)
+
+
+def test_a_finished_run_without_its_checkpoint_is_not_trained_over(few_digits, tmp_path, capsys):
+    args = ['pretrain', str(few_digits), *TINY, '--batch-size', '16', '--epochs', '1', '--output', f'{tmp_path}/run']
+    assert main(args) == 0
+    kept = tmp_path / 'kept.pth'
+    (tmp_path / 'run/checkpoint.pth').rename(kept)
+    (tmp_path / 'run/checkpoint_previous.pth').unlink()
+    before = (tmp_path / 'run/log.jsonl').read_bytes()
+    assert main(args) == 1 and 'holds a trained backbone, but no checkpoint' in capsys.readouterr().err
+    assert (tmp_path / 'run/log.jsonl').read_bytes() == before
+    args[-1] = str(tmp_path / 'again')
+    assert main([*args, '--resume', str(kept)]) == 0 and (tmp_path / 'again/checkpoint.pth').exists()

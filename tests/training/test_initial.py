@@ -165,7 +165,7 @@ def test_a_run_stopped_before_its_first_checkpoint_reads_the_same_weights_again(
     assert not differing(state(output)['model'], begun)
     (output / 'checkpoint.pth').unlink()
     torch.save({'model': {k: v + 1 if k.endswith('.weight') else v for k, v in begun.items()}}, source)
-    with pytest.raises(ValueError, match='began from .* with the SHA-256'):
+    with pytest.raises(ValueError, match='started from .* with the SHA-256'):
         train(few_digits, output, *more)
 
 

@@ -91,6 +91,14 @@ def test_data_are_named_without_folders_commands_and_passwords(data: str | None,
     assert history.datasets == (('owner/name',) if data and data.startswith('hf:') else ())
 
 
+def test_a_dry_run_into_a_folder_with_files_is_refused(run: Path, classifier: Path) -> None:
+    before = {path: path.read_bytes() for path in classifier.rglob('*') if path.is_file()}
+    for folder in (classifier, run, run / 'args.json'):
+        with pytest.raises(ValueError, match='already exists; name a new or empty folder'):
+            publish(run, repo='me/x', license='mit', dry_run=folder)
+    assert before == {path: path.read_bytes() for path in classifier.rglob('*') if path.is_file()}
+
+
 def test_a_run_that_has_not_finished_says_so_and_has_no_numbers(few_digits: Path, tmp_path: Path) -> None:
     args = ['--batch-size', '32', '--epochs', '3', '--max-steps', '1', '--output', tmp_path / 'run']
     assert run_train(few_digits, *TINY, *args).returncode == 0

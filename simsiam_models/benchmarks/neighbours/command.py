@@ -134,6 +134,8 @@ def _look_up(
         raise ValueError(
             f'--features come from {table.about.get("model")} (weights {table.about["weights"]}), but --model '
             f'{args.model} has the weights {backbone.digest}; name the same model with --model')
+    if 'weights' not in table.about:
+        print(f'--features do not state their weights; the answer is right only if they come from {backbone.name}')
     transform = make_transform(args, backbone, print)
     with tempfile.TemporaryDirectory() as cache:
         extraction = Extraction(cache, args.batch_size, args.workers, args.amp)
@@ -141,6 +143,10 @@ def _look_up(
     (name, bank), = table.arrays.items()
     if name != 'avgpool':
         raise ValueError(f'--features hold {name}; --query needs avgpool: run simsiam embed with --what avgpool')
+    if bank.shape[1] != asked.shape[1]:
+        raise ValueError(
+            f'--features have {bank.shape[1]} numbers for an image, and --model {args.model} computes '
+            f'{asked.shape[1]}; name the model that they come from with --model')
     found, cosines = find_nearest(bank, asked, min(args.k, len(bank)), world.device, args.approximate)
     names = [as_text(path) for path in args.query]
     answer = Findings(table, images, found, cosines, queries=(names, queries))

@@ -1,5 +1,6 @@
 """Runs that differ in their learning rates, and one table of them that marks the best."""
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ Record = dict[str, Any]
 def each_rate(args: argparse.Namespace) -> list[argparse.Namespace]:
     """Returns the arguments of each run, with one of the numbers of --lr, or None, under `lr`.
 
-    Raises ValueError if a number is given twice.
+    Raises ValueError if a number is given twice, or is not finite.
     """
     rates = args.lr or [None]
-    check_flags([('--lr', ' '.join(map(str, rates)), len({*rates}) == len(rates), 'numbers that differ')])
+    usable = len({*rates}) == len(rates) and all(lr is None or math.isfinite(lr) for lr in rates)
+    check_flags([('--lr', ' '.join(map(str, rates)), usable, 'finite numbers that differ')])
     return [argparse.Namespace(**{**vars(args), 'lr': lr}) for lr in rates]
 
 

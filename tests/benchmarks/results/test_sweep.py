@@ -1,5 +1,6 @@
 """Several runs as one table, and what is said of differences that may be chance: by hand, and by drawing."""
 import argparse
+import math
 
 import numpy as np
 import pytest
@@ -68,8 +69,9 @@ def test_each_rate_gives_a_run_and_a_rate_twice_is_refused():
     args = argparse.Namespace(lr=[0.1, 0.2], seed=3)
     assert [(a.lr, a.seed) for a in each_rate(args)] == [(0.1, 3), (0.2, 3)]
     assert each_rate(argparse.Namespace(lr=None))[0].lr is None
-    with pytest.raises(ValueError, match='--lr 0.1 0.1: must be numbers that differ'):
-        each_rate(argparse.Namespace(lr=[0.1, 0.1]))
+    for rates, said in (([0.1, 0.1], '0.1 0.1'), ([math.inf, 0.1], 'inf 0.1'), ([math.nan], 'nan')):
+        with pytest.raises(ValueError, match=f'--lr {said}: must be finite numbers that differ'):
+            each_rate(argparse.Namespace(lr=rates))
 
 
 def test_only_accuracies_have_a_standard_error():
