@@ -14,7 +14,7 @@ import torch
 from ..data import Images, TwoViews, open_data
 from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
-from ..runtime.lifecycle import ARGS, Lifecycle, amend_claim
+from ..runtime.lifecycle import ARGS, OUTPUTS, Lifecycle, amend_claim
 from ..runtime.precision import AMP, autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
@@ -129,7 +129,8 @@ def _match_earlier(
     a new run. Writes nothing.
     """
     recorded, given, initial = _read_recorded(folder), None, None
-    check_epochs(args.extend, record, recorded, free, folder)
+    if recorded or not any((folder / name).exists() for name in (ARGS, *OUTPUTS)):  # else `claim` says what is wrong
+        check_epochs(args.extend, record, recorded, free, folder)
     if args.resume not in ('auto', 'never'):
         if not Path(args.resume).is_file():
             raise FileNotFoundError(f'--resume {args.resume}: no such file; name a checkpoint, or use auto or never')

@@ -121,6 +121,16 @@ def test_what_cannot_be_extended_is_refused_and_nothing_changes(few_digits, done
     assert {p: p.read_bytes() for p in done.rglob('*') if p.is_file()} == before
 
 
+@pytest.mark.parametrize('content, words', [
+    (None, 'of an unknown run; give another --output'), ('{"recipe": ', 'args.json cannot be read; give another')])
+def test_a_run_without_readable_arguments_is_not_called_none(few_digits, tmp_path, content, words):
+    (tmp_path / 'checkpoint.pth').write_bytes(b'')
+    if content is not None:
+        (tmp_path / 'args.json').write_text(content)
+    with pytest.raises(ValueError, match=words):
+        train(few_digits, tmp_path, '--extend', '4')
+
+
 def test_a_folder_without_a_run_cannot_be_extended(few_digits, tmp_path):
     with pytest.raises(ValueError, match=r'--extend 4: .*new holds no run; name the --output of a run'):
         train(few_digits, tmp_path / 'new', '--extend', '4')

@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Gets the features, searches, and writes what was found."""
     check(args)
+    queries = None if args.query is None else _open_queries(args.query)
     with join_world(args.device) as world:
         backbone = None
         if args.features is None:
@@ -64,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
             images = _open_paths(table.paths, 'the images of --features')
     if not world.main:
         return 0
-    if args.query is not None:
-        return _look_up(args, table, images, backbone, world)
+    if queries is not None:
+        return _look_up(args, table, images, queries, backbone, world=world)
     k = min(args.k, len(table.paths) - 1)
     if k < 1:
         raise ValueError(f'{args.data or args.features[0]}: a single image has no neighbours; give more images')
@@ -118,14 +119,25 @@ def _open_paths(paths: list[str], name: str) -> FileImages | None:
     return FileImages(Path(), listing.make_index(), name)
 
 
-def _look_up(
-    args: argparse.Namespace, table: FeatureTable, images: Images | None, backbone: Backbone | None, world: World,
-) -> int:
-    """Prints and writes the nearest images of --query."""
-    for path in args.query:
+def _open_queries(paths: list[Path]) -> FileImages:
+    """Raises FileNotFoundError or ValueError if a path is no image."""
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f'--query {path}: no such file; name an image')
-    queries = _open_paths([str(path) for path in args.query], '--query')
+    queries = _open_paths([str(path) for path in paths], '--query')
+    for row in range(len(queries)):
+        try:
+            queries.read(row)
+        except UnreadableError as e:
+            raise ValueError(f'--query {e}; name another image') from None
+    return queries
+
+
+def _look_up(
+    args: argparse.Namespace, table: FeatureTable, images: Images | None, queries: Images, backbone: Backbone | None, *,
+    world: World,
+) -> int:
+    """Prints and writes the nearest images of --query."""
     for key in ('image_size', 'resize'):
         if getattr(args, key) is None and key in table.about:
             setattr(args, key, table.about[key])

@@ -127,6 +127,17 @@ def test_a_query_finds_its_copy(photos, tmp_path, capsys):
     assert (tmp_path / 'q.html').read_text().count('data:image/jpeg') == 3
 
 
+def test_a_query_that_is_no_image_is_named_before_anything_is_extracted(photos, tmp_path, capsys):
+    bad = tmp_path / 'bad.jpg'
+    bad.write_bytes(b'no image')
+    for query, said in ((bad, 'cannot be read as an image'), (tmp_path / 'gone.jpg', 'no such file')):
+        args = ['neighbours', str(photos), *MODEL, '--cache', str(tmp_path / 'cache'), '--query', str(query)]
+        assert cli.main(args) == 1
+        err = capsys.readouterr().err
+        assert err.startswith(f'simsiam: --query {query}: ') and said in err and err.count('\n') == 1
+        assert '--allow-partial' not in err and not (tmp_path / 'cache').exists()
+
+
 def test_a_query_of_another_model_than_the_features_is_refused(photos, capsys):
     file = photos.parent / 'x.npz'
     cli.main(['embed', str(photos), *MODEL, '--cache', str(photos.parent / 'cache'), '--out', str(file)])
