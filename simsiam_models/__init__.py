@@ -1,4 +1,5 @@
 """SimSiam for timm: models, pretraining, published weights. Importing it registers the models with timm."""
+from .runtime import start  # isort: skip
 from .resnet import simsiam_resnet18_cifar, simsiam_resnet50
 from .simsiam import SimSiam, create_simsiam, simsiam_loss
 from .weights import Checkpoint, load_checkpoint
