@@ -198,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
         subparser = parent.add_parser(name.split()[-1], help=command.help, description=command.help)
         subparser.set_defaults(run=command.run)
         subparser.epilog = f'example: simsiam {name} {command.example}'
+        subparser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the example on one line
         command.add_arguments(subparser)
     return parser
 

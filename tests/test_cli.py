@@ -185,7 +185,7 @@ def test_help_ends_with_an_example_that_the_command_takes(name, capsys):
     assert parser.parse_args(words).run is cli.COMMANDS[name].run
     with pytest.raises(SystemExit):
         parser.parse_args([*name.split(), '--help'])
-    assert f'example: simsiam {" ".join(words)}' in ' '.join(capsys.readouterr().out.split())
+    assert f'example: simsiam {" ".join(words)}' in [line.strip() for line in capsys.readouterr().out.splitlines()]
 
 
 def test_pretrain_and_train_py_are_one_program(few_digits, tmp_path):

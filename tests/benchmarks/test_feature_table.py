@@ -92,7 +92,7 @@ def test_files_of_two_models_are_refused(tmp_path):
     table = make_table()
     write_table(tmp_path / 'a.npz', table)
     write_table(tmp_path / 'b.npz', table._replace(about={**ABOUT, 'weights': 'f' * 16}))
-    with pytest.raises(ValueError, match=f'avgpool of 7 numbers, weights {"f" * 16}, unlike .*a.npz; give files of'):
+    with pytest.raises(ValueError, match=f'avgpool of 7 numbers, weights {"f" * 16}, unlike .*a.npz; give files from'):
         read_features([tmp_path / 'a.npz', tmp_path / 'b.npz'])
 
 
