@@ -386,19 +386,20 @@ def test_on_collapse_stop_names_the_cause_and_writes_no_further_checkpoint(
 
 def test_unreadable_validation_images_are_left_out_of_knn(few_digits, tmp_path):
     """Each is named, and the numbers are those of the folder without them."""
+    more = '--epochs', '1', '--knn-images', 'all'
     for part in ('train', 'val'):
         shutil.copytree(few_digits, tmp_path / 'data' / part)
     bad = sorted((tmp_path / 'data' / 'val').rglob('*.png'))[:5]
     for path in bad:
         path.write_bytes(b'no image')
-    in_process(tmp_path / 'data', tmp_path / 'a', '--epochs', '1')
+    in_process(tmp_path / 'data', tmp_path / 'a', *more)
     lines = [json.loads(line) for line in (tmp_path / 'a/log.jsonl').read_text().splitlines()]
     result = run_train(
-        tmp_path / 'data', *TINY, '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output', tmp_path / 'b')
+        tmp_path / 'data', *TINY, *more, '--batch-size', '16', '--workers', '0', '--output', tmp_path / 'b')
     assert result.returncode == 0 and '59 queries' in result.stdout and '64 queries' not in result.stdout
     assert '5 unreadable images left out' in result.stdout and str(bad[0].parent.parent) in result.stdout
     for path in bad:
         path.unlink()
-    in_process(tmp_path / 'data', tmp_path / 'c', '--epochs', '1')
+    in_process(tmp_path / 'data', tmp_path / 'c', *more)
     others = [json.loads(line) for line in (tmp_path / 'c/log.jsonl').read_text().splitlines()]
     assert [x['knn'] for x in lines if 'knn' in x] == [x['knn'] for x in others if 'knn' in x]
