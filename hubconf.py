@@ -31,7 +31,7 @@ def simsiam_r50(pretrained=True, tag=None, **kwargs):
     return timm.create_model(_name(tag), pretrained=pretrained, **kwargs)
 
 
-def simsiam_r50_lin(pretrained=True, tag='mm1x_ep200_lin_in1k', **kwargs):
+def simsiam_r50_lin(pretrained=True, tag=None, **kwargs):
     """SimSiam ResNet-50 with its published linear ImageNet classifier: (B, 3, 224, 224) -> (B, 1000).
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50_lin', trust_repo=True)

@@ -1,8 +1,8 @@
 """Describes a run at its start and at its end."""
-import math
 from pathlib import Path
 
 from ..data import TwoViews
+from ..runtime.accuracy import difference_error
 from ..runtime.messages import printable
 from ..weights.networks import BACKBONE
 from .journal import UNREADABLE, Journal
@@ -63,8 +63,7 @@ def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
 
 def describe_gain(trained: float, before: float, queries: int) -> str:
     """Compares two accuracies in percent; a difference within two standard errors counts as none."""
-    difference, p = trained - before, [x / 100 for x in (trained, before)]
-    error = 100 * math.sqrt(sum(x * (1 - x) for x in p) / queries)
+    difference, error = trained - before, difference_error(trained, before, queries)
     text = f'{abs(difference):.1f} points {"below" if difference < 0 else "over"} the better of them (standard error ' \
            f'{error:.1f} with {queries} queries)'
     if abs(difference) <= 2 * error:

@@ -129,7 +129,7 @@ def _describe_initial(initial: dict[str, Any] | None) -> tuple[str, str | None]:
 
 
 def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, ...]:
-    """Returns the last accuracy of the kNN monitor after some training, with what it is compared with."""
+    """Returns the last kNN accuracy that was measured after training began, with the baselines beside it."""
     lines = [line for line in log if isinstance(line.get('knn'), int | float) and math.isfinite(line['knn'])]
     if not lines:
         return ()

@@ -3,6 +3,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ...runtime.accuracy import difference_error, standard_error
+
 ACCURACIES = 'knn', 'linear', 'auto_probe', 'finetune', 'semi'  # in the names of benchmarks that measure accuracies
 
 
@@ -10,12 +12,6 @@ def count_tested(record: dict[str, Any]) -> int:
     """Returns the number of test images that a record's accuracies are of; 0 if unknown, or if it has none."""
     n = record['data']['counts'].get('test')
     return n if isinstance(n, int) and n > 0 and any(name in record['benchmark'] for name in ACCURACIES) else 0
-
-
-def standard_error(accuracy: float, images: int) -> float:
-    """Returns the standard error of an accuracy on `images` test images, both in percent, by the binomial formula."""
-    p = min(1.0, max(0.0, accuracy / 100))
-    return 100 * math.sqrt(p * (1 - p) / images)
 
 
 def describe_difference(a: float, b: float, images: int) -> str:
@@ -27,7 +23,7 @@ def describe_difference(a: float, b: float, images: int) -> str:
     text = f'{abs(a - b):.2f} points {"below" if a < b else "above"}'
     if not images:
         return text
-    error = math.hypot(standard_error(a, images), standard_error(b, images))
+    error = difference_error(a, b, images)
     return f'{text} (standard error {error:.2f}{", so it may be chance" if abs(a - b) <= 2 * error else ""})'
 
 
