@@ -7,20 +7,21 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import numpy as np
-import torch
-import torchvision  # noqa: F401 - registers torch.ops.image
 from PIL import Image, UnidentifiedImageError
 
 from ...runtime.messages import one_line, printable
 from .budget import decode_in_turn
 from .depth import to_rgb
 
+try:  # libjpeg-turbo, which Pillow uses too, without Pillow's copies
+    import simplejpeg
+except ImportError:  # it has no wheel for this platform
+    simplejpeg = None
+
 MAX_PIXELS = 89_478_485  # of an image; above it, Pillow warns of a decompression bomb
 PIL_BYTES = 11  # for each pixel that PIL decodes: its own 4, 1 more before it converts gray ones, and two copies of 3
 FRAMES_BYTES = {'GIF': 18, 'WEBP': 25}  # the same where PIL keeps more than one frame; measured
-# torchvision 0.29 announces the removal of its decoders (its Python function warns); PIL's take a sixth longer.
-_JPEG = getattr(torch.ops.image, 'decode_jpeg', None)
-_UNCHANGED = 0  # torchvision.io.ImageReadMode: the channels of the file
+JPEG_BYTES = 4  # the same for what simplejpeg decodes: its 3, and some for the decoder
 _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the process lacks something; the file may be fine
 
 
@@ -64,17 +65,15 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
     the range of its samples cannot be known, or if it has more than MAX_PIXELS.
     """
     try:
+        if simplejpeg is not None and data[:3] == b'\xff\xd8\xff' and (pixels := _decode_jpeg(data)) is not None:
+            return pixels
         with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(
                     f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '
                     'smaller anyway')
-            by_torchvision = _JPEG is not None and image.format == 'JPEG'
-            each = 4 if by_torchvision else FRAMES_BYTES.get(image.format, PIL_BYTES)
-            with decode_in_turn(width * height * each):
-                if by_torchvision and (pixels := _decode_jpeg(data)) is not None:
-                    return pixels
+            with decode_in_turn(width * height * FRAMES_BYTES.get(image.format, PIL_BYTES)):
                 return to_rgb(image, data)
     except MemoryError:
         raise
@@ -91,10 +90,12 @@ def _explain_unknown(data: bytes | bytearray) -> str:
 
 
 def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:
-    """Decodes with torchvision's libjpeg-turbo, which PIL uses too; returns None for files that PIL must judge."""
-    raw = torch.frombuffer(data if isinstance(data, bytearray) else bytearray(data), dtype=torch.uint8)
+    """Decodes an RGB or gray JPEG; returns None for all that PIL must judge: large, damaged, unusual."""
     try:
-        x = _JPEG(raw, _UNCHANGED).permute(1, 2, 0)  # a view of (C, H, W), which is (H, W, C) in memory
-    except RuntimeError:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS) or colours in ('CMYK', 'YCCK'):
+            return None
+        with decode_in_turn(width * height * JPEG_BYTES):
+            return simplejpeg.decode_jpeg(data, 'RGB')
+    except ValueError:  # also what libjpeg only warns of
         return None
-    return x.expand(-1, -1, 3).numpy() if x.shape[2] in (1, 3) else None  # 4: CMYK

@@ -183,10 +183,10 @@ def test_every_jpeg_is_decoded_to_pils_bits(tmp_path, options, width, height):
         assert np.array_equal(FolderImages(tmp_path).read(0), np.asarray(saved.convert('RGB')))
 
 
-def test_without_torchvisions_decoder_pil_gives_the_same_bits(tmp_path, monkeypatch):
+def test_without_simplejpeg_pil_gives_the_same_bits(tmp_path, monkeypatch):
     picture(1, 61, 47).save(tmp_path / 'a.jpg')
     want = FolderImages(tmp_path).read(0)
-    monkeypatch.setattr('simsiam_models.data.readers.decode._JPEG', None)
+    monkeypatch.setattr(decode, 'simplejpeg', None)
     assert np.array_equal(FolderImages(tmp_path).read(0), want)
 
 
@@ -197,7 +197,7 @@ def test_an_image_of_too_many_pixels_is_unreadable_before_it_is_decoded(tmp_path
     assert FolderImages(tmp_path).read(0).shape == (200, 300, 3)
     monkeypatch.setattr(decode, 'MAX_PIXELS', 59999)
     monkeypatch.setattr(decode, 'to_rgb', fail(AssertionError()))
-    monkeypatch.setattr(decode, '_JPEG', fail(AssertionError()))
+    monkeypatch.setattr(decode.simplejpeg, 'decode_jpeg', fail(AssertionError()))
     with pytest.raises(UnreadableError, match='300 x 200 pixels, more than 59,999; downscale it'):
         FolderImages(tmp_path).read(0)
 
