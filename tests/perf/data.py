@@ -1,9 +1,13 @@
-"""Samples per second of the data pipeline and of the paper's own on the same JPEG files, from one interleaved run.
+"""The data pipeline against FAIR's (the paper's), Albumentations and DALI on the same JPEG files, interleaved.
 
-  python tests/perf/data.py                       512 generated JPEGs (500x375, about 110 KB), 0 and 2 workers
+  python tests/perf/data.py                       the ImageNet photographs of SIMSIAM_TEST_DATA, or generated JPEGs
   python tests/perf/data.py --folder IMAGES --rounds 9
+  taskset -c 0 python tests/perf/data.py          one core: all threads and processes share it
 
 Prints medians over the rounds and their ratios. A sample is one file, read and decoded, and two finished 224-px views.
+CPU time is stated where all work is done in this process, that is, with 0 workers; on a machine with other load, only
+its ratios mean something. Albumentations and DALI take part if they are installed (albumentations; nvidia-dali-cuda130,
+which runs on a CPU, too).
 """
 import argparse
 import os
@@ -11,9 +15,11 @@ import platform
 import random
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -22,16 +28,21 @@ from PIL import Image, ImageFilter
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel  # noqa: E402
 from simsiam_models.data.augment import draw  # noqa: E402
 from simsiam_models.data.readers.decode import decode  # noqa: E402
 
 BATCH, PAPER = 64, "paper's pipeline"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def make_jpegs(folder: Path, n: int) -> Path:
-    """Crops of scikit-learn's two photographs with noise: n files of 500x375 or 375x500, 4:2:0, about 110 KB each."""
+    """Crops of scikit-learn's two photographs with noise: n files of 500x375 or 375x500, about 110 KB each.
+
+    Every fourth is 4:2:0, the others 4:4:4, as in ImageNet.
+    """
     from sklearn.datasets import load_sample_image
 
     photos = [Image.fromarray(load_sample_image(name)) for name in ('china.jpg', 'flower.jpg')]
@@ -44,9 +55,19 @@ def make_jpegs(folder: Path, n: int) -> Path:
         h = w * height // width
         left, top = int(rng.integers(photo.width - w + 1)), int(rng.integers(photo.height - h + 1))
         photo = photo.crop((left, top, left + w, top + h)).resize((width, height), Image.Resampling.BICUBIC)
-        noisy = np.asarray(photo) + rng.normal(0, rng.uniform(8, 18), (height, width, 3))
+        noisy = np.asarray(photo) + rng.normal(0, rng.uniform(5, 13), (height, width, 3))
         image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-        image.save(folder / 'images' / f'{i:05}.jpg', quality=93, subsampling=2)
+        image.save(folder / 'images' / f'{i:05}.jpg', quality=93, subsampling=0 if i % 4 else 2)
+    return folder
+
+
+def find_jpegs(folder: Path) -> Path:
+    """Unpacks the real photographs into `folder`; generates 512 files where there are none."""
+    tar = Path(os.environ.get('SIMSIAM_TEST_DATA', ROOT.parent / 'shared' / 'data')) / 'imagenet400.tar'
+    if not tar.is_file():
+        return make_jpegs(folder, 512)
+    with tarfile.open(tar) as f:
+        f.extractall(folder / 'images', filter='data')
     return folder
 
 
@@ -74,7 +95,7 @@ def papers_pipeline(folder: Path, workers: int) -> DataLoader:
         transforms.RandomApply([Blur()], p=0.5),
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+        transforms.Normalize(MEAN, STD)])
     images: Dataset = datasets.ImageFolder(str(folder), Twice(transform))
     return DataLoader(
         images, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0)
@@ -94,15 +115,82 @@ def papers(folder: Path, workers: int) -> Callable[[int], int]:
     return lambda _: sum(len(x1) for (x1, _), _ in loader)
 
 
-def interleaved(tasks: dict[str, Callable[[int], int]], rounds: int) -> dict[str, float]:
-    """Median seconds per sample; a first round starts workers, fills caches, and does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
+def read_by_opencv(path: str) -> np.ndarray:
+    import cv2
+
+    return cv2.cvtColor(cv2.imread(path), cv2.COLOR_BGR2RGB)
+
+
+class TakeImage:
+    """Albumentations' calling convention as a plain function of an image."""
+
+    def __init__(self, chain: Callable) -> None:
+        self.chain = chain
+
+    def __call__(self, image: np.ndarray) -> torch.Tensor:
+        return self.chain(image=image)['image']
+
+
+def albumentations(folder: Path, workers: int) -> Callable[[int], int]:
+    """The same list from Albumentations' operators, with the antialiased resize (INTER_AREA) of the others."""
+    import albumentations as A
+    import cv2
+    from albumentations.pytorch import ToTensorV2
+
+    cv2.setNumThreads(0)
+    chain = A.Compose([
+        A.RandomResizedCrop((224, 224), scale=(0.2, 1.0), interpolation=cv2.INTER_AREA),
+        A.ColorJitter((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), p=0.8), A.ToGray(p=0.2),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.1, 2.0), p=0.5), A.HorizontalFlip(p=0.5),
+        A.Normalize(MEAN, STD), ToTensorV2()])
+    images = datasets.ImageFolder(str(folder), Twice(TakeImage(chain)), loader=read_by_opencv)
+    loader = DataLoader(
+        images, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0)
+    return lambda _: sum(len(x1) for (x1, _), _ in loader)
+
+
+def dali(folder: Path, workers: int) -> Callable[[int], int]:
+    """The same list from DALI's operators on the CPU, one order of the colours; it decodes once for both views."""
+    from nvidia.dali import fn, pipeline_def
+
+    @pipeline_def(batch_size=BATCH, num_threads=max(1, workers), device_id=None)
+    def chain() -> tuple:
+        files, _ = fn.readers.file(file_root=str(folder), random_shuffle=True, name='files')
+        image = fn.decoders.image(files, device='cpu')
+        return tuple(view(image) for _ in range(2))
+
+    def view(image: object) -> object:
+        def uniform(low: float, high: float, p: float = 1, otherwise: float = 0) -> object:
+            on = fn.random.coin_flip(probability=p)
+            return on * fn.random.uniform(range=(low, high)) + (1 - on) * otherwise
+
+        x = fn.random_resized_crop(image, size=224, random_area=(0.2, 1.0))
+        jitter = fn.random.coin_flip(probability=0.8)
+        colour = fn.random.coin_flip(probability=0.8)  # gray: no saturation
+        factor = [jitter * fn.random.uniform(range=(0.6, 1.4)) + (1 - jitter) for _ in range(3)]
+        x = fn.color_twist(
+            x, brightness=factor[0], contrast=factor[1], saturation=factor[2] * colour,
+            hue=jitter * fn.random.uniform(range=(-36.0, 36.0)))
+        x = fn.gaussian_blur(x, sigma=uniform(0.1, 2.0, 0.5, 1e-3))
+        return fn.crop_mirror_normalize(
+            x, mirror=fn.random.coin_flip(), mean=[255 * m for m in MEAN], std=[255 * s for s in STD],
+            output_layout='CHW')
+
+    pipeline = chain()
+    pipeline.build()
+    steps = pipeline.epoch_size('files') // BATCH
+    return lambda _: BATCH * len([pipeline.run() for _ in range(steps)])
+
+
+def interleaved(tasks: dict[str, Callable[[int], int]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median wall and CPU seconds per sample; a first round starts workers, fills caches, and does not count."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
     for epoch in range(rounds + 1):
         for name, run in tasks.items():
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             n = run(epoch)
-            seconds[name].append((time.perf_counter() - start) / n)
-    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
+            seconds[name].append(((time.perf_counter() - wall) / n, (time.process_time() - cpu) / n))
+    return {name: tuple(map(statistics.median, zip(*s[1:], strict=True))) for name, s in seconds.items()}
 
 
 def stages(images: FolderImages, n: int = 128) -> dict[str, Callable[[int], int]]:
@@ -139,21 +227,28 @@ def main() -> None:
         sys.exit('the kernel cannot be compiled here, so there is nothing to compare')
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        folder = args.folder or make_jpegs(Path(made), 512)
+        folder = args.folder or find_jpegs(Path(made))
         images = FolderImages(folder)
         size = sum(images.path(i).stat().st_size for i in range(len(images))) / len(images)
-        print(f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, '
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        print(f'{platform.processor() or platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}, '
               f'torch {torch.__version__}; {len(images)} files of {size / 1e3:.0f} kB; medians of {args.rounds} rounds')
         for workers in args.workers:
-            m = interleaved({
+            tasks = {
                 PAPER: papers(folder, workers), 'ours, complete': ours(images, workers, False),
-                'ours, decode and two uint8 crops': ours(images, workers, True)}, args.rounds)
-            print(f'\n{workers} workers                            samples/s   ms/sample  ratio')
-            for name, seconds in m.items():
-                print(f'{name:36}{1 / seconds:11.0f}{1e3 * seconds:12.2f}{m[PAPER] / seconds:7.2f}')
-        print('\nstages, one thread                   ms/sample')
-        for name, seconds in interleaved(stages(images), args.rounds).items():
-            print(f'{name:36}{1e3 * seconds:10.3f}')
+                'ours, decode and two uint8 crops': ours(images, workers, True)}
+            for name, make in {'albumentations': albumentations, 'dali': dali}.items():
+                with suppress(ImportError):
+                    tasks[name] = make(folder, workers)
+            m = interleaved(tasks, args.rounds)
+            print(f'\n{workers} workers                            samples/s   ms/sample  ratio' + (
+                '' if workers else '      CPU ms  ratio'))
+            for name, (wall, cpu) in m.items():
+                print(f'{name:36}{1 / wall:11.0f}{1e3 * wall:12.2f}{m[PAPER][0] / wall:7.2f}' + (
+                    '' if workers else f'{1e3 * cpu:12.2f}{m[PAPER][1] / cpu:7.2f}'))
+        print('\nstages, one thread                   ms/sample      CPU ms')
+        for name, (wall, cpu) in interleaved(stages(images), args.rounds).items():
+            print(f'{name:36}{1e3 * wall:10.3f}{1e3 * cpu:12.3f}')
 
 
 if __name__ == '__main__':
