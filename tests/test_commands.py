@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 # Lines that another test runs as they are written, because they need a clone, a cluster or minutes.
 ELSEWHERE = {
-    'python3 -m pip install . && python3 train.py': 'test_train.py::test_digits_are_learned_without_labels',
+    'python3 -m pip install -e . && python3 train.py': 'test_train.py::test_digits_are_learned_without_labels',
     'simsiam publish --all --dry-run FOLDER':
         'weights/test_publish.py::test_every_tag_is_written_from_its_authors_file_and_the_same_command_goes_on',
     '#!/bin/bash': 'test_slurm.py::test_the_readmes_script_saves_and_queues_again_when_its_time_is_up',
@@ -39,7 +39,7 @@ ELSEWHERE = {
         'test_the_readmes_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags'}
 # Lines that no test can run.
 NOWHERE = {
-    'python3 -m pip install \'.[test]\' && python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests',
+    'python3 -m pip install -e \'.[test]\' && python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests',
     'python3 train.py --device-modules simsiam_models --data-dir FOLDER --model simsiam_resnet50.mm_ep200_in1k '
     '--pretrained --num-classes 10 --opt adamw --lr 5e-4 --layer-decay 0.8 --epochs 30':
         "timm's script, which its package lacks"}

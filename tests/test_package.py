@@ -6,16 +6,31 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, build_wheel
+
+from simsiam_models.data import kernel
 
 README = (ROOT / 'README.md').read_text()
 
 
-def test_the_wheel_holds_only_the_package(tmp_path: Path):
-    names = zipfile.ZipFile(build_wheel(tmp_path)).namelist()
+def test_the_wheel_holds_only_the_package_and_its_compiled_kernel_for_any_python(tmp_path: Path):
+    wheel = build_wheel(tmp_path)
+    names = zipfile.ZipFile(wheel).namelist()
     assert {name.split('/')[0] for name in names if '.dist-info/' not in name} == {'simsiam_models'}
-    assert {'simsiam_models/py.typed', 'simsiam_models/data/demo.py', 'simsiam_models/data/kernel.c'} <= set(names)
+    assert {'simsiam_models/py.typed', 'simsiam_models/data/demo.py'} <= set(names)
     assert any(name.endswith('licenses/LICENSE') for name in names)
+    assert '-cp310-abi3-' in wheel.name
+    built = {name for name in names if name.endswith(('.so', '.pyd'))}
+    here = {path.name.split('.')[0] for path in kernel.SOURCE.parent.glob('_kernel_*.*')}
+    assert {Path(name).name.split('.')[0] for name in built} == here and '_kernel_plain' in here
+    assert not any(name.endswith('.c') for name in names)
+
+
+@pytest.mark.parametrize('compiler', ['false', '/no/such/compiler'])
+def test_without_a_compiler_the_wheel_is_built_without_the_kernel(tmp_path: Path, monkeypatch, compiler: str):
+    monkeypatch.setenv('CC', compiler)
+    assert not [name for name in zipfile.ZipFile(build_wheel(tmp_path)).namelist() if '_kernel' in name]
 
 
 def test_the_readme_has_one_command_for_the_demonstration_and_one_for_the_tests():

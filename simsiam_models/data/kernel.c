@@ -1,8 +1,8 @@
 /* The augmentation of one view in one call, for CPUs: random numbers, crop box, crop, colours, blur, flip, normalise;
  * and Pillow's resize for evaluation.
  *
- * Python computes the same with NumPy, PIL and torch; the tests compare the two. kernel.py compiles this file at first
- * use and calls it through ctypes, which releases the interpreter lock. It is plain C: loops over whole rows and
+ * Python computes the same with NumPy, PIL and torch; the tests compare the two. setup.py compiles this file, and
+ * kernel.py calls it through ctypes, which releases the interpreter lock. It is plain C: loops over whole rows and
  * planes, which compilers turn into vector instructions. Contraction of a*b+c must be off, so that results do not
  * depend on the processor.
  */
@@ -10,6 +10,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+/* The SHA-256 of the file that this was compiled from. */
+const char *source_digest(void) { return SOURCE_DIGEST; }
 
 /* Philox4x32-10 (Salmon et al., SC 2011): n rows of `blocks` blocks of four 32-bit words. */
 void philox_words(int64_t n, const int64_t *indices, uint32_t epoch, uint64_t seed, uint32_t first_block,
@@ -105,11 +108,21 @@ static void shrink_scalar(const uint8_t *rows, int64_t pitch, int taps, const in
     }
 }
 
-/* Four taps per step: pixels as pairs of 16-bit numbers (r0 r1 g0 g1 b0 b1 . .) times weights in the same order. */
+/* The same with wide vectors; and along a row, two taps per step: pixels as pairs of 16-bit numbers (r0 r1 g0 g1 b0 b1
+ * . .) times weights in the same order, for two pixels of the result at once. pair_weights() makes that order: 16 numbers
+ * for pixels 2 i and 2 i + 1 and taps 2 j and 2 j + 1. */
+#define QUAD 4 /* pixels per step of narrow() */
+static void pair_weights(const int32_t *weights, int stride, int size, int steps, int16_t *pairs) {
+    for (int i = 0; i < size; i += 2)
+        for (int j = 0; j < steps; j++, pairs += 16)
+            for (int e = 0; e < 16; e++)
+                pairs[e] = e % 8 < 6 ? (int16_t)weights[(i + e / 8) * stride + 2 * j + e % 2] : 0;
+}
+
 #ifdef __AVX2__
 #include <immintrin.h>
 static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *k, int n, uint8_t *out) {
-    const __m256i start = _mm256_set1_epi16((short)(128 + taps / 2));
+    const __m256i start = _mm256_set1_epi16((short)(128 + taps / 2)), zero = _mm256_setzero_si256();
     if (n < 32 || taps > 254) { /* more taps would not fit 16 bits */
         shrink_scalar(rows, pitch, taps, k, n, out);
         return;
@@ -118,36 +131,43 @@ static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *
         __m256i a = start, b = start;
         const uint8_t *p = rows + x;
         for (int t = 0; t < taps; t++, p += pitch) {
-            __m256i f = _mm256_set1_epi16((short)k[t]);
-            __m256i u = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-            __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(p + 16)));
-            a = _mm256_add_epi16(a, _mm256_mulhi_epu16(_mm256_slli_epi16(u, 8), f));
-            b = _mm256_add_epi16(b, _mm256_mulhi_epu16(_mm256_slli_epi16(v, 8), f));
+            __m256i f = _mm256_set1_epi16((short)k[t]), u = _mm256_loadu_si256((const __m256i *)p);
+            a = _mm256_add_epi16(a, _mm256_mulhi_epu16(_mm256_unpacklo_epi8(zero, u), f)); /* u << 8 */
+            b = _mm256_add_epi16(b, _mm256_mulhi_epu16(_mm256_unpackhi_epi8(zero, u), f));
         }
         a = _mm256_packus_epi16(_mm256_srli_epi16(a, 8), _mm256_srli_epi16(b, 8));
-        _mm256_storeu_si256((__m256i *)(out + x), _mm256_permute4x64_epi64(a, 0xD8));
+        _mm256_storeu_si256((__m256i *)(out + x), a);
     }
 }
 
-static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out,
+static inline __m256i two_pixels(const uint8_t *row, const Span *spans, const __m256i *weights, int steps) {
+    const __m256i even = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,
+                                          0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+    const __m256i odd = _mm256_setr_epi8(6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1,
+                                         6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
+    const uint8_t *p = row + 3 * spans[0].first, *q = row + 3 * spans[1].first;
+    __m256i sum = _mm256_set1_epi32(1 << (X_BITS - 1));
+    for (int j = 0; j < steps; j += 2, p += 12, q += 12) {
+        __m256i pixels = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p)), _mm_loadu_si128((const __m128i *)q), 1);
+        __m256i k = _mm256_loadu_si256(weights + j), l = _mm256_loadu_si256(weights + j + 1);
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, even), k));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, odd), l));
+    }
+    return _mm256_srai_epi32(sum, X_BITS);
+}
+
+/* steps is even. Writes 4 bytes beyond the pixels. */
+static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int steps, uint8_t *out,
                           int size) {
-    const __m256i pairs = _mm256_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1,
-                                           6, -1, 9, -1, 7, -1, 10, -1, 8, -1, 11, -1, -1, -1, -1, -1);
-    const __m128i half = _mm_set1_epi32(1 << (X_BITS - 1));
-    for (int x = 0; x < size; x++, out += 3) {
-        const uint8_t *p = row + 3 * spans[x].first;
-        __m256i sum = _mm256_setzero_si256();
-        for (int g = 0; g < groups; g++, p += 12, weights += 16) {
-            __m256i pixels = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)p));
-            __m256i k = _mm256_loadu_si256((const __m256i *)weights);
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_shuffle_epi8(pixels, pairs), k));
-        }
-        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        s = _mm_srai_epi32(_mm_add_epi32(s, half), X_BITS);
-        s = _mm_packus_epi16(_mm_packs_epi32(s, s), s);
-        uint32_t rgb = (uint32_t)_mm_cvtsi128_si32(s);
-        if (x < size - 1) memcpy(out, &rgb, 4); /* the fourth byte is the next pixel's */
-        else memcpy(out, &rgb, 3);
+    const __m128i rgb = _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+    for (int x = 0; x < size; x += QUAD, spans += QUAD, weights += 32 * steps, out += 3 * QUAD) {
+        __m256i a = two_pixels(row, spans, (const __m256i *)weights, steps);
+        __m256i b = two_pixels(row, spans + 2, (const __m256i *)weights + steps, steps);
+        a = _mm256_packs_epi32(a, b); /* pixels 0 2 | 1 3 */
+        a = _mm256_packus_epi16(a, a);
+        __m128i four = _mm_unpacklo_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        _mm_storeu_si128((__m128i *)out, _mm_shuffle_epi8(four, rgb));
     }
 }
 #else
@@ -155,16 +175,16 @@ static void shrink(const uint8_t *rows, int64_t pitch, int taps, const int32_t *
     shrink_scalar(rows, pitch, taps, k, n, out);
 }
 
-static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int groups, uint8_t *out,
+static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *weights, int steps, uint8_t *out,
                           int size) {
     for (int x = 0; x < size; x++, out += 3) {
         const uint8_t *p = row + 3 * spans[x].first;
+        const int16_t *pairs = weights + x / 2 * 16 * steps + x % 2 * 8;
         int32_t r = 1 << (X_BITS - 1), g = r, b = r;
-        for (int i = 0; i < groups; i++, p += 12, weights += 16)
-            for (int t = 0; t < 4; t++) {
-                int32_t k = weights[8 * (t / 2) + t % 2];
-                r += p[3 * t] * k, g += p[3 * t + 1] * k, b += p[3 * t + 2] * k;
-            }
+        for (int j = 0; j < steps; j++, p += 6, pairs += 16) {
+            r += p[0] * pairs[0] + p[3] * pairs[1], g += p[1] * pairs[2] + p[4] * pairs[3];
+            b += p[2] * pairs[4] + p[5] * pairs[5];
+        }
         out[0] = (uint8_t)(r >> X_BITS), out[1] = (uint8_t)(g >> X_BITS), out[2] = (uint8_t)(b >> X_BITS);
     }
 }
@@ -174,58 +194,59 @@ static inline void narrow(const uint8_t *row, const Span *spans, const int16_t *
 static int resize(const uint8_t *image, int64_t pitch, int w, int h, uint8_t *out, int size) {
     int sx = 2 * (int)ceil(w > size ? (double)w / size : 1) + 1;
     int sy = 2 * (int)ceil(h > size ? (double)h / size : 1) + 1;
-    int n = 3 * w, room = (sx + 3) / 4 * 4;
-    Span *spans = malloc(2 * (size_t)size * sizeof *spans);
-    int32_t *weights = malloc((size_t)size * (room > sy ? room : sy) * sizeof *weights);
-    int16_t *pairs = malloc((size_t)size * room * 4 * sizeof *pairs);
-    uint8_t *row = calloc((size_t)n + 3 * room + 16, 1);
-    int failed = !spans || !weights || !pairs || !row;
+    int n = 3 * w, room = (sx + 3) / 4 * 4, padded = (size + QUAD - 1) / QUAD * QUAD;
+    Span *spans = calloc((size_t)(padded + size), sizeof *spans);
+    int32_t *weights = calloc((size_t)padded * (room > sy ? room : sy), sizeof *weights);
+    int16_t *pairs = malloc((size_t)padded * room * 4 * sizeof *pairs);
+    uint8_t *row = calloc((size_t)n + 3 * room + 16, 1), *line = malloc((size_t)3 * padded + 4);
+    int failed = !spans || !weights || !pairs || !row || !line;
     if (!failed) {
-        int groups = (triangle(w, size, X_BITS, room, spans, weights) + 3) / 4;
-        for (int i = 0; i < size * groups; i++)
-            for (int j = 0; j < 16; j++) {
-                int32_t k = weights[i / groups * room + i % groups * 4 + 2 * (j / 8) + j % 2];
-                pairs[16 * i + j] = j % 8 < 6 ? (int16_t)k : 0;
-            }
-        triangle(h, size, Y_BITS, sy, spans + size, weights);
+        int steps = (triangle(w, size, X_BITS, room, spans, weights) + 3) / 4 * 2;
+        pair_weights(weights, room, padded, steps, pairs);
+        triangle(h, size, Y_BITS, sy, spans + padded, weights);
         for (int y = 0; y < size; y++) {
-            Span span = spans[size + y];
+            Span span = spans[padded + y];
             shrink(image + span.first * pitch, pitch, span.taps, weights + (size_t)y * sy, n, row);
-            uint8_t *to = out + (size_t)y * 3 * size;
-            if (groups == 1) narrow(row, spans, pairs, 1, to, size); /* a copy of the loop for the usual scales */
-            else narrow(row, spans, pairs, groups, to, size);
+            if (steps == 2) narrow(row, spans, pairs, 2, line, size); /* a copy of the loop for the usual scales */
+            else narrow(row, spans, pairs, steps, line, size);
+            memcpy(out + (size_t)y * 3 * size, line, 3 * (size_t)size);
         }
     }
-    free(spans), free(weights), free(pairs), free(row);
+    free(spans), free(weights), free(pairs), free(row), free(line);
     return failed;
 }
 
-/* Colours: planes of n floats in [0, 1], computed as torchvision does on float images, clamped after each operator. */
+/* Colours in [0, 1]: a block of n pixels in three planes, computed as torchvision does on float images, clamped after
+ * each operator. A block fits the cache, so that several operators cost one pass over memory. */
+#define BLOCK 4096
 #define GRAY(r, g, b) (0.2989f * (r) + 0.587f * (g) + 0.114f * (b))
+typedef struct { float *r, *g, *b; } Planes;
 
 static inline float clamp(float x) { return x < 0 ? 0 : x > 1 ? 1 : x; }
 
-static void brightness(float *restrict x, int64_t n, float f) {
-    for (int64_t i = 0; i < 3 * n; i++) x[i] = clamp(f * x[i]);
+/* Mixes with one value: black for brightness, the mean gray of the view for contrast. */
+static void blend(Planes x, int64_t n, float f, float other) {
+    float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
+    other *= 1 - f;
+    for (int64_t i = 0; i < n; i++) r[i] = clamp(f * r[i] + other);
+    for (int64_t i = 0; i < n; i++) g[i] = clamp(f * g[i] + other);
+    for (int64_t i = 0; i < n; i++) b[i] = clamp(f * b[i] + other);
 }
 
-static void contrast(float *restrict x, int64_t n, float f) {
-    const float *r = x, *g = x + n, *b = x + 2 * n;
+static double sum_gray(Planes x, int64_t n) {
+    const float *r = x.r, *g = x.g, *b = x.b;
+    float lane[16] = {0}; /* for vector instructions */
     double sum = 0;
-    for (int64_t from = 0; from < n; from += 4096) { /* lanes for vector instructions, chunks for small sums */
-        float lane[16] = {0};
-        int64_t i = from, end = n < from + 4096 ? n : from + 4096;
-        for (; i + 16 <= end; i += 16)
-            for (int j = 0; j < 16; j++) lane[j] += GRAY(r[i + j], g[i + j], b[i + j]);
-        for (; i < end; i++) lane[0] += GRAY(r[i], g[i], b[i]);
-        for (int j = 0; j < 16; j++) sum += lane[j];
-    }
-    float other = (1 - f) * (float)(sum / (double)n);
-    for (int64_t i = 0; i < 3 * n; i++) x[i] = clamp(f * x[i] + other);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 16; j++) lane[j] += GRAY(r[i + j], g[i + j], b[i + j]);
+    for (; i < n; i++) lane[0] += GRAY(r[i], g[i], b[i]);
+    for (int j = 0; j < 16; j++) sum += lane[j];
+    return sum;
 }
 
-static void saturation(float *restrict x, int64_t n, float f) {
-    float *r = x, *g = x + n, *b = x + 2 * n;
+static void saturation(Planes x, int64_t n, float f) {
+    float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
     for (int64_t i = 0; i < n; i++) {
         float other = (1 - f) * GRAY(r[i], g[i], b[i]);
         r[i] = clamp(f * r[i] + other), g[i] = clamp(f * g[i] + other), b[i] = clamp(f * b[i] + other);
@@ -240,8 +261,8 @@ static inline float turned(float hue, float n, float value, float chroma) {
     return value - chroma * clamp(m);
 }
 
-static void hue(float *restrict x, int64_t n, float shift) {
-    float *restrict r = x, *restrict g = x + n, *restrict b = x + 2 * n;
+static void hue(Planes x, int64_t n, float shift) {
+    float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
     for (int64_t i = 0; i < n; i++) {
         float R = r[i], G = g[i], B = b[i];
         float high = R > G ? R : G, low = R < G ? R : G;
@@ -253,8 +274,15 @@ static void hue(float *restrict x, int64_t n, float shift) {
     }
 }
 
-static void gray(float *restrict x, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] = x[n + i] = x[2 * n + i] = GRAY(x[i], x[n + i], x[2 * n + i]);
+static void gray(Planes x, int64_t n) {
+    float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
+    for (int64_t i = 0; i < n; i++) r[i] = g[i] = b[i] = GRAY(r[i], g[i], b[i]);
+}
+
+static void to_floats(const uint8_t *restrict crop, Planes x, int64_t n) {
+    float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
+    for (int64_t i = 0; i < n; i++)
+        r[i] = crop[3 * i] * (1 / 255.0f), g[i] = crop[3 * i + 1] * (1 / 255.0f), b[i] = crop[3 * i + 2] * (1 / 255.0f);
 }
 
 /* out[i] = taps[0] before[0][i] + sum over o > 0 of taps[o] (before[o][i] + behind[o][i]); 32 at a time. */
@@ -280,27 +308,40 @@ static void weigh(const float *const *before, const float *const *behind, const 
     }
 }
 
-/* The true Gaussian, cut off at 4 sigma; edge pixels repeat. Each plane is (size, size), blurred along columns first;
- * tmp: one plane, line: size + 2 radius floats, rows: 2 radius + 2 pointers. */
-static void blur(float *x, int planes, int size, const float *taps, int radius, float *tmp, float *line,
-                 const float **rows) {
-    const float **before = rows, **behind = rows + radius + 1;
-    for (int c = 0; c < planes; c++, x += (int64_t)size * size) {
-        for (int y = 0; y < size; y++) {
-            for (int o = 0; o <= radius; o++) {
-                before[o] = x + (int64_t)(y - o < 0 ? 0 : y - o) * size;
-                behind[o] = x + (int64_t)(y + o >= size ? size - 1 : y + o) * size;
-            }
-            weigh(before, behind, taps, radius, size, tmp + (int64_t)y * size);
-        }
-        for (int o = 0; o <= radius; o++) before[o] = line + radius - o, behind[o] = line + radius + o;
-        for (int y = 0; y < size; y++) {
-            const float *from = tmp + (int64_t)y * size;
-            for (int i = 0; i < radius; i++) line[i] = from[0], line[radius + size + i] = from[size - 1];
-            memcpy(line + radius, from, (size_t)size * sizeof *line);
-            weigh(before, behind, taps, radius, size, x + (int64_t)y * size);
-        }
+/* The true Gaussian, cut off at 4 sigma; edge pixels repeat. */
+typedef struct { int radius; float *taps, *line; const float **rows; } Blur; /* line: size + 2 radius; rows: 2 radius + 2 */
+
+static void blur_taps(Blur b, double sigma) {
+    double sum = 0;
+    for (int o = -b.radius; o <= b.radius; o++) sum += exp(-0.5 * (o / sigma) * (o / sigma));
+    for (int o = 0; o <= b.radius; o++) b.taps[o] = (float)(exp(-0.5 * (o / sigma) * (o / sigma)) / sum);
+}
+
+/* Row y of the blurred plane x (size, size): along the columns, then along that row. */
+static void blur_row(Blur b, const float *x, int size, int y, float *out) {
+    const float **before = b.rows, **behind = b.rows + b.radius + 1;
+    for (int o = 0; o <= b.radius; o++) {
+        before[o] = x + (int64_t)(y - o < 0 ? 0 : y - o) * size;
+        behind[o] = x + (int64_t)(y + o >= size ? size - 1 : y + o) * size;
     }
+    float *mid = b.line + b.radius;
+    weigh(before, behind, b.taps, b.radius, size, mid);
+    for (int i = 1; i <= b.radius; i++) mid[-i] = mid[0], mid[size - 1 + i] = mid[size - 1];
+    for (int o = 0; o <= b.radius; o++) before[o] = mid - o, behind[o] = mid + o;
+    weigh(before, behind, b.taps, b.radius, size, out);
+}
+
+/* Normalises a row of n pixels by ImageNet's statistics, and flips it. */
+static void store(Planes x, int n, int flip, float *restrict out) {
+    const float *restrict r = x.r, *restrict g = x.g, *restrict b = x.b;
+    const float kr = 1 / 0.229f, kg = 1 / 0.224f, kb = 1 / 0.225f;
+    const float mr = 0.485f * kr, mg = 0.456f * kg, mb = 0.406f * kb;
+    if (flip)
+        for (int i = 0, j = n - 1; i < n; i++, j--)
+            out[3 * i] = r[j] * kr - mr, out[3 * i + 1] = g[j] * kg - mg, out[3 * i + 2] = b[j] * kb - mb;
+    else
+        for (int i = 0; i < n; i++)
+            out[3 * i] = r[i] * kr - mr, out[3 * i + 1] = g[i] * kg - mg, out[3 * i + 2] = b[i] * kb - mb;
 }
 
 /* All steps after the crop: bytes (size, size, 3) -> floats (size, size, 3). p is a row of augment.Finish.table:
@@ -308,48 +349,58 @@ static void blur(float *x, int planes, int size, const float *taps, int radius, 
 #define PARAMETERS 12
 static int radius_of(const float *p) { return (int)ceilf(4 * p[10]); }
 
-/* Room for pointers to rows, planes and one for blur, taps, a line, and the crop. The caller keeps it: new memory is
- * slow. */
+/* Room for pointers to rows, planes, three rows, taps, a line, and the crop. The caller keeps it: new memory is slow. */
 int64_t scratch_bytes(int64_t n, const float *parameters, int size) {
     int64_t radius = 0, pixels = (int64_t)size * size;
     for (int64_t i = 0; parameters && i < n; i++)
         if (radius < radius_of(parameters + i * PARAMETERS)) radius = radius_of(parameters + i * PARAMETERS);
-    int64_t floats = parameters ? 4 * pixels + size + 3 * radius + 1 : 0;
+    int64_t floats = parameters ? 3 * pixels + 4 * size + 3 * radius + 1 : 0;
     return (2 * radius + 2) * (int64_t)sizeof(float *) + floats * (int64_t)sizeof(float) + 3 * pixels;
 }
 
-static void finish(const uint8_t *restrict crop, const float *p, float *restrict out, int size, void *scratch) {
-    int64_t n = (int64_t)size * size;
-    int radius = radius_of(p);
-    const float **rows = scratch;
-    float *x = (float *)(rows + 2 * radius + 2);
-    float *restrict r = x, *restrict g = x + n, *restrict b = x + 2 * n;
-    for (int64_t i = 0; i < n; i++)
-        r[i] = crop[3 * i] * (1 / 255.0f), g[i] = crop[3 * i + 1] * (1 / 255.0f), b[i] = crop[3 * i + 2] * (1 / 255.0f);
-    for (int slot = 1; p[0] && slot <= 4; slot++) {
-        if (p[slot] == 0) brightness(x, n, p[5]);
-        if (p[slot] == 1) contrast(x, n, p[6]);
+/* The operators of the slots from .. to, both included; `mean` is that of contrast. */
+static void jitter(Planes x, int64_t n, const float *p, int from, int to, float mean) {
+    for (int slot = from; slot <= to; slot++) {
+        if (p[slot] == 0) blend(x, n, p[5], 0);
+        if (p[slot] == 1) blend(x, n, p[6], mean);
         if (p[slot] == 2) saturation(x, n, p[7]);
         if (p[slot] == 3) hue(x, n, p[8]);
     }
-    if (p[9]) gray(x, n);
-    if (p[10] > 0) {
-        float *tmp = x + 3 * n, *taps = tmp + n, *line = taps + radius + 1;
-        double sum = 0, sigma = p[10];
-        for (int o = -radius; o <= radius; o++) sum += exp(-0.5 * (o / sigma) * (o / sigma));
-        for (int o = 0; o <= radius; o++) taps[o] = (float)(exp(-0.5 * (o / sigma) * (o / sigma)) / sum);
-        blur(x, p[9] ? 1 : 3, size, taps, radius, tmp, line, rows);
-        if (p[9]) memcpy(x + n, x, (size_t)n * sizeof *x), memcpy(x + 2 * n, x, (size_t)n * sizeof *x);
+}
+
+static void finish(const uint8_t *crop, const float *p, float *out, int size, void *scratch) {
+    int64_t n = (int64_t)size * size;
+    int first = 1, rows = size < BLOCK ? BLOCK / size : 1, on = p[0] != 0, grayed = p[9] != 0, flip = p[11] != 0;
+    Blur b = {.radius = radius_of(p), .rows = scratch};
+    float *x = (float *)(b.rows + 2 * b.radius + 2), *line = x + 3 * n;
+    b.taps = line + 3 * size, b.line = b.taps + b.radius + 1;
+    double sum = 0;
+    while (first < 4 && p[first] != 1) first++; /* contrast, which needs the mean of the whole view at its place */
+    for (int64_t i = 0; on && i < n; i += BLOCK) {
+        Planes block = {x + i, x + n + i, x + 2 * n + i};
+        int64_t pixels = n - i < BLOCK ? n - i : BLOCK;
+        to_floats(crop + 3 * i, block, pixels);
+        jitter(block, pixels, p, 1, first - 1, 0);
+        sum += sum_gray(block, pixels);
     }
-    const float kr = 1 / 0.229f, kg = 1 / 0.224f, kb = 1 / 0.225f;
-    const float mr = 0.485f * kr, mg = 0.456f * kg, mb = 0.406f * kb;
-    for (int y = 0; y < size; y++, r += size, g += size, b += size, out += 3 * size)
-        if (p[11])
-            for (int i = 0, j = size - 1; i < size; i++, j--)
-                out[3 * i] = r[j] * kr - mr, out[3 * i + 1] = g[j] * kg - mg, out[3 * i + 2] = b[j] * kb - mb;
-        else
-            for (int i = 0; i < size; i++)
-                out[3 * i] = r[i] * kr - mr, out[3 * i + 1] = g[i] * kg - mg, out[3 * i + 2] = b[i] * kb - mb;
+    for (int y = 0; y < size; y += rows) {
+        int count = size - y < rows ? size - y : rows;
+        int64_t i = (int64_t)y * size, pixels = (int64_t)count * size;
+        Planes block = {x + i, x + n + i, x + 2 * n + i};
+        if (on) jitter(block, pixels, p, first, 4, (float)(sum / (double)n));
+        else to_floats(crop + 3 * i, block, pixels);
+        if (grayed) gray(block, pixels);
+        if (p[10] > 0) continue;
+        for (int row = 0; row < count; row++, i += size)
+            store((Planes){x + i, x + n + i, x + 2 * n + i}, size, flip, out + 3 * i);
+    }
+    if (p[10] <= 0) return;
+    blur_taps(b, p[10]);
+    for (int y = 0; y < size; y++) {
+        for (int c = 0; c < (grayed ? 1 : 3); c++) blur_row(b, x + c * n, size, y, line + c * size);
+        store((Planes){line, line + (grayed ? 0 : size), line + (grayed ? 0 : 2 * size)}, size, flip,
+              out + 3 * (int64_t)y * size);
+    }
 }
 
 /* n views, each from an RGB image (height, width, 3) of bytes, 22 numbers for its box, and a row of PARAMETERS. Writes
