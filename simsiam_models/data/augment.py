@@ -4,10 +4,12 @@ The published list (paper, appendix A; FAIR and MMSelfSup release the same numbe
 grayscale, Gaussian blur, flip, normalise. On a CPU kernel.c does all of it, one view at a time. For a GPU the CPU cuts
 the crops (uint8) and `finish` does the rest on whole batches, with separate parameters for each sample.
 """
+import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ CROP_TRIES = 10  # torchvision's RandomResizedCrop gives up after ten boxes that
 CROP_DRAWS = 2 * CROP_TRIES + 2
 DRAWS = CROP_DRAWS + 10
 ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
+Planes = Sequence[Tensor]  # red, green and blue, (B, S, S) each
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 
 
@@ -143,23 +146,57 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
     out[:] = whole[top:top + out.shape[0], left:left + out.shape[1]]
 
 
-def finish(images: Tensor, params: Finish, colours: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor:
+class Sent(NamedTuple):
+    """The parameters of N samples on their device; blurred samples are the rows `rows`."""
+
+    table: Tensor  # (N, 12), see `Finish.table`
+    rows: Tensor  # (n,) int64
+    taps: Tensor  # (n, R + 2), see `blur`
+    beyond: Tensor  # (n, R + 2)
+
+
+def send_parameters(table: np.ndarray, to: Tensor) -> Sent:
+    """Sends the (N, 12) `Finish.table` to the device of `to`, with what the blur needs, in one copy."""
+    rows = np.flatnonzero(table[:, 10])
+    arrays = [table, rows, *_weigh(table[rows, 10])]
+    flat = send(np.concatenate([a.astype(np.float32).ravel() for a in arrays]), to)  # exact for rows below 2^24
+    table, rows, taps, beyond = (
+        x.view(a.shape) for x, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True))
+    return Sent(table, rows.long(), taps, beyond)
+
+
+def finish(images: Tensor, params: Finish | Sent, colours: Callable[..., Tensor] | None = None) -> Tensor:
     """Jitters, grays, blurs, flips and normalises (B, 3, S, S) uint8 on any device -> (B, 3, S, S) float32.
 
-    The host does not wait for the device. `colours` may be a compiled `jitter_and_gray`.
+    The host does not wait for the device. `colours` may be a compiled `finish_colours`. The blur comes last because
+    the flip and the normalisation, which fit into the same pass as the colours, commute with it: a Gaussian is
+    symmetric, and its weights add up to one.
     """
-    table = send(params.table(), images)
-    x = (colours or jitter_and_gray)(images, table)
-    if len(on := np.flatnonzero(params.sigma)):
-        rows = send(on, images)
-        x[rows] = blur(x[rows], params.sigma[on])
-    return normalize(torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, x.flip(-1), x))
+    sent = send_parameters(params.table(), images) if isinstance(params, Finish) else params
+    x = (colours or finish_colours)(images, sent.table, _statistics(images.device))
+    if len(sent.rows):
+        x[sent.rows] = _convolve(x[sent.rows], sent.taps, sent.beyond)
+    return x
+
+
+def finish_colours(images: Tensor, table: Tensor, statistics: Tensor) -> Tensor:
+    """Does what `finish` does, except for the blur; `statistics` (2, 3): mean and standard deviation per channel."""
+    flipped = torch.where(table[:, 11].view(-1, 1, 1, 1) > 0, images.flip(-1), images)
+    planes = _jitter_and_gray(flipped.unbind(1), table)
+    return _join([(x - mean) / std for x, mean, std in zip(planes, *statistics, strict=True)])
 
 
 def normalize(x: Tensor) -> Tensor:
     """Normalises colours in [0, 1] to mean 0 and standard deviation 1 per channel, by ImageNet's statistics."""
-    mean, std = send(np.array([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], np.float32).reshape(2, 3, 1, 1), x)
+    mean, std = _statistics(x.device).view(2, 3, 1, 1)
     return (x - mean) / std
+
+
+@functools.cache
+def _statistics(device: torch.device) -> Tensor:
+    """Returns ImageNet's mean and standard deviation, (2, 3), sent to the device once."""
+    with torch.inference_mode(False):  # later calls may be outside of it
+        return torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)
 
 
 def send(array: np.ndarray, to: Tensor) -> Tensor:
@@ -168,49 +205,82 @@ def send(array: np.ndarray, to: Tensor) -> Tensor:
     return x.pin_memory().to(to.device, non_blocking=True) if to.is_cuda else x.to(to.device)
 
 
-def _gray(x: Tensor) -> Tensor:
-    r, g, b = x.unbind(1)
-    return (GRAY[0] * r + GRAY[1] * g + GRAY[2] * b).unsqueeze(1)  # (B, 1, S, S)
-
-
 def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
-    """Maps (B, 3, S, S) uint8 and a (B, 12) `Finish.table` to colours in [0, 1], as torchvision does on floats.
+    """Maps (B, 3, S, S) uint8 and a (B, 12) `Finish.table` to colours in [0, 1], as torchvision does on floats."""
+    return _join(_jitter_and_gray(images.unbind(1), table))
 
-    Each sample has its own order of the four operators, yet no branch depends on it: the three operators that blend
-    (brightness, contrast, saturation) have three places before hue and three after it; unused places do nothing.
+
+def _join(planes: Planes) -> Tensor:
+    return torch.stack(planes, -1).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last
+
+
+def _jitter_and_gray(planes: Planes, table: Tensor) -> Planes:
+    """Applies the operators in each sample's own order, without a branch that depends on it.
+
+    Only contrast needs more than its own pixel: the mean gray of the image at its place in the order. So there are two
+    passes over the pixels, which torch.compile fuses: the operators before contrast, and those after it.
     """
-    x = images.float() / 255
-    jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9] > 0
-    hue_at = (order == 3).float().argmax(1)
-    for place in range(3):
-        x = _blend(x, order[:, place], factors, jitter & (place < hue_at))
-    x = torch.where(jitter.view(-1, 1, 1, 1), shift_hue(x, factors[:, 3].view(-1, 1, 1, 1)), x)
-    for place in range(1, 4):
-        x = _blend(x, order[:, place], factors, jitter & (place > hue_at))
-    return torch.where(gray.view(-1, 1, 1, 1), _gray(x), x)
+    jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9].view(-1, 1, 1) > 0
+    at = [sum(place * (order[:, place] == op) for place in range(1, 4)) for op in range(4)]  # place of each operator
+    x = _change([x.float() / 255 for x in planes], at, factors, [jitter & (place < at[1]) for place in at])
+    x = _blend(x, _gray(x).mean((1, 2), keepdim=True), _choose(factors[:, 1], jitter))
+    x = _change(x, at, factors, [jitter & (place > at[1]) for place in at])
+    luma = _gray(x)
+    return [torch.where(gray, luma, plane) for plane in x]
 
 
-def _blend(x: Tensor, op: Tensor, factors: Tensor, on: Tensor) -> Tensor:
-    """Blends x with black (op 0), its mean gray (1) or its gray image (2); op (B,) applies if on (B,) is true."""
-    factor = factors.gather(1, op.long()[:, None]).squeeze(1)
-    factor = torch.where(on, factor, torch.ones_like(factor)).view(-1, 1, 1, 1)
-    op, other = op.view(-1, 1, 1, 1), _gray(x)
-    other = torch.where(op == 1, other.mean((1, 2, 3), keepdim=True), other)
-    other = torch.where(op == 0, torch.zeros_like(other), other)
-    return (factor * x + (1 - factor) * other).clamp(0, 1)
+def _change(x: Planes, at: list[Tensor], factors: Tensor, on: list[Tensor]) -> Planes:
+    """Applies brightness, saturation and hue in the order of their places `at` (B,), each to the samples in `on` (B,).
+
+    Every order of the three is a part of this sequence; what comes out of place has the factor 1.
+    """
+    (b, _, s, hue), (b_on, _, s_on, hue_on) = at, on
+    x = _brighten(x, factors, b_on & (b < s) & (b < hue))
+    x = _saturate(x, factors, s_on & (s < hue))
+    x = _brighten(x, factors, b_on & (s < b) & (b < hue))
+    turned = _turn(x, factors[:, 3].view(-1, 1, 1))
+    x = [torch.where(hue_on.view(-1, 1, 1), new, old) for new, old in zip(turned, x, strict=True)]
+    x = _brighten(x, factors, b_on & (hue < b) & (b < s))
+    x = _saturate(x, factors, s_on & (hue < s))
+    return _brighten(x, factors, b_on & (s < b) & (hue < b))
+
+
+def _choose(factor: Tensor, on: Tensor) -> Tensor:
+    return torch.where(on, factor, torch.ones_like(factor)).view(-1, 1, 1)
+
+
+def _brighten(x: Planes, factors: Tensor, on: Tensor) -> Planes:
+    factor = _choose(factors[:, 0], on)
+    return [(factor * plane).clamp(0, 1) for plane in x]
+
+
+def _saturate(x: Planes, factors: Tensor, on: Tensor) -> Planes:
+    return _blend(x, _gray(x), _choose(factors[:, 2], on))
+
+
+def _blend(x: Planes, other: Tensor, factor: Tensor) -> Planes:
+    return [(factor * plane + (1 - factor) * other).clamp(0, 1) for plane in x]
+
+
+def _gray(x: Planes) -> Tensor:
+    return GRAY[0] * x[0] + GRAY[1] * x[1] + GRAY[2] * x[2]
 
 
 def shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     """Shifts the hue of (B, 3, S, S) colours in [0, 1] by `shift` (B, 1, 1, 1) of the circle, exactly in HSV."""
-    r, g, b = x.unbind(1)
-    value, low = x.amax(1), x.amin(1)
+    return _join(_turn(x.unbind(1), shift.squeeze(1)))
+
+
+def _turn(x: Planes, shift: Tensor) -> Planes:
+    r, g, b = x
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
     chroma = value - low
     safe = torch.where(chroma == 0, torch.ones_like(chroma), chroma)
     hue = torch.where(
         value == r, (g - b) / safe, torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))  # in sixths
-    hue = hue + 6 * shift.squeeze(1)
+    hue = hue + 6 * shift
     turned = [(hue + n) % 6 for n in (5.0, 3.0, 1.0)]  # colour(n) = V - C max(0, min(k, 4 - k, 1)), k = (n + H) mod 6
-    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in turned], 1)
+    return [value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in turned]
 
 
 def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
@@ -218,13 +288,22 @@ def blur(x: Tensor, sigma: np.ndarray) -> Tensor:
 
     The kernel is the true Gaussian, cut off at 4 sigma; PIL approximates it by a cascade of box filters.
     """
-    size, reach = x.shape[-1], np.ceil(4 * sigma)
-    o = np.arange(int(reach.max()) + 2)
-    taps = np.exp(-0.5 * (o / sigma[:, None]) ** 2) * (o <= reach[:, None])  # (B, R + 2)
+    return _convolve(x, *(send(w.astype(np.float32), x) for w in _weigh(sigma)))
+
+
+def _weigh(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the kernels' weights at the distances 0 .. R + 1, and at each distance and beyond, (B, R + 2) each."""
+    sigma = sigma.astype(np.float64)[:, None]
+    reach = np.ceil(4 * sigma)
+    o = np.arange(int(reach.max(initial=0)) + 2)
+    taps = np.exp(-0.5 * (o / sigma) ** 2) * (o <= reach)
     taps /= 2 * taps.sum(1, keepdims=True) - taps[:, :1]
-    beyond = taps[:, ::-1].cumsum(1)[:, ::-1]  # the weight at distance o and beyond
-    taps, beyond = send(taps.astype(np.float32), x), send(beyond.astype(np.float32), x)
-    i, last = torch.arange(size, device=x.device), len(o) - 1
+    return taps, taps[:, ::-1].cumsum(1)[:, ::-1]
+
+
+def _convolve(x: Tensor, taps: Tensor, beyond: Tensor) -> Tensor:
+    size, last = x.shape[-1], taps.shape[1] - 1
+    i = torch.arange(size, device=x.device)
     m = taps[:, (i[:, None] - i).abs().clamp_max(last)]  # (B, S, S)
     m[:, :, 0] = beyond[:, i.clamp_max(last)]  # the edge pixel stands for all beyond it
     m[:, :, -1] = beyond[:, (size - 1 - i).clamp_max(last)]

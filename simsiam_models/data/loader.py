@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .augment import Augmentation, Finish, cut_crops, draw, finish, jitter_and_gray
+from .augment import Augmentation, Sent, cut_crops, draw, finish, finish_colours, send_parameters
 from .philox import permutation
 from .readers.decode import DataError, UnreadableError, decode
 from .readers.images import Images, Stream
@@ -53,8 +53,7 @@ class Batch:
     indices: np.ndarray  # (B,)
     tensor: Tensor  # (2, B, S, S, 3), uint8 crops or finished float32
     u: np.ndarray  # (2 B, 22), for the crops
-    params: tuple[Finish, ...]  # of each view
-    table: np.ndarray | None  # (2 B, 12) `Finish.table`, if the kernel finishes the views
+    table: np.ndarray  # (2 B, 12), see `Finish.table`
     raw: list[bytes | np.ndarray] | None = None  # from a stream: all samples of the global batch, undecoded
     bad: dict[int, str] = field(default_factory=dict)  # unreadable images
 
@@ -111,7 +110,9 @@ class TwoViews:
         self.whole = not on_device and self.device.type == 'cpu' and kernel.load_library() is not None  # finished views
         self.buffers = _BufferPool(
             (2, self.share, aug.size, aug.size, 3), np.float32 if self.whole else np.uint8, self.device.type == 'cuda')
-        self._colours = _compile(jitter_and_gray) if self.device.type == 'cuda' else jitter_and_gray
+        cuda = self.device.type == 'cuda'
+        self._colours = _compile(finish_colours) if cuda else finish_colours
+        self._copies = torch.cuda.Stream(self.device) if cuda else None
         self._threads = make_threads(workers)
         self.stream = hasattr(images, 'samples')
         self._reader = make_threads(1) if self.stream and workers else None  # reads the stream, one batch ahead
@@ -136,12 +137,24 @@ class TwoViews:
 
     def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and finishes its views there."""
-        # Only pinned memory may be copied asynchronously: other memory is soon filled again.
-        x = batch.tensor.to(self.device, non_blocking=batch.tensor.is_pinned())
-        x1, x2 = x.permute(0, 1, 4, 2, 3)  # (B, 3, S, S) each, channels last
-        if self.whole:
-            return x1, x2
-        return finish(x1, batch.params[0], self._colours), finish(x2, batch.params[1], self._colours)
+        x, sent = self._copy(batch)
+        x = x.flatten(0, 1).permute(0, 3, 1, 2)  # (2 B, 3, S, S), channels last
+        x1, x2 = (x if self.whole else finish(x, sent, self._colours)).chunk(2)
+        return x1, x2
+
+    def _copy(self, batch: Batch) -> tuple[Tensor, Sent | None]:
+        """Copies a batch to the device; on CUDA while the card is still busy with the step before."""
+        with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
+            # Only pinned memory may be copied asynchronously: other memory is soon filled again. torch reuses pinned
+            # memory only after the copies from it.
+            x = batch.tensor.to(self.device, non_blocking=batch.tensor.is_pinned())
+            sent = None if self.whole else send_parameters(batch.table, x)
+        if self._copies is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_stream(self._copies)
+            for y in (x, *sent):  # so that the memory is reused only after the work here
+                y.record_stream(here)
+        return x, sent
 
     def judge(self, unreadable: dict[int, str], epoch: int) -> None:
         """Raises UnreadableError if there are more unreadable images than allowed."""
@@ -188,8 +201,8 @@ class TwoViews:
     def _make_job(self, epoch: int, indices: np.ndarray, raw: list[bytes | np.ndarray] | None = None) -> Job:
         """Returns an empty batch, and the calls that fill it."""
         u, params = zip(*(draw(self.aug, self.seed, epoch, indices, view) for view in (0, 1)), strict=True)
-        table = np.concatenate([p.table() for p in params]) if self.whole else None
-        batch = Batch(epoch, indices, self.buffers.take(), np.concatenate(u), params, table, raw)
+        table = np.concatenate([p.table() for p in params])
+        batch = Batch(epoch, indices, self.buffers.take(), np.concatenate(u), table, raw)
         return batch, [functools.partial(self._fill, batch, part) for part in split_range(len(indices))]
 
     def _fill(self, batch: Batch, part: slice) -> None:
@@ -199,7 +212,7 @@ class TwoViews:
             images.append(self._read(int(batch.indices[i]), batch))
             if sum(x.nbytes for x in images) >= GROUP or i == part.stop - 1:
                 rows = np.concatenate([np.arange(first, i + 1) + view * len(batch.indices) for view in (0, 1)])
-                table = None if batch.table is None else batch.table[rows]
+                table = batch.table[rows] if self.whole else None
                 cut_crops(images + images, batch.u[rows], self.aug, out, rows, table)
                 images, first = [], i + 1
 
@@ -222,15 +235,15 @@ class TwoViews:
         return np.zeros((self.aug.size, self.aug.size, 3), np.uint8)
 
 
-def _compile(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def _compile(colours: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `colours` fused by torch.compile; if that fails, warns once and uses `colours` itself."""
     compiled: Any = None
 
-    def run(images: Tensor, table: Tensor) -> Tensor:
+    def run(*args: Tensor) -> Tensor:
         nonlocal compiled
         try:
             compiled = compiled or torch.compile(colours, dynamic=False)  # raises if torch has no compiler here
-            return compiled(images, table)
+            return compiled(*args)
         # torch.compile raises errors of Dynamo, Inductor, Triton and the C compiler, which share no base class.
         except Exception as e:
             if compiled is colours:
@@ -238,6 +251,6 @@ def _compile(colours: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, T
             _logger.warning(
                 f'the augmentation cannot be compiled here ({type(e).__name__}); continuing uncompiled, slower')
             compiled = colours
-            return colours(images, table)
+            return colours(*args)
 
     return run

@@ -120,8 +120,8 @@ def synchronize(device: torch.device) -> None:
 
 
 def default_workers(device: torch.device) -> int:
-    """Returns the number of threads for data: one if the CPU also trains, else one per core, at most 8."""
-    return 1 if device.type == 'cpu' else min(8, cores())
+    """Returns the number of threads for data: one if the CPU also trains, else one per core of this process's share."""
+    return 1 if device.type == 'cpu' else cores()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import operator
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ import torch
 
 from ..data import Images, TwoViews, open_data
 from ..runtime import checkpoint
-from ..runtime.distributed import World, default_workers, parallel, synchronize_batchnorm
+from ..runtime.distributed import World, default_workers, parallel, synchronize, synchronize_batchnorm
 from ..runtime.lifecycle import ARGS, OUTPUTS, Lifecycle, amend_claim
 from ..runtime.precision import AMP, autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from ..weights.folders import read_json
 from ..weights.networks import BACKBONE
-from .autoperf import choose_perf
+from .autoperf import WAYS, choose_perf
 from .extension import check_epochs, extend, match_epochs
 from .initial import KEY as INITIAL
 from .initial import Initial, check_same, load_initial, match_initial
@@ -222,23 +223,35 @@ def make_trainer(
 def decide_perf(
     args: argparse.Namespace, recipe: Recipe, model: SimSiam, record: dict[str, Any], life: Lifecycle, continued: bool,
 ) -> tuple[str, Perf]:
-    """Chooses precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults."""
+    """Chooses precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults.
+
+    On a single CUDA card the trial of --auto-perf also decides about --compile, if neither flag is given.
+    """
     amp, world = record['amp'], life.world
     if record.get('perf'):
         perf = Perf(**record['perf'])
-        return amp, dataclasses.replace(perf, compile=perf.compile or args.compile and not args.auto_perf)
-    if not args.auto_perf:
-        return amp, Perf(compile=args.compile)
+        keep = args.auto_perf or args.compile is None
+        return amp, perf if keep else dataclasses.replace(perf, compile=args.compile)
+    # A trial on one card says nothing about several, which wait for each other in every batch norm.
+    by_trial = world.device.type == 'cuda' and world.size == 1 and not continued and args.compile is None
+    if not args.auto_perf and not by_trial:
+        return amp, Perf(compile=bool(args.compile))
 
     def make_step(trial: SimSiam, amp: str, perf: Perf) -> Callable[..., Any]:
         trainer = Trainer(trial.train(), recipe, World(0, 1, world.device), amp, perf, seed=args.seed)
         return functools.partial(train_step, trainer)
 
     def choose() -> tuple[str, Perf]:
-        life.say('auto-perf: timing a few ways of computing a step, for about a minute')
+        if args.auto_perf:
+            life.say('auto-perf: timing a few ways of computing a step, for about a minute')
+            more = {'ways': [way for way in WAYS if args.compile is not False or not way.compile]}
+        else:
+            life.say('auto-perf: timing the step, without and with torch.compile (--no-compile: without)')
+            steps = recipe.epochs * (record['images'] // recipe.batch_size)
+            more = {'ways': [Perf(), Perf(compile=True)], 'steps_of_run': steps}
         both = args.amp == 'auto' and world.device.type == 'cpu' and has_bfloat16() and not continued
         amps = ('bfloat16', 'off') if both else (amp,)
-        chosen = choose_perf(model, _view_shape(recipe, world), world.device, amps, make_step, life.say)
+        chosen = choose_perf(model, _view_shape(recipe, world), world.device, amps, make_step, life.say, **more)
         amend_claim(life.folder, {'amp': chosen[0], 'perf': dataclasses.asdict(chosen[1])})
         return chosen
 
@@ -251,12 +264,14 @@ def _compile_or_not(model: SimSiam, x: torch.Tensor, amp: str, say: Callable[[st
     `x` has the run's own shape and memory format, so the run reuses what was compiled for it.
     """
     try:
-        trial = copy.deepcopy(model)
+        began, trial = time.perf_counter(), copy.deepcopy(model)
         trial.compile()
         with autocast(x.device, amp):
             outputs = trial(x, x)
         simsiam_loss(*(y.float() for y in outputs)).backward()
+        synchronize(x.device)
     except Exception as e:  # torch.compile and the C++ compiler behind it raise errors of many kinds
         say(f'--compile does not work here ({type(e).__name__}); the run continues without it')
         return
+    say(f'compiled the model in {time.perf_counter() - began:.0f} s')
     model.compile()

@@ -42,6 +42,7 @@ class Trainer:
     ) -> None:
         self.model, self.recipe, self.world, self.amp, self.perf = model, recipe, world, amp, perf
         self.net, self.seed = net or model, seed
+        torch.backends.cudnn.benchmark |= world.device.type == 'cuda'  # worth it, since the shapes of a run are fixed
         self.optimizer, self.scaler = make_optimizer(model, recipe), make_scaler(world.device, amp)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,6 @@
 """Batches of two views: pure functions of (seed, epoch, index) for any number of workers and processes."""
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,11 @@ from PIL import Image
 from test_augment import AUG, source
 from torch import Tensor
 
-from simsiam_models.data import TwoViews, kernel
-from simsiam_models.data.augment import crop, crop_box, draw, finish
+from simsiam_models.data import TwoViews, augment, kernel, loader
+from simsiam_models.data.augment import crop, crop_box, draw, finish, finish_colours
 from simsiam_models.data.philox import permutation
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-
 
 
 @pytest.mark.parametrize('with_kernel', [True, False])
@@ -87,3 +88,36 @@ def test_a_batch_that_does_not_fit_is_refused_by_its_flag(batch, world, text):
     with pytest.raises(ValueError, match=text) as e:
         TwoViews(source(), AUG, batch=batch, world=world)
     assert f'--batch-size {batch}' in str(e.value)
+
+
+# What a GPU finishes
+
+
+def test_the_parameters_of_a_batch_are_sent_in_one_copy(monkeypatch):
+    sent, send = [], augment.send
+    monkeypatch.setattr(augment, 'send', lambda array, to: sent.append(array.shape) or send(array, to))
+    batches = list(TwoViews(source(), AUG, batch=8, on_device=True).epoch(0))
+    assert len(sent) == len(batches) == 3
+
+
+def test_the_capture_of_the_finishing_pass_has_no_graph_break():
+    captured = torch.compile(finish_colours, fullgraph=True, backend='eager', dynamic=False)
+    x = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    args = x, torch.from_numpy(draw(AUG, 0, 0, np.arange(4), 0)[1].table()), torch.rand(2, 3) + 1
+    assert torch.equal(captured(*args), finish_colours(*args))
+
+
+@pytest.mark.parametrize('fails', ['when it is made', 'when it is called'])
+def test_an_augmentation_that_cannot_be_compiled_runs_uncompiled_after_one_warning(monkeypatch, caplog, fails):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError('Cannot find a working triton installation')
+    monkeypatch.setattr(torch, 'compile', no_compiler if fails == 'when it is made' else lambda *a, **k: no_compiler)
+    want = list(TwoViews(source(), AUG, batch=8, on_device=True).epoch(0))
+    views = TwoViews(source(), AUG, batch=8, on_device=True)
+    views._colours = loader._compile(finish_colours)
+    with caplog.at_level(logging.WARNING):
+        got = list(views.epoch(0))
+    assert [r.message for r in caplog.records] == [
+        'the augmentation cannot be compiled here (RuntimeError); continuing uncompiled, slower']
+    for x, y in zip(want, got, strict=True):
+        assert torch.equal(x[0], y[0]) and torch.equal(x[1], y[1])

@@ -1,11 +1,12 @@
 """How long a training step takes: the paper's plain step against ours, in one interleaved run.
 
   python tests/perf/step.py                                 ResNet-18 (CIFAR), 32 px, batch 64, all cores
-  python tests/perf/step.py --model simsiam_resnet50 --size 224 --batch 256 --proj-layers 3 --device cuda
+  python tests/perf/step.py --model simsiam_resnet50 --size 224 --batch 256 --proj-layers 3 --device cuda \\
+    --steps 'plain fp32' 'ours bf16' 'ours bf16, compiled'
 
 plain      two forward passes in fp32 and contiguous memory, torch's default SGD, loss.item() after each step, as in
            FAIR's main_simsiam.py
-ours       train.py's train_step, without --compile
+ours       train.py's train_step, channels last and without torch.compile unless the name says otherwise
 """
 import argparse
 import copy
@@ -21,10 +22,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor
 
-from simsiam_models import SimSiam, create_simsiam, simsiam_loss
+from simsiam_models import SimSiam, simsiam_loss
+from simsiam_models.data import Augmentation
 from simsiam_models.runtime.distributed import World, synchronize
 from simsiam_models.training.recipes import Recipe
-from simsiam_models.training.step import Trainer, train_step
+from simsiam_models.training.setup import make_model
+from simsiam_models.training.step import Perf, Trainer, train_step
+
+PLAIN = 'plain fp32'
+OURS = {
+    'ours fp32': ('off', Perf()), 'ours bf16': ('bfloat16', Perf()), 'ours fp16': ('float16', Perf()),
+    'ours bf16, contiguous': ('bfloat16', Perf(channels_last=False)),
+    'ours bf16, compiled': ('bfloat16', Perf(compile=True))}
+USUAL = [PLAIN, 'ours fp32', 'ours bf16']
 
 
 def plain_step(model: SimSiam, recipe: Recipe, x1: Tensor, x2: Tensor) -> Callable[[], object]:
@@ -39,10 +49,14 @@ def plain_step(model: SimSiam, recipe: Recipe, x1: Tensor, x2: Tensor) -> Callab
     return step
 
 
-def our_step(model: SimSiam, recipe: Recipe, amp: str, x1: Tensor, x2: Tensor) -> Callable[[], object]:
-    model.to(memory_format=torch.channels_last).train()
-    x1, x2 = (x.contiguous(memory_format=torch.channels_last) for x in (x1, x2))  # as the data arrive in a run
-    trainer = Trainer(model, recipe, World(0, 1, x1.device), amp)
+def our_step(
+    model: SimSiam, recipe: Recipe, amp: str, perf: Perf, x1: Tensor, x2: Tensor,
+) -> Callable[[], object]:
+    model.to(memory_format=perf.memory_format).train()
+    if perf.compile:
+        model.compile()
+    x1, x2 = (x.contiguous(memory_format=perf.memory_format) for x in (x1, x2))  # as the data arrive in a run
+    trainer = Trainer(model, recipe, World(0, 1, x1.device), amp, perf)
     return lambda: train_step(trainer, x1, x2)
 
 
@@ -56,6 +70,32 @@ def milliseconds(step: Callable[[], object], device: torch.device, steps: int) -
     return 1000 * (time.perf_counter() - start) / steps
 
 
+def measure(recipe: Recipe, device: torch.device, names: list[str], together: int, rounds: int) -> dict:
+    """Returns, by step: ms in each round, seconds of the first step, peak bytes on a card; or its error."""
+    torch.backends.cudnn.benchmark = True  # as in FAIR's script; our Trainer does it, too
+    model, size = make_model(recipe, 0).to(device), recipe.augmentation.size
+    x1, x2 = torch.randn(2, recipe.batch_size, 3, size, size, device=device)
+    steps, found = {}, {name: {'ms': []} for name in names}
+    for name in names:
+        trial = copy.deepcopy(model)
+        if device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            step = plain_step(trial, recipe, x1, x2) if name == PLAIN else our_step(
+                trial, recipe, *OURS[name], x1, x2)
+            found[name]['first_s'] = milliseconds(step, device, 1) / 1000
+            milliseconds(step, device, together)
+            steps[name] = step
+        except (RuntimeError, torch.OutOfMemoryError) as e:  # no float16 on a CPU, no compiler, no memory
+            found[name]['error'] = f'{type(e).__name__}: {str(e).splitlines()[0]}'
+        if device.type == 'cuda':
+            found[name]['peak_bytes'] = torch.cuda.max_memory_allocated(device)
+    for _ in range(rounds):
+        for name, step in steps.items():
+            found[name]['ms'].append(milliseconds(step, device, together))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='simsiam_resnet18_cifar')
@@ -65,33 +105,25 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--device', default='cpu')
+    parser.add_argument('--steps', nargs='+', choices=[PLAIN, *OURS], default=USUAL)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    device = torch.device(args.device)
-    recipe = Recipe('', model=args.model, proj_layers=args.proj_layers, batch_size=args.batch)
-    model = create_simsiam(args.model, dim=2048, pred_dim=512, proj_layers=args.proj_layers).to(device)
-    x1, x2 = torch.randn(2, args.batch, 3, args.size, args.size, device=device)
-    steps = {
-        'plain fp32': plain_step(copy.deepcopy(model), recipe, x1, x2),
-        'ours fp32': our_step(copy.deepcopy(model), recipe, 'off', x1, x2),
-        'ours bf16': our_step(copy.deepcopy(model), recipe, 'bfloat16', x1, x2)}
-
-    together = 10 if device.type == 'cuda' else 1
-    spent = {name: [] for name in steps}
-    for _ in range(2 + args.rounds):
-        for name, step in steps.items():
-            spent[name].append(milliseconds(step, device, together))
-    medians = {name: statistics.median(times[2:]) for name, times in spent.items()}
-
-    parameters = sum(p.numel() for p in model.parameters())
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'CPU, {args.threads} threads'
+    recipe = Recipe(
+        '', model=args.model, proj_layers=args.proj_layers, batch_size=args.batch,
+        augmentation=Augmentation(size=args.size))
+    together = 1 if args.device == 'cpu' else 10
+    found = measure(recipe, torch.device(args.device), args.steps, together, args.rounds)
+    name = torch.cuda.get_device_name(args.device) if args.device != 'cpu' else f'CPU, {args.threads} threads'
     load = ' '.join(f'{x:.2f}' for x in os.getloadavg())
-    print(f'{args.model}, {args.size} px, batch {args.batch}, {parameters:,} parameters; {name}, torch '
-          f'{torch.__version__}; medians of {args.rounds} interleaved rounds; load average at the end {load}')
-    for name, ms in medians.items():
-        quick, slow = min(spent[name][2:]), max(spent[name][2:])
-        print(f'{name:12} {ms:9.1f} ms per step ({quick:.1f} .. {slow:.1f})   {medians["plain fp32"] / ms:.2f} x plain')
+    print(f'{args.model}, {args.size} px, batch {args.batch}; {name}, torch {torch.__version__}; medians of '
+          f'{args.rounds} interleaved rounds; load average at the end {load}')
+    medians = {name: statistics.median(f['ms']) for name, f in found.items() if f['ms']}
+    for name, f in found.items():
+        if name not in medians:
+            print(f'{name:22} {f["error"]}')
+            continue
+        ratio = f'{medians[PLAIN] / medians[name]:.2f} x plain' if PLAIN in medians else ''
+        print(f'{name:22} {medians[name]:9.1f} ms per step ({min(f["ms"]):.1f} .. {max(f["ms"]):.1f})   {ratio}')
 
 
 if __name__ == '__main__':

@@ -12,9 +12,24 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from simsiam_models import create_simsiam, simsiam_loss
-from simsiam_models.runtime.distributed import GlobalBatchNorm, World, _meet, gather_rows, synchronize_batchnorm
+from simsiam_models.runtime.distributed import (
+    GlobalBatchNorm,
+    World,
+    _meet,
+    cores,
+    default_workers,
+    gather_rows,
+    synchronize_batchnorm,
+)
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.training.schedule import make_optimizer, set_lr
+
+
+def test_a_gpu_is_fed_by_all_cores_of_the_process_and_a_training_cpu_by_one_thread(monkeypatch):
+    monkeypatch.setattr('os.sched_getaffinity', lambda pid: set(range(64)))
+    assert default_workers(torch.device('cuda')) == cores() == 64 and default_workers(torch.device('cpu')) == 1
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
+    assert default_workers(torch.device('cuda')) == 16
 
 
 def _layers() -> nn.Module:

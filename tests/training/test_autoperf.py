@@ -1,4 +1,4 @@
-"""--auto-perf: what it chooses, what it leaves alone, and that a run keeps it."""
+"""--auto-perf and the trial of torch.compile: what is chosen, what is left alone, and that a run keeps it."""
 import copy
 import json
 import time
@@ -66,6 +66,35 @@ def test_a_combination_that_fails_is_named_with_its_reason_and_passed_over():
         'auto-perf: channels_last, eager, amp bfloat16: does not work here (RuntimeError: no such operator)')
 
 
+def test_a_line_says_how_long_compiling_took():
+    def make_step(model, amp, perf):
+        calls = []
+        return lambda x1, x2: time.sleep(0.6 if perf.compile and not calls.append(0) and len(calls) == 1 else 0.001)
+    _, said = choose(make_step, amps=('off',))
+    compiled = [line for line in said if 'compiled, amp off:' in line]
+    assert len(compiled) == 2 and all(line.endswith('), compiled in 1 s') for line in compiled)
+
+
+def test_a_short_run_is_not_compiled():
+    choice, said = choose(sleeping(lambda *key: 0.01), amps=('off',), steps_of_run=6000)  # a minute or two
+    assert choice[1].compile is False and not any('compiled' in line for line in said)
+    assert said[0].startswith('auto-perf: not compiling, which takes a minute, since the run takes 1.')
+    _, said = choose(sleeping(lambda *key: 0.01), amps=('off',), steps_of_run=600_000)
+    assert sum('compiled' in line for line in said) >= 2
+
+
+def test_only_the_given_ways_are_timed():
+    choice, said = choose(sleeping(lambda *key: 0.001), amps=('off',), ways=(EAGER_LAST, COMPILED_LAST))
+    assert choice[1] in (EAGER_LAST, COMPILED_LAST) and not any('contiguous' in line for line in said)
+
+
+def test_a_batch_that_does_not_fit_the_card_is_an_error_of_memory():
+    def make_step(model, amp, perf):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+    with pytest.raises(torch.OutOfMemoryError):
+        choose(make_step)
+
+
 def test_without_any_that_works_it_is_one_error():
     def make_step(model, amp, perf):
         raise RuntimeError('broken')
@@ -100,7 +129,7 @@ def test_model_buffers_and_random_state_stay_the_same_bits():
 def test_the_choice_is_recorded_and_a_continued_run_keeps_it(few_digits, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def chosen(model, shape, device, amps, make_step, say):
+    def chosen(model, shape, device, amps, make_step, say, ways):
         asked.append((shape, amps))
         return 'bfloat16', EAGER_PLAIN
     monkeypatch.setattr(setup, 'choose_perf', chosen)
@@ -122,7 +151,8 @@ def _decide(rank: int, folder: Path) -> list[str]:
     world, record = World(rank, 2, CPU), {'amp': 'off', 'perf': None}
     if world.main:
         (folder / 'args.json').write_text('{}')
-        setup.choose_perf = lambda *given: ('bfloat16', EAGER_PLAIN)  # the other process keeps the real one, unused
+        # The other process keeps the real one, unused.
+        setup.choose_perf = lambda *given, **more: ('bfloat16', EAGER_PLAIN)
     life = Lifecycle(folder / 'checkpoint.pth', setup.KEYS, world, Signals(), print)
     amp, perf = setup.decide_perf(args, RECIPES['demo'], nn.Linear(1, 1), record, life, False)
     return [amp, str(perf)]
@@ -134,7 +164,7 @@ def test_the_first_process_decides_for_all(tmp_path):
 
 def test_a_named_precision_is_not_changed(few_digits, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(setup, 'choose_perf', lambda *a: asked.append(a[3]) or (a[3][0], Perf()))
+    monkeypatch.setattr(setup, 'choose_perf', lambda *a, **more: asked.append(a[3]) or (a[3][0], Perf()))
     pretrain.main([
         str(few_digits), *TINY, '--amp', 'off', '--auto-perf', '--epochs', '1', '--batch-size', '16', '--workers', '0',
         '--max-steps', '1', '--output', str(tmp_path)])
@@ -147,3 +177,42 @@ def test_without_the_flag_a_run_is_channels_last_and_eager(few_digits, tmp_path,
         str(tmp_path)])
     assert 'amp off, channels_last, eager' in capsys.readouterr().out
     assert json.loads((tmp_path / 'args.json').read_text())['perf'] is None
+
+
+# torch.compile by default, on a card
+
+
+def decide(folder, monkeypatch, *flags, device='cuda', size=1, continued=False, perf=None):
+    """Returns what is decided, and what choose_perf was asked; nothing runs on the device."""
+    asked = []
+    monkeypatch.setattr(setup, 'choose_perf', lambda *a, **more: asked.append(more) or ('bfloat16', COMPILED_LAST))
+    args, world = build_parser().parse_args(flags), World(0, size, torch.device(device))
+    (folder / 'args.json').write_text('{}')
+    life = Lifecycle(folder / 'checkpoint.pth', setup.KEYS, world, Signals(), lambda text: None)
+    record = {'amp': 'bfloat16', 'perf': perf, 'images': 1000}
+    monkeypatch.setattr(World, 'broadcast_from_main', lambda self, make: make())
+    chosen = setup.decide_perf(args, RECIPES['demo'], nn.Linear(1, 1), record, life, continued)
+    assert chosen[0] == 'bfloat16'
+    return chosen[1], asked, json.loads((folder / 'args.json').read_text())
+
+
+def test_on_a_card_a_trial_decides_about_compiling_and_is_recorded(tmp_path, monkeypatch):
+    perf, asked, recorded = decide(tmp_path, monkeypatch)
+    assert perf == COMPILED_LAST and recorded['perf'] == {'channels_last': True, 'compile': True}
+    assert asked == [{'ways': [EAGER_LAST, COMPILED_LAST], 'steps_of_run': 20 * (1000 // 64)}]
+
+
+@pytest.mark.parametrize('flags, more, want', [
+    (['--compile'], {}, COMPILED_LAST), (['--no-compile'], {}, EAGER_LAST), ([], {'device': 'cpu'}, EAGER_LAST),
+    ([], {'size': 2}, EAGER_LAST), ([], {'continued': True}, EAGER_LAST),
+    ([], {'perf': {'channels_last': True, 'compile': True}}, COMPILED_LAST),
+    (['--no-compile'], {'perf': {'channels_last': True, 'compile': True}}, EAGER_LAST),
+    (['--auto-perf', '--no-compile'], {'perf': {'channels_last': False, 'compile': False}}, EAGER_PLAIN)])
+def test_there_is_no_trial_where_a_flag_the_record_or_the_place_decides(tmp_path, monkeypatch, flags, more, want):
+    perf, asked, _ = decide(tmp_path, monkeypatch, *flags, **more)
+    assert perf == want and not asked
+
+
+def test_auto_perf_leaves_out_compiling_if_told_so(tmp_path, monkeypatch):
+    _, asked, _ = decide(tmp_path, monkeypatch, '--auto-perf', '--no-compile')
+    assert asked == [{'ways': [EAGER_LAST, EAGER_PLAIN]}]
