@@ -10,7 +10,8 @@ the whole bank in float64. Neither the size of a chunk nor a library nor the ord
 """
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -18,8 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-CHUNK, GPU_CHUNK = 2048, 1 << 17  # rows of the bank in one product
+CHUNK, GPU_CHUNK = 4096, 1 << 17  # rows of the bank in one product
 QUERIES = 1024  # queries in one product
+PRODUCTS = {'torch': F.linear, 'numpy': lambda a, b: torch.from_numpy(a.numpy() @ b.numpy().T)}
+ROW = 0xffffffff  # of a key
 EXTRA = 64  # candidates kept beyond k
 ROUNDING = 2.0**-24  # half the distance from 1 to the next float32
 SHORTEST, LONGEST = 1e-30, 1e30  # lengths of features; a shorter row counts as zeros
@@ -42,6 +45,13 @@ class Rows:
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
         return self.array[rows if self.keep is None else self.keep[rows]]
 
+    def widen(self, rows: np.ndarray, narrow: np.ndarray, wide: np.ndarray) -> np.ndarray:
+        """Returns rows (n,) in float64: a part of `wide`, which is written to, as is `narrow`, float32 (both >= n)."""
+        narrow, wide = narrow[:len(rows)], wide[:len(rows)]
+        np.take(self.array, rows if self.keep is None else self.keep[rows], 0, narrow, 'clip')  # 'raise' copies it
+        np.copyto(wide, narrow)
+        return wide
+
 
 def dot(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Multiplies rows (n, D) with a query (D,) to (n,), all float64. Equal rows have equal products, bit for bit."""
@@ -55,7 +65,7 @@ def length(rows: np.ndarray) -> np.ndarray:
 
 def error_bound(width: int) -> float:
     """Returns how far a float32 product of two normalised rows of `width` numbers can be from their cosine."""
-    return (width + 8) * ROUNDING  # each of the factors is off by one rounding, and the sum by one for each addition
+    return (width + 8) * ROUNDING  # each of the factors is off by two roundings, and the sum by one for each addition
 
 
 def normalize(source: Rows, start: int, stop: int, out: torch.Tensor) -> np.ndarray:
@@ -64,15 +74,14 @@ def normalize(source: Rows, start: int, stop: int, out: torch.Tensor) -> np.ndar
     Raises:
         ValueError: a row is not finite, or so long that it must be a mistake.
     """
-    lengths = np.empty(stop - start)
+    lengths, wide, unit = np.empty(stop - start), np.empty((WIDE_ROWS, source.width)), out.numpy()
     for i in range(start, stop, WIDE_ROWS):
-        part = slice(i - start, min(i + WIDE_ROWS, stop) - start)
-        wide = source[i:min(i + WIDE_ROWS, stop)].astype(np.float64)
-        lengths[part] = length(wide)
+        rows, part = source[i:min(i + WIDE_ROWS, stop)], slice(i - start, min(i + WIDE_ROWS, stop) - start)
+        np.copyto(wide[:len(rows)], rows)
+        lengths[part] = length(wide[:len(rows)])
         if not (lengths[part] < LONGEST).all():
             raise ValueError('the features hold NaN, infinity or numbers near it: check the weights, or use --amp off')
-        wide /= lengths[part, None]
-        out[part] = torch.from_numpy(wide)
+        np.multiply(rows, (1 / lengths[part, None]).astype(np.float32), out=unit[part])
     return lengths
 
 
@@ -100,9 +109,8 @@ def find_candidates(
     normalized, table = torch.empty(len(queries), queries.width), torch.empty(chunk, bank.width)
     query_lengths = normalize(queries, 0, len(queries), normalized)
     normalized = normalized.to(device)
-    products = torch.full((len(queries), kept), -torch.inf, device=device)
-    rows = torch.zeros(len(queries), kept, dtype=torch.int64, device=device)
-    lengths = np.empty(len(bank))
+    best = torch.full((len(queries), kept), NOTHING, device=device)
+    lengths, multiply = np.empty(len(bank)), choose_product(device)
     with full_matmul_precision():
         for start in range(0, len(bank), chunk):
             stop = min(start + chunk, len(bank))
@@ -110,30 +118,83 @@ def find_candidates(
             x = table[:stop - start].to(device)
             for i in range(0, len(queries), block):
                 part = slice(i, i + block)
-                new, columns = select_largest(
-                    F.linear(normalized[part], x), products[part].amin(1, keepdim=True), kept)
-                products[part], chosen = torch.cat([products[part], new], 1).topk(kept, sorted=False)
-                rows[part] = torch.cat([rows[part], columns + start], 1).gather(1, chosen)
-    return products.cpu().numpy(), rows.cpu().numpy(), lengths, query_lengths
+                best[part] = merge_largest(best[part], multiply(normalized[part], x), start)
+    products = torch.empty(best.shape)
+    for i in range(0, len(queries), block):
+        products[i:i + block] = unpack(best[i:i + block])
+    best &= ROW  # in place: all copies would be most of the memory
+    return products.numpy(), best.cpu().numpy(), lengths, query_lengths
 
 
-def select_largest(products: torch.Tensor, limit: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Selects the values above `limit` (m, 1) in each row of `products` (m, c), at least the `kept` largest.
+def choose_product(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns a function of (m, d) and (c, d) to (m, c), all float32.
 
-    Returns the values and their columns. topk over all columns would take up to half the time of the product itself,
-    while few values exceed the limit.
+    On a CPU, torch and NumPy bring libraries of which either may be 1.3 times as fast. Each computes one of the first
+    products, and then whichever was the faster one when last used.
     """
-    above = products > limit
-    counts = above.sum(1, dtype=torch.int32)
-    most = int(counts.max())
-    if most > products.shape[1] // 8:
-        return products.topk(min(kept, products.shape[1]), sorted=False)
-    row, column = above.nonzero(as_tuple=True)
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    values = products.new_full((len(products), most), -torch.inf)
-    columns = column.new_zeros(values.shape)
-    values[row, place], columns[row, place] = products[row, column], column
-    return values, columns
+    if device.type != 'cpu':
+        return F.linear
+    spent = dict.fromkeys(PRODUCTS, 0.0)  # seconds per element of its last product
+
+    def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        name, start = min(spent, key=spent.__getitem__), time.perf_counter()
+        out = PRODUCTS[name](a, b)
+        spent[name] = (time.perf_counter() - start) / max(1, out.numel())
+        return out
+
+    return multiply
+
+
+def pack(products: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns int64 keys that sort as the float32 products do; their lower 32 bits, ROW, are the rows."""
+    bits = products.view(torch.int32)
+    return (bits ^ (bits >> 31 & 0x7fffffff)).long() << 32 | rows  # the bits of negative numbers sort in reverse
+
+
+def unpack(keys: torch.Tensor) -> torch.Tensor:
+    """Returns the float32 products of keys."""
+    bits = (keys >> 32).int()
+    return (bits ^ (bits >> 31 & 0x7fffffff)).view(torch.float32)
+
+
+NOTHING = int(pack(torch.tensor([-torch.inf]), torch.zeros(1, dtype=torch.int64)))  # below every product
+
+
+def merge_largest(best: torch.Tensor, products: torch.Tensor, start: int) -> torch.Tensor:
+    """Returns the largest keys (m, kept), the least one first, of `best` (m, kept) and of products (m, c).
+
+    `start` is the row of the first column. topk over all columns would take up to half the time of the product itself,
+    while few products exceed the least key.
+    """
+    (m, c), kept = products.shape, best.shape[1]
+    at = find_above(products, unpack(best[:, :1]))
+    if len(at) > products.numel() // 4:
+        values, columns = products.topk(min(kept, c), sorted=False)
+        return keep_largest(torch.cat([best, pack(values, columns + start)], 1), kept)
+    row = at // c
+    counts = torch.bincount(row, minlength=m)
+    place = torch.arange(kept, kept + len(at), device=at.device) - (counts.cumsum(0) - counts)[row]
+    keys = best.new_full((m, kept + int(counts.max())), NOTHING)
+    keys[:, :kept] = best
+    keys[row, place] = pack(products.take(at), at - row * c + start)
+    return keep_largest(keys, kept)
+
+
+# On a CPU, NumPy does what these two need several times as fast as torch.
+def find_above(products: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Returns the positions in the flattened products (m, c) of those above a limit (m, 1)."""
+    if products.device.type != 'cpu':
+        return (products > limit).flatten().nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(products.numpy() > limit.numpy()))
+
+
+def keep_largest(keys: torch.Tensor, kept: int) -> torch.Tensor:
+    """Returns the `kept` largest keys of each row, the least one first; may change `keys`."""
+    if keys.device.type != 'cpu':
+        return keys.gather(1, unpack(keys).topk(kept).indices.flip(1))
+    first = keys.shape[1] - kept
+    keys.numpy().partition(first, 1)
+    return keys[:, first:]
 
 
 def rank(rows: np.ndarray, cosines: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,14 +210,14 @@ def find_neighbours(
     """Finds the k nearest rows of the bank for each query, nearest first: indices (M, k) int64, cosines (M, k) float64.
 
     Bank and queries may be mapped from files. For N and M rows of d numbers the memory beyond them is at most
-    4 M d + 12 M kept + 16 M k + 8 N + 4 chunk d + block (16 chunk + 128 kept) bytes, where kept = k + extra, and each
-    thread converts kept rows to float64, plus buffers of the matrix library: 0.8 GiB for ImageNet (N = 1,281,167,
-    M = 50,000, d = 2048, k = 200) on 8 threads. A GPU holds queries, candidates, a chunk and its products.
+    4 M d + 12 M kept + 16 M k + 8 N + 4 chunk d + block (16 chunk + 128 kept) bytes, where kept = k + extra, 12 kept d
+    for each thread, and buffers of the matrix libraries: 0.9 GiB for ImageNet (N = 1,281,167, M = 50,000, d = 2048,
+    k = 200) on 8 threads. A GPU holds queries, candidates, a chunk and its products.
 
     Args:
         bank: (N, d) float32, k <= N.
         queries: (M, d) float32.
-        chunk, block: rows of the bank (default: 2048; 131,072 on a GPU) and queries in one product.
+        chunk, block: rows of the bank (default: 4096; 131,072 on a GPU) and queries in one product.
         extra: candidates kept beyond k.
 
     Raises:
@@ -172,18 +233,18 @@ def find_neighbours(
         bank, queries, kept, torch.device(device), chunk=chunk, block=block)
     found, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k))
 
-    def rank_candidates(start: int) -> list[int]:
+    def rank_candidates(start: int) -> np.ndarray:
         """Ranks the candidates of RANKED queries; returns the queries with more candidates than were kept."""
-        crowded = []
-        for i in range(start, min(start + RANKED, len(queries))):
-            near = products[i] >= np.partition(products[i], kept - k)[kept - k] - 2 * error_bound(bank.width)
-            if near.all() and kept < len(bank):
-                crowded.append(i)
-                continue
-            candidates, query = np.sort(rows[i][near]), queries[i:i + 1].astype(np.float64)[0]
-            dots = dot(bank[candidates].astype(np.float64), query)
-            found[i], cosines[i] = rank(candidates, dots / (lengths[candidates] * query_lengths[i]), k)
-        return crowded
+        some = slice(start, start + RANKED)
+        limits = np.partition(products[some], kept - k, 1)[:, kept - k, None] - 2 * error_bound(bank.width)
+        near, asked = products[some] >= limits, queries[some].astype(np.float64)
+        crowded = near.all(1) & (kept < len(bank))
+        narrow, wide = (np.empty((kept, bank.width), kind) for kind in (np.float32, np.float64))
+        for i in np.flatnonzero(~crowded):
+            own, j = np.sort(rows[start + i][near[i]]), start + i
+            dots = dot(bank.widen(own, narrow, wide), asked[i])
+            found[j], cosines[j] = rank(own, dots / (lengths[own] * query_lengths[j]), k)
+        return start + np.flatnonzero(crowded)
 
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         crowded = [i for part in threads.map(rank_candidates, range(0, len(queries), RANKED)) for i in part]

@@ -1,9 +1,9 @@
 """Reads checkpoint files into plain containers of tensors, without running any code from them.
 
-torch.load(weights_only=True) reads torch's current format unless the file holds objects of its training code, such as
-OpenMMLab's `meta`. Such files, torch's older format and bare pickles go through the restricted reader of this module.
-Its unpickler knows tensors, numpy arrays and plain containers, and imports nothing: every other name becomes an inert
-`Opaque`. A hostile file can still exhaust memory or the stack, which ends the process.
+The restricted reader of this module reads torch's two formats and bare pickles. Its unpickler knows tensors, numpy
+arrays and plain containers, and imports nothing: every other name becomes an inert `Opaque`. If a file in torch's
+current format has such a name, and torch.load(weights_only=True) knows it (sparse tensors, torch.float32), its result
+counts. A hostile file can still exhaust memory or the stack, which ends the process.
 """
 import errno
 import functools
@@ -12,7 +12,9 @@ import json
 import math
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +34,8 @@ STORAGES = {
     'ShortStorage': torch.int16, 'CharStorage': torch.int8, 'ByteStorage': torch.uint8, 'BoolStorage': torch.bool,
     'UntypedStorage': torch.uint8,
 }
+LOCAL_HEADER = struct.Struct('<4s2xH18x2H')  # of a member of a zip archive: signature, flags, lengths of name and extra
+PIECE = 1 << 20  # bytes that are read before their checksum, and still in the cache then
 COUNTER = 'num_batches_tracked'
 REAL = ('weight', 'bias', 'running_mean', 'running_var')  # entries with these names hold floating-point numbers
 PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
@@ -175,7 +179,7 @@ class DiskFile(io.FileIO):
             raise
 
 
-def _read_contents(file: BinaryIO, path: Path) -> Any:
+def _read_contents(file: io.BufferedReader, path: Path) -> Any:
     size = path.stat().st_size
     head = file.read(64)
     file.seek(0)
@@ -191,12 +195,7 @@ def _read_contents(file: BinaryIO, path: Path) -> Any:
             raise ValueError('not a checkpoint of a known format')
         return _to_plain(first, {})
     with zipfile.ZipFile(file) as archive:
-        prefix = _check_zip(archive, size)
-        file.seek(0)
-        try:
-            return _to_plain(torch.load(file, map_location='cpu', weights_only=True), {})
-        except Exception:  # torch raises many types for what it refuses; the restricted reader decides
-            return _read_zip(archive, prefix)
+        return _read_zip(file, archive.infolist(), _check_zip(archive, size))
 
 
 class Opaque:
@@ -276,8 +275,8 @@ def make_array(raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> Pickle
 class Storage:
     """Elements in a buffer. The buffer may be filled after tensors were built on it."""
 
-    def __init__(self, buffer: bytearray, dtype: torch.dtype) -> None:
-        self.flat = torch.frombuffer(buffer, dtype=dtype) if buffer else torch.empty(0, dtype=dtype)
+    def __init__(self, buffer: Tensor, dtype: torch.dtype) -> None:
+        self.flat = buffer.view(dtype)
 
 
 class RestrictedUnpickler(pickle.Unpickler):
@@ -285,7 +284,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def __init__(self, file: BinaryIO, storage: Any = None) -> None:
         super().__init__(file, encoding='latin1')
-        self.storage = storage
+        self.storage, self.is_complete = storage, True  # False after a name that is unknown here
 
     def find_class(self, module: str, name: str) -> Any:
         if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
@@ -304,7 +303,10 @@ class RestrictedUnpickler(pickle.Unpickler):
             'numpy dtype': lambda code, *_: PickledDtype(code),
             'multiarray _reconstruct': lambda *_: PickledArray(), 'numeric _frombuffer': make_array,
         }.get(f'{house} {name}')
-        return AllowedCall(found) if found else type('Opaque', (Opaque,), {'origin': short(f'{module}.{name}')})
+        if found:
+            return AllowedCall(found)
+        self.is_complete = False
+        return type('Opaque', (Opaque,), {'origin': short(f'{module}.{name}')})
 
     def persistent_load(self, pid: Any) -> Any:
         if isinstance(pid, tuple) and pid[:1] == ('module',) and len(pid) > 1:  # the class of one, with its source
@@ -316,7 +318,8 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise ValueError('a storage has no type or size')
         return self.storage(STORAGES[kind], str(key), numel, view[0] if view else None)
 
-    def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> Tensor:
+    def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
+        self.is_complete &= not any(more[2:])  # whether it is to be negated or conjugated
         if not isinstance(storage, Storage):
             raise ValueError('its tensors were pickled without torch.save, which has to write them')
         if min(0, offset, *size, *stride) < 0:
@@ -330,7 +333,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
-    """Checks that torch.save wrote the archive, and its checksums, which torch ignores. Returns the folder inside."""
+    """Checks that torch.save wrote the archive. Returns the folder inside."""
     infos = {info.filename: info for info in archive.infolist()}
     pickles = [name for name in infos if name.count('/') == 1 and name.endswith('/data.pkl')]
     if len(pickles) != 1:
@@ -338,30 +341,62 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
     prefix = pickles[0].removesuffix('data.pkl')
     if f'{prefix}constants.pkl' in infos:
         raise ValueError('a TorchScript program, not a checkpoint: save the state_dict() of the module')
-    if any(info.compress_type != zipfile.ZIP_STORED or info.file_size > size for info in infos.values()):
+    members = archive.infolist()
+    if any(x.compress_type != zipfile.ZIP_STORED for x in members) or sum(x.file_size for x in members) > size:
         raise ValueError('the archive is compressed or larger inside than outside, which torch.save never writes')
-    if damaged := archive.testzip():
-        raise ValueError(f'damaged: the checksum of {damaged} is wrong')
     return prefix
 
 
-def _read_zip(archive: zipfile.ZipFile, prefix: str) -> Any:
+def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
+    """Reads a member of an archive once, to uint8, and checks its checksum, which torch ignores."""
+    file.seek(info.header_offset)
+    head = file.read(LOCAL_HEADER.size)
+    signature, flags, name, extra = LOCAL_HEADER.unpack(head) if len(head) == LOCAL_HEADER.size else (b'', 0, 0, 0)
+    named = info.orig_filename.encode('utf-8' if info.flag_bits & 0x800 else 'cp437')
+    if signature != b'PK\x03\x04' or (flags | info.flag_bits) & 1 or file.read(name) != named:  # 1: encrypted
+        raise ValueError(f'damaged: {short(info.filename)} is not where the archive says')
+    file.seek(extra, io.SEEK_CUR)
+    buffer, crc = torch.empty(info.file_size, dtype=torch.uint8), 0
+    view = memoryview(buffer.numpy())
+    for start in range(0, len(view), PIECE):
+        part = view[start:start + PIECE]
+        if file.readinto(part) != len(part):
+            raise ValueError('the file ends early')
+        crc = zlib.crc32(part, crc)
+    if crc != info.CRC:
+        raise ValueError(f'damaged: the checksum of {short(info.filename)} is wrong')
+    return buffer
+
+
+def _read_zip(file: io.BufferedReader, infos: list[zipfile.ZipInfo], prefix: str) -> Any:
     """Reads torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
-    if f'{prefix}byteorder' in archive.namelist() and archive.read(f'{prefix}byteorder') != b'little':
-        raise ValueError('the file comes from a big-endian machine')
-
-    @functools.cache
-    def read_buffer(key: str) -> bytearray:
-        return bytearray(archive.read(f'{prefix}data/{key}'))
-
-    with archive.open(f'{prefix}data.pkl') as f:
-        unpickler = RestrictedUnpickler(f, lambda dtype, key, *_: Storage(read_buffer(key), dtype))
-        return _to_plain(unpickler.load(), {})
+    members = {info.filename: _read_member(file, info) for info in infos}
+    pickled = io.BytesIO(members[f'{prefix}data.pkl'].numpy())
+    unpickler = RestrictedUnpickler(
+        pickled, lambda dtype, key, *_: Storage(members[f'{prefix}data/{key}'], dtype))
+    contents = failure = None
+    try:
+        if bytes(members.get(f'{prefix}byteorder', b'little')) != b'little':
+            raise ValueError('the file comes from a big-endian machine')
+        contents = _to_plain(unpickler.load(), {})
+    except MemoryError:
+        raise
+    except Exception as e:  # pickle raises whatever damaged bytes lead to
+        failure = e
+    if failure is None and unpickler.is_complete:
+        return contents
+    file.seek(0)
+    try:
+        return _to_plain(torch.load(file, map_location='cpu', weights_only=True), {})
+    except Exception as e:  # torch raises many types for what it refuses
+        if failure is None and file.raw.error is None:
+            return contents
+        raise failure or e from None
 
 
 def _read_legacy(f: BinaryIO, left: int) -> Any:
     """Reads torch's older format: pickles of protocol, system, contents, storage keys; then each storage."""
-    buffers: dict[str, tuple[bytearray, torch.dtype]] = {}
+    buffers: dict[str, tuple[Tensor, torch.dtype]] = {}
 
     def storage(dtype: torch.dtype, key: str, numel: int, view: Any) -> Storage:
         nonlocal left
@@ -371,7 +406,7 @@ def _read_legacy(f: BinaryIO, left: int) -> Any:
             left -= numel * dtype.itemsize
             if left < 0:
                 raise ValueError('the storages are larger than the file')
-            buffers[key] = bytearray(numel * dtype.itemsize), dtype
+            buffers[key] = torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype
         return Storage(buffers[key][0], dtype)
 
     RestrictedUnpickler(f).load()  # protocol
@@ -383,7 +418,8 @@ def _read_legacy(f: BinaryIO, left: int) -> Any:
         if str(key) not in buffers:
             raise ValueError('no tensor uses one of its storages')
         buffer, dtype = buffers.pop(str(key))
-        if int.from_bytes(f.read(8), 'little') * dtype.itemsize != len(buffer) or f.readinto(buffer) != len(buffer):
+        numel = int.from_bytes(f.read(8), 'little')
+        if numel * dtype.itemsize != len(buffer) or f.readinto(memoryview(buffer.numpy())) != len(buffer):
             raise ValueError('the file ends early')
     if buffers:
         raise ValueError('the file ends early')

@@ -1,28 +1,36 @@
-"""Nearest neighbours: `benchmarks.search` against faiss-cpu's exact flat index, in one interleaved run.
+"""Nearest neighbours: `benchmarks.search` against plain torch and faiss-cpu's exact flat index, interleaved.
 
   pip install faiss-cpu
-  python tests/perf/knn.py                         100,000 x 2048 against 5,000 queries, k = 200, all cores
-  python tests/perf/knn.py --bank 20000 --queries 1000 --threads 1
+  python tests/perf/knn.py                                              three shapes, one thread
+  python tests/perf/knn.py --shapes 100000x2048x5000 --threads 2        rows x numbers x queries
 
-Features are ReLUs of clustered Gaussians, written to a file and mapped, as `extract` leaves them. faiss gets rows that
-are already normalised and in memory; its time covers add and search. Seconds are those of the clock and those of all
-processors together. On a machine that others load too, only the second number is meaningful.
+Features are ReLUs of clustered Gaussians, written to a file and mapped, as `extract` leaves them. With `crowded` after
+a shape, classes hold 50 rows, fewer than k, and every second row is a copy of another one.
+
+`ours` takes the library that it finds faster; `ours, torch` and `ours, numpy` are told which. torch in one shot
+(matrix product and topk) and faiss get rows that are already normalised and in memory, rank in float32 and do not mind
+ties; `faiss from the file` normalises them itself. Seconds are those of all processors together, medians over rounds:
+on a machine that others load too, those of the clock say little.
 """
 import argparse
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import torch
 
-from simsiam_models.benchmarks.search import find_neighbours
+from simsiam_models.benchmarks import search
+
+SHAPES = '30000x2048x512', '30000x1024x1000', '30000x512x1000crowded'
 
 
 def make(rng: np.random.Generator, centres: np.ndarray, n: int, path: Path) -> np.ndarray:
@@ -34,58 +42,77 @@ def make(rng: np.random.Generator, centres: np.ndarray, n: int, path: Path) -> n
     return np.load(path, mmap_mode='r')
 
 
-def timed(run: Callable[[], np.ndarray]) -> tuple[float, float, np.ndarray]:
-    clock, processors = time.perf_counter(), time.process_time()
-    found = run()
-    return time.perf_counter() - clock, time.process_time() - processors, found
+def list_tasks(bank: np.ndarray, queries: np.ndarray, k: int) -> dict[str, Callable[[], np.ndarray]]:
+    import faiss
+
+    rows, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
+    x, q = torch.from_numpy(rows), torch.from_numpy(asked)
+
+    def ask_faiss(rows: np.ndarray, asked: np.ndarray) -> np.ndarray:
+        index = faiss.IndexFlatIP(rows.shape[1])
+        index.add(rows)
+        return index.search(asked, k)[1]
+
+    def ask_faiss_all() -> np.ndarray:
+        copies = np.array(bank), np.array(queries)
+        for copy in copies:
+            faiss.normalize_L2(copy)
+        return ask_faiss(*copies)
+
+    def ask(name: str) -> np.ndarray:
+        with patch.object(search, 'PRODUCTS', {name: search.PRODUCTS[name]}):
+            return search.find_neighbours(bank, queries, k)[0]
+
+    return {
+        'ours': lambda: search.find_neighbours(bank, queries, k)[0], 'ours, torch': lambda: ask('torch'),
+        'ours, numpy': lambda: ask('numpy'), 'torch in one shot': lambda: (q @ x.T).topk(k)[1].numpy(),
+        'faiss': lambda: ask_faiss(rows, asked), 'faiss from the file': ask_faiss_all}
+
+
+def measure(shape: str, k: int, rounds: int, folder: Path) -> None:
+    n, width, m = map(int, re.findall(r'\d+', shape))
+    rng, crowded = np.random.default_rng(0), shape.endswith('crowded')
+    centres = rng.standard_normal((n // 50 if crowded else 200, width), np.float32)
+    bank, queries = make(rng, centres, n, folder / f'bank{shape}'), make(rng, centres, m, folder / f'queries{shape}')
+    if crowded:
+        bank = np.array(bank)
+        bank[1::2] = bank[::2]
+    tasks = list_tasks(bank, queries, k)
+    spent, found = {name: [] for name in tasks}, {}
+    for _ in range(rounds):
+        for name, run in tasks.items():
+            start = time.process_time()
+            found[name] = run()
+            spent[name].append(time.process_time() - start)
+    shared = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(found['ours'], found['faiss'], strict=True)])
+    print(f'\n{shape}, k = {k}: {shared:.5f} of the neighbours are also those of faiss; load {os.getloadavg()[0]:.1f}')
+    for name, seconds in spent.items():
+        ratio = statistics.median(a / b for a, b in zip(spent['ours'], seconds, strict=True))
+        print(f'  {name:20}{statistics.median(seconds):8.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})'
+              f'   ours / {name}: {ratio:.2f}')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--bank', type=int, default=100_000)
-    parser.add_argument('--queries', type=int, default=5_000)
-    parser.add_argument('--width', type=int, default=2048)
+    parser.add_argument('--shapes', nargs='+', default=SHAPES)
     parser.add_argument('--k', type=int, default=200)
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--threads', type=int, default=1)
     args = parser.parse_args()
+    if args.threads != int(os.environ.get('OMP_NUM_THREADS', 0)):  # NumPy reads it when it starts
+        os.environ['OMP_NUM_THREADS'] = str(args.threads)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     try:
         import faiss
     except ImportError:
         sys.exit('pip install faiss-cpu')
     torch.set_num_threads(args.threads)
     faiss.omp_set_num_threads(args.threads)
-    rng = np.random.default_rng(0)
-    centres = rng.standard_normal((200, args.width), np.float32)
+    print(f'{args.threads} threads, torch {torch.__version__}, numpy {np.__version__}, faiss {faiss.__version__}, '
+          f'medians of {args.rounds} interleaved rounds')
     with tempfile.TemporaryDirectory() as folder:
-        bank = make(rng, centres, args.bank, Path(folder) / 'bank.npy')
-        queries = make(rng, centres, args.queries, Path(folder) / 'queries.npy')
-        rows, asked = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (bank, queries))
-
-        def by_faiss() -> np.ndarray:
-            index = faiss.IndexFlatIP(args.width)
-            index.add(rows)
-            return index.search(asked, args.k)[1]
-
-        tasks = {
-            'faiss flat': by_faiss, 'neighbours': lambda: find_neighbours(bank, queries, args.k)[0]}
-        spent: dict[str, list[tuple[float, float]]] = {name: [] for name in tasks}
-        found = {}
-        for _ in range(args.rounds):
-            for name, run in tasks.items():
-                clock, processors, found[name] = timed(run)
-                spent[name].append((clock, processors))
-    shared = np.mean([len(np.intersect1d(a, b)) / args.k for a, b in zip(*found.values(), strict=True)])
-    print(f'{args.bank} x {args.width} against {args.queries}, k={args.k}, {args.threads} threads, torch '
-          f'{torch.__version__}, faiss {faiss.__version__}; {args.rounds} interleaved rounds; load average '
-          f'{os.getloadavg()[0]:.1f}; {shared:.5f} of the neighbours are the same')
-    for i, kind in enumerate(('clock', 'processors')):
-        ratios = [a[i] / b[i] for a, b in zip(spent['faiss flat'], spent['neighbours'], strict=True)]
-        for name, times in spent.items():
-            seconds = [t[i] for t in times]
-            print(f'{name:12}{kind:12}{statistics.median(seconds):8.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})')
-        print(f'faiss / neighbours, round by round: median {statistics.median(ratios):.2f} '
-              f'({min(ratios):.2f} .. {max(ratios):.2f})')
+        for shape in args.shapes:
+            measure(shape, args.k, args.rounds, Path(folder))
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ A record is one byte of label (in CIFAR-100 two: coarse and fine) and an image o
 """
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def open_cifar(root: Path) -> tuple[CifarImages, CifarImages | None] | None:
     """Opens `root`, or the folder of the unpacked archive in it; returns None if neither has a training file."""
     for folder in (root / name for name in FOLDERS):
         for layout in LAYOUTS:
-            if any((folder / file).is_file() for file in layout.train):
+            if any(os.path.isfile(os.path.join(folder, file)) for file in layout.train):  # every folder comes by here
                 train, has_val = CifarImages(folder, layout, layout.train, 50000), (folder / layout.test).is_file()
                 return train, CifarImages(folder, layout, [layout.test], 10000) if has_val else None
     for file, name in PYTHON_FILES.items():

@@ -11,7 +11,9 @@ CRC-32 of the arrays, which is checked at every start; this reads all of them, 0
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
+import operator
 import os
 import stat
 import struct
@@ -23,11 +25,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ...runtime.files import cache_folder, replacing, write_synced
+from ...runtime.files import cache_folder, replacing
 from ...runtime.messages import short
 from .names import is_passed_over
 
@@ -139,6 +140,12 @@ class Listing:
         self.paths += os.fsencode(path)
         self.offsets.append(len(self.paths))
 
+    def add_all(self, folder: str, names: list[str]) -> None:
+        """Adds the files of one folder, a path with a final separator, several times as fast as one by one."""
+        paths = os.fsencode('\0'.join([folder + name for name in names])).split(b'\0') if names else []  # in no name
+        self.offsets.extend(list(itertools.accumulate(map(len, paths), initial=len(self.paths)))[1:])
+        self.paths += b''.join(paths)
+
     def leave_out(self, path: str, kind: str = '') -> None:
         """Counts a file that is no image by its extension, or as another kind."""
         self.left_out.add(kind or os.path.splitext(path)[1].lower() or 'without an extension', path)
@@ -239,14 +246,15 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
             return listing.unreadable.add(e.strerror or type(e).__name__, folder or os.curdir)
         names.sort()  # with the separators, this is the order of whole paths: 'a b/1' < 'a.png' < 'a/1'
         loose = loose if folder else next((name for name in names if not name.endswith(os.sep)), '')
-        for name in names:
-            if not name.endswith(os.sep):
-                listing.add(folder + name)
+        for is_folder, group in itertools.groupby(names, operator.methodcaller('endswith', os.sep)):
+            if not is_folder:
+                listing.add_all(folder, list(group))
                 continue
-            first = len(listing)
-            walk(folder + name, (*above, identity))
-            if not folder:
-                runs.append((name[:-1], len(listing) - first))
+            for name in group:
+                first = len(listing)
+                walk(folder + name, (*above, identity))
+                if not folder:
+                    runs.append((name[:-1], len(listing) - first))
         if len(above) == 2 and len(listing) > before:
             listing.nested.add('', folder, len(listing) - before)
 
@@ -321,15 +329,12 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
         **key, 'images': len(index), 'classes': index.classes, 'digest': index.digest, 'notes': index.notes,
         'folders': listing.folders, 'files': listing.files, 'arrays': places, 'size': size, 'crc32': crc}).encode()
 
-    def write(f: Any) -> None:
-        f.write(PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()))
-        for block in (header, bytes(-(PREFIX.size + len(header)) % 8), *blocks):
-            f.write(block)
-
+    start = PREFIX.pack(MAGIC, len(header), hashlib.sha256(header).digest()) + header
     file.parent.mkdir(mode=0o700, exist_ok=True)
-    with replacing(file, shared=True) as part:
+    # Not synced, which took longer than listing 1,000 files: a torn file fails its checksums, and is made again.
+    with replacing(file, shared=True, durable=False) as part:
         part.touch(mode=0o600)  # names of files may be private
-        write_synced(part, write)
+        part.write_bytes(b''.join([start, bytes(-len(start) % 8), *blocks]))
 
 
 def _load(file: Path, key: dict) -> Index | None:

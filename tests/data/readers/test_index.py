@@ -391,13 +391,13 @@ def test_where_nothing_can_be_kept_the_folder_is_still_listed(tmp_path, monkeypa
     check(root)
 
 
-@pytest.mark.parametrize('call', ['fsync', 'replace'])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch, call):
+@pytest.mark.parametrize(('of', 'call'), [(Path, 'write_bytes'), (os, 'replace')])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, cache, monkeypatch, of, call):
     def fail(*_):
         raise OSError(28, 'No space left on device')
     root = settle(fill(tmp_path / 'data'))
     with monkeypatch.context() as m:
-        m.setattr(os, call, fail)
+        m.setattr(of, call, fail)
         check(root)
     assert list((cache / 'index').iterdir()) == []
     check(root)
