@@ -33,11 +33,12 @@ def cache_folder() -> Path | None:
 
 
 @contextmanager
-def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False, synced: bool = True) -> Iterator[Path]:
     """Yields a temporary name beside `path`; the file written there replaces `path` if the block succeeds.
 
     Args:
         shared: other processes may write the same file at the same time, so each gets its own name.
+        synced: wait until the new name is on the disk.
 
     Raises:
         OSError: the file cannot be written; the error names `path`.
@@ -56,7 +57,8 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    if synced:
+        sync_folder(path.parent)
 
 
 def _remove_abandoned(path: Path) -> None:
