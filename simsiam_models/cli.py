@@ -17,6 +17,7 @@ from .benchmarks.neighbours import command as neighbours
 from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
+from .data import prepare
 from .predict import command as predict
 from .preflight.report import preflight
 from .runtime.messages import printable
@@ -150,6 +151,10 @@ COMMANDS = {
     'preflight': Command(
         add_preflight, run_preflight, 'inspect a data set, time a short training run, and suggest a `pretrain` command',
         'my_photos --seconds 60'),
+    'prepare': Command(
+        prepare.add_arguments, prepare.run,
+        'write a copy of an image folder with large images resized, which is faster to read',
+        'my_photos my_photos_256'),
     'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features',
         'my_photos --model runs/mine'),
     'linear': Command(

@@ -47,7 +47,7 @@ NOWHERE = {
 CPU = '--device cpu --workers 0'
 FEATURES = f'--image-size 32 {CPU}'
 SMALL = {
-    'weights': '', 'convert': '', 'publish': '', 'report': '',
+    'weights': '', 'convert': '', 'publish': '', 'report': '', 'prepare': '--short-side 16 --workers 1',
     'pretrain': f'{shlex.join(TINY[2:])} --batch-size 16 --workers 0 --max-steps 2',
     'pretrain FOLDER --recipe demo --output': f'{shlex.join(TINY[2:])} --batch-size 32 --workers 0',
     'pretrain IMAGENET --init-from':
@@ -69,7 +69,8 @@ SMALL = {
     'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': ''}
 # What a command finds where it reads, from an earlier one: the section and subcommand that wrote it, and its name.
 WRITTEN = {
-    'runs/mine': 'Pretrain/pretrain/runs/mine', 'checkpoint.pth': 'Pretrain/pretrain/runs/mine/checkpoint.pth',
+    'pretrain my_photos_256': 'Pretrain/prepare/my_photos_256', 'runs/mine': 'Pretrain/pretrain/runs/mine',
+    'checkpoint.pth': 'Pretrain/pretrain/runs/mine/checkpoint.pth',
     'predict OUT': 'Benchmarks/finetune/OUT', 'runs/photos': 'Benchmarks/finetune/OUT',
     'runs/classifier': 'Benchmarks/finetune/OUT', 'runs/detector': 'Benchmarks/detect/OUT',
     'runs/segmenter': 'Benchmarks/segment/OUT', 'results': 'Benchmarks/linear/results',

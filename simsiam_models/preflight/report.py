@@ -17,7 +17,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..data import open_data
 from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
-from ..runtime.messages import check_flags, counted, printable
+from ..runtime.messages import check_flags, counted, printable, size_text
 from ..training.recipes import RECIPES
 from .plan import MEASURED, PUBLISHED, Line, Plan, estimate_cost
 from .survey import ELONGATED, Survey, survey
@@ -228,14 +228,6 @@ def percent(share: float) -> str:
 
 def numbers(values: tuple[float, ...]) -> str:
     return ' '.join(f'{x:.3f}' for x in values)
-
-
-def size_text(n: float) -> str:
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if n < 1000:
-            return f'{n:.3g} {unit}'
-        n /= 1000
-    return f'{n:,.4g} TB'
 
 
 def duration(seconds: float) -> str:

@@ -95,7 +95,7 @@ class Lifecycle:
                 process is running it.
         """
         def check() -> dict[str, Any] | None:
-            return _read_claim(self.folder, args, free, fresh)
+            return read_claim(self.folder, args, free, fresh)
 
         def write() -> dict[str, Any]:
             if (old := check()) is None:
@@ -271,25 +271,30 @@ def _find_device(path: Path) -> int:
     return path.stat().st_dev
 
 
-def _read_claim(folder: Path, args: dict[str, Any], free: set[str], fresh: bool) -> dict[str, Any] | None:
-    """Returns the arguments recorded in `folder` if it holds this run, or None if no run has claimed it."""
+def read_claim(
+    folder: Path, args: dict[str, Any], free: set[str], fresh: bool = False, start_over: str = 'give another --output',
+) -> dict[str, Any] | None:
+    """Returns the arguments recorded in `folder` if it holds this run, or None if no run has claimed it.
+
+    Raises ValueError as `Lifecycle.claim` does.
+    """
     record = folder / ARGS
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f'{folder} is a file; give another --output')
+        raise ValueError(f'{folder} is a file; {start_over}')
     if not record.exists():
         if taken := [name for name in OUTPUTS if (folder / name).exists()]:
-            raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; give another --output')
+            raise ValueError(f'{folder} holds {", ".join(taken)} of an unknown run; {start_over}')
         return None
     if fresh:
-        raise ValueError(f'{folder} holds a run, and --resume never forbids continuing it; give another --output')
+        raise ValueError(f'{folder} holds a run, and --resume never forbids continuing it; {start_over}')
     try:
         old = json.loads(record.read_text())
     except ValueError:
-        raise ValueError(f'{record} cannot be read; give another --output, or remove the folder') from None
+        raise ValueError(f'{record} cannot be read; {start_over}, or remove the folder') from None
     if not isinstance(old, dict) or old.get('benchmark') != args.get('benchmark'):
-        raise ValueError(f'{folder} holds a run of another kind; give another --output')
+        raise ValueError(f'{folder} holds a run of another kind; {start_over}')
     if said := checkpoint.find_differences(old, args, free):
-        raise ValueError(f'{folder} holds another run ({said}); give another --output')
+        raise ValueError(f'{folder} holds another run ({said}); {start_over}')
     return old
 
 

@@ -1,4 +1,4 @@
-"""Text for users: errors in one line, rules for flags, lengths of time."""
+"""Text for users: errors in one line, rules for flags, lengths of time, sizes."""
 import html
 import importlib.util
 import json
@@ -81,6 +81,15 @@ def clock_time(seconds: float) -> str:
     """h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     return f'{minutes // 60}:{minutes % 60:02}:{s:02}'
+
+
+def size_text(n: float) -> str:
+    """Returns a number of bytes with its unit."""
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if n < 999.5:
+            return f'{n:.3g} {unit}'
+        n /= 1000
+    return f'{n:,.4g} TB'
 
 
 def announce(text: str) -> None:

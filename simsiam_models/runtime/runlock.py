@@ -30,10 +30,11 @@ class RunLock:
 
     Args:
         say: is told when `acquire` has to wait for a sign of life.
+        start_over: what errors tell the user to do instead.
     """
 
-    def __init__(self, path: Path, say: Callable[[str], Any]) -> None:
-        self.path, self.say = path, say
+    def __init__(self, path: Path, say: Callable[[str], Any], start_over: str = 'give another --output') -> None:
+        self.path, self.say, self.start_over = path, say, start_over
         self.mine = {**describe_process(), 'token': uuid.uuid4().hex}
         self._done = threading.Event()
         self._heart = threading.Thread(target=self._beat, name='simsiam-lock', daemon=True)
@@ -52,7 +53,7 @@ class RunLock:
             waited, found = time.monotonic() - began, read_lock(self.path)
             if found is None:  # released a moment ago, unless it is something else than a file
                 if waited > PATIENCE:
-                    raise OSError(f'{self.path} cannot be written; remove it, or give another --output')
+                    raise OSError(f'{self.path} cannot be written; remove it, or {self.start_over}')
                 time.sleep(0.01)
                 continue
             holder, touched = found
@@ -65,7 +66,7 @@ class RunLock:
                 alive = found != first or (None if age + waited <= SILENCE else False)
             if alive:
                 raise ValueError(
-                    f'{describe(self.path, holder)}; wait for it or stop it, or give another --output')
+                    f'{describe(self.path, holder)}; wait for it or stop it, or {self.start_over}')
             if alive is None:
                 time.sleep(min(1.0, BEAT))
             else:
@@ -143,8 +144,8 @@ class RunLock:
             yield
         except OSError as e:
             raise type(e)(
-                f'{self.path.parent} cannot be written to ({e.strerror or e}); make it writable, or give another '
-                '--output') from None
+                f'{self.path.parent} cannot be written to ({e.strerror or e}); make it writable, or '
+                f'{self.start_over}') from None
 
     def _measure_age(self, touched: int) -> float:
         """Returns the seconds since `touched`, by the clock that dates the files of this disk."""
