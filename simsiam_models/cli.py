@@ -147,7 +147,7 @@ COMMANDS = {
     'pretrain': Command(
         pretrain.add_arguments, pretrain.run,
         'pretrain without labels on ImageNet, CIFAR-10 or your own images; use torchrun for several devices',
-        'my_photos --recipe demo'),
+        'my_photos --recipe small'),
     'preflight': Command(
         add_preflight, run_preflight, 'inspect a data set, time a short training run, and suggest a `pretrain` command',
         'my_photos --seconds 60'),

@@ -80,7 +80,7 @@ def main(photos: Path, work: Path) -> None:
     said = run('preflight', photos, '--seconds', 60)
     commands = [line.strip() for line in said.splitlines() if line.strip().startswith('simsiam ')]
     print(f'recommends {" and ".join(commands)}')
-    said = run('pretrain', photos, '--recipe', 'demo', '--epochs', 20, '--output', work / 'runs/pretrained')
+    said = run('pretrain', photos, '--recipe', 'small', '--epochs', 20, '--output', work / 'runs/pretrained')
     print(next(line for line in said.splitlines() if 'trained backbone' in line))
     run('finetune', photos, '--model', work / 'runs/pretrained', '--epochs', 20, '--output', work / 'runs/classifier')
     record = json.loads((work / 'runs/classifier/record.json').read_text())

@@ -49,11 +49,11 @@ FEATURES = f'--image-size 32 {CPU}'
 SMALL = {
     'weights': '', 'convert': '', 'publish': '', 'report': '', 'prepare': '--short-side 16 --workers 1',
     'pretrain': f'{shlex.join(TINY[2:])} --batch-size 16 --workers 0 --max-steps 2',
-    'pretrain FOLDER --recipe demo --output': f'{shlex.join(TINY[2:])} --batch-size 32 --workers 0',
+    'pretrain FOLDER --recipe small --output': f'{shlex.join(TINY[2:])} --batch-size 32 --workers 0',
     'pretrain IMAGENET --init-from':
         '--image-size 32 --eval-resize 32 --batch-size 4 --amp off --max-steps 1 --knn-every -1 ' + CPU,
     'pretrain --help': '', 'finetune --help': '',
-    'preflight': f'--recipe demo --batch-size 16 --seconds 3 {CPU}',
+    'preflight': f'--recipe small --batch-size 16 --seconds 3 {CPU}',
     'knn': f'--allow-partial {FEATURES}',
     'linear': f'--epochs 1 --batch-size 8 --allow-partial {FEATURES}',
     'linear FOLDER --protocol auto': FEATURES,

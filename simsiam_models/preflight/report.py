@@ -19,7 +19,7 @@ from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
 from ..runtime.messages import check_flags, counted, printable, size_text
 from ..training.recipes import RECIPES
-from .plan import MEASURED, PUBLISHED, Line, Plan, estimate_cost
+from .plan import CPU_RECIPES, MEASURED, PUBLISHED, Line, Plan, estimate_cost
 from .survey import ELONGATED, Survey, survey
 from .trial import Trial, run_trial
 
@@ -31,9 +31,9 @@ FAR = 0.2  # from ImageNet's mean and standard deviation of a channel
 def list_warnings(
     s: Survey, plan: Plan, t: Trial, device: torch.device, used: int, cost: dict[str, Any]) -> list[str]:
     """Lists the problems, and what to do about each; `used`: data threads."""
-    slow, waiting = device.type == 'cpu' and cost['hours'] > 24 and plan.name != 'demo', t.waiting or 0.0
+    slow, waiting = device.type == 'cpu' and cost['hours'] > 24 and plan.name not in CPU_RECIPES, t.waiting or 0.0
     warnings = [
-        *_check_images(s, plan), (slow, f'{cost["hours"]:,.0f} hours on this CPU: use a GPU, or --recipe demo'),
+        *_check_images(s, plan), (slow, f'{cost["hours"]:,.0f} hours on this CPU: use a GPU, or --recipe small'),
         (not slow and cost['hours'] > 24 * 7,
          f'{cost["hours"] / 24:,.0f} days here: use more GPUs, or fewer --epochs'),
         (waiting > 0.1, f'training waits for data {100 * waiting:.0f} % of the time: use '

@@ -1,7 +1,7 @@
 """SimSiam pretraining (Chen & He, arXiv 2011.10566).
 
   simsiam pretrain                                          the built-in demonstration, minutes on two CPU cores
-  simsiam pretrain FOLDER --recipe demo                     your own small images on a CPU
+  simsiam pretrain FOLDER --recipe small                    your own small images on a CPU
   simsiam pretrain IMAGENET --recipe in1k_bs256_ep200       MMSelfSup's 200 epochs (69.84 % linear top-1 published)
   simsiam pretrain CIFAR10_FOLDER --recipe cifar10_ep800    paper, appendix D (91.8 % published)
   torchrun --nproc-per-node 8 -m simsiam_models pretrain IMAGENET

@@ -45,11 +45,22 @@ RECIPES = {
     # Ours, from short runs on the demonstration data: many cheap steps of a narrow network, and a colour jitter strong
     # enough that colour and light are no shortcut.
     'demo': Recipe(
-        'ours: minutes on two CPU cores, for the built-in demonstration data and small images', model='resnet18',
+        'ours: minutes on two CPU cores, for the built-in demonstration data', model='resnet18',
         model_args=dict(
             layers=[1, 1, 1, 1], channels=[16, 32, 64, 128], stem_type='deep', stem_width=8, avg_down=True),
         dim=256, pred_dim=64, proj_layers=2, epochs=20, batch_size=64, lr=0.4, weight_decay=5e-4,
         augmentation=Augmentation(
             size=32, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.3, gray_p=0.4, blur_p=0.0),
         eval_resize=32, knn_t=0.1, knn_every=5),
+    # Ours, from trials of equal processor time on CIFAR-10: 1,000 training pictures of each class, kNN on 5,000 test
+    # pictures (raw pixels: 42.3 %), one seed. At 32 px the fourth stage of a ResNet would see one pixel and take 38 %
+    # of the time (35.5 % after 180 s with it, 39.6 after 190 without). Two wider stages learn faster at first, but
+    # reach 44.2 in 13 epochs (715 s), and these three 48.8 in 25 (956 s). In 180 to 230 s, nothing else was clearly
+    # better: half the paper's jitter 38.0, crops from 0.08 38.0 and from 0.35 40.7, batch 32 38.6, rate 0.8 39.1.
+    'small': Recipe(
+        'ours: minutes on two CPU cores, for your own small images', model='resnet18',
+        model_args=dict(
+            layers=[1, 1, 1, 0], channels=[48, 96, 192, 192], stem_type='deep', stem_width=16, avg_down=True),
+        dim=512, pred_dim=128, proj_layers=2, epochs=25, batch_size=64, lr=0.4, weight_decay=5e-4,
+        augmentation=Augmentation(size=32, blur_p=0.0), eval_resize=32, knn_t=0.1, knn_every=5),
 }

@@ -136,7 +136,7 @@ def test_the_command_is_one_that_pretrain_takes_and_fits_the_data(told, mixed):
     assert words[:3] == ['simsiam', 'pretrain', str(mixed)]
     name, recipe = resolve_recipe(build_parser().parse_args(words[2:]))
     assert (name, recipe.batch_size, recipe.epochs) == (told['recipe'], told['batch_size'], told['epochs'])
-    assert name == 'demo' and 2 <= recipe.batch_size <= 75
+    assert name == 'small' and 2 <= recipe.batch_size <= 75
     assert told['cost']['steps'] == 75 // recipe.batch_size * recipe.epochs
 
 
@@ -145,7 +145,8 @@ def test_each_line_says_where_it_comes_from(told):
 
 
 def test_a_checkpoint_takes_the_bytes_that_were_counted(told, tmp_path):
-    trainer = make_trainer(trial_module.make_model(RECIPES['demo'], 0), RECIPES['demo'], CPU, 'off')
+    recipe = RECIPES[told['recipe']]
+    trainer = make_trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
     torch.save([trainer.model.state_dict(), trainer.optimizer.state_dict()], tmp_path / 'checkpoint.pth')
     measured = (tmp_path / 'checkpoint.pth').stat().st_size
     assert told['trial']['state_bytes'] == pytest.approx(measured, rel=0.05)
@@ -321,10 +322,11 @@ def test_more_unreadable_images_than_train_py_allows_are_named_with_the_flag_tha
 
 
 def test_a_batch_that_does_not_fit_the_memory_is_halved_and_the_plan_follows(few_digits, monkeypatch, capsys):
-    recipe = RECIPES['demo']
+    recipe = RECIPES['small']
     trainer = make_trainer(trial_module.make_model(recipe, 0), recipe, CPU, 'off')
+    parameters = sum(p.numel() for p in trainer.model.parameters())
     room = 20 * saved_bytes(trainer, make_noise(4, 32, CPU)) / 4
-    monkeypatch.setattr(trial_module, 'free_memory', lambda: room / 0.9 + 441_048 * 9)
+    monkeypatch.setattr(trial_module, 'free_memory', lambda: room / 0.9 + 9 * parameters)
     assert run(few_digits, seconds=2) == 0
     out = capsys.readouterr().out
     assert 'batch 64 does not fit' in out and 'batch 32 does not fit' in out
@@ -373,7 +375,10 @@ def test_large_images_on_a_card_get_the_papers_recipe_and_small_ones_the_one_for
     assert plan(300, 10_000, 'cuda').recipe.epochs == 800
     assert plan(300, 200, 'cuda').recipe.batch_size == 64  # at least 3 steps; no smaller than the paper's
     assert plan(300, 40, 'cuda').recipe.batch_size == 32
-    assert plan(300, 10_000, 'cpu').name == 'demo'
+    small = plan(32, 10_000, 'cpu')
+    assert small.command == 'simsiam pretrain data --recipe small --batch-size 64'
+    assert plan(32, 1_000, 'cpu').steps >= small.steps  # few images get as many steps
+    assert plan(32, 1_000, 'cpu', name='demo').recipe.augmentation == RECIPES['demo'].augmentation
     large = plan(300, 1_281_167, 'cuda', batch=1024)
     assert large.recipe.warmup_epochs == 10 and '--warmup-epochs 10' in large.command
 
