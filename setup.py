@@ -1,6 +1,7 @@
 """Builds simsiam_models/data/kernel.c once for each kind of processor; setup.cfg has everything else."""
 import hashlib
 import platform
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -14,11 +15,13 @@ if platform.machine().lower() in ('x86_64', 'amd64'):
     VECTORS['avx2'] = ['-mavx2']
     VECTORS['avx512'] = ['-mavx2', *(f'-mavx512{part}' for part in ('f', 'bw', 'dq', 'vl')),
                          '-mprefer-vector-width=512']
+# One build serves every Python from 3.10 on, except for those without a global interpreter lock.
+ANY_PYTHON = not sysconfig.get_config_var('Py_GIL_DISABLED')
 DIGEST = hashlib.sha256((Path(__file__).parent / SOURCE).read_bytes()).hexdigest()
 
-setup(ext_modules=[
+setup(options={'bdist_wheel': {'py_limited_api': 'cp310'}} if ANY_PYTHON else {}, ext_modules=[
     Extension(
         f'simsiam_models.data._kernel_{name}', [SOURCE], extra_compile_args=[*FLAGS, *flags], libraries=['m'],
-        define_macros=[('SOURCE_DIGEST', f'"{DIGEST}"')], py_limited_api=True,
+        define_macros=[('SOURCE_DIGEST', f'"{DIGEST}"')], py_limited_api=ANY_PYTHON,
         optional=True)  # without a C compiler, or one that knows the flags, the package installs all the same
     for name, flags in VECTORS.items()])

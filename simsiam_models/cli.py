@@ -153,7 +153,7 @@ COMMANDS = {
         'my_photos --seconds 60'),
     'prepare': Command(
         prepare.add_arguments, prepare.run,
-        'write a copy of an image folder with large images resized, which is faster to read',
+        'write a copy of an image folder that is faster to read, with large images resized',
         'my_photos my_photos_256'),
     'knn': Command(knn.add_arguments, knn.run, 'classify by weighted nearest neighbours on frozen features',
         'my_photos --model runs/mine'),

@@ -129,8 +129,8 @@ def find_candidates(
 def choose_product(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Returns a function of (m, d) and (c, d) to (m, c), all float32.
 
-    On a CPU, torch and NumPy bring libraries of which either may be 1.3 times as fast. Each computes one of the first
-    products, and then whichever was the faster one when last used.
+    On a CPU, torch's or NumPy's library may be up to 1.3 times as fast. Each computes one product, then
+    the one with the faster last time is used.
     """
     if device.type != 'cpu':
         return F.linear

@@ -1,4 +1,4 @@
-"""Loads kernel.c, which the package's wheel holds in compiled form; NumPy, PIL and torch are the fallback.
+"""Loads the compiled kernel.c that the wheel contains; without it, NumPy, PIL and torch do the work.
 
 setup.py compiles it once for each kind of processor. SIMSIAM_KERNEL=0 turns it off.
 """
@@ -43,16 +43,17 @@ def _load_once() -> ctypes.CDLL | None:
 
 def _load_best() -> ctypes.CDLL:
     names = BUILDS.get(torch.backends.cpu.get_cpu_capability(), ('plain',))
-    paths = (SOURCE.with_name(f'_kernel_{name}{suffix}') for name in names for suffix in EXTENSION_SUFFIXES)
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None:
-        raise RuntimeError(
-            'it is not built: ' + ('run python3 -m pip install -e . in the clone, with a C compiler' if SOURCE.is_file()
-                                   else 'install a C compiler, then install simsiam-models again'))
-    lib = load_build(path)
-    if SOURCE.is_file() and lib.source_digest().decode() != hashlib.sha256(SOURCE.read_bytes()).hexdigest():
-        raise RuntimeError(f'{path.name} was built from another kernel.c: run python3 -m pip install -e . again')
-    return lib
+    fault = 'it is not built: ' + (
+        'with a C compiler installed, run python3 -m pip install -e . in the clone' if SOURCE.is_file()
+        else 'install a C compiler, then reinstall simsiam-models')
+    digest = hashlib.sha256(SOURCE.read_bytes()).hexdigest() if SOURCE.is_file() else None
+    for path in (SOURCE.with_name(f'_kernel_{name}{suffix}') for name in names for suffix in EXTENSION_SUFFIXES):
+        if path.is_file():
+            lib = load_build(path)
+            if digest in (None, lib.source_digest().decode()):
+                return lib
+            fault = f'{path.name} was built from a different kernel.c: run python3 -m pip install -e . again'
+    raise RuntimeError(fault)
 
 
 def load_build(path: Path) -> ctypes.CDLL:

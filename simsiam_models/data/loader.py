@@ -143,7 +143,7 @@ class TwoViews:
         return x1, x2
 
     def _copy(self, batch: Batch) -> tuple[Tensor, Sent | None]:
-        """Copies a batch to the device; on CUDA while the card is still busy with the step before."""
+        """Copies a batch to the device; on CUDA while the GPU is still running the previous step."""
         with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             # Only pinned memory may be copied asynchronously: other memory is soon filled again. torch reuses pinned
             # memory only after the copies from it.

@@ -1,4 +1,4 @@
-"""Writes a copy of an image folder with large images resized, which takes less time to read, and less space.
+"""Writes a smaller copy of an image folder that is faster to read.
 
     simsiam prepare my_photos my_photos_256                    short sides of at most 256 pixels
     simsiam prepare my_photos my_photos_320 --short-side 320   more detail, more time to read
@@ -8,7 +8,7 @@ Every image keeps its name and its format, and with them its place in the order:
 flips and colours that it gets in DATA. Lists and metadata are copied; other files are left out. Until the copy is
 complete, it is called OUT.part, and the same command continues it.
 
-At 256 pixels, a view of the average crop (0.6 of the area) is not enlarged at 224 pixels; smaller crops are, by up to
+At 256 pixels, an average crop (0.6 of the area) need not be enlarged to 224 pixels; smaller crops are enlarged by up to
 1.7 times.
 """
 import argparse
@@ -52,20 +52,21 @@ ORIENTATION = 0x0112  # the EXIF tag
 SAMPLE = 64  # images that are measured
 FREE = {'data', 'command', 'versions', 'measured'}  # may differ between a run and its continuation
 LOCK, START_OVER = '.lock', 'name another OUT'
-ADVICE = 'prepare reads a folder of image files; unpack other data into one first, or train on it as it is'
+ADVICE = 'prepare reads a folder of image files; unpack other data into a folder first, or train on it directly'
 # What becomes of an image.
 RESIZED, THERE = 'resized', 'already there'
 SMALL, OTHER, LONGER, UNREADABLE = (f'copied ({why})' for why in (
-    'not larger', 'in a format that is not resized', 'resized it would have more bytes', 'unreadable'))
+    'not larger', 'format is never resized', 'resizing would enlarge the file', 'unreadable'))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help='a folder of images, in any layout that `pretrain` reads')
-    add('out', type=Path, metavar='OUT', help='a new folder; the same command continues one that is not complete')
+    add('out', type=Path, metavar='OUT', help='a new folder; to continue an incomplete copy, run the same command')
     add('--short-side', type=int, default=256, metavar='N',
-        help='resize images whose short side is longer to N pixels, and copy the others (default: 256)')
-    add('--quality', type=int, default=90, metavar='Q', help='of JPEG and WebP files, from 1 to 100 (default: 90)')
+        help='resize images with a longer short side to N pixels; copy the others (default: 256)')
+    add('--quality', type=int, default=90, metavar='Q',
+        help='quality of resized JPEG and WebP files, 1 to 100 (default: 90)')
     add('--workers', type=int, metavar='N', help='threads (default: one per core)')
 
 
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
     parts = open_folder(args.data)
     check_apart(data, out)
     target, index = find_target(out), list_below(data, EXTENSIONS)
+    check_apart(data, target)
     images, prepared = (FileImages(root, index, str(root)) for root in (data, target))
     record = {
         'benchmark': 'prepare', 'data': str(data.resolve()), 'images': len(images), 'digest': contents_digest(images),
@@ -99,8 +101,8 @@ def run(args: argparse.Namespace) -> None:
     print(f'{args.out}: {describe(measured, seconds)}')
     if open_folder(str(args.out)) != parts:
         raise DataError(
-            f'{args.out} does not have the images and labels of {args.data}: if a file above {args.data} has the '
-            'labels, prepare the folder that holds both; if OUT is on a disk that ignores case, choose another disk')
+            f'{args.out} does not have the images and labels of {args.data}: if the labels are in a file above '
+            f'{args.data}, prepare the folder that holds both; if OUT is on a case-insensitive disk, choose another')
 
 
 def open_folder(data: str) -> list[str]:
@@ -121,15 +123,16 @@ def check_apart(data: Path, out: Path) -> None:
     """Raises ValueError if one of the folders is in the other."""
     inside, outside = data.resolve(), out.resolve()
     if inside.is_relative_to(outside) or outside.is_relative_to(inside):
-        raise ValueError(f'OUT {out} and DATA {data.resolve()}: neither may be in the other; {START_OVER}')
+        raise ValueError(
+            f'OUT {out} and DATA {data.resolve()} must be separate folders, neither inside the other; {START_OVER}')
 
 
 def find_target(out: Path) -> Path:
     """Returns OUT if it is complete, else OUT.part; raises ValueError if OUT holds anything else."""
     if (out / ARGS).is_file():
         return out
-    if os.path.ismount(out):
-        raise ValueError(f'OUT {out} is a disk of its own; name a folder on it')
+    if os.path.ismount(out) or out.is_symlink():
+        raise ValueError(f'OUT {out} is a {"link" if out.is_symlink() else "mount point"}; name a new folder')
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f'OUT {out} {"holds other files" if out.is_dir() else "is a file"}; name a new folder')
     return out.with_name(f'{out.name}.part')
@@ -241,7 +244,7 @@ def read_file(files: FileImages, row: int) -> bytes:
     try:
         return files.stored_bytes(row)
     except UnreadableError as e:
-        raise DataError(f'{e}; make it readable, and the same command continues') from None
+        raise DataError(f'{e}; make it readable, then run the same command to continue') from None
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -281,6 +284,6 @@ def describe(measured: dict[str, Any], seconds: float) -> str:
         return text
     slow, fast = measured['milliseconds']
     return (
-        f'{text}; reading an image and cutting two {measured["view_size"]} px crops takes {fast:.2f} ms of CPU time '
-        f'instead of {slow:.2f} ({slow / fast:.1f} times as fast), and the crops differ by {measured["levels"]:.1f} '
-        f'of 255 levels on average (n = {measured["sample"]})')
+        f'{text}. Reading an image and cutting two {measured["view_size"]} px crops takes {fast:.2f} ms of CPU time '
+        f'instead of {slow:.2f} ({slow / fast:.1f} times as fast). The crops differ by {measured["levels"]:.1f} of 255 '
+        f'levels on average (n = {measured["sample"]})')

@@ -19,8 +19,9 @@ MEASURED, PUBLISHED, THUMB = 'measured', 'published', 'rule of thumb'
 SMALL = 64  # pixels: at a smaller short side ImageNet's stem throws most of an image away
 LONGEST = 800  # epochs: the paper's longest runs
 CPU_RECIPES = {'small', 'demo'}
-# Few images get as many steps as the run by which a recipe was measured; those of other recipes, 800 epochs of 97.
-STEPS = {'small': (3_900, 'the run on 10,000 pictures of CIFAR-10'), 'demo': (920, 'the demonstration')}
+# Small data sets get as many steps as the run on which a recipe was measured; for other recipes, the paper's 800 epochs
+# of 97 steps.
+STEPS = {'small': (3_900, 'the measured run on 10,000 CIFAR-10 images'), 'demo': (920, 'the demonstration')}
 PAPERS_STEPS = 77_600, "the paper's CIFAR-10 run"
 LOG_LINE, LOG_EVERY = 300, 50  # bytes, steps
 

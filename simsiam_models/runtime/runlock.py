@@ -30,7 +30,7 @@ class RunLock:
 
     Args:
         say: is told when `acquire` has to wait for a sign of life.
-        start_over: what errors tell the user to do instead.
+        start_over: the alternative that errors suggest.
     """
 
     def __init__(self, path: Path, say: Callable[[str], Any], start_over: str = 'give another --output') -> None:

@@ -1,4 +1,4 @@
-"""--auto-perf and --compile: times a few ways of computing the same step and takes the fastest."""
+"""Times several ways of computing the same step and takes the fastest (--auto-perf, and the default of --compile)."""
 import copy
 import math
 import statistics
@@ -41,7 +41,7 @@ def choose_perf(
         for compiled in (False, True):
             before = len(steps)
             if compiled and seconds and (whole := steps_of_run * min(map(statistics.median, seconds.values()))) < SHORT:
-                say(f'auto-perf: not compiling, which takes a minute, since the run takes {whole / 60:.1f} without it')
+                say(f'auto-perf: not compiling: it takes about a minute, the whole run only {whole / 60:.1f} minutes')
                 break
             for amp, perf in [(amp, perf) for perf in ways if perf.compile == compiled for amp in amps]:
                 if steps and time.perf_counter() - began > budget / 2 and not (compiled and device.type == 'cuda'):
@@ -59,7 +59,7 @@ def choose_perf(
     if not steps and isinstance(error, torch.OutOfMemoryError):
         raise error
     if not steps:
-        raise ValueError('--auto-perf: no combination works here')
+        raise ValueError('no way of computing a step works here; the lines above say why')
     median = {key: statistics.median(spent) for key, spent in seconds.items()}
     for key, s in median.items():
         compiling = f', compiled in {first[key]:.0f} s' if key[1].compile else ''

@@ -114,11 +114,11 @@ def _add_speed_flags(add: Callable[..., Any]) -> None:
         help='precision of the forward pass; auto: bfloat16 if the GPU supports it (on a CPU: if a short timing finds '
              'it faster), else float16 with a GradScaler on CUDA, else off (default: auto)')
     add('--compile', action=argparse.BooleanOptionalAction,
-        help='torch.compile the model (default: on one GPU, for runs of more than 15 minutes, a trial of about a '
-             'minute decides, and a continued run keeps that choice; elsewhere off)')
+        help='compile the model with torch.compile (default: off; on a single GPU, a new run of more than 15 minutes '
+             'decides by a trial of about a minute, and a continued run keeps the choice)')
     add('--auto-perf', action='store_true',
         help='time memory formats, torch.compile and (on a CPU, with --amp auto) precisions for about a minute, and '
-             'take the fastest; a continued run keeps that choice (default: channels last, see --compile)')
+             'take the fastest; a continued run keeps that choice (default: channels last; see also --compile)')
     add('--workers', type=int, metavar='N', help='threads per process that read and crop images, 0: none '
         "(default: 1 if the CPU also trains, else the process's share of the cores)")
     add('--grad-accum-steps', type=int, default=1, metavar='N',

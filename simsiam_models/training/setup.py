@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import operator
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -225,7 +226,7 @@ def decide_perf(
 ) -> tuple[str, Perf]:
     """Chooses precision, memory format and compilation: as recorded, else by --auto-perf, else the defaults.
 
-    On a single CUDA card the trial of --auto-perf also decides about --compile, if neither flag is given.
+    On a single CUDA card the trial of --auto-perf also decides about compiling, without --compile and --no-compile.
     """
     amp, world = record['amp'], life.world
     if record.get('perf'):
@@ -246,8 +247,8 @@ def decide_perf(
             life.say('auto-perf: timing a few ways of computing a step, for about a minute')
             more = {'ways': [way for way in WAYS if args.compile is not False or not way.compile]}
         else:
-            life.say('auto-perf: timing the step, without and with torch.compile (--no-compile: without)')
-            steps = recipe.epochs * (record['images'] // recipe.batch_size)
+            life.say('auto-perf: timing the step with and without torch.compile (--no-compile skips this)')
+            steps = min(recipe.epochs * (record['images'] // recipe.batch_size), args.max_steps or sys.maxsize)
             more = {'ways': [Perf(), Perf(compile=True)], 'steps_of_run': steps}
         both = args.amp == 'auto' and world.device.type == 'cpu' and has_bfloat16() and not continued
         amps = ('bfloat16', 'off') if both else (amp,)

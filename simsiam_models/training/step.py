@@ -16,7 +16,7 @@ from .schedule import load_optimizer, make_optimizer
 
 @dataclass(frozen=True)
 class Perf:
-    """How a step is computed; the defaults are those of a run without --auto-perf."""
+    """How a step is computed; the defaults are those of a run on a CPU without --auto-perf."""
 
     channels_last: bool = True
     compile: bool = False

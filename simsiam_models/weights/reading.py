@@ -2,8 +2,8 @@
 
 The restricted reader of this module reads torch's two formats and bare pickles. Its unpickler knows tensors, numpy
 arrays and plain containers, and imports nothing: every other name becomes an inert `Opaque`. If a file in torch's
-current format has such a name, and torch.load(weights_only=True) knows it (sparse tensors, torch.float32), its result
-counts. A hostile file can still exhaust memory or the stack, which ends the process.
+current format has such a name, and torch.load(weights_only=True) knows it (sparse tensors, torch.float32), torch's
+result is used. A hostile file can still exhaust memory or the stack, which ends the process.
 """
 import errno
 import functools
@@ -343,8 +343,13 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
         raise ValueError('a TorchScript program, not a checkpoint: save the state_dict() of the module')
     members = archive.infolist()
     if any(x.compress_type != zipfile.ZIP_STORED for x in members) or sum(x.file_size for x in members) > size:
-        raise ValueError('the archive is compressed or larger inside than outside, which torch.save never writes')
+        raise ValueError(
+            'the archive is compressed, or its members add up to more than the file, which torch.save never writes')
     return prefix
+
+
+def _make_buffer(size: int) -> Tensor:
+    return torch.from_numpy(np.empty(size, np.uint8))  # raises MemoryError; torch.empty would raise RuntimeError
 
 
 def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
@@ -354,9 +359,9 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
     signature, flags, name, extra = LOCAL_HEADER.unpack(head) if len(head) == LOCAL_HEADER.size else (b'', 0, 0, 0)
     named = info.orig_filename.encode('utf-8' if info.flag_bits & 0x800 else 'cp437')
     if signature != b'PK\x03\x04' or (flags | info.flag_bits) & 1 or file.read(name) != named:  # 1: encrypted
-        raise ValueError(f'damaged: {short(info.filename)} is not where the archive says')
+        raise ValueError(f'damaged: {short(info.filename)} is not where the index of the archive says')
     file.seek(extra, io.SEEK_CUR)
-    buffer, crc = torch.empty(info.file_size, dtype=torch.uint8), 0
+    buffer, crc = _make_buffer(info.file_size), 0
     view = memoryview(buffer.numpy())
     for start in range(0, len(view), PIECE):
         part = view[start:start + PIECE]
@@ -406,7 +411,7 @@ def _read_legacy(f: BinaryIO, left: int) -> Any:
             left -= numel * dtype.itemsize
             if left < 0:
                 raise ValueError('the storages are larger than the file')
-            buffers[key] = torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype
+            buffers[key] = _make_buffer(numel * dtype.itemsize), dtype
         return Storage(buffers[key][0], dtype)
 
     RestrictedUnpickler(f).load()  # protocol

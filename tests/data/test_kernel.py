@@ -1,4 +1,5 @@
 """kernel.c against NumPy, PIL, torch, torchvision and SciPy; and the fallback where it cannot be loaded."""
+import hashlib
 import itertools
 import logging
 import os
@@ -21,7 +22,7 @@ from simsiam_models.data import Augmentation, FolderImages, TwoViews, kernel
 from simsiam_models.data.augment import Finish, crop, crop_box, draw, finish, jitter_and_gray, resize
 from simsiam_models.data.philox import philox
 
-needs_kernel = pytest.mark.skipif(kernel.load_library() is None, reason='it is not built')
+needs_kernel = pytest.mark.skipif(kernel.load_library() is None, reason='not built: python3 -m pip install -e .')
 SOURCE = kernel.SOURCE.read_text()
 pytestmark = [pytest.mark.usefixtures('one_thread'), needs_kernel]
 
@@ -453,7 +454,7 @@ def refused(caplog: pytest.LogCaptureFixture) -> str:
 
 
 def test_an_installation_without_a_build_says_so_in_one_line(elsewhere, caplog):
-    assert 'install a C compiler, then install simsiam-models again' in refused(caplog)
+    assert 'install a C compiler, then reinstall simsiam-models' in refused(caplog)
 
 
 def test_a_clone_that_is_not_installed_says_so_in_one_line(elsewhere, caplog):
@@ -467,7 +468,17 @@ def test_a_build_of_another_source_is_not_used(elsewhere, caplog):
     assert kernel.load_library() is not None  # without its source beside it, as in a wheel
     kernel._load_once.cache_clear()
     (elsewhere / 'kernel.c').write_text(SOURCE.replace('0xD2511F53', '0xD2511F55'))
-    assert f'{built.name} was built from another kernel.c' in refused(caplog)
+    assert f'{built.name} was built from a different kernel.c' in refused(caplog)
+
+
+@pytest.mark.skipif(len(BUILT) < 2, reason='this processor runs only one build')
+def test_a_stale_build_does_not_hide_a_fresh_one(elsewhere):
+    best, other = list(BUILT.values())[:2]
+    (elsewhere / 'kernel.c').write_text(SOURCE)
+    digest = hashlib.sha256(SOURCE.encode()).hexdigest().encode()
+    (elsewhere / best.name).write_bytes(best.read_bytes().replace(digest, digest[::-1]))
+    (elsewhere / other.name).write_bytes(other.read_bytes())
+    assert kernel.load_library()._name == str(elsewhere / other.name)
 
 
 @pytest.mark.parametrize('data', [b'', b'garbage' * 999, b'\x7fELF'], ids=['empty', 'garbage', 'cut'])

@@ -151,7 +151,7 @@ def test_an_image_that_is_not_larger_of_another_format_or_unreadable_is_copied_b
     said = capsys.readouterr().out
     assert f'{data}/torn.jpg: cannot be read' in said and f'{data}/text.jpg: cannot be read' in said
     for text in ('6 images: ', '2 copied (unreadable)', '1 resized', '1 copied (not larger)',
-                 '1 copied (in a format that is not resized)', '1 copied (resized it would have more bytes)'):
+                 '1 copied (format is never resized)', '1 copied (resizing would enlarge the file)'):
         assert text in said
 
 
@@ -256,9 +256,9 @@ def is_file(data: Path) -> Path:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    'OUT in DATA': (lambda data: data / 'out', 'neither may be in the other; name another OUT'),
-    'DATA in OUT': (lambda data: data.parent, 'neither may be in the other; name another OUT'),
-    'OUT is DATA': (lambda data: data, 'neither may be in the other; name another OUT'),
+    'OUT in DATA': (lambda data: data / 'out', 'must be separate folders, neither inside the other; name another OUT'),
+    'DATA in OUT': (lambda data: data.parent, 'must be separate folders, neither inside the other; name another OUT'),
+    'OUT is DATA': (lambda data: data, 'must be separate folders, neither inside the other; name another OUT'),
     'OUT holds files': (occupied, 'holds other files; name a new folder'),
     'OUT is a file': (is_file, 'is a file; name a new folder')}
 
@@ -272,6 +272,21 @@ def test_an_out_that_cannot_be_used_is_refused_before_anything_is_written(case, 
     said = capsys.readouterr().err
     assert REFUSED[case][1] in said and said.startswith('simsiam: ') and said.count('\n') == 1
     assert read_all(tmp_path) == before and not [*tmp_path.rglob('*.part')]
+
+
+def test_data_that_has_the_name_of_the_incomplete_copy_is_not_taken_for_it(tmp_path, capsys):
+    data = fill(tmp_path / 'out.part', FLAT)
+    before = read_all(tmp_path)
+    assert run(data, tmp_path / 'out') == 1
+    assert 'must be separate folders' in capsys.readouterr().err and read_all(tmp_path) == before
+
+
+def test_an_out_that_is_a_link_is_refused(tmp_path, capsys):
+    data = fill(tmp_path / 'data', FLAT)
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'out').symlink_to(tmp_path / 'empty')
+    assert run(data, tmp_path / 'out') == 1
+    assert 'out is a link; name a new folder' in capsys.readouterr().err and not (tmp_path / 'out.part').exists()
 
 
 def test_an_out_of_other_numbers_or_images_is_refused(tmp_path, capsys):
@@ -296,7 +311,7 @@ def test_other_sources_are_refused_in_one_sentence_that_says_what_to_do(tmp_path
                    f'{tmp_path}/tars'):
         assert run(source, tmp_path / 'out') == 1
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith('simsiam: ')]
-        assert len(said) == 1 and said[0].endswith('unpack other data into one first, or train on it as it is')
+        assert len(said) == 1 and said[0].endswith('unpack other data into a folder first, or train on it directly')
     assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.part').exists()
 
 
@@ -313,7 +328,7 @@ def test_a_file_that_cannot_be_read_at_all_ends_the_run_in_one_sentence(tmp_path
     os.mkfifo(data / 'pipe.jpg')
     assert run(data, tmp_path / 'out') == 1
     said = capsys.readouterr().err
-    assert f'{data}/pipe.jpg: cannot be read' in said and said.endswith('and the same command continues\n')
+    assert f'{data}/pipe.jpg: cannot be read' in said and said.endswith('then run the same command to continue\n')
     assert not (tmp_path / 'out').exists()
 
 

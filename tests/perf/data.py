@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument('--workers', type=int, nargs='+', default=[0, 2])
     args = parser.parse_args()
     if kernel.load_library() is None:
-        sys.exit('the kernel cannot be compiled here, so there is nothing to compare')
+        sys.exit('the kernel is not built here, so there is nothing to compare')
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
         folder = args.folder or find_jpegs(Path(made))

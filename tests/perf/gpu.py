@@ -32,6 +32,7 @@ from together import Bench, copy_rate, make_noise, open_images
 from simsiam_models.benchmarks.search import find_neighbours
 from simsiam_models.data import Images, TwoViews, kernel
 from simsiam_models.data.augment import finish
+from simsiam_models.data.readers import decode
 from simsiam_models.runtime.distributed import cores, synchronize
 from simsiam_models.training.recipes import RECIPES, Recipe
 from simsiam_models.training.step import Perf
@@ -75,7 +76,8 @@ def measure_data(sizes: Sizes, images: Images, save: Save) -> None:
     """JPEG -> crops, JPEG -> finished views; the augmentation on the card alone, compiled and not, and its kernels."""
     device, recipe = torch.device(sizes.device), sizes.resolve()
     views = TwoViews(images, recipe.augmentation, recipe.batch_size, device=device, workers=cores(), on_device=True)
-    found: dict[str, Any] = {'threads': cores(), 'kernel': kernel.load_library() is not None}
+    found: dict[str, Any] = {'threads': cores(), 'kernel': kernel.load_library() is not None,
+                             'simplejpeg': decode.simplejpeg is not None}
     rates: dict[str, list[float]] = {'crops': [], 'views': []}
     for round_ in range(1 + sizes.rounds):
         for name, load in (('crops', views.batches), ('views', views.epoch)):

@@ -78,7 +78,7 @@ def test_a_line_says_how_long_compiling_took():
 def test_a_short_run_is_not_compiled():
     choice, said = choose(sleeping(lambda *key: 0.01), amps=('off',), steps_of_run=6000)  # a minute or two
     assert choice[1].compile is False and not any('compiled' in line for line in said)
-    assert said[0].startswith('auto-perf: not compiling, which takes a minute, since the run takes 1.')
+    assert said[0].startswith('auto-perf: not compiling: it takes about a minute, the whole run only 1.')
     _, said = choose(sleeping(lambda *key: 0.01), amps=('off',), steps_of_run=600_000)
     assert sum('compiled' in line for line in said) >= 2
 
@@ -98,7 +98,7 @@ def test_a_batch_that_does_not_fit_the_card_is_an_error_of_memory():
 def test_without_any_that_works_it_is_one_error():
     def make_step(model, amp, perf):
         raise RuntimeError('broken')
-    with pytest.raises(ValueError, match='no combination works'):
+    with pytest.raises(ValueError, match='no way of computing a step works'):
         choose(make_step)
 
 

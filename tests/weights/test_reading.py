@@ -649,15 +649,18 @@ def test_a_disk_that_fails_is_not_a_damaged_file(
 @pytest.mark.parametrize(('error', 'raised', 'words'), [
     (OSError(errno.EIO, 'Input/output error'), OSError, 'Input/output error'),
     (MemoryError(), ValueError, 'needs more memory than is free')])
-@pytest.mark.parametrize('kind', ['zip', 'safetensors'])
+@pytest.mark.parametrize('kind, place', [
+    ('zip', (zipfile, 'ZipFile')), ('zip', (np, 'empty')), ('legacy', (np, 'empty')),
+    ('safetensors', (reading, 'load_file'))], ids=['zip', 'zip memory', 'legacy memory', 'safetensors'])
 def test_a_machine_that_fails_is_not_a_damaged_file(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, error: Exception, raised: type, words: str) -> None:
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, place: tuple[Any, str], error: Exception,
+        raised: type, words: str) -> None:
     path = disk.write({'x': torch.ones(2)}, tmp_path / 'x', kind)
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
-    monkeypatch.setattr(*((reading, 'load_file') if kind == 'safetensors' else (zipfile, 'ZipFile')), fail)
+    monkeypatch.setattr(*place, fail)
     with pytest.raises(raised, match=words) as e:
         read(path)
     assert 'complete' not in str(e.value) and 'damaged' not in str(e.value)

@@ -97,5 +97,5 @@ def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:
             return None
         with decode_in_turn(width * height * JPEG_BYTES):
             return simplejpeg.decode_jpeg(data, 'RGB')
-    except ValueError:  # also what libjpeg only warns of
+    except (ValueError, KeyError):  # what libjpeg rejects or warns of; a subsampling that simplejpeg cannot name
         return None

@@ -50,7 +50,7 @@ def test_the_kernel_and_pil_cut_the_same(monkeypatch):
         crops = TrainCrops(Photos(), small_protocol('fair'), 64, 0, 0, ALONE)
         return np.concatenate([p.pixels.numpy() for p, _ in crops.epoch(0)]).astype(int)
     if kernel.load_library() is None:
-        pytest.skip('no C compiler here')
+        pytest.skip('the kernel is not built')
     ours = pixels()
     monkeypatch.setattr(kernel, 'load_library', lambda: None)
     assert np.abs(ours - pixels()).max() <= 1

@@ -190,6 +190,14 @@ def test_without_simplejpeg_pil_gives_the_same_bits(tmp_path, monkeypatch):
     assert np.array_equal(FolderImages(tmp_path).read(0), want)
 
 
+@pytest.mark.parametrize('error', [ValueError('Invalid SOS parameters'), KeyError(6)])  # 6: 4:4:1
+def test_what_simplejpeg_cannot_read_is_read_by_pil(tmp_path, monkeypatch, error):
+    picture(1, 61, 47).save(tmp_path / 'a.jpg')
+    want = FolderImages(tmp_path).read(0)
+    monkeypatch.setattr(decode.simplejpeg, 'decode_jpeg_header', fail(error))
+    assert np.array_equal(FolderImages(tmp_path).read(0), want)
+
+
 @pytest.mark.parametrize('name', ['a.jpg', 'a.png', 'a.tif'])
 def test_an_image_of_too_many_pixels_is_unreadable_before_it_is_decoded(tmp_path, monkeypatch, name):
     picture(1, 300, 200).save(tmp_path / name)
