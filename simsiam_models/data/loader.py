@@ -138,12 +138,11 @@ class TwoViews:
     def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and finishes its views there."""
         x, sent = self._copy(batch)
-        x = x.flatten(0, 1).permute(0, 3, 1, 2)  # (2 B, 3, S, S), channels last
         x1, x2 = (x if self.whole else finish(x, sent, self._colours)).chunk(2)
         return x1, x2
 
     def _copy(self, batch: Batch) -> tuple[Tensor, Sent | None]:
-        """Copies a batch to the device; on CUDA while the GPU is still running the previous step."""
+        """Copies a batch to the device, as (2 B, 3, S, S); on CUDA while the GPU is still running the previous step."""
         with contextlib.nullcontext() if self._copies is None else torch.cuda.stream(self._copies):
             # Only pinned memory may be copied asynchronously: other memory is soon filled again. torch reuses pinned
             # memory only after the copies from it.
@@ -154,7 +153,7 @@ class TwoViews:
             here.wait_stream(self._copies)
             for y in (x, *sent):  # so that the memory is reused only after the work here
                 y.record_stream(here)
-        return x, sent
+        return x.flatten(0, 1).permute(0, 3, 1, 2), sent  # channels last
 
     def judge(self, unreadable: dict[int, str], epoch: int) -> None:
         """Raises UnreadableError if there are more unreadable images than allowed."""

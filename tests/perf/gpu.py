@@ -27,7 +27,7 @@ import numpy as np
 import step
 import torch
 from table import make_table
-from together import Bench, copy_rate, make_noise, open_images
+from together import Bench, copy_rate, make_noise, median_time, open_images
 
 from simsiam_models.benchmarks.search import find_neighbours
 from simsiam_models.data import Images, TwoViews, kernel
@@ -91,16 +91,9 @@ def measure_data(sizes: Sizes, images: Images, save: Save) -> None:
     found['images_per_s'] = {name: statistics.median(r[1:]) for name, r in rates.items()}
     save(found)
     x, sent = views._copy(next(views.batches(0)))
-    x = x.flatten(0, 1).permute(0, 3, 1, 2)
     for name, colours in (('compiled', views._colours), ('uncompiled', None)):
-        seconds = []
-        for _ in range(12):
-            synchronize(device)
-            start = time.perf_counter()
-            finish(x, sent, colours)
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
-        found[f'augmentation_{name}_s'] = statistics.median(seconds[2:])
+        found[f'augmentation_{name}_s'] = median_time(
+            lambda *_, colours=colours: finish(x, sent, colours), (x, x))
         save(found)
     if device.type == 'cuda':
         for name, colours in (('compiled', views._colours), ('uncompiled', None)):

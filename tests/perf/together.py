@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from simsiam_models.runtime.distributed import World, synchronize
 from simsiam_models.runtime.precision import choose_amp
 from simsiam_models.training.recipes import RECIPES, Recipe
 from simsiam_models.training.setup import make_model
-from simsiam_models.training.step import Perf, Trainer, train_step
+from simsiam_models.training.step import Perf, Trainer, time_step, train_step
 
 MB_PER_VIEW = (380, 480)  # activations of ResNet-50 at 224 px, forward and backward
 
@@ -119,14 +119,7 @@ class Bench:
         x, sent = self.views._copy(batch)
         if sent is None:
             return 0.0
-        x, seconds = x.flatten(0, 1).permute(0, 3, 1, 2), []
-        for _ in range(12):
-            synchronize(self.device)
-            start = time.perf_counter()
-            finish(x, sent, self.views._colours)
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[2:])
+        return median_time(lambda *_: finish(x, sent, self.views._colours), (x, x))
 
     def measure(self, rounds: int) -> dict[str, Any]:
         """Returns samples per second of each task, the share of waiting, the cost of data, and on a card the rest."""
@@ -150,18 +143,16 @@ class Bench:
         return found
 
 
+def median_time(call: Callable[[Tensor, Tensor], object], on: tuple[Tensor, Tensor]) -> float:
+    """Median seconds of ten calls on two tensors, after two that warm up."""
+    return statistics.median([time_step(call, on) for _ in range(12)][2:])
+
+
 def copy_rate(device: torch.device, size: int = 1 << 31) -> float:
     """Bytes that a copy of `size` bytes reads and writes per second."""
     x = torch.randint(256, (size,), dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    seconds = []
-    for _ in range(12):
-        synchronize(device)
-        start = time.perf_counter()
-        y.copy_(x)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds[2:])
+    return 2 * size / median_time(lambda source, target: target.copy_(source), (x, y))
 
 
 def memory_bound(batch: int, size: int, rate: float) -> tuple[float, float]:
