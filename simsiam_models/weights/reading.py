@@ -349,6 +349,8 @@ def _check_zip(archive: zipfile.ZipFile, size: int) -> str:
 
 
 def _make_buffer(size: int) -> Tensor:
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)  # NumPy's would have stride 0, which has no view of another type
     return torch.from_numpy(np.empty(size, np.uint8))  # raises MemoryError; torch.empty would raise RuntimeError
 
 
