@@ -2,7 +2,7 @@
 
   python tests/perf/learning.py                              seeds 0, 1, 2; each way gets as long as the recipe takes
   python tests/perf/learning.py --seeds 0 --seconds 120      a budget for each way, our epochs fitted to it, too
-  python tests/perf/learning.py --clock cpu --threads 1      seconds of the processor: for a machine that others load
+  python tests/perf/learning.py --seeds 1 --epochs 25 13 11  the epochs of an earlier timing: load does not matter
 
 DATA is a folder of CIFAR-10 as Parquet, by default cifar10 in $SIMSIAM_TEST_DATA (or ../shared/data): the first 1,000
 training and 200 test pictures of each class. All ways train the recipe's network with its widths of the heads, batch,
@@ -15,7 +15,9 @@ FAIR       plain SimSiam in contiguous memory, torch's SGD, loss.item() after ea
 lightly    lightly's SimSiamTransform (without blur), heads (of three layers) and loss, if installed; torch's SGD, all
            rates decay
 
-The cosine of FAIR and lightly ends at the number of epochs that fit the time, as a few timed steps predict it.
+Steps of all ways with their data are timed first, in turns; FAIR and lightly take the faster number of workers. Each
+way then trains as many epochs as fit the time, with a cosine of that length. Keep the machine quiet for the timing; the
+training may take longer without any effect on its result.
 """
 import argparse
 import dataclasses
@@ -58,7 +60,8 @@ except ImportError as e:
 CPU = torch.device('cpu')
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get('SIMSIAM_TEST_DATA', ROOT.parent / 'shared' / 'data')) / 'cifar10'
-WARM, TIMED = 2, 8  # steps before the schedule is fitted
+ROUNDS, WARM, TIMED = 3, 2, 8  # of the timing; steps in a round
+WORKERS = 0, 2  # of the DataLoader of FAIR and lightly: both are timed
 PER_CLASS = 1000, 200  # training and test pictures
 
 
@@ -70,6 +73,9 @@ class Way:
     optimizer: torch.optim.Optimizer
     step: Callable[[Tensor, Tensor], object]
     epoch: Callable[[int], Iterator[tuple[Tensor, Tensor]]]  # by number from 0
+
+
+Build = Callable[[Recipe, MemoryImages, int, int], Way]  # the recipe, the pictures, the seed, the number of workers
 
 
 class Pictures(Dataset):
@@ -159,23 +165,41 @@ def take_step(optimizer: torch.optim.SGD, loss: Tensor) -> float:
     return loss.item()
 
 
-def seconds_per_step(way: Way, clock: Callable[[], float]) -> float:
+def seconds_per_step(way: Way) -> float:
     """Returns the median seconds of a step with its data; trains the network, so build it anew afterwards."""
-    times, batches = [clock()], itertools.chain.from_iterable(map(way.epoch, itertools.count()))
+    times, batches = [time.perf_counter()], itertools.chain.from_iterable(map(way.epoch, itertools.count()))
     for x1, x2 in itertools.islice(batches, WARM + TIMED):
         way.step(x1, x2)
-        times.append(clock())
+        times.append(time.perf_counter())
     return statistics.median(np.diff(times)[WARM:])
 
 
-def train(way: Way, recipe: Recipe, clock: Callable[[], float]) -> float:
+def fit_epochs(ways: dict[str, Build], recipe: Recipe, images: MemoryImages, seconds: float | None) -> list[int]:
+    """Times steps of all ways in turns; returns how many epochs of each fit `seconds`, by default the recipe's own."""
+    cases = [(name, n) for name in ways for n in (WORKERS if name != 'ours' else WORKERS[:1])]
+    times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for _ in range(ROUNDS):
+        for name, workers in cases:
+            times[name, workers].append(seconds_per_step(ways[name](recipe, images, 0, workers)))
+    median = {case: statistics.median(found) for case, found in times.items()}
+    print('ms per step: ' + ', '.join(
+        f'{name} {1000 * spent:.0f}' + (f' ({workers} workers)' if name != 'ours' else '')
+        for (name, workers), spent in median.items()) + f'; load {os.getloadavg()[0]:.1f}', flush=True)
+    steps = len(images) // recipe.batch_size
+    seconds = seconds or recipe.epochs * steps * median['ours', 0]
+    best = [min(spent for (of, _), spent in median.items() if of == name) for name in ways]
+    print(f'budget {seconds:.0f} s')
+    return [max(1, round(seconds / spent / steps)) for spent in best]
+
+
+def train(way: Way, recipe: Recipe) -> float:
     """Trains all epochs of the recipe; returns the seconds."""
-    start = clock()
+    start = time.perf_counter()
     for epoch in range(recipe.epochs):
         set_lr(way.optimizer, epoch, recipe)
         for x1, x2 in way.epoch(epoch):
             way.step(x1, x2)
-    return clock() - start
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -184,41 +208,31 @@ def main() -> None:
     parser.add_argument('--recipe', default='small', choices=list(RECIPES))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--seconds', type=float, help='for each way (default: as long as the whole recipe takes)')
-    parser.add_argument('--clock', choices=['wall', 'cpu'], default='wall', help='cpu: of this process, no workers')
+    parser.add_argument('--epochs', type=int, nargs='+', help='of each way; nothing is timed')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
-    parser.add_argument('--workers', type=int, default=0, help='of the DataLoader of FAIR and lightly')
     args = parser.parse_args()
-    if args.clock == 'cpu' and args.workers:
-        parser.error('--clock cpu does not see the time of --workers; use --clock wall')
-    clock = time.process_time if args.clock == 'cpu' else time.perf_counter
     torch.set_num_threads(args.threads)
     recipe, (images, test) = RECIPES[args.recipe], first_of_each_class(args.data)
     monitor = KnnMonitor(images, test, recipe, World(0, 1, CPU), size=sys.maxsize)
     print(f'{platform.machine()}, {os.cpu_count()} cores, {args.threads} threads, torch {torch.__version__}; '
-          f'{images.name}: {len(images):,} and {len(test):,} pictures; recipe {args.recipe}, {args.clock} seconds, '
-          f'{monitor.describe()}')
+          f'{images.name}: {len(images):,} and {len(test):,} pictures; recipe {args.recipe}, {monitor.describe()}')
     before = [monitor.measure_before(make_model(recipe, seed).backbone, pixels=True) for seed in args.seeds]
     print(f'raw pixels {before[0]["pixels"]:.1f} %; untrained ' + ', '.join(f'{b["random"]:.1f} %' for b in before))
     ways = {'ours': ours, 'FAIR': fair, **({} if MISSING else {'lightly': lightlys})}
     if MISSING:
         print(f'lightly is left out ({MISSING}); pip install lightly')
+    epochs = args.epochs or fit_epochs(ways, recipe, images, args.seconds)
+    if len(epochs) != len(ways):
+        parser.error(f'--epochs takes {len(ways)} numbers: {", ".join(ways)}')
     print(f'\n{"way":8} {"seed":>4} {"epochs":>7} {"seconds":>8} {"kNN %":>7}   load')
     found: dict[str, list[float]] = {name: [] for name in ways}
     for seed in args.seeds:
-        budget = args.seconds
-        for name, build in ways.items():
-            fitted = recipe
-            if budget is not None:
-                spent = seconds_per_step(build(recipe, images, seed, args.workers), clock)
-                steps = len(images) // recipe.batch_size
-                fitted = dataclasses.replace(recipe, epochs=max(1, round(budget / spent / steps)))
-            fitted = dataclasses.replace(fitted, warmup_epochs=min(recipe.warmup_epochs, fitted.epochs - 1))
-            way = build(fitted, images, seed, args.workers)
-            seconds = train(way, fitted, clock)
-            budget = budget or seconds
+        for (name, build), n in zip(ways.items(), epochs, strict=True):
+            fitted = dataclasses.replace(recipe, epochs=n, warmup_epochs=min(recipe.warmup_epochs, n - 1))
+            way = build(fitted, images, seed, WORKERS[0])
+            seconds = train(way, fitted)
             found[name].append(monitor.measure(way.backbone))
-            print(f'{name:8} {seed:4} {fitted.epochs:7} {seconds:8.0f} {found[name][-1]:7.1f}   '
-                  f'{os.getloadavg()[0]:.1f}', flush=True)
+            print(f'{name:8} {seed:4} {n:7} {seconds:8.0f} {found[name][-1]:7.1f}   {os.getloadavg()[0]:.1f}', flush=True)
     print('\nmeans: ' + ', '.join(f'{name} {statistics.mean(values):.1f} %' for name, values in found.items()))
 
 
