@@ -18,7 +18,8 @@ from .data import load_picture
 PREDICTIONS = 'predictions.csv'
 MATRIX, PAIRS, MISTAKES = 20, 30, 24  # classes of a matrix; of more, pairs in a table; mistakes that are shown
 STYLE = '''
-.matrix table { min-width: 0 } .matrix td, .matrix th { border: 0; padding: .3rem .55rem; text-align: right }
+.matrix table { margin: 0 .5rem .5rem 0 } .matrix td:first-child { min-width: 0 }
+.matrix td, .matrix th { border: 0; padding: .3rem .55rem; text-align: right }
 .matrix tbody th { text-align: right } .matrix td { font-variant-numeric: tabular-nums; border-radius: 3px }
 .matrix td.zero { color: var(--soft) }
 '''
@@ -91,9 +92,9 @@ def draw_mistakes(folder: Path) -> Iterator[str]:
     yield (f'<p class="soft">{counted(len(mistakes), "validation image")} got a wrong class. Shown: {len(shown)}, '
            'those that the network was surest of.</p>\n')
     if shown:
-        yield draw_row('Predicted class with its score, then the label', [
-            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} {m.score:.2f}, not {short(m.label, 40)}', m.path)
-            for m in shown])
+        yield draw_row('Predicted class (score), and the label', [
+            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',
+                 Path(m.path).name) for m in shown])
 
 
 def _load(path: str) -> Image.Image | None:

@@ -107,7 +107,7 @@ def _draw_curves(run: RunFolder) -> Iterator[str]:
         yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '
                'groups.</p>\n')
     yield plots.draw_plots(drawn)
-    shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced'
+    shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced' if len(rows) - 1 < n else counted(n, 'point')
     yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'
     for plot in drawn:
         if len(plot.series[0].x) != n:

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -161,11 +162,14 @@ def test_a_thousand_lines_stay_small_and_damaged_ones_are_counted(run, tmp_path,
 
 
 def test_paper_has_every_section_and_the_numbers(page, browser: Browser):
-    page = browser.open(page).page
+    page = browser.open(page, 700).page  # about the width of A4 between its margins
     page.emulate_media(media='print')
     heights = page.locator('section').evaluate_all('all => all.map(e => e.getBoundingClientRect().height)')
     assert len(heights) == len(SECTIONS) and min(heights) > 100
     assert page.locator('details table').first.bounding_box()['height'] > 100
+    pictures = page.locator('img').evaluate_all('all => all.map(e => e.naturalWidth)')
+    assert len(pictures) > 50 and min(pictures) > 0
+    assert page.evaluate('() => document.documentElement.scrollWidth - window.innerWidth') <= 0
     assert page.evaluate('() => getComputedStyle(document.body).backgroundColor') == 'rgb(255, 255, 255)'
 
 
@@ -185,7 +189,7 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     counts = [int(n) for n in page.locator('.matrix tbody td').all_text_contents()]
     assert len(counts) == 100 and sum(counts) == len(rows)
     shown = page.locator('.row b').all_text_contents()
-    scores = [float(text.split(' ')[-3].rstrip(',')) for text in shown]
+    scores = [float(re.search(r'\((\d\.\d\d)\), label ', text)[1]) for text in shown]
     assert len(shown) == min(24, len(wrong)) and scores == sorted(scores, reverse=True)
     assert page.locator('.none').count() == 1  # the removed one
     assert not opened.messages and opened.overflow() <= 0 and not opened.violations()
@@ -219,7 +223,7 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     (tmp_path / 'record.json').write_text(json.dumps(record))
     log = [{'step': i, 'loss': 1 / i} for i in range(1, 9)]
     (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*log, {'step': 8, 'AP': 12.5}]))
-    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['loss', 'AP']
+    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['Loss', 'AP']
     assert describe_state(read_run(tmp_path)) == 'finished'
     assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
     opened = browser.open(tmp_path / 'p.html', 360)
