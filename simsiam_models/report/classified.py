@@ -36,7 +36,10 @@ class Mistake(NamedTuple):
 
 def draw_confusion(record: dict[str, Any]) -> str:
     """Returns the confusion matrix, or for many classes the pairs that are confused most."""
-    confusion = {str(k): {str(j): int(n) for j, n in row.items()} for k, row in record['extra']['confusion'].items()}
+    confusion = record['extra']['confusion']
+    rows = confusion.values() if isinstance(confusion, dict) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(n, int) for n in row.values()) for row in rows):
+        raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
     classes = list(confusion)
     if len(classes) > MATRIX:
         pairs = sorted(((n, a, b) for a, row in confusion.items() for b, n in row.items() if a != b), reverse=True)

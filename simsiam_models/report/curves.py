@@ -39,7 +39,7 @@ def _plot_log(run: RunFolder) -> list[Plot]:
 
 def _plot_knn(run: RunFolder) -> Plot:
     """Returns the accuracies of the monitor; before training, it measured the untrained network and the pixels."""
-    lines = [line for line in run.lines if 'knn' in line]
+    lines = [line for line in run.lines if 'knn' in line and isinstance(line.get('epoch'), int)]
     points = [(line['epoch'], _number(line['knn'])) for line in lines if not isinstance(line['knn'], dict)]
     before = next((line['knn'] for line in lines if isinstance(line['knn'], dict)), {})
     start = [(0, _number(v)) for k, v in before.items() if k != 'pixels']

@@ -132,10 +132,14 @@ def test_data_that_are_gone_or_changed_are_named_and_can_be_given(run, data, tmp
     copy = tmp_path / 'run'
     shutil.copytree(run, copy)
     args = json.loads((copy / 'args.json').read_text())
-    other = write_digits(tmp_path / 'other', 64)
-    for name, said in ((str(tmp_path / 'gone'), 'gone: no such file or folder'), (str(other), 'has changed since the'),
-                       ('pipe:touch ' + str(tmp_path / 'ran'), 'name the data with --data')):
-        (copy / 'args.json').write_text(json.dumps({**args, 'data': name}))
+    other, sized = write_digits(tmp_path / 'other', 64), tmp_path / 'sized'
+    shutil.copytree(data, sized)
+    for file in sized.rglob('*.jpg'):
+        Image.open(file).save(file, quality=50)
+    for name, said in (
+            (tmp_path / 'gone', 'gone: no such file or folder'), (other, 'has changed since the'),
+            (sized, 'but other sizes'), (f'pipe:touch {tmp_path}/ran', 'name the data with --data')):
+        (copy / 'args.json').write_text(json.dumps({**args, 'data': str(name)}))
         assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
         page = browser.open(tmp_path / 'p.html').page
         assert page.locator('section').nth(2).text_content().count(said) == 1 and page.locator('svg').count() == 7
@@ -174,8 +178,9 @@ def test_paper_has_every_section_and_the_numbers(page, browser: Browser):
 
 
 def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path, browser: Browser):
-    folder = tmp_path / 'classifier'
-    assert cli.main(['finetune', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1',
+    folder, own = tmp_path / 'classifier', tmp_path / 'own'
+    shutil.copytree(data, own)
+    assert cli.main(['finetune', str(own), '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1',
                      '--device', 'cpu', '--workers', '0', '--output', str(folder)]) == 0
     with open(folder / 'predictions.csv', newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
@@ -235,9 +240,22 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     assert 'sheet.jpg cannot be read as an image.' in (tmp_path / 'p.html').read_text()
 
 
+@pytest.mark.parametrize('change', [
+    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None}])
+def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / 'run')
+    args = json.loads((run / 'args.json').read_text())
+    (tmp_path / 'run' / 'args.json').write_text(json.dumps({**args, **change}))
+    assert cli.main(['report', str(tmp_path / 'run'), '--html', str(tmp_path / 'p.html')]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f'simsiam: {tmp_path}/run/args.json') and error.count('\n') == 1
+    assert not (tmp_path / 'p.html').exists()
+
+
 @pytest.mark.parametrize(('args', 'said'), [
     ('gone --html p.html', 'gone: no such file or folder; name the OUTPUT of a run, or a folder of records'),
     ('empty --html p.html', 'empty: neither a run nor a record of a benchmark there'),
+    ('. --html p.html', '.: neither a run nor a record of a benchmark there; a run in it: run'),
     ('empty --plots p', 'empty: neither a run nor a record of a benchmark there'),
     ('run --html p.txt', '--html p.txt: must be a file that ends in .html'),
     ('run --html file/p.html', '--html: file/p.html cannot be written ('),
