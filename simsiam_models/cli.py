@@ -14,12 +14,12 @@ from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
 from .benchmarks.neighbours import command as neighbours
-from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
 from .data import prepare
 from .predict import command as predict
 from .preflight.report import preflight
+from .report import command as report
 from .runtime.messages import printable
 from .runtime.signals import Signals
 from .runtime.terminal import Parser, plain_terminal
@@ -186,8 +186,9 @@ COMMANDS = {
         'find nearest images, copies, outliers and likely wrong labels',
         'my_photos --output near.csv --html near.html'),
     'report': Command(
-        report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers',
-        'runs'),
+        report.add_arguments, report.run,
+        'show records of benchmarks in tables, next to the published numbers, or a run as a page',
+        'runs/mine --html mine.html'),
 }
 
 

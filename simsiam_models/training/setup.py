@@ -97,7 +97,7 @@ def claim(
     world, continued, data = life.world, (life.folder / ARGS).exists(), args.data
     amp = 'off' if args.amp == 'auto' and continued else choose_amp(
         args.amp, world.device, model, _view_shape(recipe, world))
-    numbers, sizes = dataclasses.asdict(recipe), _digest_sizes(images)
+    numbers, sizes = dataclasses.asdict(recipe), digest_sizes(images)
     del numbers['about']
     record = {
         'recipe': name, 'data': data and str(Path(data).resolve() if Path(data).exists() else data),
@@ -128,7 +128,7 @@ def claim(
     return record, state
 
 
-def _digest_sizes(images: Images) -> str | None:
+def digest_sizes(images: Images) -> str | None:
     """Hashes the sizes of 64 files, which reveal most data sets that were replaced; None if there are no files."""
     sizes = stored_sizes(images, np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64)))
     return None if sizes is None else digest(sizes.astype('<i8'))
@@ -174,12 +174,12 @@ def _read_recorded(folder: Path) -> dict[str, Any]:
         return {}
     if 'recipe' not in recorded or 'epochs' not in recorded:
         return {}
-    if not _is_sound(recorded):
+    if not is_sound(recorded):
         raise ValueError(f'{folder / ARGS} is damaged; give another --output, or restore the file')
     return recorded
 
 
-def _is_sound(recorded: dict[str, Any]) -> bool:
+def is_sound(recorded: dict[str, Any]) -> bool:
     """Returns whether what a continued run takes from its arguments can be what a run has written."""
     try:
         total, perf, initial = recorded['epochs'], recorded.get('perf'), recorded.get(INITIAL)
