@@ -1,4 +1,4 @@
-"""What the commands of the README name, small: data sets in their layouts, a user's own files, published weights."""
+"""What commands of README and docs name, small: data sets in their layouts, a user's own files, published weights."""
 from pathlib import Path
 
 import layouts_on_disk
@@ -66,7 +66,7 @@ def write_data(root: Path) -> dict[str, Path]:
             ('cityscapes', write_cityscapes)):
         write(root / name)
     write_imagenet(root / 'imagenet', 8, 4)
-    write_voc07(root / 'voc07', 12, 6, VOC_NAMES[:3])
+    write_voc07(root / 'voc07', 40, 6, VOC_NAMES[:3])
     write_shapes(root / 'shapes', 8, 3, side=64)
     write_scenes(root / 'scenes', 8, 3)
     (root / 'list.txt').write_text(f'{photos}/a.jpg\n{photos}/b.jpg\n')
@@ -83,7 +83,7 @@ def write_data(root: Path) -> dict[str, Path]:
 def write_weights(root: Path, cache: Path) -> dict[str, Path]:
     """Writes an untrained SimSiam model as the files that commands name; returns name -> file.
 
-    It also stands in for two tags, whose files a cache holds as if they had been downloaded and converted.
+    It also stands in for three tags, whose files a cache holds as if they had been downloaded and converted.
     """
     root.mkdir()
     cache.mkdir(parents=True)
@@ -94,9 +94,9 @@ def write_weights(root: Path, cache: Path) -> dict[str, Path]:
     classifier = {'fc.weight': torch.randn(1000, 2048) / 50, 'fc.bias': torch.zeros(1000)}
     for tag, name, tensors in (
             ('mm_ep200_in1k', MODEL, backbone), ('mm_ep200_in1k', HEADS, heads),
-            ('mm1x_ep200_lin_in1k', MODEL, {**backbone, **classifier})):
+            ('fb_bs256_ep100_in1k', MODEL, backbone), ('mm1x_ep200_lin_in1k', MODEL, {**backbone, **classifier})):
         row = WEIGHTS[tag]
-        origin = make_origin(row, row.sha256_prefix.ljust(64, '0'), row.layout)
+        origin = make_origin(row, (row.sha256_prefix or '').ljust(64, '0'), row.layout)
         tensorfile.write(sources._name_converted(row.url, name, cache), tensors, **origin)
     torch.save(layouts_on_disk.fair(model).contents, root / 'checkpoint_0099.pth.tar')
     tensorfile.write(root / MODEL, backbone)

@@ -1,4 +1,4 @@
-"""Every command of the README and of the help runs, from the installed wheel and outside the clone, at a small size."""
+"""Every command and block of Python of README, docs and the help runs small, from the wheel, outside the clone."""
 import argparse
 import json
 import os
@@ -12,37 +12,51 @@ from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, TINY, build_wheel
+from documents import Source, all_commands, all_python, read_commands
 from stand_ins import write_data, write_weights
 
 from simsiam_models import __version__
-from simsiam_models.cli import build_parser
+from simsiam_models.cli import COMMANDS, build_parser
 
-pytestmark = pytest.mark.timeout(600)  # the first test waits for all commands
-
-
-class Source(NamedTuple):
-    """A command as a user reads it; its folder is shared by the commands of a section with the same subcommand."""
-
-    section: str
-    command: str
+pytestmark = pytest.mark.timeout(1000)  # the first test waits for all commands
 
 
-# Lines that another test runs as they are written, because they need a clone, a cluster or minutes.
+# Lines, of Python one of a block, that another test runs as they are written: in a clone, on a cluster, for minutes.
 ELSEWHERE = {
     'python3 -m pip install -e . && python3 train.py': 'test_train.py::test_digits_are_learned_without_labels',
+    'python3 train.py': 'test_train.py::test_digits_are_learned_without_labels',
     'simsiam publish --all --dry-run FOLDER':
         'weights/test_publish.py::test_every_tag_is_written_from_its_authors_file_and_the_same_command_goes_on',
-    '#!/bin/bash': 'test_slurm.py::test_the_readmes_script_saves_and_queues_again_when_its_time_is_up',
+    '#!/bin/bash': 'test_slurm.py::test_the_script_of_the_docs_saves_and_queues_again_when_its_time_is_up',
     'python3 -c "import runpy, simsiam_models; runpy.run_path(\'validate.py\', run_name=\'__main__\')" '
     '--data-dir FOLDER --model simsiam_resnet50 --num-classes 10 --checkpoint output/train/RUN/model_best.pth.tar':
         'test_package.py::'
-        'test_the_readmes_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags'}
+        'test_the_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags',
+    'features = model(x)                                   # (1, 2048)':
+        'test_package.py::test_the_first_block_of_the_readme_runs_as_written',
+    "model = timm.create_model('local-dir:OUT', pretrained=True).eval()":
+        'benchmarks/finetune/test_finetune.py::test_the_lines_of_the_docs_name_the_class_of_a_photo',
+    'from simsiam_models.benchmarks import detection':
+        'benchmarks/detection/test_detect.py::test_the_example_of_the_docs_runs',
+    'from simsiam_models.benchmarks import segmentation':
+        'benchmarks/segmentation/test_segment.py::test_the_example_of_the_docs_runs',
+    "torch.hub.load('.', 'simsiam_r50', source='local', pretrained=False, tag='fb_bs256_ep100_in1k')":
+        'test_hubconf.py::test_the_line_of_the_docs_runs_in_a_clone'}
 # Lines that no test can run.
 NOWHERE = {
     'python3 -m pip install -e \'.[test]\' && python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests',
+    'python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests', 'python3 -m pytest -m slow': 'the same',
+    'python3 -m pytest tests/weights': 'runs tests', 'python3 -m ruff check .': 'CI runs it',
+    "python3 -m pip install -e '.[docs]' && python3 -m sphinx -W -n docs site": 'CI builds the site',
+    "python3 -m pip install -e '.[test]'": 'CI installs the package', 'python3 -m pip install -e .': 'the same',
+    'python3 -m venv .venv && . .venv/bin/activate': 'CI makes an environment',
     'python3 train.py --device-modules simsiam_models --data-dir FOLDER --model simsiam_resnet50.mm_ep200_in1k '
     '--pretrained --num-classes 10 --opt adamw --lr 5e-4 --layer-decay 0.8 --epochs 30':
-        "timm's script, which its package lacks"}
+        "timm's script, which its package lacks",
+    "model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50', trust_repo=True)                      # _lin, _full":
+        'asks GitHub; test_hubconf.py does the same with a clone',
+    "backbone=dict(type='ResNet', depth=50, style='pytorch', "
+    "init_cfg=dict(type='Pretrained', checkpoint='resnet50_mm.pth'))": 'a part of a configuration of mmdet'}
 # The longest beginning of a command that stands here has the flags that make it small, unless it gives them itself.
 CPU = '--device cpu --workers 0'
 FEATURES = f'--image-size 32 {CPU}'
@@ -56,7 +70,7 @@ SMALL = {
     'preflight': f'--recipe small --batch-size 16 --seconds 3 {CPU}',
     'knn': f'--allow-partial {FEATURES}',
     'linear': f'--epochs 1 --batch-size 8 --allow-partial {FEATURES}',
-    'linear FOLDER --protocol auto': FEATURES,
+    'linear FOLDER --protocol auto': FEATURES, 'linear CIFAR10_FOLDER': f'--allow-partial {FEATURES}',
     'svm': f'--allow-partial --jobs 1 --taps feat5 --model resnet10t:random {FEATURES}',
     'finetune': f'--epochs 1 --batch-size 32 {FEATURES}',
     'finetune FOLDER --lr': f'--model resnet10t:random --epochs 1 --batch-size 32 {FEATURES}',
@@ -67,15 +81,17 @@ SMALL = {
                f'--allow-partial {CPU}',
     'segment VOCDEVKIT --eval-only': f'--allow-partial {CPU}',
     'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': ''}
-# What a command finds where it reads, from an earlier one: the section and subcommand that wrote it, and its name.
+# What code finds where it reads, from an earlier command: the page and subcommand that wrote it, and its name.
 WRITTEN = {
-    'pretrain my_photos_256': 'Pretrain/prepare/my_photos_256', 'runs/mine': 'Pretrain/pretrain/runs/mine',
-    'checkpoint.pth': 'Pretrain/pretrain/runs/mine/checkpoint.pth',
-    'predict OUT': 'Benchmarks/finetune/OUT', 'runs/photos': 'Benchmarks/finetune/OUT',
-    'runs/classifier': 'Benchmarks/finetune/OUT', 'runs/detector': 'Benchmarks/detect/OUT',
-    'runs/segmenter': 'Benchmarks/segment/OUT', 'results': 'Benchmarks/linear/results',
-    'report OUT': 'Look at your data/finetune/OUT', 'report runs': 'Detection/detect/runs',
-    'features.parquet': 'Look at your data/embed/features.parquet'}
+    'pretrain my_photos_256': 'data/prepare/my_photos_256', 'runs/mine': 'pretraining/pretrain/runs/mine',
+    'checkpoint.pth': 'pretraining/pretrain/runs/mine/checkpoint.pth',
+    'runs/cifar10': 'pretraining/pretrain/runs/cifar10',
+    'predict OUT': 'benchmarks/finetune/finetune/OUT', 'runs/photos': 'benchmarks/finetune/finetune/OUT',
+    'runs/classifier': 'benchmarks/finetune/finetune/OUT', 'runs/detector': 'benchmarks/index/detect/OUT',
+    'runs/segmenter': 'benchmarks/index/segment/OUT', 'results': 'benchmarks/index/linear/results',
+    'runs/rates': 'benchmarks/finetune/finetune/runs/rates', 'report runs': 'benchmarks/detection/detect/runs',
+    'resnet50.pth': 'libraries/convert/resnet50.pth', 'resnet50.onnx': 'libraries/convert/resnet50.onnx',
+    'features.parquet': 'look/neighbours/embed/features.parquet'}
 # Words that cannot stay: a placeholder for no file, and sizes of which a flag cannot be given twice.
 REPLACED = {
     ' TAG': ' mm_ep200_in1k', '--seconds 60': '--seconds 3', '--image-size 240': '--image-size 96',
@@ -86,7 +102,7 @@ DRIVER = '''
 import contextlib, io, json, os, subprocess, sys, traceback
 import torch
 from simsiam_models import __file__ as package, cli
-plan, results = json.load(open(sys.argv[1])), []
+plan, results, scopes = json.load(open(sys.argv[1])), [], {}
 torch.set_num_threads(1)
 for job in plan['jobs']:
     os.chdir(job['folder'])
@@ -95,11 +111,14 @@ for job in plan['jobs']:
             os.makedirs(os.path.dirname(name) or '.', exist_ok=True)
             os.symlink(target, name)
     said = io.StringIO()
-    words = subprocess.run(['bash', '-c', "printf '%s\\\\0' " + job['command']], stdout=subprocess.PIPE, check=True)
-    sys.argv = words.stdout.decode().split('\\0')[:-1]
+    if 'command' in job:
+        words = subprocess.run(['bash', '-c', "printf '%s\\\\0' " + job['command']], stdout=subprocess.PIPE, check=True)
+        sys.argv = words.stdout.decode().split('\\0')[:-1]
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            code = cli.main(sys.argv[1:])
+            if 'python' in job:
+                exec(job['python'], scopes.setdefault(job['folder'], {}))
+            code = cli.main(sys.argv[1:]) if 'command' in job else 0
         except SystemExit as e:
             code = e.code
         except BaseException:
@@ -108,34 +127,6 @@ for job in plan['jobs']:
     with open(plan['results'], 'w') as file:
         json.dump(results, file)
 '''
-
-
-def read_blocks(text: str) -> Iterator[tuple[str, str, str]]:
-    """Yields the section, the language and the text of each code block; for what the prose quotes, language ''."""
-    section = ''
-    for part in re.split(r'^(#+ [^\n]*\n|```\w*\n.*?^```\n)', text, flags=re.S | re.M):
-        if part.startswith('#'):
-            section = part.strip('# \n')
-        elif block := re.fullmatch(r'```(\w*)\n(.*?)```\n', part, re.S):
-            yield section, block[1], block[2]
-        else:
-            yield from ((section, '', quoted.replace('\n', ' ')) for quoted in re.findall(r'`([^`]+)`', part))
-
-
-def split_lines(block: str) -> list[str]:
-    """Returns the commands of a block, without comments, and its script as one line, the first."""
-    if block.startswith('#!'):
-        return [block.splitlines()[0]]
-    lines = re.sub(r'\s*\\\n\s*', ' ', block).splitlines()
-    return [line for line in (re.split(r'\s+#', line)[0].strip() for line in lines) if line]
-
-
-def read_readme(text: str) -> Iterator[Source]:
-    for section, language, block in read_blocks(text):
-        if language == 'bash':
-            yield from (Source(section, line) for line in split_lines(block))
-        elif not language and re.match(r'simsiam (weights \w+|(?!weights)\w+) (?!.*\.\.\.)', block):  # more than a name
-            yield Source(section, block)
 
 
 def walk(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
@@ -154,11 +145,19 @@ def read_help() -> Iterator[Source]:
 
 
 def collect() -> list[Source]:
-    """Returns each command once, in the README's order."""
-    found = {}
-    for source in (*read_readme((ROOT / 'README.md').read_text()), *read_help()):
-        found.setdefault(source.command, source)
-    return [source for source in found.values() if source.command not in {**ELSEWHERE, **NOWHERE}]
+    """Returns each command once; those that write what others read come first."""
+    found: dict[str, Source] = {}
+    for source in (*all_commands(), *read_help()):
+        found.setdefault(source.text, source)
+    order = ['prepare', 'pretrain', *dict.fromkeys(name.split()[0] for name in COMMANDS)]
+    return sorted(
+        (source for source in found.values() if source.text not in {**ELSEWHERE, **NOWHERE}),
+        key=lambda source: order.index(find_subcommand(source.text)))
+
+
+def collect_python() -> list[Source]:
+    listed = {**ELSEWHERE, **NOWHERE}
+    return [source for source in all_python() if not any(line in listed for line in source.text.splitlines())]
 
 
 def find_flags(command: str, table: dict[str, str]) -> list[str]:
@@ -179,10 +178,10 @@ def shrink(command: str) -> str:
     return command
 
 
-def find_links(source: Source, places: dict[str, str]) -> dict[str, str]:
+def find_links(command: str, places: dict[str, str]) -> dict[str, str]:
     """Returns the names that a command reads -> the files that stand in for them."""
-    words, found = shlex.split(source.command), {}
-    subcommand = find_subcommand(source.command)
+    words, found = shlex.split(command), {}
+    subcommand = find_subcommand(command)
     for before, word in zip(words, words[1:], strict=False):
         name = word if word in places else word.split('/')[0]
         if before not in WRITES and (target := places.get(f'{subcommand} {word}', places.get(name))):
@@ -234,35 +233,45 @@ def places(tmp_path_factory: pytest.TempPathFactory, installed: Installed) -> di
 
 @pytest.fixture(scope='module')
 def results(installed: Installed, places: dict[str, str]) -> dict[str, dict]:
-    """Command -> what became of it."""
+    """Command or block of Python -> what became of it."""
     jobs, work = [], installed.work
-    sources = [source for source in collect() if source.command.startswith('simsiam ')]
-    for source in sources:
-        folder = work / source.section / find_subcommand(source.command)
-        folder.mkdir(parents=True, exist_ok=True)
-        flags = shlex.join(find_flags(source.command, SMALL))
+    commands = [source for source in collect() if source.text.startswith('simsiam ')]
+    for source in commands:
+        flags = shlex.join(find_flags(source.text, SMALL))
         jobs.append({
-            'folder': str(folder), 'links': find_links(source, places), 'command': f'{shrink(source.command)} {flags}'})
+            'folder': work / source.page / find_subcommand(source.text), 'links': find_links(source.text, places),
+            'command': f'{shrink(source.text)} {flags}'})
+    for source in collect_python():
+        links = {name: place for name, place in places.items() if re.search(f"[':]{re.escape(name)}['/]", source.text)}
+        jobs.append({'folder': work / source.page / 'python', 'links': links, 'python': source.text})
+    for job in jobs:
+        job['folder'].mkdir(parents=True, exist_ok=True)
     plan = work / 'plan.json'
-    plan.write_text(json.dumps({'jobs': jobs, 'results': str(work / 'results.json')}))
-    done = installed.run(sys.executable, '-c', DRIVER, plan, timeout=500)
+    plan.write_text(json.dumps({'jobs': jobs, 'results': work / 'results.json'}, default=str))
+    done = installed.run(sys.executable, '-c', DRIVER, plan, timeout=900)
     assert done.returncode == 0, done.stderr
     found = json.loads((work / 'results.json').read_text())
-    return {source.command: result for source, result in zip(sources, found, strict=True)}
+    sources = [*commands, *collect_python()]
+    return {source.text: result for source, result in zip(sources, found, strict=True)}
 
 
-@pytest.mark.parametrize('command', [s.command for s in collect() if s.command.startswith('simsiam ')])
+@pytest.mark.parametrize('command', [s.text for s in collect() if s.text.startswith('simsiam ')])
 def test_a_command_runs_as_it_is_written(command: str, results: dict[str, dict], installed: Installed):
     result = results[command]
     assert result['code'] in (0, None) and 'Traceback' not in result['said'], f'{result["code"]}\n{result["said"]}'
     assert Path(result['package']).is_relative_to(installed.site)
 
 
-@pytest.mark.parametrize('command', [s.command for s in collect() if s.command.startswith('torchrun ')])
+@pytest.mark.parametrize('source', collect_python(), ids=lambda source: f'{source.page}: {source.text.splitlines()[0]}')
+def test_a_block_of_python_runs_as_it_is_written(source: Source, results: dict[str, dict]):
+    assert results[source.text]['code'] == 0, results[source.text]['code']
+
+
+@pytest.mark.parametrize('command', [s.text for s in collect() if s.text.startswith('torchrun ')])
 def test_a_command_of_torchrun_runs_with_two_processes(command: str, places: dict[str, str], installed: Installed):
     folder = installed.work / 'torchrun' / find_subcommand(command)
     folder.mkdir(parents=True)
-    for name, target in find_links(Source('', command), places).items():
+    for name, target in find_links(command, places).items():
         (folder / name).symlink_to(target)
     words = ['-m', 'torch.distributed.run', *shlex.split(shrink(command))[1:]]
     small = find_flags(command[command.index('simsiam_models'):], SMALL)
@@ -276,22 +285,23 @@ def test_the_wheel_has_the_command_and_the_module(installed: Installed):
     assert done.returncode == 0 and '\n    pretrain ' in done.stdout, done.stderr
 
 
-def test_lines_that_other_tests_run_are_in_the_readme_and_so_are_the_tests():
-    lines = {source.command for source in read_readme((ROOT / 'README.md').read_text())}
+def test_lines_that_other_tests_run_are_on_the_pages_and_so_are_the_tests():
+    lines = {source.text for source in all_commands()} | {
+        line for source in all_python() for line in source.text.splitlines()}
     assert lines >= {*ELSEWHERE, *NOWHERE}
     for test in ELSEWHERE.values():
         file, name = test.split('::')
         assert f'def {name}(' in (ROOT / 'tests' / file).read_text()
 
 
-def test_every_line_of_the_readme_is_one_that_a_test_runs():
+def test_every_command_is_one_that_a_test_runs():
     for source in collect():
-        assert re.match('simsiam |torchrun ', source.command), source
+        assert re.match('simsiam |torchrun ', source.text), source
 
 
 def test_a_new_line_is_found_and_asks_for_its_size():
     text = '# A\n`simsiam knn X`, `simsiam knn`\n```bash\nsimsiam new \\\n  X # x\n```\n```python\nsimsiam(x)\n```\n'
-    assert [*read_readme(text)] == [('A', 'simsiam knn X'), ('A', 'simsiam new X')]
+    assert [*read_commands('A', text)] == [('A', 'simsiam knn X'), ('A', 'simsiam new X')]
     with pytest.raises(KeyError, match='give it flags that make it small'):
         find_flags('simsiam new X', SMALL)
     assert find_flags('simsiam a --lr 1', {'a': '--lr 2 --b 3 4'}) == ['--b', '3', '4']

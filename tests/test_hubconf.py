@@ -60,6 +60,12 @@ def test_the_examples_of_the_help_run_and_the_listed_tags_exist():
         assert weights.license == ('apache-2.0' if tag.startswith('mm') else 'cc-by-nc-4.0')
 
 
+def test_the_line_of_the_docs_runs_in_a_clone(monkeypatch):
+    (line,) = re.findall(r"^torch.hub.load\('\.'.*", (ROOT / 'docs/libraries.md').read_text(), re.M)
+    monkeypatch.chdir(ROOT)
+    assert eval(line, {'torch': torch}).num_features == 2048
+
+
 @pytest.mark.parametrize('name', ENTRY_POINTS)
 def test_a_tag_chooses_the_weights_and_a_wrong_one_is_a_sentence(name, tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)

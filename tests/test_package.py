@@ -1,4 +1,4 @@
-"""The wheel, and the README's commands."""
+"""The wheel, and what README and docs show of it."""
 import os
 import re
 import subprocess
@@ -35,7 +35,6 @@ def test_without_a_compiler_the_wheel_is_built_without_the_kernel(tmp_path: Path
 
 def test_the_readme_has_one_command_for_the_demonstration_and_one_for_the_tests():
     blocks = re.findall(r'<!-- (\w+) -->\n```bash\n(.*?)\n```', README, re.S)
-    blocks = [block for block in blocks if block[0] != 'slurm']  # test_slurm.py runs it
     assert [name for name, _ in blocks] == ['demo', 'tests']
     assert all('\n' not in command and command.startswith('python3 -m pip install') for _, command in blocks)
 
@@ -49,8 +48,9 @@ def test_the_first_block_of_the_readme_runs_as_written():
     assert [m.shape[1] for m in scope['maps']] == [64, 256, 512, 1024, 2048]
 
 
-def test_the_readmes_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags(tmp_path: Path):
-    line = re.search(r'python3 -c "(import runpy, simsiam_models; .*?)"', README).group(1)
+def test_the_line_for_timms_scripts_makes_our_names_known_to_a_script_and_keeps_its_flags(tmp_path: Path):
+    page = (ROOT / 'docs/libraries.md').read_text()
+    line = re.search(r'python3 -c "(import runpy, simsiam_models; .*?)"', page).group(1)
     (tmp_path / 'validate.py').write_text(
         'import sys, timm\n'
         'if __name__ == "__main__":\n'

@@ -1,4 +1,4 @@
-"""README's SLURM script, run by bash with stand-ins for srun, scancel and scontrol on one machine."""
+"""The SLURM script of docs/runs.md, run by bash with stand-ins for srun, scancel and scontrol on one machine."""
 import os
 import re
 import signal
@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def write_script(folder: Path, data: Path) -> Path:
-    text = re.search(r'<!-- slurm -->\n```bash\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
+    text = re.search(r'<!-- slurm -->\n```bash\n(.*?)```', (ROOT / 'docs/runs.md').read_text(), re.S)[1]
     options = ' '.join(f"'{x}'" for x in [*TINY, '--epochs', '4000', '--batch-size', '16', '--workers', '0'])
     for old, new in (
             ('--nproc-per-node 8', '--nproc-per-node 2 --local-addr 127.0.0.1'), (':29500', f':{free_port()}'),
@@ -43,7 +43,7 @@ def write_script(folder: Path, data: Path) -> Path:
     return folder / 'run.sh'
 
 
-def test_the_readmes_script_saves_and_queues_again_when_its_time_is_up(few_digits, tmp_path):
+def test_the_script_of_the_docs_saves_and_queues_again_when_its_time_is_up(few_digits, tmp_path):
     script = write_script(tmp_path, few_digits)
     env = {
         **os.environ, 'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}', 'STATE': str(tmp_path), 'SLURM_JOB_ID': '7',

@@ -348,9 +348,8 @@ def test_a_missing_parquet_library_is_named_before_anything_is_read(trained, dig
     assert capsys.readouterr().err == 'simsiam: --output x.parquet needs pyarrow: pip install pyarrow\n'
 
 
-def test_the_examples_of_the_readme_run(trained, digits, tmp_path, monkeypatch):
-    text = (ROOT / 'README.md').read_text()
-    code = 'simsiam predict runs/' + text.split('```bash\nsimsiam predict runs/')[1].split('```')[0]
+def test_the_examples_of_the_docs_run(trained, digits, tmp_path, monkeypatch):
+    code = (ROOT / 'docs/predict.md').read_text().split('```bash\n')[1].split('```')[0]
     (tmp_path / 'runs').mkdir()
     shutil.copytree(trained, tmp_path / 'runs/photos')
     shutil.copytree(digits / 'val/3', tmp_path / 'new')

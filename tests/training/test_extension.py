@@ -167,11 +167,12 @@ def test_two_processes_extend_a_run_as_one_does(few_digits, run):
     assert len(arguments(run)['extensions']) == 1
 
 
-def test_the_commands_of_the_readme_run_as_written(few_digits, tmp_path, monkeypatch):
+def test_the_commands_of_the_docs_run_as_written(few_digits, tmp_path, monkeypatch):
     """But for two steps only; tests/training/test_initial.py has published weights."""
     (tmp_path / 'FOLDER').symlink_to(few_digits)
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r'^simsiam (pretrain FOLDER .*--output runs/.*)$', (ROOT / 'README.md').read_text(), re.M)
+    page = (ROOT / 'docs/pretraining.md').read_text()
+    commands = re.findall(r'^simsiam (pretrain FOLDER .*--output runs/.*)$', page, re.M)
     assert len(commands) == 3
     assert [main([*shlex.split(c, comments=True), '--max-steps', '2']) for c in commands] == [0, 0, 0]
     assert arguments(tmp_path / 'runs/mine')['epochs'] == 30

@@ -144,12 +144,12 @@ def test_a_history_from_elsewhere_is_text_and_numbers_only(repo: Path, tmp_path:
     assert '<script>' not in text and '[x](http' not in text and 'rm ```' not in text
 
 
-def test_the_commands_of_the_readme_run_as_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_of_the_docs_run_as_written(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('onnxruntime')
     (tmp_path / 'runs').mkdir()
     (tmp_path / 'runs' / 'mine').symlink_to(run)
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r'^simsiam ((?:convert|publish) runs/mine .*)$', (ROOT / 'README.md').read_text(), re.M)
+    commands = re.findall(r'^simsiam ((?:convert|publish) runs/mine .*)$', (ROOT / 'docs/export.md').read_text(), re.M)
     assert [main(shlex.split(command)) for command in commands] == [0, 0]
     assert (tmp_path / 'mine.onnx').exists() and (tmp_path / 'repository' / 'README.md').exists()
 

@@ -44,11 +44,13 @@ def export(detector: Detector, folder: Path, test_side: int, long_side: int) -> 
 
 
 class Predictor:
-    """Detects objects in images of any size.
+    """Detects objects in images of any size::
 
         predictor = detection.load('runs/my_detector')
         for found in predictor(['a.jpg', 'b.jpg']):
             found['boxes'], found['scores'], found['names']
+
+    `classes` are the names of all classes.
     """
 
     def __init__(self, detector: Detector, test_side: int, long_side: int, device: torch.device) -> None:

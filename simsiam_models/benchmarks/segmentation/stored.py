@@ -50,11 +50,13 @@ def export(segmenter: Segmenter, folder: Path, rule: Inference, ids: Sequence[in
 
 
 class MaskPredictor:
-    """Predicts the class of every pixel of images of any size.
+    """Predicts the class of every pixel of images of any size::
 
         predictor = segmentation.load('runs/my_segmenter')
         for mask in predictor(['a.jpg', 'b.jpg']):
             predictor.classes[mask[0, 0]]
+
+    `classes` are the names of all classes.
     """
 
     def __init__(self, segmenter: Segmenter, rule: Inference, ids: Sequence[int], device: torch.device) -> None:

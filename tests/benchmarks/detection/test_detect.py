@@ -169,8 +169,8 @@ def test_a_detector_of_other_classes_is_not_measured(trained: Path, shapes: Path
     assert 'give the data set that it was trained on' in capsys.readouterr().err
 
 
-def test_the_example_of_the_readme_runs(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = (Path(__file__).resolve().parents[3] / 'README.md').read_text()
+def test_the_example_of_the_docs_runs(shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).resolve().parents[3] / 'docs/benchmarks/detection.md').read_text()
     code = text.split('<!-- detect -->\n```python\n')[1].split('```')[0]
     (tmp_path / 'my_objects').symlink_to(shapes)
     (tmp_path / 'photo.jpg').symlink_to(shapes / 'val' / '0000.png')

@@ -113,10 +113,10 @@ def test_plain_timm_loads_the_classifier_with_its_class_names_in_another_process
         np.testing.assert_allclose(logits, model(here[None]).numpy(), atol=1e-6)
 
 
-def test_the_readmes_lines_name_the_class_of_a_photo(
+def test_the_lines_of_the_docs_name_the_class_of_a_photo(
     trained: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
 ):
-    (code,) = [block for block in (ROOT / 'README.md').read_text().split('```python\n') if 'local-dir:OUT' in block]
+    (code,) = (ROOT / 'docs/benchmarks/finetune.md').read_text().split('```python\n')[1:]
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'OUT').symlink_to(trained)
     shutil.copy(next((photos / '0').glob('*.jpg')), tmp_path / 'photo.jpg')

@@ -289,8 +289,8 @@ def test_a_mistake_is_one_sentence_before_data_are_opened(args, said, capsys):
     assert error.startswith(f'simsiam: {said}') and error.count('\n') == 1
 
 
-def test_the_commands_of_the_readme_run(photos, tmp_path, monkeypatch, capsys):
-    block = re.search(r'```bash\n(simsiam neighbours .*?)```', (ROOT / 'README.md').read_text(), re.S)[1]
+def test_the_commands_of_the_docs_run(photos, tmp_path, monkeypatch, capsys):
+    block = re.search(r'```bash\n(simsiam neighbours .*?)```', (ROOT / 'docs/look/neighbours.md').read_text(), re.S)[1]
     commands = [line.partition('#')[0].split() for line in block.replace('\\\n', ' ').splitlines()]
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'PHOTOS').symlink_to(photos)

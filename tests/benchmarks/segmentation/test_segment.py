@@ -210,10 +210,10 @@ predictor.save(mask, 'mask.png')
 '''
 
 
-def test_the_example_of_the_readme_runs(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    text = (Path(__file__).resolve().parents[3] / 'README.md').read_text()
+def test_the_example_of_the_docs_runs(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    text = (Path(__file__).resolve().parents[3] / 'docs/benchmarks/segmentation.md').read_text()
     found = re.search(r'<!-- segment -->\n```python\n(.*?)```', text, re.S)
-    assert found is None or found[1] == EXAMPLE
+    assert found[1] == EXAMPLE
     (tmp_path / 'my_masks').symlink_to(scenes)
     (tmp_path / 'photo.jpg').symlink_to(scenes / 'images' / 'val' / '0001.jpg')
     monkeypatch.chdir(tmp_path)
