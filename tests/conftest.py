@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import warm
+from browser import browser  # noqa: F401  a fixture
 from PIL import Image
 from sklearn.datasets import load_digits
 

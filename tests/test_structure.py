@@ -9,7 +9,7 @@ PACKAGE = 'simsiam_models'
 # The floors, from the top; a module imports from its own floor and from those below it.
 FLOORS = [
     ['cli', '__main__', 'train'], ['predict', 'preflight', 'benchmarks', 'training', '__init__'], ['simsiam'],
-    ['resnet'], ['weights'], ['runtime']]
+    ['resnet'], ['weights'], ['pages'], ['runtime']]
 BENCHMARKS = {'knn', 'linear', 'svm', 'finetune', 'detection', 'segmentation', 'neighbours'}
 
 
@@ -97,6 +97,11 @@ def test_runtime_imports_nothing_above_it():
     assert not [
         f'{m} -> {o}' for m, others in imports().items() if m.startswith('runtime') for o in others
         if not o.startswith('runtime')]
+
+
+def test_pages_know_only_what_they_are_given():
+    assert not [f'{m} -> {o}' for m, others in imports().items() if m.startswith('pages') for o in others
+                if not o.startswith(('pages', 'runtime'))]
 
 
 def test_weights_import_no_model():

@@ -2,6 +2,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from PIL import Image
 
 from ...data import UnreadableError
 from ...data.readers.images import Images
+from ...pages.gallery import Cell
 from ...runtime.messages import printable, short
 from ...runtime.tables import Columns, write_table
 from ..feature_table import FeatureTable
 from .copies import Copy, find_copies
 from .findings import VOTERS, Doubt, Outlier, find_outliers, find_wrong_labels, mask_copies
 from .nearest import find_others
-from .sheet import ROWS, Cell, Section, write_sheet
+from .sheet import ROWS, Section, write_sheet
 
 SPARE = 5  # neighbours searched beyond those that vote, in place of copies
 SHOWN = 6  # copies or neighbours in a row of the sheet
@@ -102,16 +104,18 @@ def write_outputs(output: Path | None, sheet: Path | None, found: Findings) -> N
     if sheet is not None:
         data = found.table.about.get('data') or 'features'
         title = f'Nearest images in {data}' if found.queries else f'What the features say about {data}'
-        write_sheet(sheet, title, _list_sections(found), lambda image: _load(found, *image))
+        write_sheet(sheet, title, _list_sections(found))
         print(f'written to {sheet}')
 
 
-def _load(found: Findings, source: str, row: int) -> Image.Image:
-    """Returns a picture of the data or of the queries; raises UnreadableError."""
-    images = found.queries[1] if source == 'query' else found.images
+def _load(images: Images | None, row: int) -> Image.Image | None:
+    """Returns a picture of the data or of the queries; None if it cannot be read."""
     if images is None:
-        raise UnreadableError(f'{found.table.paths[row]}: not a file on this machine')
-    return Image.fromarray(images.read(row))
+        return None
+    try:
+        return Image.fromarray(images.read(row))
+    except UnreadableError:
+        return None
 
 
 def _list_tables(found: Findings) -> dict[str, tuple[Columns, Iterator[tuple[Any, ...]]]]:
@@ -178,14 +182,14 @@ def _list_sections(found: Findings) -> list[Section]:
 
 def _cell(found: Findings, row: int, text: str) -> Cell:
     name = short(found.class_of(row), 40)
-    return Cell(('data', row), found.table.paths[row], f'{text}{f", {name}" * bool(name)}')
+    return Cell(partial(_load, found.images, row), f'{text}{f", {name}" * bool(name)}', found.table.paths[row])
 
 
 def _neighbour_row(found: Findings, i: int, heading: str = '') -> tuple[str, list[Cell]]:
     if found.queries is None:
         first = _cell(found, i, 'this image')
     else:
-        first = Cell(('query', i), found.queries[0][i], 'query')
+        first = Cell(partial(_load, found.queries[1], i), 'query', found.queries[0][i])
     cells = [first]
     for row, cosine in zip(found.found[i, :SHOWN].tolist(), found.cosines[i], strict=False):
         kind = found.kinds.get((i, row))

@@ -1,0 +1,1 @@
+"""Pages that open from disk: one HTML file each, without anything from elsewhere."""
