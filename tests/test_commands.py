@@ -66,7 +66,8 @@ SMALL = {
     'segment': f'--model resnet10t:random --iterations 2 --batch-size 2 --image-size 64 --head-channels 8 '
                f'--allow-partial {CPU}',
     'segment VOCDEVKIT --eval-only': f'--allow-partial {CPU}',
-    'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': ''}
+    'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': '',
+    'atlas': FEATURES, 'atlas --features': CPU}
 # What a command finds where it reads, from an earlier one: the section and subcommand that wrote it, and its name.
 WRITTEN = {
     'pretrain my_photos_256': 'Pretrain/prepare/my_photos_256', 'runs/mine': 'Pretrain/pretrain/runs/mine',

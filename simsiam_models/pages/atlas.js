@@ -9,10 +9,10 @@ const decode = (text, Kind) => new Kind(bytes(text).buffer);
 const near = decode(data.near, Uint32Array), cosines = decode(data.cosines, Uint16Array);
 const maps = data.maps.map(map => decode(map.xy, Float32Array));  // x, y of each image, in 0 .. 1
 const place = tiles && decode(tiles.place, Uint32Array), sizes = tiles && decode(tiles.sizes, Uint8Array);
-const notes = new Map(data.findings.map(finding => [finding.key, new Map(finding.rows)]));  // kind -> row -> text
+const notes = new Map(data.findings.toReversed().map(finding => [finding.key, new Map(finding.rows)]));  // kind -> row -> text
 const names = data.names.map((name, row) => data.spelled[row] ?? name);  // as they can be shown
 
-const canvas = $('map'), pen = canvas.getContext('2d');
+const canvas = $('map'), pen = canvas.getContext('2d', { willReadFrequently: true });
 const rows = Array.from(data.names.keys()), visible = new Uint8Array(n).fill(1), picked = new Uint8Array(n);
 const view = { x: 0.5, y: 0.5, scale: 0 };  // centre; pixels for the width of the map
 let xy = maps[0].slice(), width = 1, height = 1, fitted = 0, ratio = 1;
@@ -84,7 +84,8 @@ const within = (row, edge) => {
 };
 // Classes follow one another in the files. In this order, which is always the same, none covers the others.
 const mixed = row => Math.imul(row + 1, 2654435761) >>> 0, order = rows.slice().sort((a, b) => mixed(a) - mixed(b));
-let frame = 0, shown = n, stamps = { radius: 0 }, drawn = [];  // drawn: row, x, y, width, height of each thumbnail
+let frame = 0, shown = n, stamps = { radius: 0 }, image;  // image: the pixels of the map
+let drawn = [];  // row, x, y, width and height of each thumbnail on the map
 const spread = new Map();
 
 function redraw() {
@@ -99,28 +100,38 @@ function readColours() {
   draw();
 }
 
-/** Draws each mark once, in all colours and shapes; the map copies it, which is faster than to fill a path. */
+/** Rasters each mark once, in all colours and shapes: which pixels of the map it changes, and to what. */
 function makeStamps(radius) {
-  const side = Math.ceil(2 * radius * ratio) + 2, all = [...colours.classes, colours.faint];
-  stamps = { radius, side, image: make('canvas', { width: side * all.length, height: side * SHAPES.length }) };
-  const to = stamps.image.getContext('2d');
-  all.forEach((colour, i) => SHAPES.forEach((shape, j) => {
-    const grow = 2 * radius * ratio / 12 * (i < COLOURS ? 1 : 0.7), gap = (side - 12 * grow) / 2;
-    to.setTransform(grow, 0, 0, grow, i * side + gap, j * side + gap);
-    to.fillStyle = colour;
-    to.fill(new Path2D(shape));
-  }));
+  const side = 2 * Math.ceil((radius + 3) * ratio) + 2;
+  const to = make('canvas', { width: side, height: side }).getContext('2d', { willReadFrequently: true });
+  const raster = (shape, ...layers) => {
+    to.resetTransform();
+    to.clearRect(0, 0, side, side);
+    for (const [colour, r] of layers) {
+      to.setTransform(r * ratio / 6, 0, 0, r * ratio / 6, side / 2 - r * ratio, side / 2 - r * ratio);
+      to.fillStyle = colour;
+      to.fill(shape);
+    }
+    const all = new Uint32Array(to.getImageData(0, 0, side, side).data.buffer), used = [...all.keys()].filter(i => all[i]);
+    return { places: used.map(i => Math.floor(i / side) * canvas.width + i % side), pixels: used.map(i => all[i]) };
+  };
+  const shapes = SHAPES.map(shape => new Path2D(shape)), square = new Path2D('M0 0h12v12H0z');
+  stamps = {
+    radius, half: side / 2, back: raster(square, [colours.map, side]).pixels[0],
+    dots: colours.classes.map(colour => shapes.map(shape => raster(shape, [colour, radius]))),
+    faint: shapes.map(shape => raster(shape, [colours.faint, 0.7 * radius])),
+    rings: shapes.map(shape => raster(shape, [colours.pick, radius + 3], [colours.map, radius + 1.25])) };
 }
 
 /** Returns visible rows that stay `distance` apart on the map, so that their thumbnails do not cover one another. */
 function spreadOut(distance) {
   if (spread.has(distance)) return spread.get(distance);
-  const cells = new Map(), sides = [-1, 0, 1];
+  const cells = new Map(), around = [-1, 0, 1].flatMap(i => [-1, 0, 1].map(j => 65536 * i + j));
   const kept = order.filter(row => {
-    const x = xy[2 * row], y = xy[2 * row + 1], i = Math.floor(x / distance), j = Math.floor(y / distance);
+    const x = xy[2 * row], y = xy[2 * row + 1], cell = 65536 * Math.floor(x / distance) + Math.floor(y / distance);
     const covers = other => Math.max(Math.abs(xy[2 * other] - x), Math.abs(xy[2 * other + 1] - y)) < distance;
-    if (!visible[row] || sides.some(a => sides.some(b => cells.get(`${i + a} ${j + b}`)?.some(covers)))) return false;
-    cells.set(`${i} ${j}`, [...cells.get(`${i} ${j}`) ?? [], row]);
+    if (!visible[row] || around.some(by => cells.get(cell + by)?.some(covers))) return false;
+    cells.set(cell, [...cells.get(cell) ?? [], row]);
     return true;
   });
   spread.set(distance, kept);
@@ -131,26 +142,36 @@ function draw() {
   const zoom = view.scale / fitted, size = Math.min(7, Math.max(1.6, 38 / Math.sqrt(n)) * zoom ** 0.4 + 1);
   const radius = Math.round(4 * size) / 4, gap = view.scale / Math.sqrt(Math.max(1, shown));  // pixels between images
   if (radius !== stamps.radius) makeStamps(radius);
-  pen.setTransform(1, 0, 0, 1, 0, 0);
-  pen.fillStyle = colours.map;
-  pen.fillRect(0, 0, canvas.width, canvas.height);
   drawDots();
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   drawn = [];
   if (pictures && gap > 16) drawPictures();
-  drawMarks(radius + 2.5);
+  drawMarks(radius + 2.5, gap > 16 || only.size);
   if (cursor >= 0) ring(cursor, radius + 5, colours.mark, 2);
   stroke(new Path2D(`M${path.join('L') || '0 0'}`), colours.pick, 1.5, [5, 4]);
 }
 
+/** Writes the marks into the pixels, several times as fast as the canvas draws them where there is no GPU. */
 function drawDots() {
-  const { image, side, radius } = stamps, half = side / 2;
-  for (const row of order) {
-    if (!within(row, radius)) continue;
-    const left = (visible[row] ? colourOf(labelOf(row)) : COLOURS) * side, top = shapeOf(labelOf(row)) * side;
-    const x = Math.round(sx(row) * ratio - half), y = Math.round(sy(row) * ratio - half);
-    pen.drawImage(image, left, top, side, side, x, y, side, side);
+  const { half, back, dots, faint, rings } = stamps, out = new Uint32Array(image.data.buffer);
+  const put = ({ places, pixels }, start) => {
+    for (let i = 0; i < places.length; i++) {
+      const over = pixels[i], a = over >>> 24, at = start + places[i], under = out[at];
+      const mix = mask => ((under & mask) * (256 - a) + (over & mask) * a) / 256 & mask;
+      out[at] = a === 255 ? over : 0xff000000 | mix(0xff00ff) | mix(0xff00);
+    }
+  };
+  out.fill(back);
+  for (const pass of [0, 1]) {
+    for (const row of order) {
+      const x = Math.round(sx(row) * ratio) - half, y = Math.round(sy(row) * ratio) - half;
+      if (visible[row] !== pass || x < 0 || y < 0 || x + 2 * half > image.width || y + 2 * half > image.height) continue;
+      const label = labelOf(row), shape = shapeOf(label), start = y * image.width + x;
+      if (picked[row]) put(rings[shape], start);
+      put((pass ? dots[colourOf(label)] : faint)[shape], start);
+    }
   }
+  pen.putImageData(image, 0, 0);
 }
 
 function drawPictures() {
@@ -161,18 +182,20 @@ function drawPictures() {
     if (!tile) continue;
     const [w, h] = sizeOf(row).map(length => length * side / Math.max(...sizeOf(row)));
     const box = [sx(row) - w / 2, sy(row) - h / 2, w, h];
-    pen.fillStyle = labels ? colours.classes[colourOf(labels[row])] : colours.soft;
-    pen.fillRect(box[0] - 2, box[1] - 2, w + 4, h + 4);
+    pen.fillStyle = picked[row] ? colours.pick : labels ? colours.classes[colourOf(labels[row])] : colours.soft;
+    const edge = picked[row] ? 3.5 : 2;
+    pen.fillRect(box[0] - edge, box[1] - edge, w + 2 * edge, h + 2 * edge);
     pen.drawImage(...tile, ...box);
     drawn.push([row, ...box]);
   }
 }
 
 function stroke(shape, colour, thickness, dash = []) {
-  pen.strokeStyle = colour;
-  pen.lineWidth = thickness;
   pen.setLineDash(dash);
-  pen.stroke(shape);
+  for (const [style, width] of [[colours.map, thickness + 2], [colour, thickness]]) {  // seen on thumbnails, too
+    Object.assign(pen, { strokeStyle: style, lineWidth: width });
+    pen.stroke(shape);
+  }
 }
 
 function ring(row, radius, colour, thickness) {
@@ -183,16 +206,16 @@ function ring(row, radius, colour, thickness) {
 }
 
 /** Copies have a square around them, outliers a circle, doubtful labels a question mark; lines lead to the nearest. */
-function drawMarks(r) {
-  const each = (kind, act) => { for (const row of notes.get(kind)?.keys() ?? []) if (visible[row]) act(row); };
-  const squares = new Path2D();
-  each('copies', row => squares.rect(sx(row) - r, sy(row) - r, 2 * r, 2 * r));
+function drawMarks(r, close) {
+  const squares = new Path2D(), marks = {
+    copies: row => squares.rect(sx(row) - r, sy(row) - r, 2 * r, 2 * r), outliers: row => ring(row, r + 1.5, colours.mark, 1.25),
+    doubts: row => { pen.strokeText('?', sx(row) + r, sy(row) - r + 4); pen.fillText('?', sx(row) + r, sy(row) - r + 4); } };
+  Object.assign(pen, { fillStyle: colours.mark, font: '600 12px system-ui', strokeStyle: colours.map, lineWidth: 3 });
+  for (const [kind, texts] of notes) {
+    if (!close && texts.size > 100) continue;  // they would cover the map
+    for (const row of texts.keys()) if (visible[row] && within(row, r)) marks[kind](row);
+  }
   stroke(squares, colours.mark, 1.25);
-  each('outliers', row => ring(row, r + 1.5, colours.mark, 1.25));
-  pen.fillStyle = colours.mark;
-  pen.font = '600 12px system-ui, sans-serif';
-  each('doubts', row => pen.fillText('?', sx(row) + r, sy(row) - r + 4));
-  for (const row of rows) if (picked[row]) ring(row, r, colours.pick, 2.25);
   if (current < 0) return;
   const lines = new Path2D();
   for (const [row] of found) {
@@ -213,6 +236,7 @@ function resize() {
   if (!box.width || matchMedia('print').matches) return;
   [width, height, ratio] = [box.width, box.height, devicePixelRatio];
   [canvas.width, canvas.height] = [Math.round(width * ratio), Math.round(height * ratio)];
+  image = pen.createImageData(canvas.width, canvas.height);
   fitted = Math.max(50, Math.min((width - 60) / extents[0], (height - 110) / extents[1]));
   view.scale = before ? view.scale * fitted / before : fitted;
   readColours();
