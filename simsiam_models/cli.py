@@ -15,12 +15,12 @@ from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
 from .benchmarks.neighbours import atlas
 from .benchmarks.neighbours import command as neighbours
-from .benchmarks.results import report
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
 from .data import prepare
 from .predict import command as predict
 from .preflight.report import preflight
+from .report import command as report
 from .runtime.messages import printable
 from .runtime.signals import Signals
 from .runtime.terminal import Parser, plain_terminal
@@ -191,8 +191,9 @@ COMMANDS = {
         'draw a map of the images as a page to open in a browser: zoom, search by image, select',
         'my_photos --html atlas.html'),
     'report': Command(
-        report.add_arguments, report.run, 'show records of benchmarks in tables, next to the published numbers',
-        'runs'),
+        report.add_arguments, report.run,
+        'show records of benchmarks in tables, next to the published numbers, or a run as a page',
+        'runs/mine --html mine.html'),
 }
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import pytest
 
 CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium') or '/usr/bin/chromium'
+# Names of files and classes that must show as text.
+HOSTILE = ['<img src=x onerror=alert(1)>', '"quoted\' &amp; </style>', 'שלום.jpg', '🦊 fox.png', 'a\x1b[2J\u202eb\n']
 COUNT_STOPS = '''() => [...document.querySelectorAll('a[href], button, input, select, summary, [tabindex="0"]')]
   .filter(e => e.checkVisibility()).length'''
 NAME_FOCUS = '''() => { const all = [...document.querySelectorAll('*')]; return all.indexOf(document.activeElement) }'''

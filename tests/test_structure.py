@@ -8,7 +8,7 @@ from conftest import ROOT
 PACKAGE = 'simsiam_models'
 # The floors, from the top; a module imports from its own floor and from those below it.
 FLOORS = [
-    ['cli', '__main__', 'train'], ['predict', 'preflight', 'benchmarks', 'training', '__init__'], ['simsiam'],
+    ['cli', '__main__', 'train'], ['report', 'predict', 'preflight', 'benchmarks', 'training', '__init__'], ['simsiam'],
     ['resnet'], ['weights'], ['pages'], ['runtime']]
 BENCHMARKS = {'knn', 'linear', 'svm', 'finetune', 'detection', 'segmentation', 'neighbours'}
 

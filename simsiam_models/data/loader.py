@@ -135,6 +135,14 @@ class TwoViews:
             self.judge(self.unreadable, epoch)
             yield batch
 
+    def redraw(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Returns the views that training makes of these samples in an epoch; as many as a batch of this process."""
+        batch, calls = self._make_job(epoch, indices)
+        for call in calls:
+            call()
+        self.unreadable.update(batch.bad)
+        return self.finish(batch)
+
     def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and finishes its views there."""
         x, sent = self._copy(batch)

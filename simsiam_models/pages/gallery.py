@@ -9,6 +9,7 @@ from PIL import Image
 from .document import escape
 
 THUMBNAIL, QUALITY = 160, 72  # pixels of the long side, twice those on the page; JPEG quality
+SMALL = 64  # pixels: JPEG would blur the colours of pictures up to this size
 STYLE = '''
 .row { border-top: 1px solid var(--line); padding: .75rem 0 }
 .row ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem }
@@ -17,16 +18,17 @@ STYLE = '''
 figcaption b { display: block; font-weight: 600 } figcaption .path { color: var(--soft); display: block }
 .row img, .none { display: block; width: 100%; height: 6rem; object-fit: contain; object-position: left }
 .none { border: 1px dashed var(--line); color: var(--soft); font-size: .75rem; padding: .25rem }
-@media (max-width: 30rem) { .row figure { width: calc(50vw - 1.75rem) } }
+@media (max-width: 30rem) { .row figure { width: calc((100vw - 3.5rem) / 3) } .row img, .none { height: 5rem } }
 '''
 
 
 class Cell(NamedTuple):
-    """A picture, what stands below it, and the file's name or path."""
+    """A picture, what stands below it, and the name or path of its file. `alt` is read out (default: the name)."""
 
     load: Callable[[], Image.Image | None]  # None: it cannot be read, and its place says so
     text: str
     path: str = ''
+    alt: str = ''
 
 
 def draw_row(heading: str, cells: Iterable[Cell]) -> str:
@@ -41,8 +43,7 @@ def _embed(cell: Cell) -> str:
     image = cell.load()
     if image is None:
         return '<span class="none">The image cannot be read.</span>'
-    name = cell.path.rstrip('/').rpartition('/')[2] or cell.text
-    return embed_image(image, name, THUMBNAIL)
+    return embed_image(image, cell.alt or cell.path.rstrip('/').rpartition('/')[2] or cell.text, THUMBNAIL)
 
 
 def embed_image(image: Image.Image, text: str, side: int = 0) -> str:
@@ -53,6 +54,9 @@ def embed_image(image: Image.Image, text: str, side: int = 0) -> str:
     if side:
         image.thumbnail((side, side))
     data = io.BytesIO()
-    image.save(data, 'JPEG', quality=QUALITY)
+    if max(image.size) <= SMALL:
+        image.save(data, 'JPEG', quality=95, subsampling=0)
+    else:
+        image.save(data, 'JPEG', quality=QUALITY)
     source = base64.b64encode(data.getvalue()).decode()
     return f'<img src="data:image/jpeg;base64,{source}" alt="{escape(text)}" loading="lazy">'

@@ -1,4 +1,5 @@
 """The pretraining recipes as literal numbers, to be checked against their sources."""
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,3 +65,10 @@ RECIPES = {
         dim=512, pred_dim=128, proj_layers=2, epochs=25, batch_size=64, lr=0.4, weight_decay=5e-4,
         augmentation=Augmentation(size=32, blur_p=0.0), eval_resize=32, knn_t=0.1, knn_every=5),
 }
+
+
+def restore_recipe(record: dict[str, Any]) -> Recipe:
+    """Returns the recipe of a run from its args.json; raises KeyError or TypeError if the file lacks numbers."""
+    numbers = {f.name: record[f.name] for f in dataclasses.fields(Recipe) if f.name != 'about'}
+    augmentation = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.pop('augmentation').items()}
+    return Recipe('', augmentation=Augmentation(**augmentation), **numbers)

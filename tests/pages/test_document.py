@@ -2,13 +2,11 @@
 from pathlib import Path
 
 import pytest
-from browser import Browser
+from browser import HOSTILE, Browser
 from PIL import Image
 
 from simsiam_models.pages.document import escape, link_sections, open_section, write_page
 from simsiam_models.pages.gallery import STYLE, Cell, draw_row
-
-HOSTILE = ['<img src=x onerror=alert(1)>', '"quoted\' &amp; </style>', 'שלום.jpg', '🦊 fox.png', 'a\x1b[2J\u202eb\n']
 
 
 def write(path: Path, **more: str) -> Path:

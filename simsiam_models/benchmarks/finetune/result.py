@@ -1,10 +1,12 @@
 """Writes the results of a fine-tuning run: a folder for timm, a confusion matrix, class accuracies, a record."""
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
+from ...data.readers.images import Images, name_of
 from ...runtime.files import write_csv
 from ...runtime.messages import printable, short
 from ..results.record import format_record, write_record
@@ -12,6 +14,7 @@ from .settings import list_deviations
 from .training import UNREADABLE, Finetuning, measure_accuracy
 
 RECORD, PER_CLASS, CONFUSION = 'record.json', 'per_class.csv', 'confusion.csv'
+PREDICTIONS = 'predictions.csv'
 PRINTED = 20  # a confusion matrix of more classes is not printed
 WHOLE = 1000  # a confusion matrix of more classes is written as a list of pairs
 
@@ -30,6 +33,8 @@ def write_result(run: Finetuning, data: dict[str, Any], shared: dict[str, Any]) 
     rows = measure_classes(pairs, classes)
     write_csv(folder / PER_CLASS, [['class', 'images', 'right', 'accuracy'], *(r.values() for r in rows)])
     write_csv(folder / CONFUSION, make_confusion_rows(pairs, classes))
+    if best['predicted'].shape[1] > 2:  # a checkpoint of an earlier version has no scores
+        write_csv(folder / PREDICTIONS, list_predictions(run.val.samples.images, labels, best['predicted'], classes))
     metrics = measure_accuracy(best['predicted'], labels)
     if len(classes) <= 5:
         del metrics['top5']
@@ -52,7 +57,7 @@ def write_result(run: Finetuning, data: dict[str, Any], shared: dict[str, Any]) 
     first = 'import simsiam_models; ' if classifier.name == 'simsiam_resnet18_cifar' else ''  # plain timm has none
     run.life.say(
         f"the classifier: {first}timm.create_model('local-dir:{folder}', pretrained=True); {folder / PER_CLASS}, "
-        f'{folder / CONFUSION}, {folder / RECORD}')
+        f'{folder / CONFUSION}, {folder / PREDICTIONS}, {folder / RECORD}')
     return record
 
 
@@ -87,6 +92,16 @@ def count_pairs(labels: np.ndarray, predicted: Tensor) -> Pairs:
     table = np.stack([labels, predicted.numpy()], 1)
     pairs, counts = np.unique(table[table[:, 1] != UNREADABLE], axis=0, return_counts=True)
     return {(i, j): n for (i, j), n in zip(pairs.tolist(), counts.tolist(), strict=True)}
+
+
+def list_predictions(
+    images: Images, labels: np.ndarray, predicted: Tensor, classes: list[str],
+) -> Iterator[list[Any]]:
+    """Yields a header, and for each readable image its path, label, predicted class and the score of that class."""
+    yield ['path', 'label', 'predicted', 'score']
+    for row, (first, _, score) in enumerate(predicted.tolist()):
+        if first != UNREADABLE:
+            yield [name_of(images, row), classes[labels[row]], classes[first], round(score / 1e6, 6)]
 
 
 def measure_classes(pairs: Pairs, classes: list[str]) -> list[dict[str, Any]]:

@@ -218,17 +218,22 @@ def finish_epoch(run: Finetuning, loss: float) -> None:
 
 @torch.no_grad()
 def predict(run: Finetuning) -> Tensor:
-    """Returns (N, 2), on every process: the predicted class of each image, and whether the label is in the first 5."""
+    """Returns (N, 3) integers, on every process.
+
+    They are the predicted class of each image, whether the label is in the first 5, and the probability of the
+    predicted class in millionths.
+    """
     trainer, val, world = run.trainer, run.val, run.life.world
     n, batch = len(val.samples), trainer.settings.batch_size
     common = -(-(n // world.size) // batch)  # batches that every process has
     trainer.measured.eval()
-    rows = [torch.zeros(0, 2, dtype=torch.long, device=world.device)]  # all that a process without images has
+    rows = [torch.zeros(0, 3, dtype=torch.long, device=world.device)]  # all that a process without images has
     for i, (x, y) in enumerate(val.load(plan_eval_batches(n, batch, world))):
         with autocast(world.device, trainer.amp):
             out = trainer.measured(x.contiguous(memory_format=torch.channels_last)).float()
         first = out.topk(min(5, out.shape[1])).indices
-        rows.append(torch.stack([first[:, 0], (first == y[:, None]).any(1).long()], 1))
+        score = (1e6 * out.softmax(1).amax(1)).round().long()
+        rows.append(torch.stack([first[:, 0], (first == y[:, None]).any(1).long(), score], 1))
         if i < common:  # validation may take longer than a scheduler waits after its signal
             save_if_due(run)
     val.join(world)

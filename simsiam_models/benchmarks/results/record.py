@@ -13,7 +13,7 @@ from typing import Any
 from ...data.readers.index import digest
 from ...runtime.files import write_atomically
 from ...runtime.messages import one_line, short
-from ...runtime.versions import versions
+from ...runtime.versions import command, versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
 from ..protocols import KNN_T
@@ -66,7 +66,7 @@ def write_record(
     if any(name in benchmark for name in MMSELFSUP):
         record['exif'] = EXIF
     record |= {
-        **compare(record), 'versions': versions(), 'seconds': round(float(seconds), 1),
+        **compare(record), 'command': command(), 'versions': versions(), 'seconds': round(float(seconds), 1),
         'date': datetime.now(timezone.utc).isoformat(timespec='seconds')}
     text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + '\n'
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,22 +81,26 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
     A file in a folder that cannot be read, or is not a record, is left out, and the report says so. Raises ValueError
     or OSError for such a file in `paths`, and FileNotFoundError if there is no record at all.
     """
-    records, left_out = _read_all(paths)
-    label, on_page, others = make_label(records), [], []
-    for record in records:
-        found = compare(record)
-        has_column = any(table.find_columns(record['benchmark']).keys() & record['metrics'].keys() for table in PAGE)
-        (on_page if has_column and found['not_comparable'] is None else others).append((record, found))
-    chosen = [(table, [c for c in on_page if table.find_columns(c[0]['benchmark'])]) for table in PAGE]
-    tables = [_fill(table, compared, label) for table, compared in chosen if compared] + tabulate(others, label)
-    blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in tables]
+    records, left_out = read_all(paths)
+    blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in make_tables(records)]
     if left_out:
         lines = [f'- {plain_markdown(text) if markdown else text}' for text in left_out]
         blocks.append('\n'.join(['Skipped files that are not records:', *lines]))
     return '\n\n'.join(blocks)
 
 
-def _read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
+def make_tables(records: list[dict[str, Any]]) -> list[ResultTable]:
+    """Returns the tables of the page that have a record, then those that compare models."""
+    label, on_page, others = make_label(records), [], []
+    for record in records:
+        found = compare(record)
+        has_column = any(table.find_columns(record['benchmark']).keys() & record['metrics'].keys() for table in PAGE)
+        (on_page if has_column and found['not_comparable'] is None else others).append((record, found))
+    chosen = [(table, [c for c in on_page if table.find_columns(c[0]['benchmark'])]) for table in PAGE]
+    return [_fill(table, compared, label) for table, compared in chosen if compared] + tabulate(others, label)
+
+
+def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the records, and why other files in the folders are left out."""
     files: dict[Any, tuple[Path, bool]] = {}  # each file once, and whether `paths` names it
     errors: list[OSError] = []

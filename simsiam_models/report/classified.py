@@ -1,0 +1,105 @@
+"""Where a fine-tuned classifier is wrong: its confusion matrix and its worst mistakes."""
+import csv
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from ..data.readers.images import FileImages
+from ..data.readers.index import Listing
+from ..pages.document import escape
+from ..pages.gallery import Cell, draw_row
+from ..pages.tables import draw_table, wrap_wide
+from ..runtime.messages import FORMULA, counted, short
+from .data import load_picture
+
+PREDICTIONS = 'predictions.csv'
+MATRIX, PAIRS, MISTAKES = 20, 30, 24  # classes of a matrix; of more, pairs in a table; mistakes that are shown
+STYLE = '''
+.matrix table { min-width: 0 } .matrix td, .matrix th { border: 0; padding: .3rem .55rem; text-align: right }
+.matrix tbody th { text-align: right } .matrix td { font-variant-numeric: tabular-nums; border-radius: 3px }
+.matrix td.zero { color: var(--soft) }
+'''
+
+
+class Mistake(NamedTuple):
+    """A wrong prediction."""
+
+    path: str
+    label: str
+    predicted: str
+    score: float  # of the predicted class
+
+
+def draw_confusion(record: dict[str, Any]) -> str:
+    """Returns the confusion matrix, or for many classes the pairs that are confused most."""
+    confusion = {str(k): {str(j): int(n) for j, n in row.items()} for k, row in record['extra']['confusion'].items()}
+    classes = list(confusion)
+    if len(classes) > MATRIX:
+        pairs = sorted(((n, a, b) for a, row in confusion.items() for b, n in row.items() if a != b), reverse=True)
+        rows = [['Label', 'Predicted', 'Images'], *([a, b, f'{n:,}'] for n, a, b in pairs[:PAIRS])]
+        more = [f'{len(pairs) - PAIRS:,} more pairs are in confusion.csv.'] if len(pairs) > PAIRS else []
+        return draw_table(rows, f'Classes that are confused most, of {len(classes):,}', more)
+    head = ''.join(f'<th scope="col">{escape(short(c, 16))}</th>' for c in classes)
+    body = ''.join(
+        f'<tr><th scope="row">{escape(short(label, 30))}</th>'
+        + ''.join(_draw_cell(row.get(c, 0), sum(row.values()), c == label) for c in classes) + '</tr>\n'
+        for label, row in confusion.items())
+    return '<div class="matrix">' + wrap_wide(
+        f'<table><caption>Images by label (rows) and predicted class (columns)</caption><thead><tr><td></td>{head}</tr>'
+        f'</thead>\n<tbody>{body}</tbody></table>', 'Confusion matrix') + '</div>\n'
+
+
+def _draw_cell(n: int, total: int, right: bool) -> str:
+    if not n:
+        return '<td class="zero">0</td>'
+    share = round(8 + 30 * n / total)  # percent of colour: the text keeps its contrast
+    return f'<td style="background: color-mix(in srgb, var(--s{1 if right else 2}) {share}%, transparent)">{n:,}</td>'
+
+
+def read_mistakes(folder: Path) -> list[Mistake] | None:
+    """Returns the wrong predictions, the surest first; None if the run kept none. Raises ValueError if damaged."""
+    file, found = folder / PREDICTIONS, []
+    if not file.is_file():
+        return None
+    try:
+        with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
+            for row in csv.DictReader(f):
+                path, label, predicted = (_restore(row[k]) for k in ('path', 'label', 'predicted'))
+                if label != predicted:
+                    found.append(Mistake(path, label, predicted, float(row['score'])))
+    except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
+        raise ValueError(f'{file} is damaged; remove it, or fine-tune again') from None
+    return sorted(found, key=lambda m: -m.score)
+
+
+def _restore(cell: str) -> str:
+    """Undoes what `inert_cell` does."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+
+
+def draw_mistakes(folder: Path) -> Iterator[str]:
+    """Yields pictures of the mistakes with the highest scores."""
+    mistakes = read_mistakes(folder)
+    if mistakes is None:
+        yield (f'<p>{PREDICTIONS} is missing, so mistakes cannot be shown: an earlier version wrote this run. '
+               'Fine-tune again into a new folder.</p>\n')
+        return
+    shown = mistakes[:MISTAKES]
+    yield (f'<p class="soft">{counted(len(mistakes), "validation image")} got a wrong class. Shown: {len(shown)}, '
+           'those that the network was surest of.</p>\n')
+    if shown:
+        yield draw_row('Predicted class with its score, then the label', [
+            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} {m.score:.2f}, not {short(m.label, 40)}', m.path)
+            for m in shown])
+
+
+def _load(path: str) -> Image.Image | None:
+    """Returns the picture in a file; None if there is no such file, or it is no picture."""
+    if not Path(path).is_file():
+        return None
+    listing = Listing()
+    listing.add(path)
+    return load_picture(FileImages(Path(), listing.make_index(), path), 0)

@@ -1,0 +1,58 @@
+"""`simsiam report`: results beside published numbers, as tables for a terminal or in Markdown, or a page of a run.
+
+    simsiam report results/                                  tables
+    simsiam report runs/mine --html mine.html                the run: curves, views, neighbours, results
+    simsiam report runs/mine --plots plots                   the curves as PNG files
+"""
+import argparse
+import tempfile
+from pathlib import Path
+
+from ..benchmarks.results import report
+from ..pages.plots import write_plots
+from ..runtime.files import explain_write_errors
+from ..runtime.messages import require, size_text
+from .curves import list_plots
+from .page import read_inputs, write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    report.add_arguments(parser)
+    add = parser.add_argument
+    add('--html', type=Path, metavar='FILE.html',
+        help='write a page instead, which opens from disk: of a run its curves, the views and neighbours of some '
+             'images, and mistakes; of records their tables')
+    add('--plots', type=Path, metavar='FOLDER', help='write the curves of a run as PNG files')
+    add('--data', metavar='DATA', help="the run's images, if they are no longer where it was trained")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.html is None and args.plots is None:
+        if args.data is not None:
+            raise ValueError(f'--data {args.data}: only --html shows images; add --html FILE.html')
+        return report.run(args)
+    require('--html' if args.html else '--plots', matplotlib='matplotlib')
+    if args.markdown:
+        raise ValueError('--markdown: prints tables to the terminal; leave it out with --html and --plots')
+    if args.html is not None:
+        check_file(args.html)
+        write_report(args.html, args.results, args.data)
+        print(f'written to {args.html}, {size_text(args.html.stat().st_size)}')
+    if args.plots is not None:
+        runs, _, _ = read_inputs(args.results)
+        if not (drawn := [(one, list_plots(one)) for one in runs]):
+            raise ValueError(f'--plots {args.plots}: {args.results[0]} is not the folder of a run; name its OUTPUT')
+        for one, plots in drawn:
+            folder = args.plots / one.folder.resolve().name if len(runs) > 1 else args.plots
+            print(f'{len(write_plots(folder, plots))} plots written to {folder}')
+    return 0
+
+
+def check_file(file: Path) -> None:
+    """Raises ValueError or OSError if the page cannot be written to this file, before minutes of work."""
+    if file.suffix not in ('.html', '.htm') or file.is_dir():
+        raise ValueError(f'--html {file}: must be a file that ends in .html')
+    with explain_write_errors(file, '--html'):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass

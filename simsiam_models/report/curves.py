@@ -1,0 +1,92 @@
+"""The figures of a run over time: those of the log, or of the epochs that a record lists."""
+import math
+from typing import Any
+
+import numpy as np
+
+from ..pages.plots import Plot, Series
+from ..training.recipes import Recipe, restore_recipe
+from ..training.schedule import scaled_lr
+from .run import RunFolder
+
+ROWS = 40  # of the table of figures
+FIGURES = {  # key in the log -> name of the file, title, format
+    'loss': ('loss', 'Loss', '.4f'), 'std': ('std', 'Output std (1 is healthy)', '.3f'),
+    'rank': ('rank', 'Effective rank', '.1f'), 'lr': ('lr', 'Learning rate', '.3g'),
+    'images_per_second': ('throughput', 'Images per second', '.0f'),
+    'waiting': ('waiting', 'Waiting for data, %', '.1f')}
+
+
+def list_plots(run: RunFolder) -> list[Plot]:
+    """Returns the plots of a run; those without a number are left out."""
+    plots = _plot_log(run) if run.kind == 'pretrain' else _plot_record(run)
+    return [plot for plot in plots if plot.series and any(map(math.isfinite, plot.series[0].y))]
+
+
+def _plot_log(run: RunFolder) -> list[Plot]:
+    x = [line['epoch'] + line['step'] / run.steps for line in run.figures]
+    plots = []
+    for key, (name, title, form) in FIGURES.items():
+        y = [(100 if key == 'waiting' else 1) * _number(line.get(key)) for line in run.figures]
+        series = [Series('backbone and projector' if key == 'lr' else title, x, y)]
+        if key == 'lr' and run.args.get('fix_pred_lr'):
+            series.append(Series('predictor', x, [scaled_lr(read_recipe(run))] * len(x)))
+        plots.append(Plot(name, title, 'epoch', series, form))
+    return [*plots[:4], _plot_knn(run), *plots[4:]]
+
+
+def _plot_knn(run: RunFolder) -> Plot:
+    """Returns the accuracies of the monitor; before training, it measured the untrained network and the pixels."""
+    lines = [line for line in run.lines if 'knn' in line]
+    points = [(line['epoch'], _number(line['knn'])) for line in lines if not isinstance(line['knn'], dict)]
+    before = next((line['knn'] for line in lines if isinstance(line['knn'], dict)), {})
+    start = [(0, _number(v)) for k, v in before.items() if k != 'pixels']
+    x, y = zip(*start, *points, strict=True) if start or points else ((), ())
+    series = [Series('features', x, y)]
+    if 'pixels' in before:
+        series.append(Series('raw pixels', [0, max(1, *x)], [_number(before['pixels'])] * 2))
+    return Plot('knn', 'kNN accuracy, %', 'epoch', series if x else [], '.1f')
+
+
+def _plot_record(run: RunFolder) -> list[Plot]:
+    """Returns a plot for each number in the log of a detector or segmenter, or in the epochs of a classifier."""
+    rows = run.lines or (run.record or {}).get('extra', {}).get('epochs') or []
+    x_label = next((k for k in ('step', 'epoch') if rows and k in rows[0]), None)
+    if x_label is None:
+        return []
+    rows = [row for row in rows if isinstance(row.get(x_label), int)]
+    names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in (x_label, 'seconds')]
+    plots = []
+    for name in names:
+        points = [(row[x_label], _number(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+        if points:
+            x, y = zip(*points, strict=True)
+            file = ''.join(c if c.isalnum() and c.isascii() else '_' for c in name)
+            plots.append(Plot(file, name, x_label, [Series(name, x, y)], '.4g'))
+    return plots
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def read_recipe(run: RunFolder) -> Recipe:
+    """Returns the recipe of a pretraining; raises ValueError if args.json lacks numbers."""
+    try:
+        return restore_recipe(run.args)
+    except (KeyError, TypeError) as e:
+        raise ValueError(f'{run.folder}/args.json is damaged ({e}); restore the file') from None
+
+
+def tabulate_figures(plots: list[Plot]) -> tuple[list[list[str]], int]:
+    """Returns a header and rows of the numbers of the plots that share their points, and how many points there are.
+
+    At most ROWS of them, evenly spaced, have a row.
+    """
+    shared = [plot for plot in plots if len(plot.series[0].x) == len(plots[0].series[0].x)]
+    x = plots[0].series[0].x
+    kept = np.unique(np.linspace(0, len(x) - 1, min(ROWS, len(x))).round().astype(int)).tolist()
+    header = [plots[0].x_label, *(plot.title for plot in shared)]
+    return [header, *([f'{x[i]:.4g}', *(
+        f'{plot.series[0].y[i]:{plot.form}}' if math.isfinite(plot.series[0].y[i]) else '-' for plot in shared)]
+        for i in kept)], len(x)

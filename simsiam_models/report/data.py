@@ -1,0 +1,44 @@
+"""The images that a run was trained on, if they are still there."""
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from ..data import DataError, Images, UnreadableError, open_data
+from ..data.readers.images import contents_digest
+from .run import RunFolder
+
+ELSEWHERE = 'hf', 'hf-stream', 'pipe', 'http', 'https', 'torchvision'  # a file may not make a report fetch or run these
+
+
+class TrainingData(NamedTuple):
+    """The training images of a run; None, with a sentence that says why, if they cannot be shown."""
+
+    images: Images | None
+    problem: str = ''
+
+
+def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData:
+    """Opens the data that args.json names, or `given`, and compares them with what the run was trained on."""
+    name = run.args.get('data') if given is None else given
+    if given is None and name is not None and not Path(name).exists() and str(name).partition(':')[0] in ELSEWHERE:
+        return TrainingData(None, f'The report does not open {name} by itself; name the data with --data.')
+    try:
+        images, _ = open_data(name)
+    except (ValueError, OSError, DataError) as e:
+        return TrainingData(None, f'The data cannot be opened ({e}); if they have moved, name them with --data.')
+    if hasattr(images, 'samples'):
+        return TrainingData(None, f'{images.name} is a stream, which has no random access, so nothing is drawn again.')
+    if run.args['digest'] not in (images.digest, contents_digest(images)):
+        return TrainingData(None, (
+            f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '
+            f'the run had {run.args["images"]:,} with {run.args["digest"]}. So nothing is drawn again.'))
+    return TrainingData(images)
+
+
+def load_picture(images: Images, row: int) -> Image.Image | None:
+    """Returns an image; None if it cannot be read."""
+    try:
+        return Image.fromarray(images.read(row))
+    except UnreadableError:
+        return None

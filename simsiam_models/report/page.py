@@ -1,0 +1,124 @@
+"""Puts the sections of a report together."""
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ..benchmarks.results.report import make_tables, read_all
+from ..pages import gallery, plots, tables
+from ..pages.document import escape, link_sections, open_section, write_page
+from ..runtime.messages import counted
+from . import classified
+from .classified import draw_confusion, draw_mistakes
+from .curves import list_plots, tabulate_figures
+from .data import open_training_data
+from .nearest import draw_nearest, find_similar
+from .objects import draw_objects
+from .run import KINDS, RunFolder, list_facts, read_run
+from .views import TEXT, draw_views
+
+STYLE = gallery.STYLE + plots.STYLE + tables.STYLE + classified.STYLE
+
+
+class PageSection(NamedTuple):
+    """A heading, and what makes the pieces of HTML below it."""
+
+    title: str
+    draw: Callable[[], Iterator[str]]
+
+
+def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict], list[str]]:
+    """Returns the runs, the records, and which other files were left out.
+
+    Raises FileNotFoundError if a path does not exist, or there is neither a run nor a record; ValueError for a damaged
+    one.
+    """
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f'{path}: no such file or folder; name the OUTPUT of a run, or a folder of records')
+    runs = [run for path in paths if path.is_dir() and (run := read_run(path)) is not None]
+    try:
+        records, left_out = read_all(paths)
+    except FileNotFoundError as e:
+        if not runs:
+            raise FileNotFoundError(str(e).replace(
+                'no record of a benchmark there', 'neither a run nor a record of a benchmark there')) from None
+        records, left_out = [], []
+    return runs, records, [text for text in left_out if not text.endswith('of other kinds')]
+
+
+def write_report(file: Path, paths: list[Path], data: str | None = None) -> None:
+    """Writes the page; `data` names the images of the runs if they have moved.
+
+    Raises what `read_inputs` raises, or OSError if the page cannot be written.
+    """
+    runs, records, left_out = read_inputs(paths)
+    sections = [section for run in runs for section in _list_sections(run, data, f': {run.folder}' * (len(runs) > 1))]
+    if records:
+        sections.append(PageSection('Results', lambda: _draw_results(records, left_out)))
+    title = f'SimSiam report: {paths[0].resolve().name}' + f' and {len(paths) - 1} more' * (len(paths) > 1)
+
+    def draw() -> Iterator[str]:
+        yield link_sections(section.title for section in sections)
+        for i, section in enumerate(sections):
+            yield open_section(i, section.title)
+            yield from section.draw()
+            yield '</section>\n'
+
+    write_page(file, title, draw(), style=STYLE)
+
+
+def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSection]:
+    sections = [PageSection(f'What this is{suffix}', lambda: _draw_facts(run))]
+    if list_plots(run):
+        sections.append(PageSection(f'Curves{suffix}', lambda: _draw_curves(run)))
+    if run.kind == 'pretrain':
+        found = open_training_data(run, data)
+
+        def draw_seen() -> Iterator[str]:
+            yield f'<p class="soft">{escape(found.problem or TEXT)}</p>\n'
+            yield from draw_views(run, found.images) if found.images is not None else ()
+
+        def draw_similar() -> Iterator[str]:
+            if found.images is None:
+                yield f'<p class="soft">{escape(found.problem)}</p>\n'
+            else:
+                yield from draw_nearest(*find_similar(run, found.images))
+
+        sections += [PageSection(f'The two views{suffix}', draw_seen),
+                     PageSection(f'Nearest neighbours before and after training{suffix}', draw_similar)]
+    if run.kind == 'finetune' and run.record and run.record['extra'].get('confusion'):
+        sections += [PageSection(f'Confusion{suffix}', lambda: iter([draw_confusion(run.record)])),
+                     PageSection(f'Worst mistakes{suffix}', lambda: draw_mistakes(run.folder))]
+    if run.kind in ('detect', 'segment'):
+        sections.append(PageSection(f'{"Detections" if run.kind == "detect" else "Masks"}{suffix}',
+                                    lambda: draw_objects(run.folder, run.record)))
+    return sections
+
+
+def _draw_facts(run: RunFolder) -> Iterator[str]:
+    yield f'<p class="soft">{KINDS.get(run.kind, "pretraining without labels").capitalize()}.</p>\n'
+    yield tables.draw_facts(list_facts(run))
+
+
+def _draw_curves(run: RunFolder) -> Iterator[str]:
+    drawn = list_plots(run)
+    rows, n = tabulate_figures(drawn)
+    if n > 2 * plots.GROUPS:
+        yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '
+               'groups.</p>\n')
+    yield plots.draw_plots(drawn)
+    shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced'
+    yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'
+    for plot in drawn:
+        if len(plot.series[0].x) != n:
+            points = [[f'{x:.4g}', f'{y:{plot.form}}'] for x, y in zip(plot.series[0].x, plot.series[0].y, strict=True)]
+            yield tables.draw_table([[plot.x_label, plot.title], *points[:1000]], plot.title)
+    yield '</details>\n'
+
+
+def _draw_results(records: list[dict], left_out: list[str]) -> Iterator[str]:
+    for table in make_tables(records):
+        columns = [i for i in range(len(table.rows[0])) if i < table.keys or any(row[i] for row in table.rows[1:])]
+        yield tables.draw_table([[row[i] for i in columns] for row in table.rows], table.title, table.notes)
+    if left_out:
+        yield '<h3>Left out</h3>\n' + tables.draw_notes(left_out)

@@ -1,0 +1,139 @@
+"""What a run has left in its folder, and the section that says what it is."""
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..benchmarks.results.record import read_record
+from ..runtime.lifecycle import ARGS
+from ..runtime.log import LOG
+from ..runtime.messages import counted, short, size_text
+from ..runtime.runlock import describe_process, is_alive, read_lock
+from ..weights.folders import read_json
+from ..weights.tensorfile import hash_file
+
+RECORD = 'record.json'
+KINDS = {'finetune': 'fine-tuning', 'detect': 'training of a detector', 'segment': 'training of a segmenter'}
+HASHED = ARGS, LOG, RECORD, 'backbone/model.safetensors', 'model.safetensors'
+
+
+class RunFolder(NamedTuple):
+    """The folder of a run; `kind` is 'pretrain', or the command that KINDS names."""
+
+    folder: Path
+    kind: str
+    args: dict[str, Any]  # args.json
+    record: dict[str, Any] | None  # None: it is not finished, or pretraining
+    lines: list[dict[str, Any]]  # of log.jsonl
+    damaged: int  # lines that are no JSON
+
+    @property
+    def figures(self) -> list[dict[str, Any]]:
+        """Returns the lines with the figures of an interval."""
+        return [line for line in self.lines if isinstance(line.get('step'), int) and 'loss' in line]
+
+    @property
+    def steps(self) -> int:
+        """Returns the steps of an epoch of pretraining."""
+        return max(1, self.args['images'] // self.args['batch_size'])
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """Returns the epoch that pretraining is in, from 0, and the steps done in it, as far as its log says."""
+        last = self.figures[-1] if self.figures else {'epoch': 0, 'step': 0}
+        return (last['epoch'] + 1, 0) if last['step'] >= self.steps else (last['epoch'], last['step'])
+
+
+def read_run(folder: Path) -> RunFolder | None:
+    """Reads a run's folder; returns None if it holds none. Raises ValueError if its files are damaged."""
+    if not (folder / ARGS).is_file():
+        return None
+    args = read_json(folder / ARGS)
+    kind = args.get('benchmark', 'pretrain' if 'recipe' in args else None)
+    if kind not in ('pretrain', *KINDS):
+        return None
+    needed = {'images': int, 'batch_size': int, 'epochs': int, 'seed': int, 'model': str, 'augmentation': dict}
+    if kind == 'pretrain' and (bad := [k for k, t in needed.items() if not isinstance(args.get(k), t)]):
+        raise ValueError(f'{folder / ARGS} is damaged: it has no usable {bad[0]}; restore the file')
+    record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
+    return RunFolder(folder, kind, args, record, *_read_lines(folder / LOG))
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Returns the lines of a log, and the number of those that are damaged."""
+    lines, damaged = [], 0
+    for text in path.read_text(errors='replace').splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+            damaged += not isinstance(line, dict)
+            lines += [line] if isinstance(line, dict) else []
+        except (ValueError, RecursionError):
+            damaged += 1
+    return lines, damaged
+
+
+def describe_state(run: RunFolder) -> str:
+    """Returns whether a run is finished, running or stopped, how far it came, and whether its outputs collapsed."""
+    found = read_lock(run.folder / 'lock')
+    running = found and found[0] and is_alive(found[0], describe_process())
+    if run.kind != 'pretrain':
+        return 'running' if running else 'finished' if run.record else 'stopped before its end'
+    (epoch, step), epochs = run.reached, run.args['epochs']
+    state = 'running' if running else 'finished' if epoch >= epochs else 'stopped'
+    if state != 'finished':
+        state += f' after {epoch} of {counted(epochs, "epoch")}'
+        state += f' and {step} of {counted(run.steps, "step")}' if step else ''
+    last = run.figures[-1] if run.figures else {}
+    if last.get('collapsed') or last.get('diagnosis'):
+        state += f'; {"its outputs have collapsed" if last.get("collapsed") else "not healthy"}'
+        state += f' ({short(last["diagnosis"])})' if last.get('diagnosis') else ''
+    return state
+
+
+def list_facts(run: RunFolder) -> list[tuple[str, str]]:
+    """Returns names and values that say what a run is."""
+    a, record = run.args, run.record or {}
+    facts = [('Folder', str(run.folder)), ('State', describe_state(run)), ('Model', _describe_model(run))]
+    facts += _list_recipe(a) if run.kind == 'pretrain' else [
+        ('Protocol', short(a.get('protocol') or record.get('protocol', {}).get('name') or 'not recorded'))]
+    facts.append(('Data', _describe_data(run)))
+    facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on for {x["epochs"]} epochs instead of '
+               f'{x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', ())]
+    unreadable = [line['unreadable'] for line in run.lines if 'unreadable' in line]
+    if unreadable:
+        facts.append(('Unreadable', f'{counted(unreadable[-1], "image")}, replaced; unreadable.txt names them'))
+    if run.damaged:
+        facts.append(('Damaged', f'{counted(run.damaged, "line")} of {LOG} left out'))
+    command = a.get('command') or record.get('command')
+    facts.append(('Command', command if isinstance(command, str) else 'not recorded'))
+    versions = a.get('versions') or record.get('versions') or {}
+    facts.append(('Versions', ', '.join(f'{k} {v}' for k, v in versions.items()) or 'not recorded'))
+    files = [run.folder / name for name in HASHED if (run.folder / name).is_file()]
+    facts += [(f'SHA-256 of {file.relative_to(run.folder)}', f'{hash_file(file)}, {size_text(file.stat().st_size)}')
+              for file in files]
+    return facts
+
+
+def _describe_model(run: RunFolder) -> str:
+    args = run.args.get('model_args')
+    text = f'{run.args.get("model") or (run.record or {}).get("weights", {}).get("name")}'
+    text += f' {json.dumps(args)}' if args else ''
+    if initial := run.args.get('init_from'):
+        text += f', from {initial.get("source")} (SHA-256 {str(initial.get("sha256"))[:16]})'
+    if run.record:
+        text += f', weights {run.record["weights"]["digest"]}'
+    return text
+
+
+def _describe_data(run: RunFolder) -> str:
+    data = (run.record or {}).get('data', {})
+    name = run.args.get('data', data.get('path', data.get('name'))) or 'the built-in demonstration'
+    n = run.args.get('images')
+    return f'{name}, {counted(n, "image") if isinstance(n, int) else "images"}, digest ' \
+           f'{data.get("digest") or run.args.get("digest")}'
+
+
+def _list_recipe(a: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ('Recipe', f'{a["recipe"]}: {a["epochs"]} epochs, batch {a["batch_size"]}, learning rate {a.get("lr")} per 256 '
+                   f'samples, weight decay {a.get("weight_decay")}, views of {a["augmentation"].get("size")} px'),
+        ('Seed', f'{a["seed"]}; precision {a.get("amp")}, {counted(a.get("processes") or 1, "process", "processes")}')]

@@ -1,0 +1,255 @@
+"""The page of a run: complete, quiet, accessible, and true to what the network was given."""
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from browser import HOSTILE, Browser
+from conftest import TINY, write_digits
+from PIL import Image
+
+from simsiam_models import cli
+from simsiam_models.benchmarks.backbone import load_backbone
+from simsiam_models.data import TwoViews, open_data
+from simsiam_models.data.augment import normalize
+from simsiam_models.report.curves import list_plots, read_recipe
+from simsiam_models.report.nearest import find_similar
+from simsiam_models.report.run import describe_state, read_run
+from simsiam_models.report.views import choose_samples, redraw, to_picture
+from simsiam_models.simsiam import create_simsiam
+
+NAMES = [name.replace('/', '|') for name in HOSTILE]
+SECTIONS = ['What this is', 'Curves', 'The two views', 'Nearest neighbours before and after training']
+
+
+def rename_hostile(root: Path) -> Path:
+    """Gives files and two class folders hostile names."""
+    for folder in sorted(root.iterdir()):
+        for file, name in zip(sorted(folder.iterdir()), NAMES, strict=False):
+            file.rename(file.with_name(f'{name}{file.suffix}'))
+    (root / '0').rename(root / '<b>zero')
+    (root / '1').rename(root / 'אחת')
+    return root
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rename_hostile(write_digits(tmp_path_factory.mktemp('report') / 'digits', 96))
+
+
+@pytest.fixture(scope='module')
+def run(data: Path) -> Path:
+    """The folder of a run that was stopped in its third epoch."""
+    torch.set_num_threads(1)
+    assert cli.main(['pretrain', str(data), *TINY, '--batch-size', '32', '--workers', '0', '--log-every', '1',
+                     '--max-steps', '8', '--output', str(data.parent / 'run')]) == 0
+    return data.parent / 'run'
+
+
+@pytest.fixture(scope='module')
+def page(run: Path) -> Path:
+    assert cli.main(['report', str(run), '--html', str(run.parent / 'p.html'), '--plots', str(run.parent / 'p')]) == 0
+    return run.parent / 'p.html'
+
+
+@pytest.mark.parametrize('dark', [False, True])
+@pytest.mark.parametrize('width', [360, 1200])
+def test_the_page_is_quiet_fits_and_is_accessible(page, browser: Browser, width, dark):
+    opened = browser.open(page, width, dark)
+    opened.page.locator('summary').first.click()
+    assert not opened.messages and not opened.requests
+    assert opened.overflow() <= 0 and not opened.violations() and not opened.unreached()
+
+
+def test_the_page_says_what_the_run_is_and_draws_every_figure_of_the_log(run, page, browser: Browser):
+    page = browser.open(page).page
+    assert page.locator('h2').all_text_contents() == SECTIONS
+    facts = dict(zip(page.locator('dt').all_text_contents(), page.locator('dd').all_text_contents(), strict=True))
+    args = json.loads((run / 'args.json').read_text())
+    assert facts['Command'] == args['command'] and args['versions']['torch'] in facts['Versions']
+    assert facts['State'] == 'stopped after 2 of 20 epochs and 2 of 3 steps' and args['digest'] in facts['Data']
+    boxes = page.evaluate('() => [...document.querySelectorAll("svg")].map(s => Math.max(...['
+                          '...s.querySelectorAll("path")].map(p => p.getBBox().width * p.getBBox().height)))')
+    assert len(boxes) == 7 and min(boxes) > 100
+    names = {'loss', 'std', 'rank', 'lr', 'knn', 'throughput', 'waiting'}
+    assert {file.stem for file in (run.parent / 'p').iterdir()} == names
+    page.locator('summary').click()
+    assert page.locator('details tbody tr').count() == 8 + 1  # steps, and one measurement of kNN
+
+
+def test_names_of_files_and_classes_show_as_text(page, browser: Browser):
+    page = browser.open(page).page
+    text = page.locator('main').text_content()
+    assert '<b>zero' in text and '<img src=x onerror=alert(1)>.jpg' in text and '\x1b' not in text
+    assert page.locator('main b').all_text_contents() and not page.locator('[onerror], [src="x"]').count()
+
+
+def test_the_views_are_those_of_the_loader_to_the_bit(run, data):
+    found, images = read_run(run), open_data(data)[0]
+    epochs, rows = choose_samples(found)
+    assert epochs == [0, 1, 2] and 2 <= len(rows) <= 6
+    drawn = redraw(found, images, epochs, rows)
+    recipe = read_recipe(found)
+    loader = TwoViews(images, recipe.augmentation, recipe.batch_size, seed=found.args['seed'])
+    for epoch, pair in zip(epochs, drawn, strict=True):
+        seen = {}
+        for number, batch in enumerate(loader.batches(epoch)):
+            indices = batch.indices.copy()
+            if epoch < 2 or number < 2:  # what the run reached
+                seen |= {int(i): views for i, *views in zip(indices, *loader.finish(batch), strict=True)}
+        for i, row in enumerate(rows.tolist()):
+            for view in (0, 1):
+                assert torch.equal(pair[view][i], seen[row][view])
+    assert not torch.equal(drawn[0][0], drawn[0][1]) and not torch.equal(drawn[0][0], drawn[1][0])
+    np.testing.assert_allclose(
+        normalize(torch.from_numpy(np.array(to_picture(drawn[0][0][0]))).permute(2, 0, 1)[None] / 255)[0],
+        drawn[0][0][0], atol=0.01)
+
+
+def test_neighbours_are_those_of_the_seeds_network_and_of_the_trained_one(run, data):
+    found, images = read_run(run), open_data(data)[0]
+    some, near, problem = find_similar(found, images)
+    recipe = read_recipe(found)
+    torch.manual_seed(found.args['seed'])
+    before = create_simsiam(recipe.model, dim=64, pred_dim=16, proj_layers=recipe.proj_layers, **recipe.model_args)
+    networks = {'before': before.backbone.eval(), 'after': load_backbone(str(run)).model}
+    x = normalize(torch.from_numpy(np.stack([images.read(i) for i in range(96)])).permute(0, 3, 1, 2) / 255)
+    assert not problem and len(some) == 96
+    for name, network in networks.items():
+        with torch.no_grad():
+            y = torch.nn.functional.normalize(network(x).double(), dim=1)
+        cosines = (y @ y.T).fill_diagonal_(-1).sort(descending=True).values[:, :5]
+        np.testing.assert_allclose(near[name][1], cosines, atol=1e-5)
+    assert not np.array_equal(near['before'][0], near['after'][0])
+
+
+def test_data_that_are_gone_or_changed_are_named_and_can_be_given(run, data, tmp_path, capsys, browser: Browser):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    args = json.loads((copy / 'args.json').read_text())
+    other = write_digits(tmp_path / 'other', 64)
+    for name, said in ((str(tmp_path / 'gone'), 'gone: no such file or folder'), (str(other), 'has changed since the'),
+                       ('pipe:touch ' + str(tmp_path / 'ran'), 'name the data with --data')):
+        (copy / 'args.json').write_text(json.dumps({**args, 'data': name}))
+        assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
+        page = browser.open(tmp_path / 'p.html').page
+        assert page.locator('section').nth(2).text_content().count(said) == 1 and page.locator('svg').count() == 7
+        assert not page.locator('img').count() and not (tmp_path / 'ran').exists()
+    assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html'), '--data', str(data)]) == 0
+    assert browser.open(tmp_path / 'p.html').page.locator('img').count() > 50
+
+
+def test_a_thousand_lines_stay_small_and_damaged_ones_are_counted(run, tmp_path, browser: Browser):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    lines = [json.loads(line) for line in (run / 'log.jsonl').read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    many = [{**lines[1], 'epoch': i // 3, 'step': i % 3 + 1, 'loss': rng.normal()} for i in range(1200)]
+    many[-1].update(collapsed=True, diagnosis='high learning rate', loss=None)
+    (copy / 'log.jsonl').write_text('\n'.join(map(json.dumps, [lines[0], *many])) + '\n{torn')
+    assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
+    assert (tmp_path / 'p.html').stat().st_size < 1_500_000
+    opened = browser.open(tmp_path / 'p.html')
+    text = opened.page.locator('main').text_content()
+    assert 'Of 1,200 points, each curve shows the lowest and the highest of 150 equal groups.' in text
+    assert 'its outputs have collapsed (high learning rate)' in text and '1 line of log.jsonl left out' in text
+    assert max(map(len, opened.page.locator('svg').evaluate_all('all => all.map(e => e.outerHTML)'))) < 40_000
+
+
+def test_paper_has_every_section_and_the_numbers(page, browser: Browser):
+    page = browser.open(page).page
+    page.emulate_media(media='print')
+    heights = page.locator('section').evaluate_all('all => all.map(e => e.getBoundingClientRect().height)')
+    assert len(heights) == len(SECTIONS) and min(heights) > 100
+    assert page.locator('details table').first.bounding_box()['height'] > 100
+    assert page.evaluate('() => getComputedStyle(document.body).backgroundColor') == 'rgb(255, 255, 255)'
+
+
+def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path, browser: Browser):
+    folder = tmp_path / 'classifier'
+    assert cli.main(['finetune', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1',
+                     '--device', 'cpu', '--workers', '0', '--output', str(folder)]) == 0
+    with open(folder / 'predictions.csv', newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    wrong = [row for row in rows if row['label'] != row['predicted']]
+    os.remove(max(wrong, key=lambda row: float(row['score']))['path'])
+    assert cli.main(['report', str(folder), '--html', str(tmp_path / 'p.html')]) == 0
+    opened = browser.open(tmp_path / 'p.html', 360)
+    page = opened.page
+    assert page.locator('h2').all_text_contents() == [
+        'What this is', 'Curves', 'Confusion', 'Worst mistakes', 'Results']
+    counts = [int(n) for n in page.locator('.matrix tbody td').all_text_contents()]
+    assert len(counts) == 100 and sum(counts) == len(rows)
+    shown = page.locator('.row b').all_text_contents()
+    scores = [float(text.split(' ')[-3].rstrip(',')) for text in shown]
+    assert len(shown) == min(24, len(wrong)) and scores == sorted(scores, reverse=True)
+    assert page.locator('.none').count() == 1  # the removed one
+    assert not opened.messages and opened.overflow() <= 0 and not opened.violations()
+    (folder / 'predictions.csv').unlink()
+    assert cli.main(['report', str(folder), '--html', str(tmp_path / 'p.html')]) == 0
+    assert 'predictions.csv is missing' in (tmp_path / 'p.html').read_text()
+
+
+def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: Browser, capsys):
+    for model in ('resnet10t', 'resnet18'):
+        assert cli.main(['knn', str(data), '--dataset', 'folder', '--model', f'{model}:random', '--image-size', '32',
+                         '--device', 'cpu', '--workers', '0', '--cache', str(tmp_path / 'cache'), '--output',
+                         str(tmp_path / 'results')]) == 0
+    capsys.readouterr()
+    assert cli.main(['report', str(tmp_path / 'results'), '--markdown']) == 0
+    lines = [line.strip('| ').split(' | ') for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    assert cli.main(['report', str(tmp_path / 'results'), '--html', str(tmp_path / 'p.html')]) == 0
+    opened = browser.open(tmp_path / 'p.html', 360, dark=True)
+    rows = [row.locator('td').all_text_contents() for row in opened.page.locator('tbody tr').all()]
+    assert [row[-4:] for row in rows] == [line[-4:] for line in lines[2:]] and len(rows) == 2
+    assert not opened.violations() and opened.overflow() <= 0 and not opened.unreached()
+
+
+def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
+    Image.new('RGB', (996, 1200), 'gray').save(tmp_path / 'sheet.jpg')
+    (tmp_path / 'args.json').write_text(json.dumps({'benchmark': 'detect', 'protocol': 'plain', 'model': 'x'}))
+    record = {
+        'format': 'simsiam_models benchmark', 'version': 1, 'benchmark': 'detect_own', 'protocol': {'name': 'plain'},
+        'weights': {'name': 'x', 'tag': None, 'digest': 'ab'}, 'data': {'name': 'folder', 'counts': {'test': 4}},
+        'metrics': {'AP': 12.5}, 'extra': {'per_class': [{'class': '<b>cat</b>', 'objects': 3, 'AP': 12.5}]}}
+    (tmp_path / 'record.json').write_text(json.dumps(record))
+    log = [{'step': i, 'loss': 1 / i} for i in range(1, 9)]
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*log, {'step': 8, 'AP': 12.5}]))
+    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['loss', 'AP']
+    assert describe_state(read_run(tmp_path)) == 'finished'
+    assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
+    opened = browser.open(tmp_path / 'p.html', 360)
+    assert opened.page.locator('img').evaluate('e => e.naturalWidth') == 900
+    assert opened.page.locator('td').all_text_contents().count('<b>cat</b>') == 1
+    assert not opened.violations() and opened.overflow() <= 0
+    (tmp_path / 'sheet.jpg').write_bytes(b'torn')
+    assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
+    assert 'sheet.jpg cannot be read as an image.' in (tmp_path / 'p.html').read_text()
+
+
+@pytest.mark.parametrize(('args', 'said'), [
+    ('gone --html p.html', 'gone: no such file or folder; name the OUTPUT of a run, or a folder of records'),
+    ('empty --html p.html', 'empty: neither a run nor a record of a benchmark there'),
+    ('empty --plots p', 'empty: neither a run nor a record of a benchmark there'),
+    ('run --html p.txt', '--html p.txt: must be a file that ends in .html'),
+    ('run --html file/p.html', '--html: file/p.html cannot be written ('),
+    ('run --html p.html --markdown', '--markdown: prints tables to the terminal'),
+    ('run --data x', '--data x: only --html shows images; add --html FILE.html')])
+def test_a_mistake_is_one_sentence(args, said, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('empty').mkdir()
+    Path('file').write_bytes(b'')
+    Path('run').symlink_to(run)
+    assert cli.main(['report', *args.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f'simsiam: {said}') and error.count('\n') == 1
+
+
+def test_without_matplotlib_its_absence_is_named_before_any_work(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    assert cli.main(['report', str(run), '--html', str(tmp_path / 'p.html')]) == 1
+    assert capsys.readouterr().err == 'simsiam: --html needs matplotlib: pip install matplotlib\n'
