@@ -20,21 +20,21 @@ def write_atlas(
     """Writes the page; raises OSError if it cannot be written.
 
     Args:
-        data: what `atlas.js` reads.
+        data: what `atlas_map.js` reads.
         sheets: JPEG files with the thumbnails.
         facts: a line on what the map shows.
         usage: what to do with a list that the page has saved.
         about: more on the map.
         left_out: why images could not be read.
     """
-    style, script = ((FOLDER / f'atlas.{kind}').read_text('utf-8') for kind in ('css', 'js'))
+    style, *scripts = ((FOLDER / name).read_text('utf-8') for name in ('atlas.css', 'atlas_map.js', 'atlas_lists.js'))
     texts = ''.join(f'<li>{escape(text)}</li>' for text in left_out)
     body = Template((FOLDER / 'atlas.html').read_text('utf-8')).substitute(
         facts=escape(facts), usage=escape(usage),
         about=''.join(f'<dt>{escape(term)}</dt><dd>{escape(text)}</dd>' for term, text in about.items()),
         left_out=f'<details><summary>{counted(len(left_out), "image")} could not be read</summary>'
                  f'<ul>{texts}</ul></details>\n' if left_out else '')
-    write_page(path, title, itertools.chain([body], _embed(data, sheets)), style=style, script=script)
+    write_page(path, title, itertools.chain([body], _embed(data, sheets)), style=style, script=''.join(scripts))
 
 
 def _embed(data: dict[str, Any], sheets: Iterable[bytes]) -> Iterator[str]:

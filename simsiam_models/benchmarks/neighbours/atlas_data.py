@@ -1,4 +1,4 @@
-"""What the page of the atlas holds: see `pages/atlas.js`, which reads it."""
+"""What the page of the atlas holds: see `pages/atlas_map.js`, which reads it."""
 import base64
 import os
 from typing import Any

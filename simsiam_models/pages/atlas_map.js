@@ -1,5 +1,5 @@
 'use strict';
-// The atlas: a map of images on a canvas, and lists beside it. No library, no request: all data stand in the page.
+// The map of an atlas: images as marks and thumbnails on a canvas. All data stand in the page.
 
 const $ = id => document.getElementById(id);
 const data = JSON.parse($('data').textContent);
@@ -9,7 +9,7 @@ const decode = (text, Kind) => new Kind(bytes(text).buffer);
 const near = decode(data.near, Uint32Array), cosines = decode(data.cosines, Uint16Array);
 const maps = data.maps.map(map => decode(map.xy, Float32Array));  // x, y of each image, in 0 .. 1
 const place = tiles && decode(tiles.place, Uint32Array), sizes = tiles && decode(tiles.sizes, Uint8Array);
-const notes = new Map(data.findings.toReversed().map(finding => [finding.key, new Map(finding.rows)]));  // kind -> row -> text
+const notes = new Map(data.findings.map(finding => [finding.key, new Map(finding.rows)]));  // kind -> row -> text
 const names = data.names.map((name, row) => data.spelled[row] ?? name);  // as they can be shown
 
 const canvas = $('map'), pen = canvas.getContext('2d', { willReadFrequently: true });
@@ -112,7 +112,8 @@ function makeStamps(radius) {
       to.fillStyle = colour;
       to.fill(shape);
     }
-    const all = new Uint32Array(to.getImageData(0, 0, side, side).data.buffer), used = [...all.keys()].filter(i => all[i]);
+    const all = new Uint32Array(to.getImageData(0, 0, side, side).data.buffer);
+    const used = [...all.keys()].filter(i => all[i]);
     return { places: used.map(i => Math.floor(i / side) * canvas.width + i % side), pixels: used.map(i => all[i]) };
   };
   const shapes = SHAPES.map(shape => new Path2D(shape)), square = new Path2D('M0 0h12v12H0z');
@@ -146,7 +147,7 @@ function draw() {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   drawn = [];
   if (pictures && gap > 16) drawPictures();
-  drawMarks(radius + 2.5, gap > 16 || only.size);
+  drawMarks(radius + 2.5, gap > 16 || shown < n);
   if (cursor >= 0) ring(cursor, radius + 5, colours.mark, 2);
   stroke(new Path2D(`M${path.join('L') || '0 0'}`), colours.pick, 1.5, [5, 4]);
 }
@@ -165,7 +166,8 @@ function drawDots() {
   for (const pass of [0, 1]) {
     for (const row of order) {
       const x = Math.round(sx(row) * ratio) - half, y = Math.round(sy(row) * ratio) - half;
-      if (visible[row] !== pass || x < 0 || y < 0 || x + 2 * half > image.width || y + 2 * half > image.height) continue;
+      const outside = x < 0 || y < 0 || x > image.width - 2 * half || y > image.height - 2 * half;
+      if (outside || visible[row] !== pass) continue;
       const label = labelOf(row), shape = shapeOf(label), start = y * image.width + x;
       if (picked[row]) put(rings[shape], start);
       put((pass ? dots[colourOf(label)] : faint)[shape], start);
@@ -175,7 +177,7 @@ function drawDots() {
 }
 
 function drawPictures() {
-  const least = Math.min(72, 28 * (view.scale / fitted) ** 0.3);  // pixels of their distance, which is less than twice this
+  const least = Math.min(72, 28 * (view.scale / fitted) ** 0.3);  // pixels: their distance is this, to twice this
   const level = 2 ** Math.floor(Math.log2(view.scale / least)), side = view.scale / level * 0.94;
   for (const row of spreadOut(1 / level)) {
     const tile = within(row, side) && findTile(row);
@@ -207,10 +209,15 @@ function ring(row, radius, colour, thickness) {
 
 /** Copies have a square around them, outliers a circle, doubtful labels a question mark; lines lead to the nearest. */
 function drawMarks(r, close) {
-  const squares = new Path2D(), marks = {
-    copies: row => squares.rect(sx(row) - r, sy(row) - r, 2 * r, 2 * r), outliers: row => ring(row, r + 1.5, colours.mark, 1.25),
-    doubts: row => { pen.strokeText('?', sx(row) + r, sy(row) - r + 4); pen.fillText('?', sx(row) + r, sy(row) - r + 4); } };
-  Object.assign(pen, { fillStyle: colours.mark, font: '600 12px system-ui', strokeStyle: colours.map, lineWidth: 3 });
+  const squares = new Path2D();
+  const marks = {
+    copies: row => squares.rect(sx(row) - r, sy(row) - r, 2 * r, 2 * r),
+    outliers: row => ring(row, r + 1.5, colours.mark, 1.25),
+    doubts: row => {
+      [pen.fillStyle, pen.strokeStyle, pen.lineWidth, pen.font] = [colours.mark, colours.map, 3, '600 12px system-ui'];
+      pen.strokeText('?', sx(row) + r, sy(row) - r + 4);
+      pen.fillText('?', sx(row) + r, sy(row) - r + 4);
+    } };
   for (const [kind, texts] of notes) {
     if (!close && texts.size > 100) continue;  // they would cover the map
     for (const row of texts.keys()) if (visible[row] && within(row, r)) marks[kind](row);
@@ -314,253 +321,3 @@ function leaf(by) {
   do row += by; while (row >= 0 && row < n && !visible[row]);
   if (row >= 0 && row < n) point(row);
 }
-
-// ---- The card, the current image, the list ----
-
-/** Moves the cursor to an image as keys do: into view, and spoken. */
-function point(row) {
-  const far = Math.abs(sx(row) - width / 2) > width / 2 - 40 || Math.abs(sy(row) - height / 2) > height / 2 - 50;
-  if (far) Object.assign(view, { x: xy[2 * row], y: xy[2 * row + 1] });
-  showCard(row);
-  say(`${names[row]}, ${describe(row)}`);
-}
-
-function showCard(row) {
-  cursor = row;
-  const card = $('card'), [thumbnail, name, text] = card.children, x = sx(row), y = sy(row);
-  const similarity = current >= 0 && found.find(([other]) => other === row);
-  name.textContent = names[row];
-  text.textContent = describe(row) + (similarity ? ` · similarity ${similarity[1].toFixed(3)}` : '');
-  drawTile(thumbnail, row, Math.min(224, Math.max(128, tiles ? tiles.side * 2 : 0)));
-  const right = x > width / 2, low = y > height / 2, away = length => `${Math.max(4, length + 14)}px`;
-  Object.assign(card.style, {
-    left: right ? '' : away(x), right: right ? away(width - x) : '',
-    top: low ? '' : away(y), bottom: low ? away(height - y) : '' });
-  card.hidden = false;
-  redraw();
-}
-
-function hideCard() {
-  cursor = -1;
-  $('card').hidden = true;
-  redraw();
-}
-
-/** Lists the images nearest to one by the network's features, from the exact search; the image itself comes first. */
-function setCurrent(row) {
-  current = row;
-  const values = Array.from(cosines.subarray(row * k, (row + 1) * k), value => value / 65535 * 2 - 1);
-  listImages(`Nearest to ${names[row]}`, [[row, 1], ...values.map((value, i) => [near[row * k + i], value])], row);
-  if (!within(row, -20)) moveTo(xy[2 * row], xy[2 * row + 1]);
-}
-
-function listImages(title, list, row = -1) {
-  [found, current] = [list, row];
-  $('found-title').textContent = title;
-  $('found-title').hidden = $('found-tools').hidden = !title;
-  $('hint').hidden = Boolean(title);
-  $('found').replaceChildren(...list.slice(0, 100).map(([row, value]) => {
-    const item = $('hit').content.cloneNode(true);
-    const [button, thumbnail, name, text] = item.querySelectorAll('button, canvas, bdi, span');
-    button.title = `${names[row]}\n${describe(row)}`;
-    button.dataset.row = row;
-    name.textContent = names[row].split('/').pop();
-    text.textContent = value?.toFixed(3) ?? '';
-    drawTile(thumbnail, row, 148);
-    return item;
-  }));
-  if (list.length > 100) $('found').append(`and ${counted(list.length - 100, 'more image')}`);
-  if (title) say(title);
-  pick([]);
-}
-
-function search(text) {
-  const wanted = text.trim().toLowerCase();
-  const hits = rows.filter(row => wanted && names[row].toLowerCase().includes(wanted));
-  listImages(wanted && `${counted(hits.length, 'name')} with “${text.trim()}”`, hits.map(row => [row, null]));
-}
-
-// ---- Classes and findings ----
-
-const hidden = new Set(), only = new Set();  // classes that are not shown; kinds of findings that alone are shown
-
-function filter() {
-  for (const row of rows) {
-    visible[row] = !hidden.has(labelOf(row)) && (!only.size || [...only].some(kind => notes.get(kind).has(row)));
-  }
-  shown = visible.reduce((sum, one) => sum + one, 0);
-  spread.clear();
-  hideCard();
-  say(`${counted(shown, 'image')} shown`);
-}
-
-/** Adds a switch with a mark to a list; `set` holds the keys that are switched on, or with `inverse` off. */
-function addSwitch(list, [key, name, number], shape, colour, set, inverse) {
-  const item = $('switch').content.cloneNode(true), box = item.querySelector('input');
-  item.querySelector('path').setAttribute('d', shape);
-  item.querySelector('svg').style.fill = colour;
-  item.querySelector('bdi').textContent = name;
-  item.querySelector('.number').textContent = number.toLocaleString('en');
-  item.querySelector('button').setAttribute('aria-label', `Show only ${name}`);
-  item.querySelector('button').onclick = () => showClasses(other => other === box);
-  Object.assign(box, { checked: inverse, onchange: () => {
-    if (box.checked === inverse) set.delete(key); else set.add(key);
-    filter();
-  } });
-  list.append(item);
-}
-
-function showClasses(test) {
-  for (const box of $('classes').querySelectorAll('input')) if (box.checked !== test(box)) box.click();
-}
-
-function listSwitches() {
-  const counts = new Array(data.classes.length).fill(0);
-  for (const label of labels ?? []) counts[label]++;
-  data.classes.forEach((name, i) => counts[i] && addSwitch(
-    $('classes'), [i, name, counts[i]], SHAPES[shapeOf(i)], `var(--c${colourOf(i)})`, hidden, true));
-  for (const { key, name, mark, rows: found } of data.findings) {
-    addSwitch($('findings'), [key, name, found.length], mark, '', only, false);
-  }
-}
-
-// ---- Selection ----
-
-function pick(which, value = 1) {
-  for (const row of which) picked[row] = value;
-  const total = pickedRows().length;
-  $('count').textContent = total ? `${counted(total, 'image')} selected` : 'No image is selected';
-  $('choose').textContent = current < 0 ? 'Select these' : picked[current] ? 'Remove from selection' : 'Select';
-  for (const button of $('found').querySelectorAll('button')) {
-    button.className = (picked[button.dataset.row] ? 'picked ' : '') + (button.dataset.row === String(current) ? 'self' : '');
-  }
-  if (which.length) say($('count').textContent);
-  redraw();
-}
-const pickedRows = () => rows.filter(row => picked[row]);
-const toggle = row => pick([row], 1 - picked[row]);
-
-function pickInside(points, value) {
-  const crosses = (x, y) => points.filter(([ax, ay], i) => {
-    const [bx, by] = points[(i + 1) % points.length];
-    return ay > y !== by > y && x < (bx - ax) * (y - ay) / (by - ay) + ax;
-  }).length;
-  pick(rows.filter(row => visible[row] && crosses(sx(row), sy(row)) % 2), value);
-}
-
-/** Returns the selection as a CSV file, which `simsiam pretrain` reads. */
-function writeList() {
-  const folder = $('prefix').value.trim().replace(/\/*$/, '/').replace(/^\/$/, '');
-  const cell = text => /^\s|\s$|[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
-  const lines = pickedRows().map(row => [folder + data.names[row], ...labels ? [data.cells[labels[row]]] : []]);
-  return [labels ? ['path', 'label'] : ['path'], ...lines].map(line => line.map(cell).join(',') + '\n').join('');
-}
-
-function save() {
-  // Python reads bytes that are no text as lone surrogates; here they become these bytes again.
-  const parts = writeList().split(/([\udc80-\udcff])/u);
-  const list = new Blob(parts.map((part, i) => i % 2 ? Uint8Array.of(part.charCodeAt(0)) : part));
-  const link = make('a', { href: URL.createObjectURL(list), download: 'selection.csv' });
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
-  say(`${$('count').textContent}, saved as selection.csv`);
-}
-
-const copy = () => navigator.clipboard.writeText(writeList()).then(
-  () => say(`${$('count').textContent}, copied`), () => say('This browser lets no page copy; save the list instead'));
-
-// ---- What the user does ----
-
-const clicks = {
-  'zoom-in': () => zoomAt(1.6), 'zoom-out': () => zoomAt(1 / 1.6), fit: () => moveTo(0.5, 0.5, fitted),
-  lasso: () => { lassoing = press('lasso', !lassoing); canvas.classList.toggle('lasso', lassoing); },
-  pictures: () => { pictures = press('pictures', !pictures); redraw(); },
-  all: () => showClasses(() => true), none: () => showClasses(() => false),
-  choose: () => current < 0 ? pick(found.map(([row]) => row)) : toggle(current),
-  close: () => { $('find').value = ''; listImages('', []); },
-  'select-shown': () => pick(rows.filter(row => visible[row])),
-  'select-view': () => pick(rows.filter(row => visible[row] && within(row, 0))),
-  list: () => listImages($('count').textContent, pickedRows().map(row => [row, null])),
-  clear: () => pick(pickedRows(), 0), save, copy };
-for (const [id, act] of Object.entries(clicks)) $(id).onclick = act;
-
-function press(id, on) {
-  $(id).setAttribute('aria-pressed', on);
-  return on;
-}
-
-const keys = {
-  '+': () => zoomAt(1.6), '=': () => zoomAt(1.6), '-': () => zoomAt(1 / 1.6), 0: clicks.fit,
-  PageDown: () => leaf(1), PageUp: () => leaf(-1), Escape: () => { clicks.close(); hideCard(); },
-  Enter: () => cursor >= 0 && setCurrent(cursor), ' ': () => cursor >= 0 && toggle(cursor) };
-for (const [key, dx, dy] of [['Left', -1, 0], ['Right', 1, 0], ['Up', 0, -1], ['Down', 0, 1]]) {
-  keys[`Arrow${key}`] = shift => shift ? pan(-80 * dx, -80 * dy) : step(dx, dy);
-}
-canvas.onkeydown = event => {
-  if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault();
-  keys[event.key](event.shiftKey);
-};
-
-const pointers = new Map();  // of fingers, or the mouse while a button is down
-let travelled = 0;
-canvas.onpointerdown = event => {
-  if (event.button) return;
-  canvas.setPointerCapture(event.pointerId);
-  pointers.set(event.pointerId, [event.offsetX, event.offsetY]);
-  travelled = 0;
-  path = pointers.size === 1 && (lassoing || event.shiftKey) ? [[event.offsetX, event.offsetY]] : [];
-};
-canvas.onpointermove = event => {
-  const x = event.offsetX, y = event.offsetY, last = pointers.get(event.pointerId);
-  if (!last) {
-    const row = event.pointerType === 'mouse' ? findAt(x, y) : -1;
-    canvas.classList.toggle('over', row >= 0);
-    if (row !== cursor) { if (row < 0) hideCard(); else showCard(row); }
-    return;
-  }
-  travelled += Math.hypot(x - last[0], y - last[1]);
-  const other = [...pointers].find(([id]) => id !== event.pointerId)?.[1];  // pinching zooms around the other finger
-  if (path.length) path.push([x, y]);
-  else if (other) zoomAt(Math.hypot(x - other[0], y - other[1]) / Math.hypot(last[0] - other[0], last[1] - other[1]), ...other);
-  else if (travelled > 4) pan(x - last[0], y - last[1]);
-  pointers.set(event.pointerId, [x, y]);
-  redraw();
-};
-canvas.onpointerup = event => {
-  if (!pointers.delete(event.pointerId)) return;
-  const points = path, row = findAt(event.offsetX, event.offsetY);
-  path = [];
-  if (points.length > 2 && travelled > 4) return pickInside(points, event.altKey ? 0 : 1);
-  if (travelled > 4 || pointers.size) return redraw();
-  if (row < 0) return clicks.close();
-  if (event.ctrlKey || event.metaKey) return toggle(row);
-  setCurrent(row);
-  showCard(row);
-};
-canvas.onpointercancel = event => { pointers.delete(event.pointerId); path = []; };
-canvas.onpointerleave = () => { if (!pointers.size) hideCard(); };
-canvas.onwheel = event => {
-  event.preventDefault();
-  zoomAt(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.002)), event.offsetX, event.offsetY);
-};
-
-const rowOf = event => Number(event.target.closest('button')?.dataset.row ?? -1);
-$('found').onclick = event => { if (rowOf(event) >= 0) setCurrent(rowOf(event)); };
-for (const kind of ['mouseover', 'focusin']) {
-  $('found').addEventListener(kind, event => rowOf(event) >= 0 && within(rowOf(event), 0) && showCard(rowOf(event)));
-}
-$('find').oninput = () => search($('find').value);
-$('projection').onchange = () => changeMap($('projection').selectedIndex);
-
-// ---- The start ----
-
-$('projection').append(...data.maps.map(map => make('option', { textContent: map.name })));
-$('projection-label').hidden = maps.length < 2;
-$('pictures').hidden = !tiles;
-$('classes-section').hidden = !labels;
-listSwitches();
-pick([]);
-resize();
-new ResizeObserver(resize).observe(canvas);
-for (const media of ['print', '(prefers-color-scheme: dark)']) matchMedia(media).onchange = readColours;
