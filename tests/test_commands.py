@@ -53,6 +53,7 @@ SMALL = {
     'pretrain IMAGENET --init-from':
         '--image-size 32 --eval-resize 32 --batch-size 4 --amp off --max-steps 1 --knn-every -1 ' + CPU,
     'pretrain --help': '', 'finetune --help': '',
+    'atlas': FEATURES, 'atlas --features': CPU,
     'preflight': f'--recipe small --batch-size 16 --seconds 3 {CPU}',
     'knn': f'--allow-partial {FEATURES}',
     'linear': f'--epochs 1 --batch-size 8 --allow-partial {FEATURES}',
@@ -66,8 +67,7 @@ SMALL = {
     'segment': f'--model resnet10t:random --iterations 2 --batch-size 2 --image-size 64 --head-channels 8 '
                f'--allow-partial {CPU}',
     'segment VOCDEVKIT --eval-only': f'--allow-partial {CPU}',
-    'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': '',
-    'atlas': FEATURES, 'atlas --features': CPU}
+    'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': ''}
 # What a command finds where it reads, from an earlier one: the section and subcommand that wrote it, and its name.
 WRITTEN = {
     'pretrain my_photos_256': 'Pretrain/prepare/my_photos_256', 'runs/mine': 'Pretrain/pretrain/runs/mine',
