@@ -33,7 +33,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 # Keys and texts that differ between two runs of the same code.
-VARYING = {'date', 'images_per_second', 'log_bytes', 'seconds', 'versions', 'waiting'}
+VARYING = {'command', 'date', 'images_per_second', 'log_bytes', 'seconds', 'versions', 'waiting'}
 SPEED = re.compile(r'[\d.,]+ (?:(?:img|images)/s|s\b|seconds\b)|waiting +\d+ %|\d+:\d\d:\d\d')
 NUMBER = re.compile(r'(?<![\w.])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?!\w)')
 TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', '2')

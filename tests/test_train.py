@@ -215,6 +215,22 @@ def test_another_run_in_the_folder_is_refused(finished, digits):
     assert {p: p.read_bytes() for p in output.rglob('*') if p.is_file()} == before
 
 
+def test_a_run_that_continues_on_a_copy_with_other_pixels_says_so(few_digits, tmp_path):
+    args = [*TINY, '--epochs', '1', '--batch-size', '16', '--workers', '0', '--output', tmp_path / 'run']
+    assert run_train(few_digits, *args, '--max-steps', '1').returncode == 0
+    moved, resized = (shutil.copytree(few_digits, tmp_path / name) for name in ('moved', 'resized'))
+    for path in resized.rglob('*.png'):
+        Image.open(path).resize((6, 6)).save(path)
+    words = 'the image files have other sizes than when this run began'
+    for data, said in ((moved, False), (resized, True)):
+        result = run_train(data, *args, '--max-steps', '2')
+        assert result.returncode == 0 and 'continuing it' in result.stdout, result.stderr
+        assert (words in result.stdout) == said
+    again = ['--resume', tmp_path / 'run' / 'checkpoint.pth', '--output', tmp_path / 'again']
+    result = run_train(resized, *args, *again, '--max-steps', '2')
+    assert result.returncode == 0 and words in result.stdout, result.stderr
+
+
 def test_a_stopped_run_ends_in_the_same_bits_as_an_undisturbed_one(few_digits, tmp_path):
     args = [few_digits, *TINY, '--epochs', '2', '--batch-size', '16', '--workers', '0']
     assert run_train(*args, '--output', tmp_path / 'whole').returncode == 0

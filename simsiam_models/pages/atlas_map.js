@@ -30,7 +30,8 @@ const describe = row => [
 // ---- Thumbnails: sheets are decoded where they are needed, and the least recently used ones are dropped ----
 
 const PLACES = tiles ? tiles.columns ** 2 : 1;
-const KEPT = tiles ? Math.max(8, Math.floor(256e6 / (4 * PLACES * tiles.side ** 2))) : 0;  // sheets in 256 MB
+// Sheets in 400 MB, which is all unless --thumbnail asked for larger tiles.
+const KEPT = tiles ? Math.max(8, Math.floor(400e6 / (4 * PLACES * tiles.side ** 2))) : 0;
 const sheets = new Map();  // number -> bitmap, or the promise of it; the last one is the one used last
 
 function loadSheet(number) {

@@ -14,7 +14,7 @@ STYLE = '''
 .row { border-top: 1px solid var(--line); padding: .75rem 0 }
 .row ul { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: .75rem }
 .row h3 { font-size: .9rem; margin: 0 0 .5rem; color: var(--soft) }
-.row figure { margin: 0; width: 8.5rem } .row figcaption { font-size: .75rem; line-height: 1.3; margin-top: .25rem }
+.row figure { margin: 0; width: 8rem } .row figcaption { font-size: .75rem; line-height: 1.3; margin-top: .25rem }
 figcaption b { display: block; font-weight: 600 } figcaption .path { color: var(--soft); display: block }
 .row img, .none { display: block; width: 100%; height: 6rem; object-fit: contain; object-position: left }
 .none { border: 1px dashed var(--line); color: var(--soft); font-size: .75rem; padding: .25rem }
@@ -59,4 +59,4 @@ def embed_image(image: Image.Image, text: str, side: int = 0) -> str:
     else:
         image.save(data, 'JPEG', quality=QUALITY)
     source = base64.b64encode(data.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{source}" alt="{escape(text)}" loading="lazy">'
+    return f'<img src="data:image/jpeg;base64,{source}" alt="{escape(text)}" decoding="async">'

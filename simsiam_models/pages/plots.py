@@ -20,7 +20,7 @@ COLOURS = {
 TEXT, SOFT, LINE, *SERIES = COLOURS
 DASHES = '-', '--', '-.', ':'  # so that colours are not all that tells curves apart
 STYLE = '''
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); gap: 1rem;
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 19rem), 1fr)); gap: 1rem;
   margin: 1.25rem 0 }
 .plots figure { margin: 0; padding: .9rem .9rem .6rem; background: var(--panel); border: 1px solid var(--line);
   border-radius: 6px } .plots svg { display: block; width: 100%; height: auto }
@@ -129,7 +129,7 @@ def _draw_figure(plot: Plot, title: str = '') -> Any:
     for i, (name, x, y) in enumerate(plot.series):
         x, y = thin(x, y)
         marks = dict(marker='o', markersize=3.5) if len(x) <= POINTS else {}
-        axes.plot(x, y, DASHES[i % 4], color=SERIES[i % 4], linewidth=1.6, label=f' {name}', **marks)
+        axes.plot(x, y, DASHES[i % 4], color=SERIES[i % 4], linewidth=1.6, label=f' {name}', clip_on=False, **marks)
     axes.set_xlabel(plot.x_label, color=SOFT, fontsize=9.5, parse_math=False)
     axes.tick_params(colors=SOFT, labelsize=9.5, length=0)
     axes.grid(axis='y', color=LINE, linewidth=0.8)

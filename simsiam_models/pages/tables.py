@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from .document import escape
 
 STYLE = '''
-.wide { overflow-x: auto; margin: .75rem 0; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--panel) }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; min-width: 100%; overflow-wrap: normal }
+.wide { overflow-x: auto; width: fit-content; max-width: 100%; margin: .75rem 0 1rem; background: var(--panel);
+  border: 1px solid var(--line); border-radius: 6px }
+table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; overflow-wrap: normal }
 caption { text-align: left; font-weight: 600; padding: .6rem .75rem .3rem }
 th, td { padding: .35rem .75rem; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
   max-width: 28rem } td:first-child { overflow-wrap: anywhere; min-width: 6rem }
@@ -17,10 +17,11 @@ th { font-weight: 600; color: var(--soft); white-space: nowrap; vertical-align: 
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .4rem 1.5rem; margin: 1rem 0 }
 dt { color: var(--soft) } dd { margin: 0; font-variant-numeric: tabular-nums }
 pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .6rem .8rem; margin: 0;
-  white-space: pre-wrap }
+  white-space: pre-wrap } pre span { white-space: nowrap }
 summary { cursor: pointer; padding: .25rem 0; width: fit-content }
 @media (max-width: 34rem) { dl { grid-template-columns: minmax(0, 1fr); gap: 0 } dd { margin-bottom: .6rem } }
-@media print { .wide { overflow: visible; border: 0 } th, td { white-space: normal; padding: .2rem .4rem }
+@media print { .wide { overflow: visible; border: 0 } th, td, .n { white-space: normal; padding: .15rem .4rem }
+  table { font-size: 8pt }
   details::details-content { content-visibility: visible; block-size: auto } }
 '''
 NUMBER = re.compile(r'[-+\u2212]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?|-|')
@@ -56,4 +57,7 @@ def draw_facts(facts: Sequence[tuple[str, str]]) -> str:
 
 
 def _draw_value(name: str, value: str) -> str:
-    return f'<pre>{escape(value)}</pre>' if name == 'Command' else escape(value)
+    if name != 'Command':
+        return escape(value)
+    flags = re.sub(r'(?<= )--?[a-z][a-z-]*', r'<span>\g<0></span>', escape(value))  # no line ends inside a flag
+    return f'<pre>{flags}</pre>'

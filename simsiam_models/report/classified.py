@@ -18,7 +18,8 @@ from .data import load_picture
 PREDICTIONS = 'predictions.csv'
 MATRIX, PAIRS, MISTAKES = 20, 30, 24  # classes of a matrix; of more, pairs in a table; mistakes that are shown
 STYLE = '''
-.matrix table { min-width: 0 } .matrix td, .matrix th { border: 0; padding: .3rem .55rem; text-align: right }
+.matrix table { margin: 0 .5rem .5rem 0 } .matrix td:first-child { min-width: 0 }
+.matrix td, .matrix th { border: 0; padding: .3rem .55rem; text-align: right }
 .matrix tbody th { text-align: right } .matrix td { font-variant-numeric: tabular-nums; border-radius: 3px }
 .matrix td.zero { color: var(--soft) }
 '''
@@ -35,7 +36,10 @@ class Mistake(NamedTuple):
 
 def draw_confusion(record: dict[str, Any]) -> str:
     """Returns the confusion matrix, or for many classes the pairs that are confused most."""
-    confusion = {str(k): {str(j): int(n) for j, n in row.items()} for k, row in record['extra']['confusion'].items()}
+    confusion = record['extra']['confusion']
+    rows = confusion.values() if isinstance(confusion, dict) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(n, int) for n in row.values()) for row in rows):
+        raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
     classes = list(confusion)
     if len(classes) > MATRIX:
         pairs = sorted(((n, a, b) for a, row in confusion.items() for b, n in row.items() if a != b), reverse=True)
@@ -91,9 +95,9 @@ def draw_mistakes(folder: Path) -> Iterator[str]:
     yield (f'<p class="soft">{counted(len(mistakes), "validation image")} got a wrong class. Shown: {len(shown)}, '
            'those that the network was surest of.</p>\n')
     if shown:
-        yield draw_row('Predicted class with its score, then the label', [
-            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} {m.score:.2f}, not {short(m.label, 40)}', m.path)
-            for m in shown])
+        yield draw_row('Predicted class (score), and the label', [
+            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',
+                 Path(m.path).name) for m in shown])
 
 
 def _load(path: str) -> Image.Image | None:

@@ -16,6 +16,8 @@ FIGURES = {  # key in the log -> name of the file, title, format
     'images_per_second': ('throughput', 'Images per second', '.0f'),
     'waiting': ('waiting', 'Waiting for data, %', '.1f')}
 
+TITLES = {'loss': 'Loss', 'top1': 'Validation top-1, %', 'top5': 'Validation top-5, %'}  # of a classifier
+
 
 def list_plots(run: RunFolder) -> list[Plot]:
     """Returns the plots of a run; those without a number are left out."""
@@ -37,7 +39,7 @@ def _plot_log(run: RunFolder) -> list[Plot]:
 
 def _plot_knn(run: RunFolder) -> Plot:
     """Returns the accuracies of the monitor; before training, it measured the untrained network and the pixels."""
-    lines = [line for line in run.lines if 'knn' in line]
+    lines = [line for line in run.lines if 'knn' in line and isinstance(line.get('epoch'), int)]
     points = [(line['epoch'], _number(line['knn'])) for line in lines if not isinstance(line['knn'], dict)]
     before = next((line['knn'] for line in lines if isinstance(line['knn'], dict)), {})
     start = [(0, _number(v)) for k, v in before.items() if k != 'pixels']
@@ -62,7 +64,8 @@ def _plot_record(run: RunFolder) -> list[Plot]:
         if points:
             x, y = zip(*points, strict=True)
             file = ''.join(c if c.isalnum() and c.isascii() else '_' for c in name)
-            plots.append(Plot(file, name, x_label, [Series(name, x, y)], '.4g'))
+            form = '.4f' if 'loss' in name else '.2f'
+            plots.append(Plot(file, TITLES.get(name, name), x_label, [Series(name, x, y)], form))
     return plots
 
 
@@ -86,7 +89,7 @@ def tabulate_figures(plots: list[Plot]) -> tuple[list[list[str]], int]:
     shared = [plot for plot in plots if len(plot.series[0].x) == len(plots[0].series[0].x)]
     x = plots[0].series[0].x
     kept = np.unique(np.linspace(0, len(x) - 1, min(ROWS, len(x))).round().astype(int)).tolist()
-    header = [plots[0].x_label, *(plot.title for plot in shared)]
-    return [header, *([f'{x[i]:.4g}', *(
+    header, form = [plots[0].x_label, *(plot.title for plot in shared)], '.2f' if any(v % 1 for v in x) else '.0f'
+    return [header, *([f'{x[i]:{form}}', *(
         f'{plot.series[0].y[i]:{plot.form}}' if math.isfinite(plot.series[0].y[i]) else '-' for plot in shared)]
         for i in kept)], len(x)

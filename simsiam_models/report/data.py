@@ -5,7 +5,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from ..data import DataError, Images, UnreadableError, open_data
-from ..data.readers.images import contents_digest
+from ..training.setup import digest_sizes
 from .run import RunFolder
 
 ELSEWHERE = 'hf', 'hf-stream', 'pipe', 'http', 'https', 'torchvision'  # a file may not make a report fetch or run these
@@ -29,10 +29,14 @@ def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData
         return TrainingData(None, f'The data cannot be opened ({e}); if they have moved, name them with --data.')
     if hasattr(images, 'samples'):
         return TrainingData(None, f'{images.name} is a stream, which has no random access, so nothing is drawn again.')
-    if run.args['digest'] not in (images.digest, contents_digest(images)):
+    if run.args['digest'] != images.digest:
         return TrainingData(None, (
             f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '
             f'the run had {run.args["images"]:,} with {run.args["digest"]}. So nothing is drawn again.'))
+    if run.args.get('sizes') not in (None, digest_sizes(images)):
+        return TrainingData(None, (
+            f'The image files in {images.name} have the names and labels of those that the run began with, but other '
+            'sizes. So nothing is drawn again.'))
     return TrainingData(images)
 
 

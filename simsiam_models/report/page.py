@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ..benchmarks.results.report import make_tables, read_all
 from ..pages import gallery, plots, tables
 from ..pages.document import escape, link_sections, open_section, write_page
+from ..runtime.lifecycle import ARGS
 from ..runtime.messages import counted
 from . import classified
 from .classified import draw_confusion, draw_mistakes
@@ -40,8 +41,10 @@ def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict], list[st
         records, left_out = read_all(paths)
     except FileNotFoundError as e:
         if not runs:
+            below = next((file.parent for path in paths for file in sorted(path.glob(f'*/{ARGS}'))), None)
             raise FileNotFoundError(str(e).replace(
-                'no record of a benchmark there', 'neither a run nor a record of a benchmark there')) from None
+                'no record of a benchmark there', 'neither a run nor a record of a benchmark there') + (
+                f'; a run in it: {below}' if below else '')) from None
         records, left_out = [], []
     return runs, records, [text for text in left_out if not text.endswith('of other kinds')]
 
@@ -64,7 +67,7 @@ def write_report(file: Path, paths: list[Path], data: str | None = None) -> None
             yield from section.draw()
             yield '</section>\n'
 
-    write_page(file, title, draw(), style=STYLE)
+    write_page(file, title, list(draw()), style=STYLE)  # an error of a section is none of writing
 
 
 def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSection]:
@@ -107,7 +110,9 @@ def _draw_curves(run: RunFolder) -> Iterator[str]:
         yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '
                'groups.</p>\n')
     yield plots.draw_plots(drawn)
-    shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced'
+    if sizes := next((line['knn_images'] for line in run.lines if isinstance(line.get('knn_images'), list)), None):
+        yield f'<p class="soft">kNN: {escape(" bank images, ".join(map(str, sizes)))} queries.</p>\n'
+    shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced' if len(rows) - 1 < n else counted(n, 'point')
     yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'
     for plot in drawn:
         if len(plot.series[0].x) != n:

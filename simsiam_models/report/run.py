@@ -8,11 +8,15 @@ from ..runtime.lifecycle import ARGS
 from ..runtime.log import LOG
 from ..runtime.messages import counted, short, size_text
 from ..runtime.runlock import describe_process, is_alive, read_lock
+from ..training.setup import is_sound
 from ..weights.folders import read_json
 from ..weights.tensorfile import hash_file
 
 RECORD = 'record.json'
 KINDS = {'finetune': 'fine-tuning', 'detect': 'training of a detector', 'segment': 'training of a segmenter'}
+NEEDED = {
+    'recipe': str, 'model': str, 'images': int, 'digest': str, 'epochs': int, 'batch_size': int, 'seed': int,
+    'augmentation': dict}
 HASHED = ARGS, LOG, RECORD, 'backbone/model.safetensors', 'model.safetensors'
 
 
@@ -29,7 +33,8 @@ class RunFolder(NamedTuple):
     @property
     def figures(self) -> list[dict[str, Any]]:
         """Returns the lines with the figures of an interval."""
-        return [line for line in self.lines if isinstance(line.get('step'), int) and 'loss' in line]
+        return [line for line in self.lines if 'loss' in line and all(
+            isinstance(line.get(key), int) for key in ('epoch', 'step'))]
 
     @property
     def steps(self) -> int:
@@ -51,9 +56,11 @@ def read_run(folder: Path) -> RunFolder | None:
     kind = args.get('benchmark', 'pretrain' if 'recipe' in args else None)
     if kind not in ('pretrain', *KINDS):
         return None
-    needed = {'images': int, 'batch_size': int, 'epochs': int, 'seed': int, 'model': str, 'augmentation': dict}
-    if kind == 'pretrain' and (bad := [k for k, t in needed.items() if not isinstance(args.get(k), t)]):
+    if kind == 'pretrain' and (bad := [k for k, t in NEEDED.items() if not isinstance(args.get(k), t) or not (
+            args[k] or k == 'seed')]):
         raise ValueError(f'{folder / ARGS} is damaged: it has no usable {bad[0]}; restore the file')
+    if kind == 'pretrain' and not is_sound(args):
+        raise ValueError(f'{folder / ARGS} is damaged; restore the file')
     record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
     return RunFolder(folder, kind, args, record, *_read_lines(folder / LOG))
 
@@ -73,12 +80,13 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def describe_state(run: RunFolder) -> str:
     """Returns whether a run is finished, running or stopped, how far it came, and whether its outputs collapsed."""
-    found = read_lock(run.folder / 'lock')
-    running = found and found[0] and is_alive(found[0], describe_process())
+    holder, _ = read_lock(run.folder / 'lock') or ({}, 0)
+    running = is_alive(holder, describe_process()) if holder else False  # None: only its machine knows
+    stopped = f'stopped, or running on {short(holder["host"])},' if running is None else 'stopped'
     if run.kind != 'pretrain':
-        return 'running' if running else 'finished' if run.record else 'stopped before its end'
+        return 'running' if running else 'finished' if run.record else f'{stopped} before its end'
     (epoch, step), epochs = run.reached, run.args['epochs']
-    state = 'running' if running else 'finished' if epoch >= epochs else 'stopped'
+    state = 'running' if running else 'finished' if epoch >= epochs else stopped
     if state != 'finished':
         state += f' after {epoch} of {counted(epochs, "epoch")}'
         state += f' and {step} of {counted(run.steps, "step")}' if step else ''
@@ -97,16 +105,17 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
         ('Protocol', short(a.get('protocol') or record.get('protocol', {}).get('name') or 'not recorded'))]
     facts.append(('Data', _describe_data(run)))
     facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on for {x["epochs"]} epochs instead of '
-               f'{x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', ())]
-    unreadable = [line['unreadable'] for line in run.lines if 'unreadable' in line]
+               f'{x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', [])]
+    unreadable = [line['unreadable'] for line in run.lines if isinstance(line.get('unreadable'), int)]
     if unreadable:
         facts.append(('Unreadable', f'{counted(unreadable[-1], "image")}, replaced; unreadable.txt names them'))
     if run.damaged:
         facts.append(('Damaged', f'{counted(run.damaged, "line")} of {LOG} left out'))
     command = a.get('command') or record.get('command')
     facts.append(('Command', command if isinstance(command, str) else 'not recorded'))
-    versions = a.get('versions') or record.get('versions') or {}
-    facts.append(('Versions', ', '.join(f'{k} {v}' for k, v in versions.items()) or 'not recorded'))
+    versions = a.get('versions') or record.get('versions')
+    facts.append(('Versions', ', '.join(
+        f'{k} {v}' for k, v in versions.items()) if isinstance(versions, dict) else 'not recorded'))
     files = [run.folder / name for name in HASHED if (run.folder / name).is_file()]
     facts += [(f'SHA-256 of {file.relative_to(run.folder)}', f'{hash_file(file)}, {size_text(file.stat().st_size)}')
               for file in files]
@@ -126,7 +135,8 @@ def _describe_model(run: RunFolder) -> str:
 
 def _describe_data(run: RunFolder) -> str:
     data = (run.record or {}).get('data', {})
-    name = run.args.get('data', data.get('path', data.get('name'))) or 'the built-in demonstration'
+    name = run.args.get('data', data.get('path', data.get('name')))
+    name = name or ('the built-in demonstration' if run.kind == 'pretrain' else 'not recorded')
     n = run.args.get('images')
     return f'{name}, {counted(n, "image") if isinstance(n, int) else "images"}, digest ' \
            f'{data.get("digest") or run.args.get("digest")}'

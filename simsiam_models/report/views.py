@@ -1,6 +1,7 @@
 """The two views of images that the network was given, drawn again: they depend on seed, epoch and index alone."""
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,7 @@ def draw_views(run: RunFolder, images: Images) -> Iterator[str]:
         return
     found = redraw(run, images, epochs, rows)
     for i, row in enumerate(rows.tolist()):
-        cells = [Cell(partial(load_picture, images, row), 'image', name_of(images, row))]
+        cells = [Cell(partial(load_picture, images, row), 'image', Path(name_of(images, row)).name)]
         cells += [
             Cell(partial(to_picture, view[i]), f'epoch {epoch + 1}, view {number}',
                  alt=f'View {number} of image {row} in epoch {epoch + 1}')

@@ -70,5 +70,7 @@ RECIPES = {
 def restore_recipe(record: dict[str, Any]) -> Recipe:
     """Returns the recipe of a run from its args.json; raises KeyError or TypeError if the file lacks numbers."""
     numbers = {f.name: record[f.name] for f in dataclasses.fields(Recipe) if f.name != 'about'}
-    augmentation = {k: tuple(v) if isinstance(v, list) else v for k, v in numbers.pop('augmentation').items()}
-    return Recipe('', augmentation=Augmentation(**augmentation), **numbers)
+    stored = numbers.pop('augmentation')
+    values = {f.name: stored[f.name] for f in dataclasses.fields(Augmentation)}
+    augmentation = Augmentation(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return Recipe('', augmentation=augmentation, **numbers)

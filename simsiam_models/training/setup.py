@@ -11,9 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data import Images, TwoViews, open_data
+from ..data.readers.images import stored_sizes
+from ..data.readers.index import digest
 from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize, synchronize_batchnorm
 from ..runtime.lifecycle import ARGS, OUTPUTS, Lifecycle, amend_claim
@@ -33,9 +36,9 @@ from .step import Perf, Trainer, train_step
 # The entries of a checkpoint.
 KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'doctor', 'unreadable', 'log_bytes', 'run', 'processes'}
 # The arguments that may differ between a run and its continuation: none of them changes what is learned. The data may
-# have moved; `digest` and `images` tell whether they are the same.
+# have moved; `digest` and `images` tell whether they are the same. Other `sizes` of files are announced.
 FREE = {
-    'data', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
+    'data', 'sizes', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
     'auto_perf', 'perf', 'processes', 'knn_data', 'knn_images', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
     'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb', 'command', 'versions'}
 
@@ -94,13 +97,13 @@ def claim(
     world, continued, data = life.world, (life.folder / ARGS).exists(), args.data
     amp = 'off' if args.amp == 'auto' and continued else choose_amp(
         args.amp, world.device, model, _view_shape(recipe, world))
-    numbers = dataclasses.asdict(recipe)
+    numbers, sizes = dataclasses.asdict(recipe), digest_sizes(images)
     del numbers['about']
     record = {
         'recipe': name, 'data': data and str(Path(data).resolve() if Path(data).exists() else data),
-        'images': len(images), 'digest': images.digest, 'seed': args.seed, 'amp': amp, **numbers,
-        **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size, 'perf': None,
-        'command': command(), 'versions': versions()}
+        'images': len(images), 'digest': images.digest, 'sizes': sizes, 'seed': args.seed, 'amp': amp,
+        **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size,
+        'perf': None, 'command': command(), 'versions': versions()}
     free = FREE | {'extensions'} | ({'amp'} if args.amp == 'auto' else set())
     record, given, initial = world.broadcast_from_main(
         lambda: _match_earlier(args, recipe, record, free, life.folder, model=model))
@@ -114,12 +117,21 @@ def claim(
     if state is not None and given is not None:
         life.say(f'{life.folder} already has checkpoints, so --resume {args.resume} is ignored')
     state = state or given
+    if (state['run'] if state else record).get('sizes', sizes) != sizes:
+        life.say(f'{args.data}: the image files have other sizes than when this run began, so it goes on with other '
+                 'pixels; if that is a mistake, stop it, and continue with the images it began with')
     if args.extend is not None:
         record, said = world.broadcast_from_main(lambda: extend(life.folder, record, state, args.extend, recipe))
         life.say(said)
     if state is None and INITIAL in record:
         _fill(args, recipe, model, record, life, initial)
     return record, state
+
+
+def digest_sizes(images: Images) -> str | None:
+    """Hashes the sizes of 64 files, which reveal most data sets that were replaced; None if there are no files."""
+    sizes = stored_sizes(images, np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64)))
+    return None if sizes is None else digest(sizes.astype('<i8'))
 
 
 def _match_earlier(
@@ -162,12 +174,12 @@ def _read_recorded(folder: Path) -> dict[str, Any]:
         return {}
     if 'recipe' not in recorded or 'epochs' not in recorded:
         return {}
-    if not _is_sound(recorded):
+    if not is_sound(recorded):
         raise ValueError(f'{folder / ARGS} is damaged; give another --output, or restore the file')
     return recorded
 
 
-def _is_sound(recorded: dict[str, Any]) -> bool:
+def is_sound(recorded: dict[str, Any]) -> bool:
     """Returns whether what a continued run takes from its arguments can be what a run has written."""
     try:
         total, perf, initial = recorded['epochs'], recorded.get('perf'), recorded.get(INITIAL)

@@ -231,8 +231,9 @@ def main() -> None:
             fitted = dataclasses.replace(recipe, epochs=n, warmup_epochs=min(recipe.warmup_epochs, n - 1))
             way = build(fitted, images, seed, WORKERS[0])
             seconds = train(way, fitted)
-            found[name].append(monitor.measure(way.backbone))
-            print(f'{name:8} {seed:4} {n:7} {seconds:8.0f} {found[name][-1]:7.1f}   {os.getloadavg()[0]:.1f}', flush=True)
+            accuracy = monitor.measure(way.backbone)
+            found[name].append(accuracy)
+            print(f'{name:8} {seed:4} {n:7} {seconds:8.0f} {accuracy:7.1f}   {os.getloadavg()[0]:.1f}', flush=True)
     print('\nmeans: ' + ', '.join(f'{name} {statistics.mean(values):.1f} %' for name, values in found.items()))
 
 

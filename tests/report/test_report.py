@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -131,10 +132,14 @@ def test_data_that_are_gone_or_changed_are_named_and_can_be_given(run, data, tmp
     copy = tmp_path / 'run'
     shutil.copytree(run, copy)
     args = json.loads((copy / 'args.json').read_text())
-    other = write_digits(tmp_path / 'other', 64)
-    for name, said in ((str(tmp_path / 'gone'), 'gone: no such file or folder'), (str(other), 'has changed since the'),
-                       ('pipe:touch ' + str(tmp_path / 'ran'), 'name the data with --data')):
-        (copy / 'args.json').write_text(json.dumps({**args, 'data': name}))
+    other, sized = write_digits(tmp_path / 'other', 64), tmp_path / 'sized'
+    shutil.copytree(data, sized)
+    for file in sized.rglob('*.jpg'):
+        Image.open(file).save(file, quality=50)
+    for name, said in (
+            (tmp_path / 'gone', 'gone: no such file or folder'), (other, 'has changed since the'),
+            (sized, 'but other sizes'), (f'pipe:touch {tmp_path}/ran', 'name the data with --data')):
+        (copy / 'args.json').write_text(json.dumps({**args, 'data': str(name)}))
         assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
         page = browser.open(tmp_path / 'p.html').page
         assert page.locator('section').nth(2).text_content().count(said) == 1 and page.locator('svg').count() == 7
@@ -161,17 +166,21 @@ def test_a_thousand_lines_stay_small_and_damaged_ones_are_counted(run, tmp_path,
 
 
 def test_paper_has_every_section_and_the_numbers(page, browser: Browser):
-    page = browser.open(page).page
+    page = browser.open(page, 700).page  # about the width of A4 between its margins
     page.emulate_media(media='print')
     heights = page.locator('section').evaluate_all('all => all.map(e => e.getBoundingClientRect().height)')
     assert len(heights) == len(SECTIONS) and min(heights) > 100
     assert page.locator('details table').first.bounding_box()['height'] > 100
+    pictures = page.locator('img').evaluate_all('all => all.map(e => e.naturalWidth)')
+    assert len(pictures) > 50 and min(pictures) > 0
+    assert page.evaluate('() => document.documentElement.scrollWidth - window.innerWidth') <= 0
     assert page.evaluate('() => getComputedStyle(document.body).backgroundColor') == 'rgb(255, 255, 255)'
 
 
 def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path, browser: Browser):
-    folder = tmp_path / 'classifier'
-    assert cli.main(['finetune', str(data), '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1',
+    folder, own = tmp_path / 'classifier', tmp_path / 'own'
+    shutil.copytree(data, own)
+    assert cli.main(['finetune', str(own), '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1',
                      '--device', 'cpu', '--workers', '0', '--output', str(folder)]) == 0
     with open(folder / 'predictions.csv', newline='', encoding='utf-8') as file:
         rows = list(csv.DictReader(file))
@@ -185,7 +194,7 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     counts = [int(n) for n in page.locator('.matrix tbody td').all_text_contents()]
     assert len(counts) == 100 and sum(counts) == len(rows)
     shown = page.locator('.row b').all_text_contents()
-    scores = [float(text.split(' ')[-3].rstrip(',')) for text in shown]
+    scores = [float(re.search(r'\((\d\.\d\d)\), label ', text)[1]) for text in shown]
     assert len(shown) == min(24, len(wrong)) and scores == sorted(scores, reverse=True)
     assert page.locator('.none').count() == 1  # the removed one
     assert not opened.messages and opened.overflow() <= 0 and not opened.violations()
@@ -219,7 +228,7 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     (tmp_path / 'record.json').write_text(json.dumps(record))
     log = [{'step': i, 'loss': 1 / i} for i in range(1, 9)]
     (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*log, {'step': 8, 'AP': 12.5}]))
-    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['loss', 'AP']
+    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['Loss', 'AP']
     assert describe_state(read_run(tmp_path)) == 'finished'
     assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
     opened = browser.open(tmp_path / 'p.html', 360)
@@ -231,9 +240,22 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     assert 'sheet.jpg cannot be read as an image.' in (tmp_path / 'p.html').read_text()
 
 
+@pytest.mark.parametrize('change', [
+    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None}])
+def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / 'run')
+    args = json.loads((run / 'args.json').read_text())
+    (tmp_path / 'run' / 'args.json').write_text(json.dumps({**args, **change}))
+    assert cli.main(['report', str(tmp_path / 'run'), '--html', str(tmp_path / 'p.html')]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f'simsiam: {tmp_path}/run/args.json') and error.count('\n') == 1
+    assert not (tmp_path / 'p.html').exists()
+
+
 @pytest.mark.parametrize(('args', 'said'), [
     ('gone --html p.html', 'gone: no such file or folder; name the OUTPUT of a run, or a folder of records'),
     ('empty --html p.html', 'empty: neither a run nor a record of a benchmark there'),
+    ('. --html p.html', '.: neither a run nor a record of a benchmark there; a run in it: run'),
     ('empty --plots p', 'empty: neither a run nor a record of a benchmark there'),
     ('run --html p.txt', '--html p.txt: must be a file that ends in .html'),
     ('run --html file/p.html', '--html: file/p.html cannot be written ('),

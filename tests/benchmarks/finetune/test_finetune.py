@@ -31,6 +31,7 @@ from simsiam_models.benchmarks.finetune.model import Classifier
 from simsiam_models.benchmarks.finetune.training import compute_lr_factor
 from simsiam_models.benchmarks.results.report import report
 from simsiam_models.data import DataError
+from simsiam_models.data.readers.images import name_of
 from simsiam_models.runtime import checkpoint
 from simsiam_models.runtime.lifecycle import Lifecycle, RunError
 from simsiam_models.runtime.signals import Signals, Stopped
@@ -138,6 +139,15 @@ def test_the_confusion_matrix_is_scikit_learns_of_what_the_exported_model_predic
     for i, row in enumerate(listed):
         assert (int(row['images']), int(row['right'])) == (expected[i].sum(), expected[i, i])
         assert float(row['accuracy']) == pytest.approx(100 * expected[i, i] / expected[i].sum(), abs=0.005)
+
+
+def test_the_predictions_and_their_scores_are_those_of_the_exported_model(trained: Path, photos: Path):
+    val, scores = open_pair('folder', photos).test, exported_logits(trained, photos).softmax(1)
+    rows = list(csv.DictReader((trained / 'predictions.csv').open()))
+    assert [row['path'] for row in rows] == [name_of(val, i) for i in range(len(val))]
+    assert [row['label'] for row in rows] == [Path(row['path']).parent.name for row in rows]
+    assert [int(row['predicted']) for row in rows] == scores.argmax(1).tolist()
+    assert [float(row['score']) for row in rows] == pytest.approx(scores.amax(1).tolist(), abs=1e-4)
 
 
 def test_top_1_and_top_5_are_those_of_the_exported_model(trained: Path, photos: Path):

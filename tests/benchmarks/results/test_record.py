@@ -66,7 +66,7 @@ def test_a_record_holds_everything_and_reads_back_as_written(tmp_path: Path):
             'mean': [0.5] * 3, 'std': [0.2] * 3}
     assert written['metrics'] == {'k=10': 60.25, 'k=20': 60.5} and written['seconds'] == 12.3
     assert written['data']['counts']['train'] == 1281167 and written['extra'] == {'output': 'x'}
-    assert {'python', 'torch', 'timm', 'torchvision', 'numpy'} <= set(written['versions'])
+    assert {'python', 'torch', 'timm', 'torchvision', 'numpy'} <= set(written['versions']) and written['command']
     assert written['date'].endswith('+00:00')
     assert [e['metrics'] for e in written['published']] == [KNN] and written['published'][0]['same_weights']
     assert written['published'][0]['file'] == WEIGHTS[RGB].url.rsplit('/', 1)[-1]
