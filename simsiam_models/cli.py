@@ -13,6 +13,7 @@ from .benchmarks.detection import command as detect
 from .benchmarks.finetune import command as finetune
 from .benchmarks.knn import command as knn
 from .benchmarks.linear import command as linear
+from .benchmarks.neighbours import atlas
 from .benchmarks.neighbours import command as neighbours
 from .benchmarks.segmentation import command as segment
 from .benchmarks.svm import command as svm
@@ -185,6 +186,10 @@ COMMANDS = {
         neighbours.add_arguments, neighbours.run,
         'find nearest images, copies, outliers and likely wrong labels',
         'my_photos --output near.csv --html near.html'),
+    'atlas': Command(
+        atlas.add_arguments, atlas.run,
+        'draw a map of the images as a page to open in a browser: zoom, search by image, select',
+        'my_photos --html atlas.html'),
     'report': Command(
         report.add_arguments, report.run,
         'show records of benchmarks in tables, next to the published numbers, or a run as a page',

@@ -67,6 +67,7 @@ SMALL = {
     'pretrain IMAGENET --init-from':
         '--image-size 32 --eval-resize 32 --batch-size 4 --amp off --max-steps 1 --knn-every -1 ' + CPU,
     'pretrain --help': '', 'finetune --help': '',
+    'atlas': FEATURES, 'atlas --features': CPU,
     'preflight': f'--recipe small --batch-size 16 --seconds 3 {CPU}',
     'knn': f'--allow-partial {FEATURES}',
     'linear': f'--epochs 1 --batch-size 8 --allow-partial {FEATURES}',
