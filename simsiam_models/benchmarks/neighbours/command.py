@@ -10,6 +10,7 @@ list what was found. The search is exact; it uses faiss above a million images, 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -56,10 +57,11 @@ def run(args: argparse.Namespace) -> int:
     queries = None if args.query is None else _open_queries(args.query)
     with join_world(args.device) as world:
         backbone = None
+        images: Images | None = None
         if args.features is None:
-            images = open_part(args.data, args.part)
+            data = open_part(args.data, args.part)
             backbone = load_backbone(args.model, world.device, args.branch)
-            table, images = _extract_table(args, backbone, images, world)
+            table, images = _extract_table(args, backbone, data, world)
         elif world.main:
             table = read_features(args.features)
             images = _open_paths(table.paths, 'the images of --features')
@@ -124,7 +126,7 @@ def _open_queries(paths: list[Path]) -> FileImages:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f'--query {path}: no such file; name an image')
-    queries = _open_paths([str(path) for path in paths], '--query')
+    queries = cast(FileImages, _open_paths([str(path) for path in paths], '--query'))
     for row in range(len(queries)):
         try:
             queries.read(row)
@@ -171,7 +173,9 @@ def _look_up(
 def _name_copies(queries: Images, images: Images | None, found: np.ndarray) -> dict[tuple[int, int], str]:
     """Returns which neighbours (query, row) are copies of the query, and their kinds."""
     kinds: dict[tuple[int, int], str] = {}
-    for i, rows in enumerate(found.tolist() if images is not None else []):
+    if images is None:
+        return kinds
+    for i, rows in enumerate(found.tolist()):
         query = look_at(queries, i)
         for row in rows:
             try:

@@ -84,7 +84,7 @@ def examine(
 
 def print_query(answer: Findings) -> None:
     """Prints the nearest images of each query."""
-    names, _ = answer.queries
+    names = [] if answer.queries is None else answer.queries[0]
     for i, name in enumerate(names):
         print(f'{printable(name)}:')
         for row, cosine in zip(answer.found[i].tolist(), answer.cosines[i], strict=True):
@@ -108,7 +108,7 @@ def write_outputs(output: Path | None, sheet: Path | None, found: Findings) -> N
 
 def _load(found: Findings, source: str, row: int) -> Image.Image:
     """Returns a picture of the data or of the queries; raises UnreadableError."""
-    images = found.queries[1] if source == 'query' else found.images
+    images = found.queries[1] if source == 'query' and found.queries else found.images
     if images is None:
         raise UnreadableError(f'{found.table.paths[row]}: not a file on this machine')
     return Image.fromarray(images.read(row))
