@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class Moment:
 
     def __init__(self, device: torch.device) -> None:
         self.clock = time.perf_counter()
-        self.event: Any = None
+        self.event: torch.cuda.Event | None = None
         if device.type == 'cuda':
             self.event = torch.cuda.Event(enable_timing=True, blocking=True)
             self.event.record(torch.cuda.current_stream(device))
@@ -114,7 +114,7 @@ class Moment:
 
     def since(self, earlier: 'Moment') -> float:
         """Returns seconds; call wait() first."""
-        if self.event is not None:
+        if self.event is not None and earlier.event is not None:
             return float(earlier.event.elapsed_time(self.event)) / 1000
         return self.clock - earlier.clock
 
