@@ -4,11 +4,19 @@
     print(torch.hub.help('OWNER/simsiam_models', 'simsiam_r50', trust_repo=True))
     model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50', trust_repo=True)
 """
+from __future__ import annotations
+
+import typing
+
+if typing.TYPE_CHECKING:  # torch.hub lists whatever can be called, `Any` too
+    from torch import nn
+
+    from simsiam_models import SimSiam
 
 dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors']  # import names
 
 
-def simsiam_r50(pretrained=True, tag=None, **kwargs):
+def simsiam_r50(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> nn.Module:
     """SimSiam ResNet-50 backbone, as timm's ResNet: (B, 3, 224, 224) -> (B, 2048).
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50', trust_repo=True)
@@ -31,7 +39,7 @@ def simsiam_r50(pretrained=True, tag=None, **kwargs):
     return timm.create_model(_name(tag), pretrained=pretrained, **kwargs)
 
 
-def simsiam_r50_lin(pretrained=True, tag=None, **kwargs):
+def simsiam_r50_lin(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> nn.Module:
     """SimSiam ResNet-50 with its published linear ImageNet classifier: (B, 3, 224, 224) -> (B, 1000).
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50_lin', trust_repo=True)
@@ -49,7 +57,7 @@ def simsiam_r50_lin(pretrained=True, tag=None, **kwargs):
     return timm.create_model(_name(tag, classifier=True), pretrained=pretrained, **kwargs)
 
 
-def simsiam_r50_full(pretrained=True, tag=None, **kwargs):
+def simsiam_r50_full(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> SimSiam:
     """SimSiam ResNet-50 with its published projector and predictor: forward(x1, x2) -> p1, p2, z1, z2.
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50_full', trust_repo=True)
@@ -68,7 +76,7 @@ def simsiam_r50_full(pretrained=True, tag=None, **kwargs):
     return simsiam_models.create_simsiam(_name(tag), pretrained=pretrained, **kwargs)
 
 
-def _name(tag, classifier=False):
+def _name(tag: str | None, classifier: bool = False) -> str:
     """Returns timm's name of the weights; raises ValueError for a tag that is unknown or lacks the classifier."""
     import simsiam_models  # registers the models with timm
     from simsiam_models.weights.published import NAME, WEIGHTS

@@ -21,6 +21,7 @@ from .data import prepare
 from .predict import command as predict
 from .preflight.report import preflight
 from .report import command as report
+from .runtime import versions
 from .runtime.messages import printable
 from .runtime.signals import Signals
 from .runtime.terminal import Parser, plain_terminal
@@ -199,7 +200,10 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser('simsiam', description='SimSiam: pretraining, published weights, benchmarks and prediction.')
-    parser.add_argument('--version', action='version', version=f'simsiam_models {__version__}')
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of --version
+    parser.add_argument(
+        '--version', action='version', version=f'simsiam_models {__version__}\n{versions.describe()}',
+        help='show the versions that a bug report needs, and exit')
     parser.set_defaults(run=lambda args: parser.print_help())
     top = parser.add_subparsers(metavar='COMMAND')
     weights = top.add_parser('weights', help='published weights: list them, show one, verify one').add_subparsers(

@@ -5,7 +5,7 @@ The file is called `resnet.py` because timm lists models under the name of their
 """
 import functools
 import logging
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -50,19 +50,20 @@ class CifarResNet(ResNet):
     def __init__(
         self, *args: Any, in_chans: int = 3, stem_padding: int = 1, stem_relu: bool = True, **kwargs: Any,
     ) -> None:
-        super().__init__(*args, in_chans=in_chans, **kwargs)
-        old = self.conv1
-        self.conv1 = nn.Conv2d(
+        super().__init__(*args, **{**kwargs, 'in_chans': in_chans})
+        old = cast(nn.Conv2d, self.conv1)
+        stem = nn.Conv2d(
             in_chans, old.out_channels, 3, padding=1, bias=False, device=old.weight.device, dtype=old.weight.dtype)
-        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
-        self.maxpool = nn.Identity()
+        nn.init.kaiming_normal_(stem.weight, mode='fan_out', nonlinearity='relu')
+        self.add_module('conv1', stem)  # both annotated as Sequential by timm
+        self.add_module('maxpool', nn.Identity())
         self.set_stem(stem_padding, stem_relu)
-        for i, info in enumerate(self.feature_info):  # timm assumes a stem of stride 4
+        for i, info in enumerate(cast(list[dict[str, Any]], self.feature_info)):  # timm assumes a stem of stride 4
             info['reduction'] = 1 if i == 0 else info['reduction'] // 4
 
     def set_stem(self, stem_padding: int = 1, stem_relu: bool = True) -> None:
         """Changes what no entry of a checkpoint shows; see the class."""
-        self.conv1.padding = (stem_padding, stem_padding)
+        cast(nn.Conv2d, self.conv1).padding = (stem_padding, stem_padding)
         if not stem_relu:
             self.act1 = nn.Identity()
 
@@ -98,11 +99,13 @@ def choose_entries(checkpoint: Checkpoint, model: nn.Module) -> dict[str, Tensor
     _logger.info(checkpoint.describe())
     classes = len(state.get('fc.weight', ()))
     if hasattr(model, 'pretrained_cfg'):
-        model.pretrained_cfg['num_classes'] = classes  # timm takes a classifier of this size, and drops any other
-    if model.num_classes not in (0, classes):
+        # timm takes a classifier of this size, and drops any other.
+        cast(dict[str, Any], model.pretrained_cfg)['num_classes'] = classes
+    own = cast(int, model.num_classes)
+    if own not in (0, classes):
         found = f'a classifier of {classes} classes' if classes else 'no classifier'
-        _logger.warning(f"the weights hold {found}; the model's, with {model.num_classes} classes, starts at random")
-    return state if model.num_classes == classes else checkpoint.backbone
+        _logger.warning(f"the weights hold {found}; the model's, with {own} classes, starts at random")
+    return state if own == classes else checkpoint.backbone
 
 
 def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | None:
@@ -110,8 +113,9 @@ def find_weights(variant: str, kwargs: dict[str, Any]) -> tuple[str, Weights] | 
     cfg = timm.models.resolve_pretrained_cfg(
         variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     tag = next((tag for tag, weights in WEIGHTS.items() if weights.url == cfg.url), None)
-    own = tag is None or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id
-    return None if own else (f'{variant}.{tag}', WEIGHTS[tag])
+    if tag is None or cfg.source or cfg.file or cfg.state_dict or cfg.hf_hub_id:
+        return None
+    return f'{variant}.{tag}', WEIGHTS[tag]
 
 
 def _create_resnet(
@@ -134,7 +138,8 @@ def _create_resnet(
     filter_fn = filter_fn or functools.partial(checkpoint_filter_fn, branch=branch)
     model = build_model_with_cfg(
         cls, variant, pretrained, pretrained_cfg_overlay=overlay or None, pretrained_filter_fn=filter_fn, **kwargs)
-    model.pretrained_cfg.pop('state_dict', None)  # it would stay in memory and in every copy of the configuration
+    # It would stay in memory and in every copy of the configuration.
+    cast(dict[str, Any], model.pretrained_cfg).pop('state_dict', None)
     return model
 
 

@@ -71,7 +71,8 @@ class SimSiam(nn.Module):
         if f.ndim != 2:
             raise ValueError(f'the backbone returns shape {tuple(f.shape)}, but SimSiam needs pooled features (B, C): '
                              "create it with num_classes=0 and without global_pool=''")
-        return self.projector(f)
+        z: Tensor = self.projector(f)
+        return z
 
     def forward(self, x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Maps two views (B, 3, H, W) to p1, p2, z1, z2, each (B, dim); z1 and z2 are detached (Algorithm 1).

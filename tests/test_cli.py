@@ -176,7 +176,10 @@ def test_no_command_prints_help_and_version_the_package_s(capsys):
     assert all(name.split()[0] in text for name in cli.COMMANDS)
     with pytest.raises(SystemExit) as e:
         main(['--version'])
-    assert e.value.code == 0 and capsys.readouterr().out == f'simsiam_models {simsiam_models.__version__}\n'
+    first, *others = capsys.readouterr().out.splitlines()
+    assert e.value.code == 0 and first == f'simsiam_models {simsiam_models.__version__}'
+    found = dict(line.split(' ', 1) for line in others)
+    assert {'python', 'torch', 'torchvision', 'timm', 'platform'} <= found.keys() and found['timm'] == timm.__version__
 
 
 @pytest.mark.parametrize('name', cli.COMMANDS)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -80,7 +80,7 @@ def load_backbone(
     if 'num_classes' in model_kwargs:
         raise ValueError(f'num_classes={model_kwargs["num_classes"]}: a backbone has no classifier; leave it out')
     model, tag, args, proven = _load_model(name, branch, model_kwargs)
-    model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     mean = _parse_three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
     std = _parse_three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
@@ -91,7 +91,7 @@ def load_backbone(
             f'{name}: named {tag}, but nothing here proves that these are the published weights: they count as your '
             f"own (`simsiam weights verify {tag}` gets the authors' file to compare with)")
         tag = None
-    features = getattr(model, 'head_hidden_size', None) or model.num_features
+    features: Any = getattr(model, 'head_hidden_size', None) or model.num_features
     size = _parse_size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
     architecture = cfg.get('architecture') or name.removesuffix(RANDOM).split('.')[0]
     return Backbone(model, name, tag, found, mean, std, int(features), size, architecture, args)
@@ -112,7 +112,7 @@ def _load_model(
         return *_load_export(Path(name.removeprefix('local-dir:')), kwargs), False
     if name.startswith(('hf-hub:', 'hf_hub:')) or (not path.exists() and is_model(name.split('.')[0])):
         model = _create_pretrained(name, kwargs)
-        return model, model.pretrained_cfg.get('tag'), kwargs, False
+        return model, cast(dict[str, Any], model.pretrained_cfg).get('tag'), kwargs, False
     if path.is_dir():
         return *_load_folder(path, kwargs), False
     if path.is_file():
@@ -178,7 +178,7 @@ def _create_pretrained(name: str, kwargs: dict[str, Any]) -> nn.Module:
     """Creates the model with the classifier of its weights, since timm checks every entry only then, and removes it."""
     model = _create(name, True, **kwargs)
     if model.num_classes:
-        model.reset_classifier(0)
+        cast(Callable[[int], None], model.reset_classifier)(0)
     return model
 
 
@@ -191,7 +191,8 @@ def _load_export(folder: Path, kwargs: dict[str, Any]) -> tuple[nn.Module, str |
         raise FileNotFoundError(f'local-dir:{folder}: no config.json there; name a folder that was exported for timm')
     check_whole(find_export(folder))
     model = _explain(f'local-dir:{folder}', lambda: create_from_folder(folder, num_classes=0, **kwargs))
-    tag, args = model.pretrained_cfg.get('tag'), {**read_config(folder).args, **kwargs}
+    tag = cast(dict[str, Any], model.pretrained_cfg).get('tag')
+    args = {**read_config(folder).args, **kwargs}
     if not isinstance(tag, str) or tag not in WEIGHTS:
         return model, None, args
     if str(read_json(folder / 'config.json').get(BACKBONE))[:16] == weights_digest(model):
@@ -250,13 +251,13 @@ def forward_stages(model: nn.Module, x: Tensor) -> tuple[list[Tensor], Tensor]:
     if isinstance(model, ResNet):
         maps = [model.act1(model.bn1(model.conv1(x)))]
         x = model.maxpool(maps[0])
-        for layer in (model.layer1, model.layer2, model.layer3, model.layer4):
-            x = layer(x)
+        for name in ('layer1', 'layer2', 'layer3', 'layer4'):
+            x = model.get_submodule(name)(x)
             maps.append(x)
         return maps, x
     if not hasattr(model, 'forward_intermediates'):
         raise ValueError(f'{type(model).__name__} returns no feature maps (timm has no forward_intermediates for it)')
-    last, maps = model.forward_intermediates(x)
+    last, maps = cast(Callable[[Tensor], tuple[Tensor, list[Tensor]]], model.forward_intermediates)(x)
     return maps[-5:], last
 
 

@@ -10,7 +10,7 @@
 """
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         about = describe_features(backbone, images, transform.crop, transform.resize)
         sharded = args.output.suffix == '.parquet' and world.size > 1
         table = make_table(features, images, about) if world.main or sharded else None
-        if sharded:
+        if sharded and table is not None:
             files = write_shards(args.output, table, world)
-    if not world.main:
+    if not world.main or table is None:
         return 0
     for text in features.unreadable.values():
         print(f'left out: {text}')
@@ -108,7 +108,7 @@ def make_table(features: Features, images: Images, about: dict[str, Any]) -> Fea
 def open_part(data: str, part: str) -> Images:
     """Opens the part 'train' or 'val' of DATA; raises ValueError if there is none."""
     train, val, unusable = open_parts(data)
-    images = train if part == 'train' else val
+    images = cast(Images, train) if part == 'train' else val  # `extract` refuses streams
     if images is None:
         if unusable:
             raise ValueError(

@@ -27,11 +27,11 @@ def read_features(files: Sequence[str | Path]) -> FeatureTable:
     Raises:
         FileNotFoundError, ValueError: a file or a shard is missing, damaged, or not of the same model as the others.
     """
-    files = [Path(file) for file in files]
-    _check_shards(files)
-    tables = [_read_file(file) for file in files]
+    named = [Path(file) for file in files]
+    _check_shards(named)
+    tables = [_read_file(file) for file in named]
     name, = tables[0].arrays
-    for file, table in zip(files, tables, strict=True):
+    for file, table in zip(named, tables, strict=True):
         others = [f'{key} {about.get(key)}' for key in ('weights', 'image_size', 'resize')
                   for about in [table.about] if about.get(key) != tables[0].about.get(key)]
         (own, x), = table.arrays.items()
@@ -45,7 +45,7 @@ def read_features(files: Sequence[str | Path]) -> FeatureTable:
     paths = [path for table in tables for path in table.paths]
     labels, classes = None, []
     if tables[0].labels is not None:
-        classes = sorted({table.classes[i] for table in tables for i in np.unique(table.labels).tolist()})
+        classes = sorted({table.classes[i] for table in tables for i in np.unique(np.asarray(table.labels)).tolist()})
         number = {text: i for i, text in enumerate(classes)}
         labels = np.concatenate([np.array([number.get(c, -1) for c in t.classes], np.int64)[t.labels] for t in tables])
     return FeatureTable({name: x}, paths, labels, classes, tables[0].about)
@@ -83,8 +83,8 @@ def _read_file(path: Path) -> FeatureTable:
         counts = {len(x), len(paths), *([] if labels is None else [len(labels)])}
         if x.ndim != 2 or counts != {len(x)} or not len(x):
             raise ValueError(f'features {x.shape}, {len(paths)} paths')
-        if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes):
-            raise ValueError(f'labels {labels.min()} to {labels.max()} of {len(classes)} classes')
+        if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes or ()):
+            raise ValueError(f'labels {labels.min()} to {labels.max()} of {len(classes or ())} classes')
     # numpy, zipfile, pyarrow, csv and safetensors raise these for damaged files, pyarrow as subclasses
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError, csv.Error) as e:
         raise ValueError(
@@ -111,7 +111,8 @@ def _read_npz(path: Path) -> _Parts:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f'{path.name} is not there')
-    return json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def _read_npy(path: Path) -> _Parts:
@@ -135,7 +136,7 @@ def _read_csv(path: Path) -> _Parts:
         columns = [_COLUMN.fullmatch(name) for name in header]
         name = _choose(list(dict.fromkeys(found[1] for found in columns if found)))
         start = header.index(f'{name}_0')
-        stop = start + sum(bool(found) and found[1] == name for found in columns)
+        stop = start + sum(found is not None and found[1] == name for found in columns)
         at, of = header.index('path'), header.index('class') if 'class' in header else None
         paths, names, rows = [], [], []
         for row in table:
@@ -161,7 +162,7 @@ def _read_parquet(path: Path) -> _Parts:
         labelled = 'class' in schema.names
         names = ['path', name, *(['class'] if labelled else [])]
         x = np.empty((file.metadata.num_rows, schema.field(name).type.list_size), np.float32)
-        at, paths, texts = 0, [], []
+        at, paths, texts = 0, list[str](), list[str]()
         for batch in file.iter_batches(columns=names):
             x[at:at + len(batch)] = batch[name].flatten().to_numpy().reshape(len(batch), -1)
             at += len(batch)

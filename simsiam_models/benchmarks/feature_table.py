@@ -9,7 +9,7 @@
 `about` says which model computed the features, and at which size; a .csv file has no place for it.
 """
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +115,8 @@ def _write_text(path: Path, value: dict[str, Any]) -> None:
 def _write_npz(path: Path, table: FeatureTable) -> None:
     arrays = {} if table.labels is None else {'labels': table.labels, 'classes': np.array(table.classes)}
     arrays |= {'paths': np.array(table.paths), 'about': np.array(json.dumps(table.about)), **table.arrays}
-    write_atomically(path, lambda f: np.savez(_Seekless(f), **arrays))
+    save: Callable[..., None] = np.savez
+    write_atomically(path, lambda f: save(_Seekless(f), **arrays))
 
 
 class _Seekless:
@@ -143,17 +144,17 @@ def _write_npy(path: Path, table: FeatureTable) -> None:
 
 
 def _name_classes(table: FeatureTable) -> list[str]:
-    return [table.classes[i] for i in table.labels.tolist()]
+    return [table.classes[i] for i in np.asarray(table.labels).tolist()]
 
 
 def _write_csv(path: Path, table: FeatureTable) -> None:
     def list_rows() -> Iterator[list[Any]]:
-        labelled = table.labels is not None
+        labels, labelled = np.asarray(table.labels), table.labels is not None
         names = [f'{name}_{i}' for name, x in table.arrays.items() for i in range(x.shape[1])]
         yield ['path', *(['label', 'class'] if labelled else []), *names]
         for i, text in enumerate(table.paths):
             values = [value for x in table.arrays.values() for value in x[i]]  # of numpy: 0.1, not 0.10000000149
-            yield [text, *([table.labels[i], table.classes[table.labels[i]]] if labelled else []), *values]
+            yield [text, *([labels[i], table.classes[labels[i]]] if labelled else []), *values]
 
     write_csv(path, list_rows())
 

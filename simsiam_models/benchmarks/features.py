@@ -18,11 +18,11 @@ import os
 import sys
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -103,7 +103,8 @@ class Features:
         """Returns (N, D) float32, mapped from its file, read-only."""
         if name not in self.names:
             raise ValueError(f'{name}: not among the extracted features, {", ".join(self.names)}')
-        return np.load(self.folder / f'{name}.npy', mmap_mode='r')
+        array: np.ndarray = np.load(self.folder / f'{name}.npy', mmap_mode='r')
+        return array
 
     def rows(self, name: str, indices: np.ndarray) -> np.ndarray:
         """Returns (len(indices), D) float32 in memory."""
@@ -128,9 +129,9 @@ class FeatureModel:
             if set(names) == {'avgpool'}:
                 return {'avgpool': model(x).float()}
             maps, last = forward_stages(model, x)
-            average = model.forward_head(last).float() if 'avgpool' in names else None
-        flat = dict(zip(NAMES[1:], pool_stages(maps, not has_protocol_sizes(maps)), strict=False))
-        flat['avgpool'] = average
+            head = cast(Callable[[Tensor], Tensor], model.forward_head)
+            average = {'avgpool': head(last).float()} if 'avgpool' in names else {}
+        flat = dict(zip(NAMES[1:], pool_stages(maps, not has_protocol_sizes(maps)), strict=False)) | average
         for name in names:
             if name not in flat:
                 raise ValueError(f'{name}: {self.backbone.name} has maps of {len(maps)} stages only')
@@ -232,7 +233,7 @@ _Batch = tuple[_Shard, np.ndarray]  # with the rows of the batch
 
 
 def _prepare(
-    folder: Path, about: dict, images: Images, files: dict[str, FeatureFile], workers: int,
+    folder: Path, about: dict[str, Any], images: Images, files: dict[str, FeatureFile], workers: int,
 ) -> tuple[list[_Shard], list[str | None], dict[int, str]]:
     """Writes about.json and checks the files.
 
@@ -275,7 +276,7 @@ class _ShardWriter:
         """Raises DataError if most images of a shard are unreadable."""
         shard, rows = batch
         for name, y in outputs.items():
-            data = memoryview(y.cpu().contiguous().numpy()).cast('B')
+            data = y.cpu().contiguous().numpy().data.cast('B')
             self.files[name].write(self.handles[name], data, int(rows[0]))
             self.crc[name] = zlib.crc32(data, self.crc[name])
         if rows[-1] + 1 < shard.stop:

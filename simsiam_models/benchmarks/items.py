@@ -6,7 +6,7 @@ changes it.
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,9 @@ class BatchOrder(Protocol):
     def at(self, step: int) -> tuple[int, np.ndarray]: ...  # epoch; (batch,) int64 places among the rows
 
     def stand_ins(self, place: int) -> Iterator[int]: ...  # places to try for the one at `place`, itself first
+
+
+Plan = TypeVar('Plan', bound=BatchOrder)
 
 
 class ItemLoader:
@@ -50,7 +53,7 @@ class ItemLoader:
                 f'{MAX_UNREADABLE:.0%}; the first: {self.unreadable[min(self.unreadable)]}')
 
 
-class TrainItems(ItemLoader):
+class TrainItems(ItemLoader, Generic[Plan]):
     """Yields the items of each step, without end. Another image replaces an unreadable one, with its own target.
 
     Args:
@@ -62,7 +65,7 @@ class TrainItems(ItemLoader):
     """
 
     def __init__(
-        self, images: Any, rows: np.ndarray, plan: BatchOrder, prepare: Callable[[int, Key], Any], world: World,
+        self, images: Any, rows: np.ndarray, plan: Plan, prepare: Callable[[int, Key], Any], world: World,
         workers: int,
     ) -> None:
         super().__init__(images, rows, world, workers)
@@ -83,11 +86,12 @@ class TrainItems(ItemLoader):
         for step in itertools.count(first):
             epoch, batch = self.plan.at(step)
             mine = batch[self.world.rank::self.world.size].tolist()
-            items, reasons = [None] * len(mine), {}
+            items: list[Any] = [None] * len(mine)
+            reasons: dict[int, str] = {}
             yield (items, reasons), [
                 functools.partial(self._fill, items, reasons, k, (epoch, place)) for k, place in enumerate(mine)]
 
-    def _fill(self, items: list, reasons: dict[int, str], k: int, at: tuple[int, int]) -> None:
+    def _fill(self, items: list[Any], reasons: dict[int, str], k: int, at: tuple[int, int]) -> None:
         epoch, place = at
         key = self.plan.seed, epoch, int(self.rows[place])
         for stand_in in self.plan.stand_ins(place):
@@ -122,10 +126,10 @@ class EvalItems(ItemLoader):
 
     def _jobs(self) -> Iterator[Job]:
         for row in self.rows[self.world.rank::self.world.size].tolist():
-            items, reasons = [], {}
+            items, reasons = list[Any](), dict[int, str]()
             yield (items, reasons), [functools.partial(self._fill, items, reasons, row)]
 
-    def _fill(self, items: list, reasons: dict[int, str], row: int) -> None:
+    def _fill(self, items: list[Any], reasons: dict[int, str], row: int) -> None:
         try:
             items.append(self.prepare(row))
         except UnreadableError as e:

@@ -151,8 +151,9 @@ def report_pair(pair: Pair, world: World, say: Callable[[str], Any] = print) -> 
         f'{pair.train.name}: {counted(len(pair.train), "training image")} of {pair.counts["classes"]} classes; tested '
         f'on {pair.tested_on}'))
     pair.shared = report_shared(pair.train, pair.test, say)
-    present = np.unique(pair.train.labels)
-    absent, untested = np.setdiff1d(np.arange(pair.classes), present), np.setdiff1d(present, pair.test.labels)
+    present = np.unique(np.asarray(pair.train.labels))
+    absent = np.setdiff1d(np.arange(pair.classes), present)
+    untested = np.setdiff1d(present, np.asarray(pair.test.labels))
     for missing, n, part in ((absent, pair.classes, 'training'), (untested, len(present), 'test')):
         if len(missing):
             names = short(', '.join(str(pair.train.classes[i]) for i in missing[:100]))

@@ -11,6 +11,7 @@ from ..runtime.messages import printable
 
 MOST = 16  # rows of a sheet
 GAP, TITLE = 12, 26  # pixels: space between panels, height of a heading
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 FORMATS = {'.png': 'PNG', '.jpg': 'JPEG', '.jpeg': 'JPEG'}
 
 
@@ -56,7 +57,7 @@ def write_panels(path: str | Path, rows: list[list[Panel]], width: int, legend: 
     write_atomically(path, lambda file: sheet.save(file, FORMATS[path.suffix.lower()]))
 
 
-def fit_text(text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, width: float) -> str:
+def fit_text(text: str, draw: ImageDraw.ImageDraw, font: Font, width: float) -> str:
     """Returns the end of a text that is too wide: of a path, the file."""
     if draw.textlength(text, font) <= width:
         return text

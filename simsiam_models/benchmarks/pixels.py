@@ -44,18 +44,21 @@ def resize_image(image: np.ndarray, height: int, width: int, variant: str = 'mmd
         resize(image, width, height, 0, 0, out)
         return torch.from_numpy(out).permute(2, 0, 1)
     pixels = np.array(image) if not image.flags.writeable or min(image.strides) < 0 else image  # torch takes no other
-    return tv.resize(torch.from_numpy(pixels).permute(2, 0, 1), [height, width], antialias=False)
+    resized: Tensor = tv.resize(torch.from_numpy(pixels).permute(2, 0, 1), [height, width], antialias=False)
+    return resized
 
 
 def nearest(new: int, old: int) -> np.ndarray:
     """Returns (new,) int64: for each pixel of a row, the pixel of a row of `old` that INTER_NEAREST of OpenCV takes."""
     step = 1 / (new / old)  # not old / new: the last bit decides where the product is an integer
-    return np.minimum(np.floor(np.arange(new) * step).astype(np.int64), old - 1)
+    places: np.ndarray = np.minimum(np.floor(np.arange(new) * step).astype(np.int64), old - 1)
+    return places
 
 
 def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """Returns a mask (H, W) at another size, (height, width)."""
-    return mask[nearest(height, mask.shape[0])][:, nearest(width, mask.shape[1])]
+    resized: np.ndarray = mask[nearest(height, mask.shape[0])][:, nearest(width, mask.shape[1])]
+    return resized
 
 
 class Normalizer:

@@ -3,6 +3,7 @@
 MMSelfSup is open-mmlab/mmselfsup v0.9.1; paths are relative to that repository.
 """
 from dataclasses import dataclass
+from typing import Any
 
 SIZE, RESIZE = 224, 256  # pixels, of all protocols: test images have their short side resized, then are cropped
 LEAST = 8  # pixels: the smallest image size that a command accepts; not from a source
@@ -56,7 +57,7 @@ class LinearProtocol:
         return {name for name, is_used in used.items() if not is_used}
 
 
-MHEAD = dict(
+MHEAD: dict[str, Any] = dict(
     inputs='five', optimizer='sgd', batch_size=256, lr=0.01, schedule='steps', nesterov=True, weight_decay=1e-4,
     eval_every=10, reported='last')
 LINEAR = {p.name: p for p in (
@@ -85,7 +86,7 @@ LINEAR = {p.name: p for p in (
 
 # VOC07 SVM and low-shot SVM: tools/benchmarks/classification/svm_voc07 of MMSelfSup.
 SVM_COSTS = (1.0, 10.0, 100.0, *(0.5**n for n in range(4, 20)))  # in this order: the first of equal ones is chosen
-LINEAR_SVC = dict(
+LINEAR_SVC: dict[str, Any] = dict(
     class_weight={1: 2, -1: 1}, intercept_scaling=1.0, penalty='l2', loss='squared_hinge', tol=1e-4, dual=True,
     max_iter=2000)
 SVM_FOLDS = 3
@@ -97,8 +98,8 @@ LOW_SHOT_DRAWS = 5
 SVM_COST_AT_K1 = 1.0  # the cost chosen without test images: k = 1 leaves no image to hold out. Not from a source
 
 # Semi-supervised ImageNet: configs/benchmarks/classification/imagenet/imagenet_{1percent,10percent} of MMSelfSup.
-SEMI = {'epochs': 20, 'batch_size': 256}  # a flag may change these
-SEMI_FIXED = {
+SEMI: dict[str, Any] = {'epochs': 20, 'batch_size': 256}  # a flag may change these
+SEMI_FIXED: dict[str, Any] = {
     'optimizer': 'sgd', 'momentum': 0.9, 'steps': (12, 16), 'crop_scale': (0.08, 1.0), 'flip': 0.5, 'eval_every': 10}
 SEMI_LR_GAMMA = 0.2  # the rate is multiplied by it after each of the steps
 SEMI_WEIGHT_DECAY = {'semi_1pct': 5e-4, 'semi_10pct': 1e-4}
@@ -169,8 +170,9 @@ class DetectorNumbers:
         return DETECTION_VARIANTS[self.variant]
 
 
-C4 = dict(scales=(2.0, 4.0, 8.0, 16.0, 32.0), strides=(16,), inside=True, train_proposals=(12000, 2000),
-          test_proposals=(6000, 1000), best_rois='none', pool_size=14)
+C4: dict[str, Any] = dict(
+    scales=(2.0, 4.0, 8.0, 16.0, 32.0), strides=(16,), inside=True, train_proposals=(12000, 2000),
+    test_proposals=(6000, 1000), best_rois='none', pool_size=14)
 DETECTORS = {
     'fasterrcnn_c4': DetectorNumbers(**C4),  # _base_/models/faster_rcnn_r50_c4.py
     'maskrcnn_c4': DetectorNumbers(**C4),  # coco/mask_rcnn_r50_c4_mstrain_1x_coco.py
@@ -204,8 +206,9 @@ class DetectionProtocol:
     eval_every: int  # iterations, or epochs
 
 
-COCO = dict(dataset='coco', warmup=1000, short_sides=(640, 672, 704, 736, 768, 800), eval_every=1)
-COCO_1X, COCO_2X = dict(epochs=12, lr_steps=(8, 11), **COCO), dict(epochs=24, lr_steps=(16, 22), **COCO)
+COCO: dict[str, Any] = dict(dataset='coco', warmup=1000, short_sides=(640, 672, 704, 736, 768, 800), eval_every=1)
+COCO_1X: dict[str, Any] = dict(epochs=12, lr_steps=(8, 11), **COCO)
+COCO_2X: dict[str, Any] = dict(epochs=24, lr_steps=(16, 22), **COCO)
 DETECTION = {
     # voc0712/faster_rcnn_r50_c4_mstrain_24k_voc0712.py; moco: detection/configs/pascal_voc_R_50_C4_24k_moco.yaml
     'voc0712_c4_24k': DetectionProtocol(

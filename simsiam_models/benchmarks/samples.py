@@ -71,7 +71,7 @@ def subset(images: Images, indices: Sequence[int] | np.ndarray) -> Subset:
 
 def check_every_class_trains(images: Images) -> None:
     """Raises ValueError if a class has no training image."""
-    if len(missing := np.flatnonzero(np.bincount(images.labels, minlength=len(images.classes)) == 0)):
+    if len(missing := np.flatnonzero(np.bincount(np.asarray(images.labels), minlength=len(images.classes)) == 0)):
         raise ValueError(
             f'{images.name}: {len(missing)} of {len(images.classes)} classes have no training image, the first is '
             f'{images.classes[missing[0]]!r}; add images, number the classes from 0 without gaps, or accept this with '
@@ -80,7 +80,7 @@ def check_every_class_trains(images: Images) -> None:
 
 def check_several_classes(images: Images) -> None:
     """Raises ValueError if all images are of one class: every classifier is right then."""
-    if len(names := np.unique(images.labels)) < 2:
+    if len(names := np.unique(np.asarray(images.labels))) < 2:
         raise ValueError(
             f'{images.name}: only one class{f" ({images.classes[names[0]]})" if len(names) else ""}; a classifier '
             'needs at least two, each in its own folder')
@@ -103,7 +103,7 @@ def hold_out(images: Images, share: float, seed: int) -> tuple[Subset, Subset, s
         raise ValueError(
             f'{images.name}: no class has two images, so none can be held out; add images, or a val folder')
     text = f'{len(held)} of {len(images)} images, {share:g} of each class, held out by seed {seed}'
-    if single := sum(np.bincount(images.labels) == 1):
+    if single := sum(np.bincount(np.asarray(images.labels)) == 1):
         text += f'; {counted(single, "class has", "classes have")} one image and no test image'
     return subset(images, train), subset(images, held), text
 

@@ -55,12 +55,15 @@ class Rows:
 
 def dot(rows: np.ndarray, query: np.ndarray) -> np.ndarray:
     """Multiplies rows (n, D) with a query (D,) to (n,), all float64. Equal rows have equal products, bit for bit."""
-    return np.einsum('nd,d->n', rows, query)  # unlike a matrix product, it adds every row in the same order
+    # Unlike a matrix product, it adds every row in the same order.
+    products: np.ndarray = np.einsum('nd,d->n', rows, query)
+    return products
 
 
 def length(rows: np.ndarray) -> np.ndarray:
     """Returns the Euclidean lengths (n,) of rows (n, D), all float64. Equal rows have equal lengths, bit for bit."""
-    return np.maximum(np.sqrt(np.einsum('nd,nd->n', rows, rows)), SHORTEST)
+    lengths: np.ndarray = np.maximum(np.sqrt(np.einsum('nd,nd->n', rows, rows)), SHORTEST)
+    return lengths
 
 
 def error_bound(width: int) -> float:

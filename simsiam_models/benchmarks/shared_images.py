@@ -53,7 +53,7 @@ def find_shared(train: Images, test: Images) -> dict[str, Any]:
 
     with ThreadPoolExecutor(THREADS, 'simsiam-compare') as threads:
         for whole in (False, True):
-            keys = []
+            keys = list[list[tuple[int, bytes] | None]]()
             for images, side, size in zip((train, test), rows, sizes, strict=True):
                 parts = [side[part] for part in split_range(len(side), SHARE)]
                 look = functools.partial(_look, images, size, whole)
@@ -74,11 +74,11 @@ def find_shared(train: Images, test: Images) -> dict[str, Any]:
 
 def _look(images: Images, sizes: np.ndarray, whole: bool, rows: np.ndarray) -> list[tuple[int, bytes] | None]:
     """Returns the size of each image, and some of its bytes or the hash of all; None if it cannot be read."""
-    found = []
+    found = list[tuple[int, bytes] | None]()
     for row, size in zip(rows.tolist(), sizes[rows].tolist(), strict=True):
         data = b''
         with suppress(UnreadableError):
-            data = stored_bytes(images, row) if whole else stored_bytes(images, row, size // 2, MIDDLE)
+            data = (stored_bytes(images, row) if whole else stored_bytes(images, row, size // 2, MIDDLE)) or b''
         found.append((size, hashlib.blake2b(data, digest_size=16).digest() if whole else bytes(data)) if data else None)
     return found
 
@@ -86,8 +86,9 @@ def _look(images: Images, sizes: np.ndarray, whole: bool, rows: np.ndarray) -> l
 def _choose_rows(train: Images, test: Images) -> tuple[list[np.ndarray], list[np.ndarray], int] | None:
     """Returns, for both parts, the rows to read and all sizes; and how many test images are compared with that."""
     rows = [np.arange(len(images)) for images in (train, test)]
-    sizes = [stored_sizes(images, side) for images, side in zip((train, test), rows, strict=True)]
-    if any(x is None for x in sizes):
+    given = [stored_sizes(images, side) for images, side in zip((train, test), rows, strict=True)]
+    sizes = [x for x in given if x is not None]
+    if len(sizes) < len(given):
         if len(train) + len(test) > MAX_READ or not all(map(_is_at_hand, (train, test))):
             return None
         return rows, [np.zeros(len(side), np.int64) for side in rows], len(test)

@@ -26,7 +26,7 @@ BACKBONE = 'backbone'  # in a run's folder
 RECORD, PER_CLASS, SHEET = 'record.json', 'per_class.csv', 'sheet.jpg'
 VERSION = 1  # of an exported network
 SHOWN = 5  # classes
-COUNT = dict(type=int, metavar='N')  # a kind of flag
+COUNT: dict[str, Any] = dict(type=int, metavar='N')  # a kind of flag
 # The flags that only training uses.
 TRAINING = (
     'branch', 'model_args', 'batch_size', 'iterations', 'lr', 'image_size', 'eval_every', 'test', 'loss_mean',

@@ -3,7 +3,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Schedule:
 def compute_lr(s: Schedule, step: int) -> float:
     """Returns the learning rate of iteration `step`, counted from 0."""
     if s.power:
-        return (s.lr - s.floor) * (1 - step / s.iterations) ** s.power + s.floor
+        return (s.lr - s.floor) * float((1 - step / s.iterations) ** s.power) + s.floor
     lr = s.lr * s.lr_gamma ** sum(step >= at for at in s.lr_steps)
     if step < s.warmup:
         lr *= 1 - (1 - step / s.warmup) * (1 - s.warmup_ratio)
@@ -70,7 +70,7 @@ class TransferTrainer:
     """
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, world: World, amp: str, example: Callable[[], tuple], *,
+        self, model: nn.Module, schedule: Schedule, world: World, amp: str, example: Callable[[], tuple[Any, ...]], *,
         weights: dict[str, float] | None = None,
     ) -> None:
         self.schedule, self.world, self.amp, self.weights = schedule, world, amp, weights or {}
@@ -87,7 +87,7 @@ class TransferTrainer:
         if state['scaler']:  # empty if the checkpoint was written in another precision
             self.scaler.load_state_dict(state['scaler'])
 
-    def step(self, inputs: tuple, step: int) -> dict[str, Tensor]:
+    def step(self, inputs: tuple[Any, ...], step: int) -> dict[str, Tensor]:
         """Takes an optimizer step; returns the losses, on the device, without their weights."""
         lr = compute_lr(self.schedule, step)
         for group in self.optimizer.param_groups:
@@ -106,7 +106,7 @@ def make_optimizer(model: nn.Module, s: Schedule) -> torch.optim.Optimizer:
     norms = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)}
     without = [] if s.decay_norms else [p for p in model.parameters() if id(p) in norms]
     skipped = {id(p) for p in without}
-    groups = [{'params': [p for p in model.parameters() if id(p) not in skipped]}]
+    groups: list[dict[str, Any]] = [{'params': [p for p in model.parameters() if id(p) not in skipped]}]
     if without:
         groups.append({'params': without, 'weight_decay': 0.0})
     return torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay)
@@ -118,7 +118,7 @@ class Transfer:
 
     trainer: TransferTrainer
     batches: Batches
-    make_inputs: Callable[[Any, int], tuple]  # a batch and its iteration -> the arguments of the network
+    make_inputs: Callable[[Any, int], tuple[Any, ...]]  # a batch and its iteration -> the arguments of the network
     evaluate: Callable[['Transfer'], dict[str, Any]]  # on all processes; returns an entry of `history`, with 'metrics'
     life: Lifecycle
     log: RunLog
@@ -200,14 +200,15 @@ def train_until(run: Transfer, last: int) -> None:
 def add_losses(run: Transfer, losses: dict[str, Tensor]) -> None:
     run.names = list(losses)
     values = torch.stack([losses[name].float() for name in run.names])
-    run.sums = values if not run.counted else run.sums + values
+    run.sums = values if run.sums is None or not run.counted else run.sums + values
     run.counted += 1
 
 
 def log_losses(run: Transfer, began: tuple[float, int], waited: float) -> None:
     """Writes a line of the log; `began`: time and iteration of the last line, or of this start."""
     s, world = run.trainer.schedule, run.life.world
-    means = dict(zip(run.names, mean_over_processes(run.sums / run.counted, world).tolist(), strict=True))
+    sums = cast(Tensor, run.sums)
+    means = dict(zip(run.names, mean_over_processes(sums / run.counted, world).tolist(), strict=True))
     run.counted = 0
     total = sum(run.trainer.weights.get(name, 1.0) * x for name, x in means.items())
     check_loss(run, total)
@@ -248,7 +249,7 @@ def save(run: Transfer) -> None:
     """Writes a checkpoint, unless the loss is not finite. If that fails for now, the previous one is kept."""
     world = run.life.world
     run.batches.join()
-    parts = world.gather(run.sums.tolist() if run.counted else [])
+    parts = world.gather(run.sums.tolist() if run.sums is not None and run.counted else [])
     check_loss(run, sum(map(sum, parts)))
     run.life.save(lambda: {
         **run.trainer.state_dict(), 'step': run.step, 'sums': (run.names, parts), 'counted': run.counted,

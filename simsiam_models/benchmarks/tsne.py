@@ -13,7 +13,7 @@ from ..runtime.messages import short
 
 CLASSES = 20  # MMSelfSup: --max-num-class 20
 # MMSelfSup v0.9.1, tools/analysis_tools/visualize_tsne.py, except for random_state.
-TSNE = {
+TSNE: dict[str, Any] = {
     'n_components': 2, 'perplexity': 30.0, 'early_exaggeration': 12.0, 'learning_rate': 200.0, 'max_iter': 1000,
     'n_iter_without_progress': 300, 'init': 'random', 'random_state': 0}
 # Each has a contrast of at least 3 on white (WCAG 1.4.11). More than ten are hard to tell apart, so marks differ, too.
@@ -39,7 +39,8 @@ def reduce_features(x: np.ndarray, dim: int) -> np.ndarray:
     """Projects (N, D) features onto their first principal components: (N, min(dim, N, D)) float32."""
     from sklearn.decomposition import PCA
 
-    return PCA(min(dim, *x.shape), random_state=0).fit_transform(x)
+    reduced: np.ndarray = PCA(min(dim, *x.shape), random_state=0).fit_transform(x)
+    return reduced
 
 
 def compute_tsne(x: np.ndarray) -> np.ndarray:
@@ -48,7 +49,8 @@ def compute_tsne(x: np.ndarray) -> np.ndarray:
 
     check_count(len(x))  # again: some may be unreadable
     known = inspect.signature(Embedding).parameters  # max_iter was n_iter before scikit-learn 1.5
-    return Embedding(**{k if k in known else 'n_iter': v for k, v in TSNE.items()}).fit_transform(x)
+    xy: np.ndarray = Embedding(**{k if k in known else 'n_iter': v for k, v in TSNE.items()}).fit_transform(x)
+    return xy
 
 
 def draw_scatter(xy: np.ndarray, labels: np.ndarray | None, classes: list[str], title: str, file: Path) -> None:
@@ -67,10 +69,10 @@ def draw_scatter(xy: np.ndarray, labels: np.ndarray | None, classes: list[str], 
     shown = [] if labels is None else np.unique(labels).tolist()
     many = len(shown) > len(COLOURS) * len(MARKS)
     if labels is None:
-        axes.scatter(*xy.T, s=15, c=COLOURS[0])
+        axes.scatter(xy[:, 0], xy[:, 1], s=15, c=COLOURS[0])
     for i, label in enumerate(shown):
         points, turn = xy[labels == label], i // len(COLOURS)
-        axes.scatter(*points.T, s=15, c=COLOURS[i % len(COLOURS)], marker=MARKS[turn % len(MARKS)])
+        axes.scatter(points[:, 0], points[:, 1], s=15, c=COLOURS[i % len(COLOURS)], marker=MARKS[turn % len(MARKS)])
         if many:
             _write_name(axes, np.median(points, 0), short(classes[label], 24))
     if shown and not many:

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -160,9 +160,9 @@ def send_parameters(table: np.ndarray, to: Tensor) -> Sent:
     rows = np.flatnonzero(table[:, 10])
     arrays = [table, rows, *_weigh(table[rows, 10])]
     flat = send(np.concatenate([a.astype(np.float32).ravel() for a in arrays]), to)  # exact for rows below 2^24
-    table, rows, taps, beyond = (
-        x.view(a.shape) for x, a in zip(flat.split([a.size for a in arrays]), arrays, strict=True))
-    return Sent(table, rows.long(), taps, beyond)
+    pieces: tuple[Tensor, ...] = flat.split([a.size for a in arrays])
+    on_device = [x.view(a.shape) for x, a in zip(pieces, arrays, strict=True)]
+    return Sent(on_device[0], on_device[1].long(), *on_device[2:])
 
 
 def finish(images: Tensor, params: Finish | Sent, colours: Callable[..., Tensor] | None = None) -> Tensor:
@@ -188,8 +188,8 @@ def finish_colours(images: Tensor, table: Tensor, statistics: Tensor) -> Tensor:
 
 def normalize(x: Tensor) -> Tensor:
     """Normalises colours in [0, 1] to mean 0 and standard deviation 1 per channel, by ImageNet's statistics."""
-    mean, std = _statistics(x.device).view(2, 3, 1, 1)
-    return (x - mean) / std
+    statistics: Tensor = _statistics(x.device).view(2, 3, 1, 1)
+    return (x - statistics[0]) / statistics[1]
 
 
 @functools.cache
@@ -211,7 +211,7 @@ def jitter_and_gray(images: Tensor, table: Tensor) -> Tensor:
 
 
 def _join(planes: Planes) -> Tensor:
-    return torch.stack(planes, -1).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last
+    return torch.stack(tuple(planes), -1).permute(0, 3, 1, 2)  # (B, 3, S, S), channels last
 
 
 def _jitter_and_gray(planes: Planes, table: Tensor) -> Planes:
@@ -221,7 +221,8 @@ def _jitter_and_gray(planes: Planes, table: Tensor) -> Planes:
     passes over the pixels, which torch.compile fuses: the operators before contrast, and those after it.
     """
     jitter, order, factors, gray = table[:, 0] > 0, table[:, 1:5], table[:, 5:9], table[:, 9].view(-1, 1, 1) > 0
-    at = [sum(place * (order[:, place] == op) for place in range(1, 4)) for op in range(4)]  # place of each operator
+    # The place of each operator.
+    at: list[Any] = [sum(place * (order[:, place] == op) for place in range(1, 4)) for op in range(4)]
     x = _change([x.float() / 255 for x in planes], at, factors, [jitter & (place < at[1]) for place in at])
     x = _blend(x, _gray(x).mean((1, 2), keepdim=True), _choose(factors[:, 1], jitter))
     x = _change(x, at, factors, [jitter & (place > at[1]) for place in at])

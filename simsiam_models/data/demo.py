@@ -53,22 +53,27 @@ def _generate(kind: str, n: int, rng: np.random.Generator) -> np.ndarray:
     depth = 0.35 * np.exp(draw(np.log(0.3), 0, 1))
     picture = ground * light[..., None] + depth * ink * relief[..., None]
     picture += rng.standard_normal(picture.shape, dtype=np.float32) * draw(0, 0.03, 1)
-    return (picture.clip(0, 1) * 255).astype(np.uint8)
+    pixels: np.ndarray = (picture.clip(0, 1) * 255).astype(np.uint8)
+    return pixels
 
 
 def _height(kind: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Computes the relief of a material at (u, v), about -1 to 1; one stroke per unit of length."""
+    height: np.ndarray
     if kind in STROKES:
-        return _wave(u, v, STROKES[kind])
-    if kind in CROSSED:
-        return 1.3 * np.maximum(*(_wave(u, v, degrees) for degrees in CROSSED[kind])) - 0.5
-    if kind == 'brick':
-        return np.maximum(_wave(u, v, 0), np.cos(np.pi * (u + np.floor(v))))
-    if kind == 'chevron':
-        return np.cos(1.4 * np.pi * (v + 3 * np.abs((u / 3) % 1 - 0.5)))
-    return np.cos(6 * np.pi * np.hypot((u / 3) % 1 - 0.5, (v / 3) % 1 - 0.5))  # rings
+        height = _wave(u, v, STROKES[kind])
+    elif kind in CROSSED:
+        height = 1.3 * np.maximum(*(_wave(u, v, degrees) for degrees in CROSSED[kind])) - 0.5
+    elif kind == 'brick':
+        height = np.maximum(_wave(u, v, 0), np.cos(np.pi * (u + np.floor(v))))
+    elif kind == 'chevron':
+        height = np.cos(1.4 * np.pi * (v + 3 * np.abs((u / 3) % 1 - 0.5)))
+    else:  # rings
+        height = np.cos(6 * np.pi * np.hypot((u / 3) % 1 - 0.5, (v / 3) % 1 - 0.5))
+    return height
 
 
 def _wave(u: np.ndarray, v: np.ndarray, degrees: float) -> np.ndarray:
     a = np.float32(np.deg2rad(degrees))
-    return np.cos(2 * np.pi * (v * np.cos(a) - u * np.sin(a)))
+    wave: np.ndarray = np.cos(2 * np.pi * (v * np.cos(a) - u * np.sin(a)))
+    return wave

@@ -30,6 +30,13 @@ def load_library() -> ctypes.CDLL | None:
         return _load_once()
 
 
+def _loaded() -> ctypes.CDLL:
+    """Returns the kernel for callers that have checked `load_library`; raises RuntimeError if there is none."""
+    if (library := load_library()) is None:
+        raise RuntimeError('there is no kernel; ask load_library() before calling its functions')
+    return library
+
+
 @functools.cache
 def _load_once() -> ctypes.CDLL | None:
     if os.environ.get('SIMSIAM_KERNEL') == '0':
@@ -73,7 +80,7 @@ def philox_words(seed: int, epoch: int, indices: np.ndarray, first_block: int, b
     """Maps (n,) indices to (n, 4 blocks) random 32-bit words, see philox.py."""
     indices = np.ascontiguousarray(indices, np.int64)
     out = np.empty((len(indices), 4 * blocks), np.uint32)
-    load_library().philox_words(
+    _loaded().philox_words(
         len(indices), indices.ctypes.data, epoch, seed & (2**64 - 1), first_block, blocks, out.ctypes.data)
     return out
 
@@ -88,7 +95,7 @@ def cut_views(
     table = None if table is None else np.ascontiguousarray(table, np.float32)
     # With a wrong shape the kernel would read and write anywhere.
     if not (all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
-            and (u.shape, u.dtype, rule.shape, rule.dtype) == ((n, 22), np.float64, (4,), np.float64)
+            and u.shape == (n, 22) and rule.shape == (4,) and u.dtype == rule.dtype == np.float64
             and out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
             and out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
             and rows.shape == (n,) and ((rows >= 0) & (rows < len(out))).all()):
@@ -99,10 +106,10 @@ def cut_views(
     sizes = np.array([x.shape[1::-1] for x in images], np.int64)
     targets = (out.ctypes.data + rows * out.strides[0]).astype(np.uintp)
     parameters = None if table is None else table.ctypes.data
-    need = load_library().scratch_bytes(n, parameters, size)
+    need = _loaded().scratch_bytes(n, parameters, size)
     if len(getattr(_thread, 'scratch', b'')) < need:
         _thread.scratch = np.empty(need, np.uint8)
-    if load_library().views(
+    if _loaded().views(
             n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
             targets.ctypes.data, size, _thread.scratch.ctypes.data):
         raise MemoryError(f'out of memory for views of {size} pixels')
@@ -118,6 +125,6 @@ def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out:
         raise ValueError(
             f'no window {out.shape} {out.dtype} at ({left}, {top}) in an image {image.shape} {image.dtype} resized to '
             f'{width} x {height}')
-    if load_library().pillow_resize(
+    if _loaded().pillow_resize(
             image.ctypes.data, image.shape[1], image.shape[0], width, height, left, top, w, h, out.ctypes.data):
         raise MemoryError(f'out of memory to resize an image to {width} x {height}')

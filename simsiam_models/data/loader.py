@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,8 @@ class _BufferPool:
     """Arrays for batches, reused once no tensor refers to them: new memory would cost half as much time as a view."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type, pinned: bool) -> None:
-        self.shape, self.dtype, self.pinned, self.free = shape, dtype, pinned, []
+        self.shape, self.dtype, self.pinned = shape, dtype, pinned
+        self.free: list[np.ndarray] = []
 
     def take(self) -> Tensor:
         if self.pinned:  # torch caches pinned memory itself, and waits for copies in flight
@@ -105,7 +106,8 @@ class TwoViews:
     ) -> None:
         check_batch(batch, images.name, len(images), world)
         self.images, self.aug, self.seed, self.device = images, aug, seed, torch.device(device)
-        self.max_unreadable, self._allowed, self.unreadable = max_unreadable, int(max_unreadable * len(images)), {}
+        self.max_unreadable, self._allowed = max_unreadable, int(max_unreadable * len(images))
+        self.unreadable: dict[int, str] = {}
         self.batch, self.rank, self.world, self.share = batch, rank, world, batch // world
         self.whole = not on_device and self.device.type == 'cpu' and kernel.load_library() is not None  # finished views
         self.buffers = _BufferPool(
@@ -146,7 +148,7 @@ class TwoViews:
     def finish(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Moves a batch to the device and finishes its views there."""
         x, sent = self._copy(batch)
-        x1, x2 = (x if self.whole else finish(x, sent, self._colours)).chunk(2)
+        x1, x2 = (x if sent is None else finish(x, sent, self._colours)).chunk(2)
         return x1, x2
 
     def _copy(self, batch: Batch) -> tuple[Tensor, Sent | None]:
@@ -159,7 +161,7 @@ class TwoViews:
         if self._copies is not None:
             here = torch.cuda.current_stream(self.device)
             here.wait_stream(self._copies)
-            for y in (x, *sent):  # so that the memory is reused only after the work here
+            for y in (x, *(sent or ())):  # so that the memory is reused only after the work here
                 y.record_stream(here)
         return x.flatten(0, 1).permute(0, 3, 1, 2), sent  # channels last
 
@@ -182,7 +184,7 @@ class TwoViews:
 
     def _read_stream(self, epoch: int, start: int) -> Iterator[Job]:
         """Yields batches in the order of the stream. Every process reads all of it and decodes its own slices."""
-        samples = self.images.samples(self.seed, epoch, start * self.batch)
+        samples = cast(Stream, self.images).samples(self.seed, epoch, start * self.batch)
 
         def take(b: int, raw: list[bytes | np.ndarray]) -> None:
             raw += itertools.islice(samples, self.batch)
@@ -194,7 +196,8 @@ class TwoViews:
                     f'{self.images.name}: the stream ended after {had} images of epoch {epoch}, but '
                     f'{len(self.images)} were expected; {advice}')
 
-        jobs = (((b, raw), [functools.partial(take, b, raw)]) for b in range(start, len(self)) for raw in [[]])
+        jobs = (((b, raw), [functools.partial(take, b, raw)]) for b in range(start, len(self))
+                for raw in [list[bytes | np.ndarray]()])
         try:
             with contextlib.closing(run_in_order(self._reader, jobs, 1)) as batches:
                 for b, raw in batches:
@@ -214,7 +217,7 @@ class TwoViews:
 
     def _fill(self, batch: Batch, part: slice) -> None:
         """Reads these samples and cuts their views."""
-        images, first, out = [], part.start, batch.tensor.flatten(0, 1).numpy()
+        images, first, out = list[np.ndarray](), part.start, batch.tensor.flatten(0, 1).numpy()
         for i in range(part.start, part.stop):
             images.append(self._read(int(batch.indices[i]), batch))
             if sum(x.nbytes for x in images) >= GROUP or i == part.stop - 1:
@@ -231,7 +234,7 @@ class TwoViews:
             at = first + (index + step) % n
             try:
                 if batch.raw is None:
-                    return self.images.read(at)
+                    return cast(Images, self.images).read(at)
                 data = batch.raw[at - first]
                 return data if isinstance(data, np.ndarray) else decode(
                     data, f'{self.images.name}: image {at} of epoch {batch.epoch}')
@@ -250,7 +253,8 @@ def _compile(colours: Callable[..., Tensor]) -> Callable[..., Tensor]:
         nonlocal compiled
         try:
             compiled = compiled or torch.compile(colours, dynamic=False)  # raises if torch has no compiler here
-            return compiled(*args)
+            views: Tensor = compiled(*args)
+            return views
         # torch.compile raises errors of Dynamo, Inductor, Triton and the C compiler, which share no base class.
         except Exception as e:
             if compiled is colours:

@@ -9,10 +9,10 @@ from .demo import demo_images
 from .parts import find_parts
 from .readers import arrow, metadata
 from .readers.cifar import open_cifar
-from .readers.images import EXTENSIONS, FolderImages, Images, Stream
+from .readers.images import FolderImages, Images, Stream
 from .readers.labels import Choice, split_choice
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
-from .readers.names import TEST, VALIDATION, find_part, part_of
+from .readers.names import EXTENSIONS, TEST, VALIDATION, find_part, part_of
 from .readers.shards import TABLES, expand_pattern, list_shards, list_tables, split_by_name
 from .readers.streams import HubStream, WebStream
 from .readers.tars import COMPRESSED, TarImages
@@ -73,7 +73,8 @@ def open_parts(
         raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at least 1')
     if text == 'demo' and (spec is None or not os.path.exists(text)):
         _refuse_choice(text, choice)
-        return *demo_images(), None
+        train, val = demo_images()
+        return train, val, None
     prefix, _, rest = text.partition(':')
     if prefix in ('hf', 'hf-stream', 'torchvision') and not rest:
         raise ValueError(f'{text} is not complete; DATA must be {FORMS}')
@@ -119,9 +120,9 @@ def _open_images(text: str, prefix: str, rest: str, choice: Choice | None) -> tu
 def _open_folder(root: Path, choice: Choice | None) -> tuple[Images, Images | None]:
     if pair := arrow.open_saved(root, str(root), choice):
         return pair
-    if pair := open_cifar(root):
+    if cifar := open_cifar(root):
         _refuse_choice(root, choice)
-        return pair
+        return cifar
     root, train, val = find_parts(root)
     if train is None:
         return _open_part(root, choice)
@@ -178,7 +179,8 @@ def find_validation_list(file: Path) -> Path | None:
     """Finds the list with the same name as `file`, but for the word that tells its part: train_a.txt and val_a.txt."""
     if part_of(file.name) != 'train':
         return None
-    found = find_part(file.name)
+    if (found := find_part(file.name)) is None:
+        return None
     word = file.name[slice(*found.span())]
     spell = str.upper if word.isupper() else str.title if word[0].isupper() else str
     names = (f'{file.name[:found.start()]}{spell(name)}{file.name[found.end():]}' for name in VALIDATION)
@@ -195,7 +197,8 @@ def _open_table_folder(root: Path, name: str, choice: Choice | None) -> tuple[Im
 
 def _name_part(name: str | Path, files: list[Path]) -> str:
     """Returns the name of images that are in files for validation, which tells whether these are test files."""
-    return f'{name} ({"test" if find_part(files[0].name)[1] in TEST else "validation"})'
+    found = find_part(files[0].name)
+    return f'{name} ({"test" if found and found[1] in TEST else "validation"})'
 
 
 def _split_repo(rest: str) -> tuple[str, str | None]:

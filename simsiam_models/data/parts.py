@@ -31,7 +31,8 @@ def find_parts(root: Path) -> tuple[Path, Path | None, Path | None]:
         _check_classes(at, named, others)
         return at, None, None
     for first, *more in parts.values():
-        if more and find_part(more[0])[1] == find_part(first)[1]:
+        words = [found[1] for name in (first, *more[:1]) if (found := find_part(name))]
+        if len(words) == 2 and words[0] == words[1]:
             raise ValueError(f'{at}: {first} and {more[0]} may both be the same part; rename or remove one of them')
     used = [names[0] for part in PARTS if (names := parts.get(part))]
     if others and len(used) == 1 and list_entries(at / used[0])[1]:

@@ -20,7 +20,7 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
         c = [
             (b >> np.uint64(32)) ^ c[1] ^ np.uint64(k[0]), b & _LOW,
             (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k[1]), a & _LOW]
-        k = [(k[0] + _KEY_STEP[0]) & 0xFFFFFFFF, (k[1] + _KEY_STEP[1]) & 0xFFFFFFFF]
+        k = ((k[0] + _KEY_STEP[0]) & 0xFFFFFFFF, (k[1] + _KEY_STEP[1]) & 0xFFFFFFFF)
     return np.stack(c, -1)
 
 

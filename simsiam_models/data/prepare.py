@@ -38,7 +38,7 @@ from ..runtime.versions import command, versions
 from .augment import Augmentation, cut_crops, draw, resize, short_side
 from .opening import open_parts
 from .readers.decode import DataError, UnreadableError, decode
-from .readers.images import FileImages, FolderImages, contents_digest, stored_sizes
+from .readers.images import FileImages, FolderImages, contents_digest
 from .readers.index import Index, open_index
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES
 from .readers.names import EXTENSIONS
@@ -179,7 +179,8 @@ def write_images(images: FileImages, prepared: FileImages, side: int, quality: i
             yield found, [functools.partial(fill, found, at, row) for at, row in enumerate(rows)]
 
     bar = tqdm(total=len(images), desc='preparing', unit=' images', leave=False, disable=not sys.stderr.isatty())
-    with bar, make_threads(workers) as threads, contextlib.closing(run_in_order(threads, jobs())) as results:
+    pool = make_threads(workers) or contextlib.nullcontext()
+    with bar, pool as threads, contextlib.closing(run_in_order(threads, jobs())) as results:
         for found in results:
             for what in found:
                 if what.startswith(UNREADABLE):
@@ -235,8 +236,8 @@ def shrink(data: bytes, name: str, side: int, quality: int) -> tuple[bytes, str]
 def _find_orientation(header: Image.Image) -> int:
     """Returns the EXIF orientation, which some readers apply, or 0."""
     with suppress(Exception):  # PIL raises anything on a broken EXIF block; the image itself was decoded
-        value = header.getexif().get(ORIENTATION)
-        return value if value in range(2, 9) else 0
+        value: Any = header.getexif().get(ORIENTATION)
+        return int(value) if value in range(2, 9) else 0
     return 0
 
 
@@ -271,7 +272,7 @@ def measure(images: FileImages, prepared: FileImages) -> dict[str, Any]:
                 seconds += taken
                 levels.append(float(np.abs(views[0].astype(np.int16) - views[1]).mean()))
     n = len(levels)
-    sizes = [int(stored_sizes(files, np.arange(len(files))).sum()) for files in (images, prepared)]
+    sizes = [int(files.stored_sizes(np.arange(len(files))).sum()) for files in (images, prepared)]
     return {
         'sample': n, 'view_size': aug.size, 'bytes': sizes,
         'milliseconds': (1000 * seconds / n).tolist() if n else None, 'levels': float(np.mean(levels)) if n else None}

@@ -1,7 +1,7 @@
 """Runs jobs in a pool of threads and yields their results in order, a few jobs ahead of the consumer."""
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -9,7 +9,7 @@ from .readers.budget import abandon, call_in_pool
 
 AHEAD = 3  # batches that are filled while the consumer works on one
 
-Job = tuple[Any, list[Callable[[], Any]]]  # a result, and the calls that complete it
+Job = tuple[Any, Sequence[Callable[[], Any]]]  # a result, and the calls that complete it
 
 
 def make_threads(workers: int) -> ThreadPoolExecutor | None:
@@ -22,7 +22,9 @@ def split_range(n: int, share: int = 16) -> list[slice]:
     return [slice(i, min(i + share, n)) for i in range(0, n, share)]
 
 
-def run_in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead: int = AHEAD) -> Iterator[Any]:
+def run_in_order(
+    threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead: int = AHEAD,
+) -> Generator[Any, None, None]:
     """Yields the result of each job once its calls have returned; raises what a call raises.
 
     The threads work up to `ahead` jobs in advance. Without threads, the caller's own thread makes the calls.
@@ -33,7 +35,7 @@ def run_in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead:
                 call()
             yield result
         return
-    waiting: deque[tuple[Any, list[Future]]] = deque()
+    waiting: deque[tuple[Any, list[Future[None]]]] = deque()
     abandoned = threading.Event()
     try:
         for result, calls in jobs:
@@ -50,7 +52,7 @@ def run_in_order(threads: ThreadPoolExecutor | None, jobs: Iterable[Job], ahead:
             future.cancel()
 
 
-def _wait(result: Any, futures: list[Future]) -> Any:
+def _wait(result: Any, futures: list[Future[None]]) -> Any:
     for future in futures:
         future.result()
     return result

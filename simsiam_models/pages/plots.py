@@ -1,4 +1,5 @@
 """Curves of named numbers, drawn by matplotlib: SVG that follows the colours of the page, and PNG files."""
+import functools
 import io
 import re
 from collections.abc import Sequence
@@ -95,7 +96,7 @@ def draw_svg(plot: Plot) -> str:
         _draw_figure(plot).savefig(file, format='svg', transparent=True)
         text = file.getvalue()
     text = text[text.index('<svg'):]
-    box = re.search(r'viewBox="[^"]*"', text)[0]
+    box = re.findall(r'viewBox="[^"]*"', text)[0]
     inner = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', text[text.index('>') + 1:], flags=re.S)
     used = set(re.findall(r'#([\w-]+)', inner))  # other ids are the same in every picture
     inner = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else '', inner)
@@ -113,8 +114,8 @@ def write_plots(folder: Path, plots: Sequence[Plot], flag: str = '--plots') -> l
         file = folder / f'{plot.name}.png'
         with explain_write_errors(file, flag):
             folder.mkdir(parents=True, exist_ok=True)
-            figure = _draw_figure(plot, plot.title)
-            write_atomically(file, lambda f, figure=figure: figure.savefig(f, format='png', dpi=200))
+            save = functools.partial(_draw_figure(plot, plot.title).savefig, format='png', dpi=200)
+            write_atomically(file, save)
         files.append(file)
     return files
 
@@ -127,9 +128,10 @@ def _draw_figure(plot: Plot, title: str = '') -> Any:
     axes = figure.subplots()
     axes.set_title(title, parse_math=False, fontsize=11, color=TEXT, loc='left')
     for i, (name, x, y) in enumerate(plot.series):
-        x, y = thin(x, y)
-        marks = dict(marker='o', markersize=3.5) if len(x) <= POINTS else {}
-        axes.plot(x, y, DASHES[i % 4], color=SERIES[i % 4], linewidth=1.6, label=f' {name}', clip_on=False, **marks)
+        xs, ys = thin(x, y)
+        axes.plot(
+            xs, ys, DASHES[i % 4], color=SERIES[i % 4], linewidth=1.6, label=f' {name}', clip_on=False,
+            marker='o' if len(xs) <= POINTS else None, markersize=3.5)
     axes.set_xlabel(plot.x_label, color=SOFT, fontsize=9.5, parse_math=False)
     axes.tick_params(colors=SOFT, labelsize=9.5, length=0)
     axes.grid(axis='y', color=LINE, linewidth=0.8)

@@ -3,7 +3,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -36,9 +36,10 @@ class ImageClassifier:
     """
 
     def __init__(self, model: nn.Module, name: str, imagenet: bool, device: torch.device) -> None:
-        self.model = model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-        self.name, self.device, config = name, device, model.pretrained_cfg
-        self.classes, self.named = name_classes(config.get('label_names'), model.num_classes, imagenet, name)
+        self.model = model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.name, self.device, config = name, device, cast(dict[str, Any], model.pretrained_cfg)
+        classes = cast(int, model.num_classes)
+        self.classes, self.named = name_classes(config.get('label_names'), classes, imagenet, name)
         try:
             self.transform = create_transform(**resolve_data_config(pretrained_cfg=config))
             item = self.prepare(np.zeros((48, 64, 3), np.uint8))
@@ -50,7 +51,8 @@ class ImageClassifier:
 
     def prepare(self, image: np.ndarray) -> Tensor:
         """Turns (H, W, 3) uint8 into (3, S, S), as timm's evaluation and that of `simsiam finetune` do."""
-        return self.transform(Image.fromarray(image))
+        x: Tensor = self.transform(Image.fromarray(image))
+        return x
 
     @torch.no_grad()
     def predict(self, items: Sequence[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +103,7 @@ def load_classifier(name: str, device: torch.device) -> ImageClassifier:
     timm_name = f'{NAME}.{name}' if name in WEIGHTS and not path.exists() else name
     if path.is_dir() or name.startswith('local-dir:'):
         model = _load_folder(path, name)
-        tag = model.pretrained_cfg.get('tag')
+        tag = cast(dict[str, Any], model.pretrained_cfg).get('tag')
         return ImageClassifier(model, name, isinstance(tag, str) and tag in WEIGHTS, device)
     if path.is_file():
         raise ValueError(

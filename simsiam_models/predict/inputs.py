@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from ..data import open_parts
-from ..data.readers.images import EXTENSIONS, FileImages, Images, name_of
+from ..data.readers.images import FileImages, Images, name_of
 from ..data.readers.index import Index, Listing, open_index
 from ..data.readers.labels import split_choice
 from ..data.readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
-from ..data.readers.names import is_image
+from ..data.readers.names import EXTENSIONS, is_image
 from ..data.readers.shards import TABLES
 from ..data.readers.tars import COMPRESSED
 from ..runtime.messages import announce
@@ -57,7 +57,7 @@ def open_inputs(specs: Sequence[str]) -> Inputs:
         FileNotFoundError: there is no such file or folder, or no image in it.
         ValueError, DataError, OSError: a list or an archive cannot be used; the message says why.
     """
-    sources, files = [], []
+    sources, files = list[Images](), list[str]()
     for spec in specs:
         if _is_single(spec):
             files.append(spec)
@@ -104,7 +104,8 @@ def _list_folder(folder: str) -> Index:
 
 def _open_pattern(pattern: str) -> FileImages:
     """Opens the images among the files that match, and those in folders that match, each image once."""
-    found, others = {}, 0
+    found: dict[str, None] = {}
+    others = 0
     for match in sorted(glob.iglob(pattern, recursive=True)):
         if os.path.isdir(match):
             index = _list_folder(match)

@@ -79,9 +79,9 @@ def format_rows(rows: list[list[Any]], k: int) -> str:
     """Returns the table for a terminal."""
     lines = []
     for path, label, p, *others, error in rows:
-        others = ', '.join(f'{short(name, 30)} {q:.4f}' for name, q in zip(others[::2], others[1::2], strict=True)
-                           if name is not None)
-        found = ('', '', 'cannot be read') if error else (short(label, 40), f'{p:.4f}', others)
+        rest = ', '.join(f'{short(name, 30)} {q:.4f}' for name, q in zip(others[::2], others[1::2], strict=True)
+                         if name is not None)
+        found = ('', '', 'cannot be read') if error else (short(label, 40), f'{p:.4f}', rest)
         lines.append([printable(path), *found])
     names = ['path', 'label', 'probability', *(['others'] if k > 1 else [''])]
     return format_table(names, lines)

@@ -51,16 +51,18 @@ def predict_objects(args: argparse.Namespace, images: Inputs, device: torch.devi
 
 def list_boxes(one: dict[str, Any]) -> list[list[float]]:
     """Returns the corners x1, y1, x2, y2 of an image's boxes, in pixels, rounded to two decimals."""
-    return np.round(one['boxes'].astype(np.float64), 2).tolist()
+    boxes: list[list[float]] = np.round(one['boxes'].astype(np.float64), 2).tolist()
+    return boxes
 
 
 def list_scores(one: dict[str, Any]) -> list[float]:
-    return np.round(one['scores'].astype(np.float64), 6).tolist()
+    scores: list[float] = np.round(one['scores'].astype(np.float64), 6).tolist()
+    return scores
 
 
 def make_box_rows(reader: Reader, found: dict[int, dict[str, Any]]) -> list[list[Any]]:
     """Returns the cells of COLUMNS for each box; an image without any has a row with a path, and perhaps an error."""
-    rows = []
+    rows: list[list[Any]] = []
     for row in range(len(reader.images)):
         path, error = reader.images.name_of(row), reader.unreadable.get(row)
         if error or not len(found[row]['scores']):
@@ -77,7 +79,7 @@ def make_coco(reader: Reader, classes: list[str], found: dict[int, dict[str, Any
 
     An image that cannot be read has an `error` instead of a size.
     """
-    images, annotations = [], []
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
     for row in range(len(reader.images)):
         entry = {'id': row + 1, 'file_name': as_text(reader.images.name_of(row))}
         if row not in found:

@@ -31,13 +31,13 @@ class Reader:
             for rows, items in batches:
                 readable = [(row, item) for row, item in zip(rows, items, strict=True) if row not in self.unreadable]
                 if readable:
-                    yield tuple(map(list, zip(*readable, strict=True)))
+                    yield [row for row, _ in readable], [item for _, item in readable]
                 bar.update(len(rows))
 
     def _jobs(self) -> Iterator[Job]:
         for start in range(0, len(self.images), self.batch):
             rows = range(start, min(start + self.batch, len(self.images)))
-            items = [None] * len(rows)
+            items: list[Any] = [None] * len(rows)
             yield (rows, items), [functools.partial(self._fill, items, k, row) for k, row in enumerate(rows)]
 
     def _fill(self, items: list[Any], k: int, row: int) -> None:

@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..data import open_data
+from ..data import Images, open_data
 from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
 from ..runtime.messages import check_flags, counted, printable, size_text
@@ -87,7 +87,7 @@ def suggest_size(short: int, size: int) -> str:
 def data_lines(s: Survey, size: int) -> list[Line]:
     """Lists the findings of the survey; `size`: of a view, in pixels."""
     classes = 'no labels'
-    if s.classes is not None:
+    if s.classes is not None and s.smallest_class is not None and s.largest_class is not None:
         (low, least), (high, most) = s.smallest_class, s.largest_class
         span = f'{least:,}' if least == most else f'{least:,} ({low}) to {most:,} ({high})'
         classes = f'{counted(s.classes, "class", "classes")} of {span}'
@@ -118,7 +118,7 @@ def trial_lines(t: Trial) -> list[Line]:
     texts = [
         *t.notes, f'data alone: {t.data_rate:,.0f} images/s',
         f'step alone: {t.batch / t.step_seconds:,.1f} images/s ({t.step_seconds:.3g} s{scaled})']
-    if t.rate is not None:
+    if t.rate is not None and t.waiting is not None:
         texts.append(f'both: {t.rate:,.1f} images/s, waiting for data {percent(t.waiting)}')
     if t.memory is not None:
         texts.append(f'peak memory {size_text(t.memory)} ({t.memory_of})')
@@ -172,7 +172,8 @@ def preflight(
     plan = Plan(data, s, where, recipe, batch, flags=flags)
     used = default_workers(where) if workers is None else workers
     lines = _show(say, f'DATA   {s.name}', data_lines(s, plan.recipe.augmentation.size))
-    t = run_trial(train, plan.recipe, where, used, max(seconds / 2, seconds - (time.perf_counter() - began)))
+    left = max(seconds / 2, seconds - (time.perf_counter() - began))
+    t = run_trial(cast(Images, train), plan.recipe, where, used, left)
     if t.batch != plan.recipe.batch_size:
         plan = Plan(data, s, where, recipe, t.batch, flags=flags, batch_reason='what fits into memory')
     cost = estimate_cost(plan, t)

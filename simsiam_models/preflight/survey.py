@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -100,7 +100,8 @@ class _Reading:
     """Reads images in threads until `end`, but at least the very first; `bad`: index -> why it cannot be decoded."""
 
     def __init__(self, images: Images | Stream, end: float) -> None:
-        self.images, self.end, self.bad = images, end, {}
+        self.images, self.end = images, end
+        self.bad: dict[int, str] = {}
 
     def rows(self, wanted: int, workers: int) -> Iterator[tuple[Any, ...] | None]:
         """Yields the fields of ROW for each image; None for an image that was not read or is unreadable."""
@@ -111,13 +112,14 @@ class _Reading:
                 yield from rows
 
     def _jobs(self, wanted: int, share: int) -> Iterator[tuple[list[Any], list[Callable[[], None]]]]:
+        samples: Iterator[tuple[int, Any]]
         if isinstance(self.images, Stream):
             samples = enumerate(itertools.islice(self.images.samples(0, 0, 0), wanted))
         else:
             samples = ((i, i) for i in permutation(0, 0, len(self.images))[:wanted].tolist())
         first = True
         while (first or time.perf_counter() <= self.end) and (some := list(itertools.islice(samples, share))):
-            rows = [None] * len(some)
+            rows: list[Any] = [None] * len(some)
             yield rows, [
                 functools.partial(self._fill, rows, some, part, first and part.start == 0)
                 for part in split_range(len(some), SHARE)]
@@ -141,9 +143,9 @@ class _Reading:
         if isinstance(sample, np.ndarray):
             return sample, None
         if isinstance(sample, int):
-            pixels = self.images.read(sample)
+            pixels, path = cast(Images, self.images).read(sample), getattr(self.images, 'path', None)
             try:  # read a moment ago, so still in memory
-                return pixels, self.images.path(sample).read_bytes() if hasattr(self.images, 'path') else None
+                return pixels, None if path is None else path(sample).read_bytes()
             except OSError:
                 return pixels, None
         return decode(sample, f'{self.images.name}: image {index}'), sample
@@ -151,13 +153,13 @@ class _Reading:
 
 def _describe_file(pixels: np.ndarray, data: bytes | None) -> tuple[int, int, bool]:
     """Returns the size, a hash of the bytes (of the pixels if there is no file), and whether EXIF turns the image."""
-    content, turned = np.ascontiguousarray(pixels) if data is None else data, False
+    content, turned = memoryview(np.ascontiguousarray(pixels).data if data is None else data), False
     if data is not None:
         # PIL raises anything on a broken EXIF block; the image itself was decoded.
         with suppress(Exception), Image.open(io.BytesIO(data)) as header:
             turned = header.format in HAS_ORIENTATION and header.getexif().get(ORIENTATION, 1) not in (0, 1)
     digest = hashlib.blake2b(content, digest_size=8, key=repr(pixels.shape).encode())
-    return memoryview(content).nbytes, int.from_bytes(digest.digest(), 'little'), turned
+    return content.nbytes, int.from_bytes(digest.digest(), 'little'), turned
 
 
 def _measure_colours(pixels: np.ndarray) -> tuple[bool, np.ndarray, np.ndarray]:
@@ -208,8 +210,9 @@ def _range(x: np.ndarray) -> tuple[int, int, int]:
     return int(x.min()), int(np.median(x)), int(x.max())
 
 
-def _name(images: Images, index: int) -> str:
-    if not hasattr(images, 'path'):
+def _name(images: Images | Stream, index: int) -> str:
+    source: Any = images
+    if not hasattr(source, 'path'):
         return f'image {index}'
-    path = images.path(index)
-    return str(path.relative_to(images.root) if path.is_relative_to(images.root) else path)
+    path = source.path(index)
+    return str(path.relative_to(source.root) if path.is_relative_to(source.root) else path)

@@ -64,7 +64,7 @@ class Trial:
 
 def make_trainer(model: SimSiam, recipe: Recipe, device: torch.device, amp: str) -> Trainer:
     """Returns a trainer like that of `simsiam pretrain`, in a single process."""
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device).to(memory_format=torch.channels_last).train()
     return Trainer(model, recipe, World(0, 1, device), amp)
 
 
@@ -143,7 +143,7 @@ def _probe(t: Trial, model: SimSiam, recipe: Recipe, device: torch.device, end: 
     trainer, n, size = make_trainer(model, recipe, device, 'off'), min(PROBE, t.batch), recipe.augmentation.size
     views = make_noise(n, size, device)
     per_sample = saved_bytes(trainer, views) / n
-    step, spent, most = functools.partial(train_step, trainer), [], 0.05 * (end - time.perf_counter())
+    step, spent, most = functools.partial(train_step, trainer), list[float](), 0.05 * (end - time.perf_counter())
     while not spent or len(spent) < 3 and sum(spent) < most:  # one busy moment must not decide what follows
         spent.append(time_step(step, views))
     once = min(spent)
@@ -258,6 +258,6 @@ def _train(t: Trial, trainer: Trainer, images: Images, workers: int, end: float)
     t.last = Reading(loss, x1, p1, z1, trainer.model).read()
     diagnosis = Doctor(recipe.lr, t.batch, len(images), t.amp).examine(t.last)
     t.collapsed = diagnosis is not None and diagnosis.collapsed
-    t.diagnosis = diagnosis and str(diagnosis)
+    t.diagnosis = None if diagnosis is None else str(diagnosis)
     if t.steps > 1:
         t.rate, t.waiting = (t.steps - 1) * t.batch / spent, waited / spent

@@ -37,8 +37,8 @@ class Mistake(NamedTuple):
 def draw_confusion(record: dict[str, Any]) -> str:
     """Returns the confusion matrix, or for many classes the pairs that are confused most."""
     confusion = record['extra']['confusion']
-    rows = confusion.values() if isinstance(confusion, dict) else [None]
-    if not all(isinstance(row, dict) and all(isinstance(n, int) for n in row.values()) for row in rows):
+    given = confusion.values() if isinstance(confusion, dict) else [None]
+    if not all(isinstance(row, dict) and all(isinstance(n, int) for n in row.values()) for row in given):
         raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
     classes = list(confusion)
     if len(classes) > MATRIX:

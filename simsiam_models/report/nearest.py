@@ -60,7 +60,7 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     networks, problem = make_networks(run, recipe)
     some = subset(images, np.unique(np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int)))
     for network in networks.values():
-        network.eval().to(device, memory_format=torch.channels_last)
+        network.eval().to(device).to(memory_format=torch.channels_last)
     rows = [np.arange(i, min(i + BATCH, len(some))) for i in range(0, len(some), BATCH)]
     loader = EvalImages(some, rows, Transform(recipe.eval_resize, recipe.augmentation.size), min(16, cores()))
     features: dict[str, list[torch.Tensor]] = {name: [] for name in networks}

@@ -1,7 +1,7 @@
 """Puts the sections of a report together."""
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..benchmarks.results.report import make_tables, read_all
 from ..pages import gallery, plots, tables
@@ -27,7 +27,7 @@ class PageSection(NamedTuple):
     draw: Callable[[], Iterator[str]]
 
 
-def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict], list[str]]:
+def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict[str, Any]], list[str]]:
     """Returns the runs, the records, and which other files were left out.
 
     Raises FileNotFoundError if a path does not exist, or there is neither a run nor a record; ValueError for a damaged
@@ -89,8 +89,8 @@ def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSe
 
         sections += [PageSection(f'The two views{suffix}', draw_seen),
                      PageSection(f'Nearest neighbours before and after training{suffix}', draw_similar)]
-    if run.kind == 'finetune' and run.record and run.record['extra'].get('confusion'):
-        sections += [PageSection(f'Confusion{suffix}', lambda: iter([draw_confusion(run.record)])),
+    if run.kind == 'finetune' and (record := run.record) and record['extra'].get('confusion'):
+        sections += [PageSection(f'Confusion{suffix}', lambda: iter([draw_confusion(record)])),
                      PageSection(f'Worst mistakes{suffix}', lambda: draw_mistakes(run.folder))]
     if run.kind in ('detect', 'segment'):
         sections.append(PageSection(f'{"Detections" if run.kind == "detect" else "Masks"}{suffix}',
@@ -121,7 +121,7 @@ def _draw_curves(run: RunFolder) -> Iterator[str]:
     yield '</details>\n'
 
 
-def _draw_results(records: list[dict], left_out: list[str]) -> Iterator[str]:
+def _draw_results(records: list[dict[str, Any]], left_out: list[str]) -> Iterator[str]:
     for table in make_tables(records):
         columns = [i for i in range(len(table.rows[0])) if i < table.keys or any(row[i] for row in table.rows[1:])]
         yield tables.draw_table([[row[i] for i in columns] for row in table.rows], table.title, table.notes)

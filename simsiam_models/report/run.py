@@ -39,7 +39,8 @@ class RunFolder(NamedTuple):
     @property
     def steps(self) -> int:
         """Returns the steps of an epoch of pretraining."""
-        return max(1, self.args['images'] // self.args['batch_size'])
+        steps: int = self.args['images'] // self.args['batch_size']
+        return max(1, steps)
 
     @property
     def reached(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def choose_samples(run: RunFolder) -> tuple[list[int], np.ndarray]:
     """Returns epochs, the first, a middle and the newest, and the images that the network was given in all of them."""
     epoch, step = run.reached
     last = epoch if step else epoch - 1
-    epochs, common = [], None
+    epochs, common = list[int](), None
     for e in sorted({0, last // 2, last} - {-1}):
         steps = step if e == epoch else run.steps
         seen = permutation(run.args['seed'], e, run.args['images'])[:steps * run.args['batch_size']]

@@ -11,7 +11,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -94,7 +94,8 @@ class _Reader:
     """A file that remembers why reading it failed: zipfile mistakes some disk errors for damage."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
@@ -183,7 +184,7 @@ def _set_aside(path: Path) -> None:
         pass
 
 
-def find_differences(old: dict[str, Any], new: dict[str, Any], free: set[str] = frozenset()) -> str:
+def find_differences(old: dict[str, Any], new: dict[str, Any], free: Set[str] = frozenset()) -> str:
     """Returns 'key: old there, new here; ...' for the keys outside `free` that differ, or '' if none do."""
     old, new = _flatten(old), _flatten(new)
     keys = [k for k in sorted({*old, *new}) if k not in free and old.get(k) != new.get(k)]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 PATIENCE = 600  # seconds
+
+T = TypeVar('T')
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ class World:
         dist.all_reduce(table, dist.ReduceOp.MAX, self.control)
         return table.tolist()
 
-    def broadcast_from_main(self, make: Callable[[], Any]) -> Any:
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
         """Calls `make` on rank 0 and returns its result on every process; every process raises its error, too."""
         if self.size == 1:
             return make()
-        box = [None, None]
+        box: list[Any] = [None, None]
         if self.main:
             try:
                 box[0] = make()
@@ -54,9 +56,9 @@ class World:
         dist.broadcast_object_list(box, 0, self.control)
         if box[1] is not None:
             raise box[1]
-        return box[0]
+        return cast(T, box[0])
 
-    def all_or_none(self, make: Callable[[], Any]) -> Any:
+    def all_or_none(self, make: Callable[[], T]) -> T:
         """Calls `make` on every process and returns its own result; if one process fails, all of them raise."""
         if self.size == 1:
             return make()
@@ -71,7 +73,7 @@ class World:
         for rank, text in enumerate(texts):
             if text is not None:
                 raise ValueError(f'process {rank}: {text}')
-        return made
+        return cast(T, made)
 
     def gather(self, mine: Any) -> list[Any]:
         """Returns the objects of all processes, ordered by rank."""
@@ -162,10 +164,11 @@ def _meet(store: dist.Store, rank: int, size: int) -> str:
     if rank:
         store.set(f'simsiam/hello/{rank}', own)
         store.wait([f'simsiam/welcome/{own}'], timedelta(seconds=PATIENCE))
-        name = store.get(f'simsiam/welcome/{own}').decode()
+        name: str = store.get(f'simsiam/welcome/{own}').decode()
         store.set(f'simsiam/here/{name}/{rank}', '')
         return name
-    answered, missing, end = {}, list(range(1, size)), time.monotonic() + PATIENCE
+    answered: dict[int, str] = {}
+    missing, end = list(range(1, size)), time.monotonic() + PATIENCE
     while missing:
         for other in list(missing):
             if store.check([f'simsiam/hello/{other}']):
@@ -189,7 +192,7 @@ def synchronize_batchnorm(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     if world.device.type == 'cuda':
-        return convert_sync_batchnorm(model)
+        return cast(nn.Module, convert_sync_batchnorm(model))
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm) and not isinstance(child, GlobalBatchNorm):
@@ -206,7 +209,7 @@ def parallel(model: nn.Module, loss: Callable[[nn.Module], Tensor], world: World
     if world.size == 1:
         return model
     # Buffers need no broadcast: synchronised batch norm keeps them equal. torch 2.14 renames the argument.
-    ddp = nn.parallel.DistributedDataParallel
+    ddp: Callable[..., nn.Module] = nn.parallel.DistributedDataParallel
     name = 'forward_sync_buffers'
     if name not in inspect.signature(ddp).parameters:
         name = 'broadcast_buffers'
@@ -233,13 +236,13 @@ class _SumOverProcesses(torch.autograd.Function):
     """Sums a tensor over the processes, and its gradient too."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone()
         dist.all_reduce(grad)
         return grad
@@ -263,7 +266,7 @@ class GlobalBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return self.act(self.drop(super().forward(x)))
+            return cast(Tensor, self.act(self.drop(super().forward(x))))
         dims = [0, *range(2, x.ndim)]
         shape = [1, -1] + [1] * (x.ndim - 2)
         dtype, x = x.dtype, x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -277,13 +280,14 @@ class GlobalBatchNorm(_BatchNorm):
         y = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
-        if self.track_running_stats:
+        mean_buffer, var_buffer, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if mean_buffer is not None and var_buffer is not None and count is not None:  # track_running_stats
             with torch.no_grad():
-                self.num_batches_tracked += 1
-                m = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean.to(self.running_mean), m)
-                self.running_var.lerp_((var * n / (n - 1)).to(self.running_var), m)
-        return self.act(self.drop(y.to(dtype)))
+                count += 1
+                m = self.momentum if self.momentum is not None else 1 / float(count)
+                mean_buffer.lerp_(mean.to(mean_buffer), m)
+                var_buffer.lerp_((var * n / (n - 1)).to(var_buffer), m)
+        return cast(Tensor, self.act(self.drop(y.to(dtype))))
 
 
 def gather_rows(x: Tensor, n: int, world: World) -> Tensor:

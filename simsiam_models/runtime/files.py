@@ -72,7 +72,8 @@ class _File:
     """Remembers why a write failed: torch.save replaces the error with one of its own."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:

@@ -2,7 +2,7 @@
 import errno
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,11 +69,15 @@ class Lifecycle:
         self.world, self.signals, self.say = world, signals, say
         self.minutes, self.every_steps = minutes, every_steps
         self.keep_last, self.keep_every, self.start_over = keep_last, keep_every, start_over
-        self.position = self.saved = None  # (epoch, step) of the last attempt to save, and of the newest checkpoint
+        # (epoch, step) of the last attempt to save, and of the newest checkpoint
+        self.position: tuple[int, int] | None = None
+        self.saved: tuple[int, int] | None = None
         self.on_restored: Callable[[], Any] = silent
         self._saved_at = self._tried_at = time.monotonic()
         self._lock: RunLock | None = None  # rank 0's
-        self._device = self._args = None  # of the folder: the file system it is on, and the bytes of args.json
+        # Of the folder: the file system it is on, and the bytes of args.json.
+        self._device: int | None = None
+        self._args: bytes | None = None
 
     def __enter__(self) -> 'Lifecycle':
         return self
@@ -83,7 +87,7 @@ class Lifecycle:
         if self._lock is not None:
             self._lock.release()
 
-    def claim(self, args: dict[str, Any], free: set[str] = frozenset(), fresh: bool = False) -> dict[str, Any]:
+    def claim(self, args: dict[str, Any], free: Set[str] = frozenset(), fresh: bool = False) -> dict[str, Any]:
         """Makes the folder this run's, or finds that it already is, and returns the arguments recorded there.
 
         Args:
@@ -120,7 +124,7 @@ class Lifecycle:
 
         self.world.broadcast_from_main(take)
 
-    def resume(self, run: dict[str, Any], free: set[str] = frozenset()) -> dict[str, Any] | None:
+    def resume(self, run: dict[str, Any], free: Set[str] = frozenset()) -> dict[str, Any] | None:
         """Returns the newest undamaged checkpoint on every process, or None if there is no checkpoint.
 
         Args:
@@ -272,7 +276,7 @@ def _find_device(path: Path) -> int:
 
 
 def read_claim(
-    folder: Path, args: dict[str, Any], free: set[str], fresh: bool = False, start_over: str = 'give another --output',
+    folder: Path, args: dict[str, Any], free: Set[str], fresh: bool = False, start_over: str = 'give another --output',
 ) -> dict[str, Any] | None:
     """Returns the arguments recorded in `folder` if it holds this run, or None if no run has claimed it.
 

@@ -28,7 +28,9 @@ class RunLog:
     def __init__(self, folder: Path, main: bool) -> None:
         self.path, self.main = folder / LOG, main
         self.bar: tqdm | None = None
-        self._writer, self._wandb, self._broken = None, None, False
+        self._writer: Any = None
+        self._wandb: Any = None
+        self._broken = False
 
     def resume(self, size: int) -> None:
         """Drops the lines after the checkpoint that the run continues from: its steps are logged again."""

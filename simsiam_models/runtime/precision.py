@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ TRIAL, ENOUGH = 4.0, 0.2  # seconds of the trial of bfloat16; of a pass, beyond 
 AMP = {'bfloat16': torch.bfloat16, 'float16': torch.float16, 'off': None}
 
 
-def autocast(device: torch.device, amp: str) -> AbstractContextManager:
+def autocast(device: torch.device, amp: str) -> AbstractContextManager[Any]:
     """The forward pass in a precision of AMP."""
     return torch.autocast(device.type, AMP[amp]) if AMP[amp] else nullcontext()
 
@@ -32,10 +33,11 @@ def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, enabled=amp == 'float16')
 
 
-def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequence[int]) -> str:
+def choose_amp(name: str, device: torch.device, model: nn.Module | None, shape: Sequence[int]) -> str:
     """Resolves `auto`: bfloat16 if the GPU supports it, else float16 on CUDA; on a CPU a short timing decides.
 
-    `model` and the `shape` (B, 3, H, W) of its views are the run's: whether bfloat16 is faster depends on both.
+    `model` and the `shape` (B, 3, H, W) of its views are the run's: whether bfloat16 is faster depends on both. Without
+    a model, `auto` is `off` on a CPU.
 
     Raises:
         ValueError: float16 on a CPU, which lacks operators for it.
@@ -46,7 +48,8 @@ def choose_amp(name: str, device: torch.device, model: nn.Module, shape: Sequenc
         return name
     if device.type == 'cuda':
         return 'bfloat16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'float16'
-    return 'bfloat16' if device.type == 'cpu' and has_bfloat16() and _bfloat16_is_faster(model, shape) else 'off'
+    try_it = device.type == 'cpu' and has_bfloat16()
+    return 'bfloat16' if model is not None and try_it and _bfloat16_is_faster(model, shape) else 'off'
 
 
 def has_bfloat16() -> bool:
@@ -64,7 +67,7 @@ def _bfloat16_is_faster(model: nn.Module, shape: Sequence[int], rounds: int = 15
 
     A part of the batch is enough if it takes a while; a slow model is timed with a few samples, and once.
     """
-    trial = copy.deepcopy(model).to('cpu', memory_format=torch.channels_last)
+    trial = copy.deepcopy(model).to('cpu').to(memory_format=torch.channels_last)
     n, end = fewest_samples(shape), time.perf_counter() + seconds
     spent: dict[bool, list[float]] = {False: [], True: []}
     with torch.random.fork_rng(devices=[]):

@@ -165,8 +165,9 @@ class RunLock:
 def describe_process() -> dict[str, Any]:
     """Describes this process so that others can tell whether it lives."""
     place = [socket.gethostname()]  # process numbers are unique in a boot and a namespace only
-    for read in (lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(),
-                 lambda: os.readlink('/proc/self/ns/pid')):
+    reads: list[Callable[[], str]] = [
+        lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(), lambda: os.readlink('/proc/self/ns/pid')]
+    for read in reads:
         with suppress(OSError):
             place.append(read())
     return {
@@ -209,7 +210,8 @@ def read_lock(path: Path) -> tuple[dict[str, Any], int] | None:
         return None
     with suppress(ValueError):
         holder = json.loads(text)
-        kinds = {'host': str, 'since': str, 'started': (str, type(None)), 'place': list, 'pid': int, 'restarts': int}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            'host': str, 'since': str, 'started': (str, type(None)), 'place': list, 'pid': int, 'restarts': int}
         if isinstance(holder, dict) and all(isinstance(holder.get(k), kind) for k, kind in kinds.items()):
             if 0 < holder['pid'] < 2**31:
                 return holder, touched

@@ -26,7 +26,8 @@ class Signals:
 
     def __init__(self) -> None:
         self.number, self.deferred, self.waiting = 0, False, False
-        self._before, self._received_at = {}, -ECHO
+        self._before: dict[signal.Signals, Any] = {}
+        self._received_at = -ECHO
 
     def __enter__(self) -> 'Signals':
         if threading.current_thread() is threading.main_thread():  # Python allows handlers only there

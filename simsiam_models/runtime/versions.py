@@ -16,6 +16,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def describe() -> str:
+    """Returns what a bug report needs beside our own version, one per line: versions of others, and the platform."""
+    lines = [f'{name} {version}' for name, version in versions().items() if name != 'simsiam-models']
+    return '\n'.join([*lines, f'platform {platform.platform()}'])
+
+
 def command() -> str:
     """Returns the command line of this process as a shell takes it, without the folder of the program."""
     program = Path(sys.argv[0]).name

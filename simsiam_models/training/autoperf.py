@@ -31,7 +31,8 @@ def choose_perf(
     in seconds), and nowhere if the `steps_of_run` take less than SHORT without it. Raises ValueError if no combination
     works.
     """
-    views = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    x1, x2 = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device).unbind()
+    views = x1, x2
     steps: dict[Key, Step] = {}
     first: dict[Key, float] = {}  # seconds of the first call, which compiles
     seconds: dict[Key, list[float]] = {}
@@ -65,13 +66,13 @@ def choose_perf(
         compiling = f', compiled in {first[key]:.0f} s' if key[1].compile else ''
         say(f'auto-perf: {key[1]}, amp {key[0]}: {shape[0] / s:.1f} samples/s (median of {len(seconds[key])} timings)'
             f'{compiling}')
-    amp, perf = min(median, key=median.get)
+    amp, perf = min(median, key=lambda key: median[key])
     say(f'auto-perf: taking {perf}, amp {amp}')
     return amp, perf
 
 
 def _copy_model(model: nn.Module, device: torch.device, perf: Perf) -> nn.Module:
-    trial = copy.deepcopy(model).to(device, memory_format=perf.memory_format)
+    trial: nn.Module = copy.deepcopy(model).to(device).to(memory_format=perf.memory_format)
     if perf.compile:
         trial.compile()
     return trial

@@ -1,7 +1,8 @@
 """Weights to start from: --init-from fills the backbone, and the heads where they fit, before the first step."""
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def load_initial(source: str, model: SimSiam, recipe: Recipe) -> Initial:
         ValueError: they cannot be read, or are not those of the recipe's backbone.
     """
     try:
-        found = _read_tag(find_tag_name(source)) if find_tag_name(source) else _read_path(Path(source))
+        found = _read_tag(tag) if (tag := find_tag_name(source)) else _read_path(Path(source))
         check_finite({**found.backbone, **found.heads}, source)
     except (ValueError, FileNotFoundError) as e:
         text = str(e).removeprefix(f'{source}: ')
@@ -161,6 +162,6 @@ def _read_args(folder: Path) -> dict[str, Any]:
 def _read_export(folder: Path) -> Source:
     trained = load_trained(folder)
     if trained.model.num_classes:
-        trained.model.reset_classifier(0)
-    mean = trained.model.pretrained_cfg.get('mean') or pixel_statistics(False)['mean']
+        cast(Callable[[int], None], trained.model.reset_classifier)(0)
+    mean = cast(dict[str, Any], trained.model.pretrained_cfg).get('mean') or pixel_statistics(False)['mean']
     return Source(trained.model.state_dict(), trained.heads, mean=tuple(mean))

@@ -32,14 +32,15 @@ class Journal:
         self, log: RunLog, trainer: Trainer, steps: int, knn: KnnMonitor | None, *, on_collapse: str,
         max_steps: float = math.inf) -> None:
         self.log, self.trainer, self.steps, self.knn, self.on_collapse = log, trainer, steps, knn, on_collapse
-        self.total = min(trainer.recipe.epochs * steps, max_steps)  # steps of the run
+        self.total = int(min(trainer.recipe.epochs * steps, max_steps))  # steps of the run
         self.doctor = Doctor(
             trainer.recipe.lr, trainer.recipe.batch_size, steps * trainer.recipe.batch_size, trainer.amp)
         self.figures: dict[str, Any] = {'knn': {}}
         self.diagnosis: Diagnosis | None = None
         self.failed, self.start = False, 'random'
         self._losses: list[Tensor] = []
-        self._waited, self._began, self._pending = 0.0, Moment(trainer.world.device), None
+        self._waited, self._began = 0.0, Moment(trainer.world.device)
+        self._pending: tuple[Reading, Moment, int, float, dict[str, Any]] | None = None
         self._named = 0  # unreadable images in UNREADABLE
 
     def state_dict(self) -> dict[str, Any]:
@@ -131,10 +132,12 @@ class Journal:
 
     def measure_knn(self, epoch: int) -> None:
         """Measures the kNN accuracy of the backbone after `epoch` epochs."""
-        accuracy = self.figures['knn']['trained'] = self.knn.measure(self.trainer.model.backbone)
+        if (knn := self.knn) is None:
+            raise RuntimeError('this run has no kNN monitor')
+        accuracy = self.figures['knn']['trained'] = knn.measure(self.trainer.model.backbone)
         self.log.figures(
-            '', {'epoch': epoch, 'knn': accuracy, 'knn_images': self.knn.sizes},
-            f'epoch {epoch}: {self.knn.describe()} {accuracy:.1f} %', epoch * self.steps)
+            '', {'epoch': epoch, 'knn': accuracy, 'knn_images': knn.sizes},
+            f'epoch {epoch}: {knn.describe()} {accuracy:.1f} %', epoch * self.steps)
 
     def report_unreadable(self, epoch: int, views: TwoViews) -> None:
         """Logs how many images could not be read so far."""

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from ..data import DataError, EvalImages, Images, Transform
+from ..data import DataError, EvalImages, Images, Stream, Transform
 from ..data.augment import normalize
 from ..data.philox import permutation
 from ..data.threads import split_range
@@ -32,7 +33,8 @@ BATCH, LEAST, MOST, SECONDS, SHARE, KEPT = 128, 100, 60_000, 3.0, 0.05, 256 << 2
 @torch.no_grad()
 def output_std(z: Tensor) -> Tensor:
     """Returns std x sqrt(d) of z / ||z|| for z (B, d), mean over channels (paper, 4.1): 1 healthy, 0 collapsed."""
-    return F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+    std: Tensor = F.normalize(z.float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+    return std
 
 
 @torch.no_grad()
@@ -99,7 +101,8 @@ class Moment:
     """A point in a run: on CUDA a place in the device's queue, which the host fills in advance; elsewhere a time."""
 
     def __init__(self, device: torch.device) -> None:
-        self.clock, self.event = time.perf_counter(), None
+        self.clock = time.perf_counter()
+        self.event: torch.cuda.Event | None = None
         if device.type == 'cuda':
             self.event = torch.cuda.Event(enable_timing=True, blocking=True)
             self.event.record(torch.cuda.current_stream(device))
@@ -111,8 +114,8 @@ class Moment:
 
     def since(self, earlier: 'Moment') -> float:
         """Returns seconds; call wait() first."""
-        if self.event is not None:
-            return earlier.event.elapsed_time(self.event) / 1000
+        if self.event is not None and earlier.event is not None:
+            return float(earlier.event.elapsed_time(self.event)) / 1000
         return self.clock - earlier.clock
 
 
@@ -145,12 +148,12 @@ class Reading:
         return {**figures, 'rank': effective_rank(z), 'p_rank': effective_rank(p), 'samples': self._samples}
 
 
-def has_classes(images: Images) -> bool:
+def has_classes(images: Images | Stream) -> bool:
     """Returns whether there are labels of at least two classes: with one, every neighbour is right."""
     return images.labels is not None and len(np.unique(images.labels)) > 1
 
 
-def explain_no_monitor(images: Images) -> str:
+def explain_no_monitor(images: Images | Stream) -> str:
     """Returns why these images have no kNN monitor."""
     if images.labels is None:
         return 'no labels'
@@ -225,7 +228,7 @@ class KnnMonitor:
             if self.size is None:
                 self.size = self.world.broadcast_from_main(lambda: self._choose_size(backbone))
                 self.select(self.size)
-            extractors = {start: functools.partial(_features, backbone)}
+            extractors: dict[str, Callable[[Tensor], Tensor]] = {start: functools.partial(_features, backbone)}
             if pixels:
                 extractors['pixels'] = _pixels
             return dict(zip(extractors, self._measure(*extractors.values()), strict=True))
@@ -249,15 +252,16 @@ class KnnMonitor:
 
     def _measure(self, *extractors: Callable[[Tensor], Tensor]) -> list[float]:
         """Returns percent for the features of each extractor."""
-        images, hidden = sum(len(rows) for _, rows in self.sets), not (self.world.main and sys.stderr.isatty())
-        with tqdm(total=images, desc='kNN', unit='image', leave=False, dynamic_ncols=True, disable=hidden) as bar:
+        total, hidden = sum(len(rows) for _, rows in self.sets), not (self.world.main and sys.stderr.isatty())
+        with tqdm(total=total, desc='kNN', unit='image', leave=False, dynamic_ncols=True, disable=hidden) as bar:
             tables = [self._extract(part, extractors, bar) for part in (0, 1)]
         self._judge_unreadable()
         kept, labels = [], []
         for (images, rows), bad in zip(self.sets, self.unreadable, strict=True):
             keep = np.array([row not in bad for row in rows.tolist()])
             kept.append(torch.from_numpy(keep).to(self.world.device))
-            labels.append(torch.from_numpy(images.labels[rows[keep]].astype(np.int64)).to(self.world.device))
+            codes = cast(np.ndarray, images.labels)[rows[keep]].astype(np.int64)
+            labels.append(torch.from_numpy(codes).to(self.world.device))
         return [
             knn_accuracy(bank[kept[0]], labels[0], queries[kept[1]], labels[1], self.k, self.t)
             for bank, queries in zip(*tables, strict=True)]
@@ -273,10 +277,10 @@ class KnnMonitor:
 
     def _read(self, part: int) -> Iterator[Tensor]:
         """Yields the pixels of this process's images; keeps them if there are few."""
-        if self._kept[part] is not None:
-            yield from self._kept[part]
+        if (before := self._kept[part]) is not None:
+            yield from before
             return
-        world, (images, rows), kept = self.world, self.sets[part], []
+        world, (images, rows), kept = self.world, self.sets[part], list[Tensor]()
         loader = self._load(images, rows[world.rank::world.size])
         few = 3 * self.transform.crop**2 * sum(len(rows) for _, rows in self.sets) <= KEPT
         for _, x in loader:
@@ -307,7 +311,8 @@ class KnnMonitor:
 
 
 def _features(backbone: nn.Module, x: Tensor) -> Tensor:
-    return backbone(x.contiguous(memory_format=torch.channels_last)).float()
+    features: Tensor = backbone(x.contiguous(memory_format=torch.channels_last)).float()
+    return features
 
 
 def _pixels(x: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ NUMBERS = {
         'knn_t': 'temperature: a neighbour of cosine s has the weight exp(s / T)',
         'knn_every': 'measure every N epochs (0: only before and after; -1: never)'}}
 # Type of a field -> how argparse reads it, unless it is a single value of that type.
-SPECIAL = {
+SPECIAL: dict[type, dict[str, Any]] = {
     bool: {'action': argparse.BooleanOptionalAction}, dict: {'type': json_object, 'metavar': 'JSON'},
     tuple: {'type': float, 'nargs': 2, 'metavar': ('MIN', 'MAX')}}
 
@@ -62,7 +62,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         group = parser.add_argument_group(f"{title} (default: the recipe's number, see the table below)")
         for name, text in fields.items():
             kind = type(_numbers(Recipe(''))[name])
-            options = SPECIAL.get(kind, {'type': kind, 'metavar': 'X'})
+            options: dict[str, Any] = SPECIAL.get(kind, {'type': kind, 'metavar': 'X'})
             group.add_argument(_flag(name), dest=name, help=text, **options)
 
 
@@ -176,7 +176,7 @@ def resolve_recipe(args: argparse.Namespace) -> tuple[str, Recipe]:
     """Returns the recipe's name, and the recipe with the flags' numbers; raises ValueError if one is out of range."""
     name = name_recipe(args)
     recipe = RECIPES[name]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if v is not None}
     numbers, aug = (
         {f.name: given[f.name] for f in dataclasses.fields(kind) if f.name in given} for kind in (Recipe, Augmentation))
     if numbers.get('model', recipe.model) != recipe.model:

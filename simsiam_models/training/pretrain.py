@@ -153,7 +153,7 @@ def train(run: Pretraining, epoch: int, step: int) -> tuple[int, int]:
     """
     steps, max_steps = len(run.views), math.inf if run.args.max_steps is None else run.args.max_steps
     while epoch < run.trainer.recipe.epochs and epoch * steps + step < max_steps:
-        step = train_one_epoch(run, epoch, step, min(steps, max_steps - epoch * steps))
+        step = train_one_epoch(run, epoch, step, int(min(steps, max_steps - epoch * steps)))
         if step == steps:
             finish_epoch(run, epoch)
             epoch, step = epoch + 1, 0

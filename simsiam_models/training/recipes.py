@@ -71,6 +71,6 @@ def restore_recipe(record: dict[str, Any]) -> Recipe:
     """Returns the recipe of a run from its args.json; raises KeyError or TypeError if the file lacks numbers."""
     numbers = {f.name: record[f.name] for f in dataclasses.fields(Recipe) if f.name != 'about'}
     stored = numbers.pop('augmentation')
-    values = {f.name: stored[f.name] for f in dataclasses.fields(Augmentation)}
-    augmentation = Augmentation(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    return Recipe('', augmentation=augmentation, **numbers)
+    values: dict[str, Any] = {f.name: stored[f.name] for f in dataclasses.fields(Augmentation)}
+    values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return Recipe('', augmentation=Augmentation(**values), **numbers)

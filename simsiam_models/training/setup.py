@@ -9,12 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..data import Images, TwoViews, open_data
+from ..data import Images, Stream, TwoViews, open_data
 from ..data.readers.images import stored_sizes
 from ..data.readers.index import digest
 from ..runtime import checkpoint
@@ -63,7 +64,7 @@ def prepare(args: argparse.Namespace, recipe: Recipe, world: World) -> tuple[Two
     if recipe.knn_every >= 0 and has_classes(train) and (len(train) // 5 if val is None else len(val)) >= world.size:
         most = allowed_size(recipe, recipe.epochs * len(views) * recipe.batch_size)
         knn = KnnMonitor(
-            train, val, recipe, world, size=args.knn_images, most=most, workers=workers,
+            cast(Images, train), val, recipe, world, size=args.knn_images, most=most, workers=workers,
             max_unreadable=args.max_unreadable)
     return views, knn, make_model(recipe, args.seed)
 
@@ -88,7 +89,7 @@ def name_output(args: argparse.Namespace, recipe_name: str) -> Path:
 
 
 def claim(
-    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, images: Images, life: Lifecycle,
+    args: argparse.Namespace, name: str, recipe: Recipe, model: SimSiam, images: Images | Stream, life: Lifecycle,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Claims the run's folder; returns its recorded arguments, and the checkpoint that it continues from, or None.
 
@@ -128,8 +129,10 @@ def claim(
     return record, state
 
 
-def digest_sizes(images: Images) -> str | None:
+def digest_sizes(images: Images | Stream) -> str | None:
     """Hashes the sizes of 64 files, which reveal most data sets that were replaced; None if there are no files."""
+    if isinstance(images, Stream):
+        return None
     sizes = stored_sizes(images, np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64)))
     return None if sizes is None else digest(sizes.astype('<i8'))
 
@@ -223,7 +226,7 @@ def make_trainer(
     """Moves the model to the device, follows --amp, --compile and --auto-perf, and wraps it for several processes."""
     world, shape = life.world, _view_shape(recipe, life.world)
     amp, perf = decide_perf(args, recipe, model, record, life, continued)
-    model.to(world.device, memory_format=perf.memory_format)
+    model.to(world.device).to(memory_format=perf.memory_format)
     synchronize_batchnorm(model, world)
     if perf.compile:
         x = torch.zeros(shape, device=world.device).contiguous(memory_format=perf.memory_format)
@@ -250,11 +253,12 @@ def decide_perf(
     if not args.auto_perf and not by_trial:
         return amp, Perf(compile=bool(args.compile))
 
-    def make_step(trial: SimSiam, amp: str, perf: Perf) -> Callable[..., Any]:
-        trainer = Trainer(trial.train(), recipe, World(0, 1, world.device), amp, perf, seed=args.seed)
+    def make_step(trial: nn.Module, amp: str, perf: Perf) -> Callable[..., Any]:
+        trainer = Trainer(cast(SimSiam, trial.train()), recipe, World(0, 1, world.device), amp, perf, seed=args.seed)
         return functools.partial(train_step, trainer)
 
     def choose() -> tuple[str, Perf]:
+        more: dict[str, Any]
         if args.auto_perf:
             life.say('auto-perf: timing a few ways of computing a step, for about a minute')
             more = {'ways': [way for way in WAYS if args.compile is not False or not way.compile]}

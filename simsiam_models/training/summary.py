@@ -50,7 +50,7 @@ def verdict(journal: Journal, views: TwoViews, folder: Path) -> str:
     if bad:
         lines.append(f'{len(bad)} images could not be read and were replaced; {folder / UNREADABLE} names them:')
         lines += [f'  {text}' for text in list(bad.values())[:5]]
-    if 'trained' in knn:
+    if journal.knn is not None and 'trained' in knn:
         raw = f', raw pixels {knn["pixels"]:.1f} %' if 'pixels' in knn else ''
         start, gain = knn[journal.start], describe_gain(
             knn['trained'], max(knn[journal.start], knn.get('pixels', 0.0)), journal.knn.queries)

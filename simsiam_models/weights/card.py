@@ -63,7 +63,7 @@ class CardFacts:
 
     @property
     def needs_package(self) -> bool:  # timm and transformers alone lack the architecture
-        return self.config['architecture'].startswith('simsiam_')
+        return str(self.config['architecture']).startswith('simsiam_')
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ def format_card(facts: CardFacts) -> str:
         tags=['timm', *([] if facts.needs_package else ['transformers']), 'simsiam', 'self-supervised'],
         pipeline_tag='image-classification' if facts.config['num_classes'] else 'image-feature-extraction',
         datasets=['imagenet-1k'] if weights else list(history.datasets) or None if history else None,
-        base_model=facts.repo.replace(facts.tag, weights.counterpart) if weights and weights.linear else (
+        base_model=facts.repo.replace(facts.tag, str(weights.counterpart)) if weights and weights.linear else (
             history and history.base_model),
         model_name=facts.name, eval_results=_list_eval_results(facts.tag) + _list_scores(facts) or None)
     note = [BGR_NOTE.format(counterpart=weights.counterpart, evidence=BGR_EVIDENCE[facts.tag])] if (
@@ -138,7 +138,7 @@ def _format_details(facts: CardFacts) -> str:
             bgr = f'BGR with RGB statistics ({BGR_EVIDENCE.get(facts.tag)}); now RGB, see below'
             rows.append(('Pixels in pretraining', bgr if weights.bgr else rgb))
     if facts.history:
-        rows += [tuple(map(plain_markdown, fact)) for fact in facts.history.facts.items()]
+        rows += [(plain_markdown(name), plain_markdown(fact)) for name, fact in facts.history.facts.items()]
     terms = facts.license + (': **no commercial use**' if '-nc' in facts.license else '')
     rows += [('Origin of this file', facts.origin),
              ('License', terms + (', the license of the repository that published them' if weights else ''))]

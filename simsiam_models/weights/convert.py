@@ -122,7 +122,7 @@ def _write_detectron2(state: dict[str, Tensor], file: BinaryIO) -> None:
     file.write(data.replace(b'cnumpy._core.multiarray\n', b'cnumpy.core.multiarray\n', 1))
 
 
-WRITERS = {
+WRITERS: dict[str, Callable[[dict[str, Tensor], BinaryIO], None]] = {
     'torchvision': torch.save,
     'detectron2': _write_detectron2,
     'mmdet': lambda state, file: torch.save({'meta': {}, 'state_dict': _drop_classifier(state)}, file),

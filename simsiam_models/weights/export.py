@@ -1,7 +1,7 @@
 """Exports a trained backbone, or the parts of a checkpoint, to a folder that timm and transformers load."""
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -121,7 +121,7 @@ def make_timm_config(
     `overlay` overrides entries of pretrained_cfg; `model_args` built `model`, apart from num_classes.
     """
     name = name.split('.')[0]
-    cfg = model.pretrained_cfg
+    cfg = cast(dict[str, Any], model.pretrained_cfg)
     if cfg.get('fixed_input_size'):  # otherwise timm builds the model for its own default image size
         model_args = {'img_size': cfg['input_size'][-1], **(model_args or {})}
     return {

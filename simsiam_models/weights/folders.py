@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 from safetensors.torch import load_file
@@ -113,7 +114,7 @@ def create_from_folder(folder: str | Path, pretrained: bool = True, **kwargs: An
         model.load_state_dict(state)
     elif pretrained:  # timm adapts what `kwargs` change: channels, image size
         model = timm.create_model(name, True, pretrained_cfg={**cfg, 'state_dict': state}, **args)
-        model.pretrained_cfg.pop('state_dict', None)
+        cast(dict[str, Any], model.pretrained_cfg).pop('state_dict', None)
     if classes not in (None, model.num_classes):  # timm checks every entry only with the classifier of the weights
-        model.reset_classifier(classes)
+        cast(Callable[[int], None], model.reset_classifier)(classes)
     return model

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,14 +109,14 @@ def _read_pretraining(args: dict[str, Any], log: list[dict[str, Any]], epochs: i
         'Data': f'{data}, {_count(args.get("images"))} images, without labels',
         'Processes': args.get('processes'), 'Precision': args.get('amp'), 'Seed': args.get('seed'),
         'Versions': _join(args.get('versions'))}
-    facts = {k: str(v) for k, v in facts.items() if v not in (None, '')}
+    stated = {k: str(v) for k, v in facts.items() if v not in (None, '')}
     unfinished = '' if done == total else f', {done} of {total} epochs'
     commands = [_name_command(x.get('command')) for x in (args, *extensions)]
     scores = _read_knn(args, [line for line in log if line.get('epoch', 0) <= (done or 0)])
     source = str(args.get('data') or '')
     hub = re.match(r'hf(?:-stream)?:([\w.-]+/[\w.-]+)', source)
     return History(
-        f'pretrained by SimSiam on {data}{unfinished}', data, facts, ' && '.join(filter(None, commands)), scores, base,
+        f'pretrained by SimSiam on {data}{unfinished}', data, stated, ' && '.join(filter(None, commands)), scores, base,
         (hub[1],) if hub else ())
 
 
@@ -133,8 +134,9 @@ def _read_knn(args: dict[str, Any], log: list[dict[str, Any]]) -> tuple[Score, .
     lines = [line for line in log if isinstance(line.get('knn'), int | float) and math.isfinite(line['knn'])]
     if not lines:
         return ()
-    last, before = lines[-1], next((line['knn'] for line in log if isinstance(line.get('knn'), dict)), {})
-    images = last.get('knn_images') or ()
+    last = lines[-1]
+    before: dict[str, Any] = next((line['knn'] for line in log if isinstance(line.get('knn'), dict)), {})
+    images: Sequence[int] = last.get('knn_images') or ()
     sizes = [f'{images[0]} bank images and {images[1]} queries'] if len(images) == 2 else []
     names = {'random': 'untrained backbone', 'initial': 'backbone before this training', 'pixels': 'raw pixels'}
     others = [f'{names[k]} {v:.1f}' for k, v in before.items() if k in names and isinstance(v, float)]
@@ -149,8 +151,8 @@ def _read_finetuning(record: dict[str, Any]) -> History:
     own = data.get('name') in (None, 'folder')
     name, base = _name_data((data.get('path') if own else data['name']) or 'images'), short(weights.get('name') or '')
     base = base if base.startswith(('hf-hub:', 'hf_hub:')) else Path(base).name
-    known = tag in WEIGHTS
-    terms = f' ({WEIGHTS[tag].license})' if known else ''
+    known = isinstance(tag, str) and tag in WEIGHTS
+    terms = f' ({WEIGHTS[str(tag)].license})' if known else ''
     facts = {
         'Fine-tuned from': f'{NAME}.{tag}{terms}' if known else base,
         'Data': f'{name}: {_count(counts.get("train"))} training and {_count(counts.get("test"))} validation images of '

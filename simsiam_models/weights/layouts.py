@@ -54,8 +54,8 @@ class Checkpoint:
         """Returns one line with the layout, the size of each part, and what was dropped or changed."""
         sizes = {name: len(getattr(self, name) or ()) for name in PARTS}
         parts = ', '.join(f'{name} {n} entries' if n else f'no {name}' for name, n in sizes.items())
-        dropped = ', '.join(f'{group} ({n})' for group, n in self.info.get('dropped', {}).items())
-        dropped = [f'dropped {dropped}'] if dropped else []
+        groups = ', '.join(f'{group} ({n})' for group, n in self.info.get('dropped', {}).items())
+        dropped = [f'dropped {groups}'] if groups else []
         # Names from the file must not look like lines of a report.
         return printable('; '.join([f'layout {self.layout}: {parts}', *dropped, *self.info.get('notes', [])]))
 
@@ -93,7 +93,7 @@ class Layout(NamedTuple):
     renames: dict[str, Callable[[str], str]] = {}  # part -> function that renames what follows the part
 
 
-MM_PRETRAIN = (
+MM_PRETRAIN: tuple[dict[str, str], dict[str, Callable[[str], str]]] = (
     {'backbone.': 'backbone.', 'neck.': 'projector.', 'head.predictor.': 'predictor.'},
     {'projector': _rename_mm_head, 'predictor': _rename_mm_head})
 MM_MULTIHEAD = {'backbone.': 'backbone.', 'head.fcs.': 'classifier.fcs.', 'head.norms.': 'classifier.norms.'}
@@ -208,14 +208,16 @@ def recognize(raw: Any, branch: str | None = None) -> Checkpoint:
         raise ValueError(f'looks like a known layout but is not ({one_line(e)})') from None
 
 
-def _recognize(raw: Mapping, branch: str | None) -> Checkpoint:
+def _recognize(raw: Mapping[Any, Any], branch: str | None) -> Checkpoint:
     state = _join_keys(raw)
     networks = _find_networks(state)
     if not networks:
         raise ValueError(_describe_unknown(raw, state))
     root, notes = _choose_network(state, networks, branch)
-    layout, parts = networks[root], {part: {} for part in PARTS}
-    dropped, converted = _count_left_out(raw, '', root, [root + p for p in layout.prefixes], set()), Counter()
+    layout = networks[root]
+    parts: dict[str, State] = {part: {} for part in PARTS}
+    dropped = _count_left_out(raw, '', root, [root + p for p in layout.prefixes], set())
+    converted: Counter[str] = Counter()
     for key, value in state.items():
         prefix = next((p for p in layout.prefixes if key.startswith(root + p)), None)
         if prefix is None:
@@ -253,7 +255,7 @@ def _recognize(raw: Mapping, branch: str | None) -> Checkpoint:
         info={**info, 'dropped': dict(dropped), 'notes': notes, **({'stem': stem} if stem else {})})
 
 
-def _join_keys(raw: Mapping) -> State:
+def _join_keys(raw: Mapping[Any, Any]) -> State:
     """Returns the tensors of nested dictionaries by their keys joined with dots, without the names of wrappers.
 
     A dictionary that occurs twice is followed once.
@@ -335,9 +337,11 @@ def _is_copy(state: State, root: str, other: str) -> bool:
         ((own[k] == there[k]) | (own[k] != own[k])).all()) for k in both)
 
 
-def _count_left_out(node: Mapping, path: str, root: str, prefixes: list[str], seen: set[int]) -> Counter:
+def _count_left_out(
+    node: Mapping[Any, Any], path: str, root: str, prefixes: list[str], seen: set[int],
+) -> Counter[str]:
     """Counts the entries of a file that are none of its network's, by name or by the first part of it."""
-    dropped: Counter = Counter()
+    dropped: Counter[str] = Counter()
     seen.add(id(node))
     for key, value in node.items():
         name = _join(path, key)
@@ -351,7 +355,7 @@ def _count_left_out(node: Mapping, path: str, root: str, prefixes: list[str], se
     return dropped
 
 
-def _describe_unknown(raw: Mapping, state: State) -> str:
+def _describe_unknown(raw: Mapping[Any, Any], state: State) -> str:
     whole = [f'{key}: {value.origin}' for key, value in raw.items() if isinstance(value, Opaque)]
     if whole and not any(v.ndim == 4 for v in state.values()):  # no convolution outside the pickled objects
         return (f'holds whole pickled objects ({short(", ".join(whole))}), which only their own code can load; '
@@ -364,8 +368,8 @@ def _describe_unknown(raw: Mapping, state: State) -> str:
 
 def _fix_backbone(parts: dict[str, State], notes: list[str]) -> dict[str, Any]:
     """Renames numbered children, shortcuts and classifiers of a backbone; returns the arguments of its stem."""
-    state, stem = parts['backbone'], {}
-    names = ()
+    state, stem = parts['backbone'], dict[str, Any]()
+    names: tuple[str, ...] = ()
     if '0.weight' in state:
         names = NUMBERED_BARE if any(k.startswith('2.0.') for k in state) else NUMBERED
     if names == NUMBERED_BARE:  # nn.Sequential leaves out what lightly's forward() calls as a function
@@ -384,7 +388,7 @@ def _fix_backbone(parts: dict[str, State], notes: list[str]) -> dict[str, Any]:
     return stem
 
 
-def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter, notes: list[str]) -> None:
+def _fix_classifier(parts: dict[str, State], root: str, dropped: Counter[str], notes: list[str]) -> None:
     """Keeps a linear classifier and multi-head ones; leaves anything else out, with a note."""
     state = parts['classifier']
     if not state or any(k.startswith(('fcs.', 'norms.')) for k in state):

@@ -3,7 +3,7 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -94,8 +94,9 @@ def load_trained(source: Path, branch: str | None = None) -> Trained:
             f'{describe_mismatch(checkpoint.backbone, expected)}: name the folder it was exported to, or put the '
             "run's args.json beside it")
     model, network = found
-    cfg = make_timm_config(model, network.name, model.num_classes, network.description)['pretrained_cfg']
-    model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
+    own, classes = cast(dict[str, Any], model.pretrained_cfg), cast(int, model.num_classes)
+    cfg = make_timm_config(model, network.name, classes, network.description)['pretrained_cfg']
+    cast(Any, model).pretrained_cfg = {**own, **cfg}
     return Trained(model.eval(), network, checkpoint.heads_state(), path, checkpoint)
 
 
@@ -137,7 +138,8 @@ def fill_network(
         if {k: v.shape for k, v in model.state_dict().items()} == shapes:
             model = create(network.name, num_classes=num_classes, **network.args)
             model.load_state_dict(state, strict=True)
-            model.pretrained_cfg = {**model.pretrained_cfg, **network.description}
+            own = cast(dict[str, Any], model.pretrained_cfg)
+            cast(Any, model).pretrained_cfg = {**own, **network.description}
             return model, network
     return None
 
@@ -155,7 +157,7 @@ def list_networks(checkpoint: Checkpoint, path: Path) -> list[Network]:
     run, config = (_read_beside(path.parent / name) for name in (ARGS, CONFIG))
     if (own := _find_network(run, path.parent / ARGS)) and not stem:
         networks.insert(0, own)
-    description = pixel_statistics(True) if checkpoint.info.get('bgr') else {}
+    description: dict[str, Any] = dict(pixel_statistics(True)) if checkpoint.info.get('bgr') else {}
     views, resize = _get_dict(run, 'augmentation').get('size'), run.get('eval_resize')
     if size := _get_dict(config, 'pretrained_cfg').get('input_size'):  # of an exported folder
         description['input_size'] = size

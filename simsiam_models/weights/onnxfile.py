@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import timm
@@ -51,9 +51,10 @@ def _trace(model: nn.Module, name: str, output: str) -> Any:
 
     for module in model.modules():
         if getattr(module, 'fused_attn', None):  # the exporter lacks some forms of fused attention
-            module.fused_attn = False
+            cast(Any, module).fused_attn = False
     torch.onnx.register_custom_op_symbolic('aten::rms_norm', _rms_norm, OPSET)
-    file, free = io.BytesIO(), {0: 'batch'}
+    file: Any = io.BytesIO()  # torch annotates only paths
+    free = {0: 'batch'}
     try:
         with warnings.catch_warnings(), _silence():
             warnings.simplefilter('ignore')  # it warns of its age, and of each constant of the trace
@@ -94,7 +95,7 @@ def _silence() -> Iterator[None]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...]:
-    return timm.data.resolve_model_data_config(model)['input_size']
+    return cast(tuple[int, ...], timm.data.resolve_model_data_config(model)['input_size'])
 
 
 def _describe_images(proto: Any, trained: Trained) -> None:
@@ -105,7 +106,7 @@ def _describe_images(proto: Any, trained: Trained) -> None:
     facts = {
         'architecture': trained.name, 'pixels': 'RGB from 0 to 1, minus mean, over std', **{k: cfg[k] for k in (
             'input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std')}}
-    if names := trained.model.pretrained_cfg.get('label_names'):
+    if names := cast(dict[str, Any], trained.model.pretrained_cfg).get('label_names'):
         facts['label_names'] = names
     kept = {p.key: p.value for p in proto.metadata_props}
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in facts.items()}

@@ -4,7 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.utils import validate_repo_id
 
@@ -19,7 +19,7 @@ from .identity import check_identity, make_origin, read_origin
 from .layouts import Checkpoint, load_checkpoint
 from .licenses import check_license
 from .networks import TIMM_ERRORS, Trained, load_trained
-from .published import NAME, WEIGHTS, Weights
+from .published import NAME, WEIGHTS, Weights, hub_id
 from .reading import read
 from .tensorfile import CONFIG, HEADS, MODEL
 from .upload import CARD, check_token, is_published, upload
@@ -61,12 +61,12 @@ def publish(
     trained = None if tag in WEIGHTS else load_trained(source)
     if repo is None:
         name = trained.network.name.removeprefix('simsiam_') if trained else PLAIN_TIMM[NAME]
-        repo = sources.hub_id(f'simsiam_{name}.{tag}')
+        repo = hub_id(f'simsiam_{name}.{tag}')
         validate_repo_id(repo)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(dry_run or temporary)
         if trained is None:
-            lines = _write_tag(source, tag, repo, folder)
+            lines = _write_tag(source, cast(str, tag), repo, folder)
         else:
             lines = _write_own(trained, source, repo, folder, {'tag': tag or 'simsiam', 'license': license})
         if dry_run is None:
@@ -78,12 +78,12 @@ def publish(
 
 def _check_request(tag: str | None, license: str | None, repo: str | None) -> str:
     """Returns the license; raises ValueError if tag, license and repository contradict one another."""
-    if weights := WEIGHTS.get(tag):
+    if tag is not None and (weights := WEIGHTS.get(tag)):
         if license and license != weights.license:
             raise ValueError(f'{tag} is published by its authors under {weights.license}: leave --license out')
         if repo:
             raise ValueError(f'--repo {repo}: only for your own weights; {tag} goes to '
-                             f'{sources.hub_id(f"{NAME}.{tag}")} (SIMSIAM_HUB_NAMESPACE names another namespace)')
+                             f'{hub_id(f"{NAME}.{tag}")} (SIMSIAM_HUB_NAMESPACE names another namespace)')
         return weights.license
     if repo is not None:
         try:
@@ -115,7 +115,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
     failed = []
     for tag in WEIGHTS:
         try:
-            for line in _publish_upstream(tag, dry_run and Path(dry_run)):
+            for line in _publish_upstream(tag, Path(dry_run) if dry_run else None):
                 say(f'{tag}: {line}')
         except (OSError, RuntimeError, ValueError) as e:
             failed.append(tag)
@@ -129,7 +129,7 @@ def publish_all(dry_run: str | Path | None = None, say: Callable[[str], Any] = p
 def _publish_upstream(tag: str, dry_run: Path | None) -> list[str]:
     """Publishes the authors' file of a tag; returns what was done."""
     name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
-    repo = sources.hub_id(name)
+    repo = hub_id(name)
     validate_repo_id(repo)
     if dry_run is None and is_published(name):
         return [f'{repo} is pinned, and the Hub has the pinned files']

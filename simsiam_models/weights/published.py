@@ -116,7 +116,8 @@ def pixel_statistics(bgr: bool) -> dict[str, tuple[float, float, float]]:
     The training normalized B, G, R by the statistics of R, G, B; with the channels reversed, so are the statistics.
     """
     step = -1 if bgr else 1
-    return {'mean': IMAGENET_DEFAULT_MEAN[::step], 'std': IMAGENET_DEFAULT_STD[::step]}
+    return {name: (x[0], x[1], x[2]) for name, x in (
+        ('mean', IMAGENET_DEFAULT_MEAN[::step]), ('std', IMAGENET_DEFAULT_STD[::step]))}
 
 
 def find_tag(path: str | Path) -> str | None:

@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ LOCAL_HEADER = struct.Struct('<4s2xH18x2H')  # of a member of a zip archive: sig
 PIECE = 1 << 20  # bytes that are read before their checksum, and still in the cache then
 COUNTER = 'num_batches_tracked'
 REAL = ('weight', 'bias', 'running_mean', 'running_var')  # entries with these names hold floating-point numbers
+T = TypeVar('T')
 PLAIN = (Tensor, str, bytes, bytearray, int, float, complex, torch.dtype, torch.device)
 SHARD = re.compile(r'-\d+-of-0*([2-9]|[1-9]\d+)\.\w+$')  # model-00001-of-00003.safetensors
 MERGE = 'read all shards where they were made, and save their entries as one file'
@@ -166,20 +167,20 @@ class DiskFile(io.FileIO):
     error: OSError | None = None
 
     def readinto(self, buffer: Any) -> int | None:
-        return self.watch(super().readinto, buffer)
+        return self.watch(functools.partial(super().readinto, buffer))
 
     def readall(self) -> bytes:
         return self.watch(super().readall)
 
-    def watch(self, call: Callable[..., Any], *args: Any) -> Any:
+    def watch(self, call: Callable[[], T]) -> T:
         try:
-            return call(*args)
+            return call()
         except OSError as e:
             self.error = e
             raise
 
 
-def _read_contents(file: io.BufferedReader, path: Path) -> Any:
+def _read_contents(file: 'io.BufferedReader[DiskFile]', path: Path) -> Any:
     size = path.stat().st_size
     head = file.read(64)
     file.seek(0)
@@ -230,7 +231,7 @@ class AllowedCall:
         raise ValueError('the file sets the state of a function')
 
 
-class PickledDict(dict):
+class PickledDict(dict[Any, Any]):
     """An OrderedDict or defaultdict during unpickling. torch gives the state dicts of modules a state, `_metadata`."""
 
     def __setstate__(self, state: Any) -> None:
@@ -241,16 +242,17 @@ class PickledDtype:
     """A numpy dtype during unpickling: its code and its byte order."""
 
     def __init__(self, code: str) -> None:
-        self.code, self.order = code, '<'
+        self.code = code
+        self.order: Literal['<', '>'] = '<'
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = state[1] if state[1] in ('<', '>') else '<'
 
 
 class PickledArray:
     """A numpy array during unpickling, which runs no code of numpy."""
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.dtype, self.fortran, self.raw = state
 
     @functools.cached_property
@@ -266,7 +268,7 @@ class PickledArray:
         return torch.from_numpy(array.astype(array.dtype.newbyteorder('='), order='C'))
 
 
-def make_array(raw: bytes, dtype: Any, shape: tuple, order: str = 'C') -> PickledArray:
+def make_array(raw: bytes, dtype: Any, shape: tuple[int, ...], order: str = 'C') -> PickledArray:
     array = PickledArray()
     array.__setstate__((1, shape, dtype, order == 'F', raw))
     return array
@@ -290,7 +292,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         if module == 'torch' and name in STORAGES or (module, name) == ('torch.storage', 'UntypedStorage'):
             return name
         house = module.removeprefix('numpy._core.').removeprefix('numpy.core.').replace('__builtin__', 'builtins')
-        found = {
+        functions: dict[str, Callable[..., Any]] = {
             'torch._utils _rebuild_tensor': self.rebuild_tensor,
             'torch._utils _rebuild_tensor_v2': self.rebuild_tensor,
             'torch._utils _rebuild_parameter': lambda data, *_: data,
@@ -302,8 +304,8 @@ class RestrictedUnpickler(pickle.Unpickler):
             '_codecs encode': lambda text, *_: text.encode('latin1'),
             'numpy dtype': lambda code, *_: PickledDtype(code),
             'multiarray _reconstruct': lambda *_: PickledArray(), 'numeric _frombuffer': make_array,
-        }.get(f'{house} {name}')
-        if found:
+        }
+        if found := functions.get(f'{house} {name}'):
             return AllowedCall(found)
         self.is_complete = False
         return type('Opaque', (Opaque,), {'origin': short(f'{module}.{name}')})
@@ -318,7 +320,9 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise ValueError('a storage has no type or size')
         return self.storage(STORAGES[kind], str(key), numel, view[0] if view else None)
 
-    def rebuild_tensor(self, storage: Any, offset: int, size: tuple, stride: tuple, *more: Any) -> Tensor:
+    def rebuild_tensor(
+        self, storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any,
+    ) -> Tensor:
         self.is_complete &= not any(more[2:])  # whether it is to be negated or conjugated
         if not isinstance(storage, Storage):
             raise ValueError('its tensors were pickled without torch.save, which has to write them')
@@ -354,7 +358,7 @@ def _make_buffer(size: int) -> Tensor:
     return torch.from_numpy(np.empty(size, np.uint8))  # raises MemoryError; torch.empty would raise RuntimeError
 
 
-def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
+def _read_member(file: 'io.BufferedReader[DiskFile]', info: zipfile.ZipInfo) -> Tensor:
     """Reads a member of an archive once, to uint8, and checks its checksum, which torch ignores."""
     file.seek(info.header_offset)
     head = file.read(LOCAL_HEADER.size)
@@ -364,7 +368,7 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
         raise ValueError(f'damaged: {short(info.filename)} is not where the index of the archive says')
     file.seek(extra, io.SEEK_CUR)
     buffer, crc = _make_buffer(info.file_size), 0
-    view = memoryview(buffer.numpy())
+    view = buffer.numpy().data
     for start in range(0, len(view), PIECE):
         part = view[start:start + PIECE]
         if file.readinto(part) != len(part):
@@ -375,10 +379,10 @@ def _read_member(file: BinaryIO, info: zipfile.ZipInfo) -> Tensor:
     return buffer
 
 
-def _read_zip(file: io.BufferedReader, infos: list[zipfile.ZipInfo], prefix: str) -> Any:
+def _read_zip(file: 'io.BufferedReader[DiskFile]', infos: list[zipfile.ZipInfo], prefix: str) -> Any:
     """Reads torch's format since 1.6: `NAME/data.pkl`, and the bytes of storage K in `NAME/data/K`."""
     members = {info.filename: _read_member(file, info) for info in infos}
-    pickled = io.BytesIO(members[f'{prefix}data.pkl'].numpy())
+    pickled = io.BytesIO(members[f'{prefix}data.pkl'].numpy().data)
     unpickler = RestrictedUnpickler(
         pickled, lambda dtype, key, *_: Storage(members[f'{prefix}data/{key}'], dtype))
     contents = failure = None
@@ -401,7 +405,7 @@ def _read_zip(file: io.BufferedReader, infos: list[zipfile.ZipInfo], prefix: str
         raise failure or e from None
 
 
-def _read_legacy(f: BinaryIO, left: int) -> Any:
+def _read_legacy(f: 'io.BufferedReader[DiskFile]', left: int) -> Any:
     """Reads torch's older format: pickles of protocol, system, contents, storage keys; then each storage."""
     buffers: dict[str, tuple[Tensor, torch.dtype]] = {}
 
@@ -426,7 +430,7 @@ def _read_legacy(f: BinaryIO, left: int) -> Any:
             raise ValueError('no tensor uses one of its storages')
         buffer, dtype = buffers.pop(str(key))
         numel = int.from_bytes(f.read(8), 'little')
-        if numel * dtype.itemsize != len(buffer) or f.readinto(memoryview(buffer.numpy())) != len(buffer):
+        if numel * dtype.itemsize != len(buffer) or f.readinto(buffer.numpy().data) != len(buffer):
             raise ValueError('the file ends early')
     if buffers:
         raise ValueError('the file ends early')
@@ -447,10 +451,10 @@ def _to_plain(x: Any, seen: dict[int, Any]) -> Any:
     if id(x) in seen:
         return seen[id(x)][1]
     if isinstance(x, tuple | set):
-        y = (tuple if isinstance(x, tuple) else set)(_to_plain(v, seen) for v in x)
-        seen[id(x)] = x, y  # x stays alive, so that its id stays its own
-        return y
-    y = [] if isinstance(x, list) else {}
+        frozen = (tuple if isinstance(x, tuple) else set)(_to_plain(v, seen) for v in x)
+        seen[id(x)] = x, frozen  # x stays alive, so that its id stays its own
+        return frozen
+    y: Any = [] if isinstance(x, list) else {}
     seen[id(x)] = x, y
     if isinstance(x, list):
         y += [_to_plain(v, seen) for v in x]

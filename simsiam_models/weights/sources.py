@@ -131,10 +131,10 @@ def may_use_hub(name: str, filename: str = MODEL) -> bool:
 def _explain(e: Exception) -> str:
     if isinstance(e, Unavailable):
         return str(e)
-    e = e.__cause__ or e  # the Hub client wraps the actual error into advice
-    if isinstance(e, OSError) and e.strerror and not isinstance(e, urllib.error.URLError):
-        return f'{e.strerror}{f" ({e.filename})" if e.filename else ""}'
-    return one_line(f'{type(e).__name__}: {e}', 300)
+    cause = e.__cause__ or e  # the Hub client wraps the actual error into advice
+    if isinstance(cause, OSError) and cause.strerror and not isinstance(cause, urllib.error.URLError):
+        return f'{cause.strerror}{f" ({cause.filename})" if cause.filename else ""}'
+    return one_line(f'{type(cause).__name__}: {cause}', 300)
 
 
 def _name_converted(url: str, filename: str, cache_dir: str | Path | None) -> Path:
@@ -223,7 +223,7 @@ def _compare_first(sha256: str, weights: Weights, cache_dir: str | Path | None) 
             'announced a new file, delete that record and try again, otherwise do not trust it')
 
 
-def _lock_download(converted: Path) -> AbstractContextManager:
+def _lock_download(converted: Path) -> AbstractContextManager[Any]:
     """Lets one process of the machine download; the others wait, and then find the file in the cache."""
     folder, stem = converted.parent, converted.name.split('.')[0]
     try:
@@ -282,7 +282,7 @@ def _head(url: str) -> tuple[int, Any]:
 
     def ask() -> None:
         try:
-            session = get_session()  # httpx in huggingface-hub 1 and 2, requests in 0.x
+            session: Any = get_session()  # httpx in huggingface-hub 1 and 2, requests in 0.x
             follow = 'follow_redirects' if hasattr(session, 'follow_redirects') else 'allow_redirects'
             answer.append(session.head(url, headers=build_hf_headers(), timeout=PROBE_SECONDS, **{follow: False}))
         except Exception as e:  # the sessions' errors have no common base class

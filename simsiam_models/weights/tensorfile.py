@@ -23,7 +23,7 @@ def hash_tensors(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(f'{name} {x.dtype} {list(x.shape)}\n'.encode())
-        digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

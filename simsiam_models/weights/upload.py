@@ -36,7 +36,7 @@ def is_published(name: str) -> bool:
     return True
 
 
-def upload(folder: Path, tag: str, repo: str, private: bool = False) -> list[str]:
+def upload(folder: Path, tag: str | None, repo: str, private: bool = False) -> list[str]:
     """Creates the repository if there is none, uploads the files, and returns what was done.
 
     Raises RuntimeError if the upload fails, or if the repository is public although `private` is set.

@@ -12,7 +12,7 @@ from . import sources, tensorfile
 from .folders import read_json
 from .identity import check_identity, read_origin
 from .layouts import Checkpoint, load_checkpoint
-from .published import NAME, WEIGHTS, find_tag
+from .published import NAME, WEIGHTS, find_tag, hub_id
 from .reading import find_export, is_safetensors, read_head, require_safetensors
 from .tensorfile import CONFIG, HEADS, MODEL
 
@@ -51,7 +51,7 @@ def compare_fingerprints(a: dict[str, Any], b: dict[str, Any]) -> float:
         return float('inf')
     if x.shape != y.shape or not bool((x.isfinite() & y.isfinite()).all()) or a['std'] <= 0:
         return float('inf')
-    return ((x - y).abs().max() / a['std']).item()
+    return float((x - y).abs().max() / a['std'])
 
 
 def verify(target: str, dtype: str = 'float32') -> tuple[bool, list[str]]:
@@ -107,9 +107,10 @@ def _check_fingerprint(found: dict[str, Any], path: Path, pin: dict[str, Any], t
 
 def _check_published(tag: str) -> tuple[Path, list[Finding]]:
     name, weights = f'{NAME}.{tag}', WEIGHTS[tag]
+    finding: Finding
     path = sources.fetch(name, weights)  # raises if the hash is wrong, or the file cannot be the tag's
     if path.name == MODEL:
-        repo = sources.hub_id(name)
+        repo = hub_id(name)
         if sources.is_pinned(name):
             revision = sources.read_pin(name)['revision']
             finding = True, f'hash: equals the one pinned for {repo} at revision {revision[:12]}, {path}'
@@ -156,7 +157,7 @@ def _check_claims(path: Path, checkpoint: Checkpoint) -> list[Finding]:
     config = read_json(path / CONFIG) if (path / CONFIG).exists() else {}
     cfg = config.get('pretrained_cfg')
     named = cfg.get('tag') if isinstance(cfg, dict) else None
-    findings = []
+    findings: list[Finding] = []
     for tag in dict.fromkeys([*tags, *([named] if isinstance(named, str) and named in WEIGHTS else [])]):
         try:
             check_identity(checkpoint, tag, WEIGHTS[tag], {'layout': WEIGHTS[tag].layout, **origin})

@@ -1,7 +1,7 @@
 """Annotated objects of many images in compact arrays, whatever the form of the files they come from."""
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -17,14 +17,15 @@ class Objects(NamedTuple):
     boxes: np.ndarray  # (n, 4) float32: x1, y1, x2, y2 in pixels of the stored image, counted from 0
     labels: np.ndarray  # (n,) int64
     ignored: np.ndarray  # (n,) bool: COCO's crowds, VOC's difficult objects
-    segmentations: list | None  # of each: COCO's polygons, its run-length encoding (a dict), or None; None: no masks
+    # Of each: COCO's polygons, its run-length encoding (a dict), or None; None: no masks.
+    segmentations: list[Any] | None
 
 
 class Segmentations:
     """Outlines of objects: the coordinates of all polygons end to end, and run-length encodings."""
 
     def __init__(
-        self, coordinates: np.ndarray, polygons: np.ndarray, starts: np.ndarray, encodings: dict[int, dict],
+        self, coordinates: np.ndarray, polygons: np.ndarray, starts: np.ndarray, encodings: dict[int, dict[str, Any]],
     ) -> None:
         self.coordinates, self.polygons = coordinates, polygons  # polygons (P + 1,): where each starts
         self.starts, self.encodings = starts, encodings  # starts (M + 1,): the first polygon of each object
@@ -50,11 +51,12 @@ class Annotations:
     labels: np.ndarray  # (M,) int64
     ignored: np.ndarray  # (M,) bool: crowds or difficult objects
     crowds: bool  # ignored objects are COCO's crowds, not VOC's difficult ones
-    areas: np.ndarray = None  # (M,) float64: by COCO's files, or of the boxes
-    unused: np.ndarray = None  # (M,) bool: mmdet's `ignore` in COCO's files
-    ids: np.ndarray = None  # (M,) int64: in the file
+    # `__post_init__` replaces None by an array.
+    areas: np.ndarray = cast(np.ndarray, None)  # (M,) float64: by COCO's files, or of the boxes
+    unused: np.ndarray = cast(np.ndarray, None)  # (M,) bool: mmdet's `ignore` in COCO's files
+    ids: np.ndarray = cast(np.ndarray, None)  # (M,) int64: in the file
     segmentations: Segmentations | None = None
-    order: np.ndarray = None  # (M,) int64: the rows of `segmentations`
+    order: np.ndarray | None = None  # (M,) int64: the rows of `segmentations`
 
     def __post_init__(self) -> None:
         n = len(self.labels)
@@ -74,7 +76,9 @@ class Annotations:
         rows = rows if kept is None else rows[kept[rows]]
         boxes = self.rectangles[rows]
         boxes[:, 2:] += boxes[:, :2]
-        outlines = [self.segmentations.get(i) for i in self.order[rows].tolist()] if self.has_masks else None
+        outlines = None
+        if self.segmentations is not None and self.order is not None and self.has_masks:
+            outlines = [self.segmentations.get(i) for i in self.order[rows].tolist()]
         return Objects(boxes.astype(np.float32), self.labels[rows], self.ignored[rows], outlines)
 
     def reasons(self, sizes: np.ndarray, variant: str) -> dict[str, np.ndarray]:
@@ -106,7 +110,7 @@ class Annotations:
     def digest(self) -> str:
         """Hashes the objects to 16 hexadecimal characters."""
         outlines = self.segmentations
-        parts = [] if outlines is None else [
+        parts: list[np.ndarray | str] = [] if outlines is None or self.order is None else [
             outlines.coordinates, outlines.polygons, outlines.starts, self.order, repr(outlines.encodings)]
         return digest(self.starts, self.rectangles, self.labels, self.ignored, self.areas, self.unused, *parts)
 

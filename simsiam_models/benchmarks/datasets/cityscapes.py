@@ -39,7 +39,7 @@ def list_cityscapes(root: Path, partial: bool) -> tuple[Path, dict[str, Pairs], 
             if not partial or not kept:
                 raise FileNotFoundError(refusal('cityscapes', str(folder), message))
             parts[part] = kept
-    names, ids = ([row[i] for row in CLASSES] for i in (0, 1))
+    names, ids = [name for name, _ in CLASSES], [i for _, i in CLASSES]
     if end == ENDS[0]:
         return folder, parts, Classes(names, list(range(len(names))))
     return folder, parts, Classes(names, ids, (*({*range(34)} - {*ids}), IGNORED))

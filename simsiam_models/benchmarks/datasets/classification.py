@@ -18,6 +18,7 @@ whose counts are not those of the complete set (see `sizes`) is an error, unless
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -53,24 +54,27 @@ def open_pair(kind: str, root: str | Path, partial: bool = False, share: float =
     if test is None and train.labels is not None:
         check_several_classes(train)
         train, test, held_out = hold_out(train, share, seed)
-    for images, part in ((train, 'training'), (test, 'test')):
+    parts = [(train, 'training'), *([] if test is None else [(test, 'test')])]
+    for images, part in parts:
         if images.labels is None:
             notes = ''.join(f'; {note}' for note in getattr(images, 'notes', []))
             raise ValueError(
                 f'{images.name}: the {part} images have no labels; give one subfolder per class, or a list with '
                 f'labels{notes}')
     check_several_classes(train)
+    test = cast(Images, test)  # only images without labels have none
+    train_labels, test_labels = cast(np.ndarray, train.labels), cast(np.ndarray, test.labels)
     if test.classes != train.classes:  # some may have no test image
         number = {name: i for i, name in enumerate(train.classes)}
         if unknown := [name for name in test.classes if name not in number]:
             raise ValueError(
                 f'{root}: {len(unknown)} of {len(test.classes)} test classes have no training image, the first is '
                 f'{unknown[0]!r}; both parts need the same classes under the same names')
-        labels = np.array([number[name] for name in test.classes], np.int32)[test.labels]
-        test = Subset(test, np.arange(len(test)), labels, train.classes)
+        labels = np.array([number[name] for name in test.classes], np.int32)[test_labels]
+        test, test_labels = Subset(test, np.arange(len(test)), labels, train.classes), labels
     counts = {
-        'train': len(train), 'test': len(test), 'classes': int(np.unique(train.labels).size),
-        'test_classes': int(np.unique(test.labels).size)}
+        'train': len(train), 'test': len(test), 'classes': int(np.unique(train_labels).size),
+        'test_classes': int(np.unique(test_labels).size)}
     if not partial and (found := deviation(kind, counts)):
         raise ValueError(refusal(kind, str(root), found))
     if not partial:
@@ -85,10 +89,11 @@ def _open_any(root: str, partial: bool) -> tuple[Images, Images | None]:
     if unusable and unusable.is_test and train.labels is not None:
         announce_unusable(unusable)
         return train, None
-    return train, test if unusable is None else unusable.images  # perhaps only some classes have no test image
+    # Perhaps only some classes have no test image.
+    return cast(Images, train), test if unusable is None else unusable.images
 
 
-def _open_imagenet(root: str, partial: bool) -> tuple[Images, Images]:
+def _open_imagenet(root: str, partial: bool) -> tuple[Images, Images | None]:
     path = next((Path(root, tree) for tree in KAGGLE if Path(root, tree, 'train').is_dir()), None)
     if path is None or not (path / 'val').is_dir() or (path / 'dataset_dict.json').is_file():
         return _open_any(str(path or root), partial)
@@ -125,17 +130,17 @@ def _open_places205(root: str, partial: bool) -> tuple[Images, Images]:
     tried = [given, *((given.parent if given.name in spellings else given) / name for name in spellings)]
     path = next((p for p in tried if (p / 'trainvalsplit_places205').is_dir()), None)
     images = next((p for p in (path / PLACES, path / 'images256') if p.is_dir()), None) if path else None
-    if images is None:
+    if path is None or images is None:
         raise FileNotFoundError(
             f'{root} is not Places205: {"trainvalsplit_places205" if path is None else PLACES} is not below it; unpack '
             f'{SIZES["places205"].source} there')
-    return tuple(
-        open_list(path / 'trainvalsplit_places205' / f'{part}_places205.csv', images, partial, 'places205')
-        for part in ('train', 'val'))
+    lists = path / 'trainvalsplit_places205'
+    return (open_list(lists / 'train_places205.csv', images, partial, 'places205'),
+            open_list(lists / 'val_places205.csv', images, partial, 'places205'))
 
 
 def _open_inat18(root: str, partial: bool) -> tuple[Images, Images]:
-    images, parts = Path(root, 'train_val2018'), []
+    images, parts = Path(root, 'train_val2018'), list[Images]()
     if not images.is_dir():
         raise FileNotFoundError(f'{root} has no folder {images.name}; unpack {SIZES["inat18"].source} there')
     for part in ('train', 'val'):
@@ -145,9 +150,9 @@ def _open_inat18(root: str, partial: bool) -> tuple[Images, Images]:
             raise FileNotFoundError(f'{root} has none of {", ".join(names)}; one of them must name the images')
         parse = parse_inat if file.suffix == '.json' else parse_list
         parts.append(open_list(file, images, partial, 'inat18', parse))
-    return tuple(parts)
+    return parts[0], parts[1]
 
 
-KINDS: dict[str, Callable[[str, bool], tuple[Images, Images]]] = {
+KINDS: dict[str, Callable[[str, bool], tuple[Images, Images | None]]] = {
     'imagenet': _open_imagenet, 'places205': _open_places205, 'inat18': _open_inat18, 'cifar10': _open_any,
     'cifar100': _open_any, 'folder': _open_any}

@@ -12,6 +12,7 @@ import numpy as np
 from ...data.readers.names import find_part
 from ...runtime.messages import one_line, short
 from .annotations import Annotated, Annotations, Segmentations
+from .lists import find_repeated
 
 FORM = 'images, annotations and categories, as instances_train2017.json of COCO has'
 WHOLE, FLAG, NUMBER = (int,), (int, bool), (int, float)  # the types of values
@@ -47,7 +48,7 @@ def parse_coco(file: Path, known: Annotated | None = None) -> Annotated:
         paths = _column(images, 'image', 'file_name', (str,), 'text')
         if not paths:
             raise ValueError('it has no image')
-        sizes, notes = sizes.astype(np.int64), []
+        sizes, notes = sizes.astype(np.int64), list[str]()
         objects = _parse_objects(content['annotations'], ids, sizes, category_ids, notes)
     except ValueError as e:
         raise ValueError(f'{file}: {one_line(e, 500)}') from None
@@ -72,7 +73,7 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_rows(rows: list, what: str) -> None:
+def _check_rows(rows: list[Any], what: str) -> None:
     if not {*map(type, rows)} <= {dict}:
         at = next(i for i, row in enumerate(rows) if type(row) is not dict)
         raise ValueError(f'{what} {at + 1} of the list is {short(rows[at])}, not an object with names and values')
@@ -82,7 +83,7 @@ def _name(row: dict[str, Any], what: str, at: int) -> str:
     return f'{what} {row["id"]}' if type(row.get('id')) is int else f'{what} {at + 1} of the list'
 
 
-def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str, default: Any = ...) -> list:
+def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str, default: Any = ...) -> list[Any]:
     """Returns a value of each row, after checking its type; without a default each row needs one."""
     values = [row.get(key, default) for row in rows]
     allowed = {*types} if default is ... else {*types, type(default)}
@@ -104,13 +105,12 @@ def _column(rows: Rows, what: str, key: str, types: tuple[type, ...], rule: str,
 def _unique_ids(rows: Rows, what: str) -> list[int]:
     ids = _column(rows, what, 'id', WHOLE, 'a whole number')
     if len({*ids}) < len(ids):
-        seen: set[int] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
+        twice = find_repeated(ids)
         raise ValueError(f'{what} {twice} occurs {ids.count(twice)} times; number each {what} once')
     return ids
 
 
-def _parse_categories(rows: list) -> tuple[list[int], list[str]]:
+def _parse_categories(rows: list[Any]) -> tuple[list[int], list[str]]:
     _check_rows(rows, 'category')
     ids = _unique_ids(rows, 'category')
     if not ids:
@@ -136,7 +136,7 @@ def _match_categories(ids: list[int], names: list[str], known: Annotated) -> tup
 
 
 def _parse_objects(
-    rows: list, image_ids: list[int], sizes: np.ndarray, category_ids: list[int], notes: list[str],
+    rows: list[Any], image_ids: list[int], sizes: np.ndarray, category_ids: list[int], notes: list[str],
 ) -> Annotations:
     """Returns the objects by image; appends to `notes` what was left out or filled in."""
     _check_rows(rows, 'annotation')
@@ -195,7 +195,7 @@ def _parse_rectangles(rows: Rows) -> np.ndarray:
 def _parse_segmentations(rows: Rows, sizes: np.ndarray, notes: list[str]) -> Segmentations | None:
     """Returns the outlines in the order of `rows`, None if no object has one; `sizes` (M, 2): of the images."""
     coordinates, polygons, starts = array('d'), array('q', [0]), array('q', [0])
-    encodings: dict[int, dict] = {}
+    encodings: dict[int, dict[str, Any]] = {}
     short_of: list[int] = []
     values = _column(rows, 'annotation', 'segmentation', (list, dict), 'a list of polygons or an encoding', None)
     for i, value in enumerate(values):
@@ -271,7 +271,8 @@ def decode_counts(text: str) -> list[int]:
     runs -= np.where(code[last] & 16, 1 << 5 * (place[last] + 1), 0)
     for start in (1, 2):  # from the fourth on, the difference to the last but one
         runs[start::2] = np.cumsum(runs[start::2])
-    return runs.tolist()
+    lengths: list[int] = runs.tolist()
+    return lengths
 
 
 def find_images(file: Path, paths: list[str]) -> Path:
@@ -291,7 +292,7 @@ def find_images(file: Path, paths: list[str]) -> Path:
     sample = paths[::math.ceil(len(paths) / 50)]
     tried = [Path(*place) for place in itertools.product(above, names)]
     hits = {folder: sum((folder / path).is_file() for path in sample) for folder in tried if folder.is_dir()}
-    best = max(hits, key=hits.get, default=None)
+    best = max(hits, key=lambda folder: hits[folder], default=None)
     if not best or not hits[best]:
         raise FileNotFoundError(
             f'{file}: its images were not found, such as {short(paths[0])}; put them beside it, or into {part}/ or '

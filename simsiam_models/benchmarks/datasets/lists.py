@@ -4,15 +4,17 @@ import logging
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from ...data.readers.images import EXTENSIONS, FileImages, Images
+from ...data.readers.images import FileImages, Images
 from ...data.readers.index import Listing, load_or_build, open_index
 from ...data.readers.labels import MAX_CLASSES
+from ...data.readers.names import EXTENSIONS
 from ...runtime.messages import short
 from ..samples import Subset, subset
 from .sizes import LABELLED, refusal
@@ -21,6 +23,7 @@ from .sizes import LABELLED, refusal
 _LINE = re.compile(r'(?!.{4097})(.+?)(?:\s*,\s*|\s+)([0-9]{1,9})')
 _SOLUTION = re.compile(r'(\w+),(n[0-9]{8})(?: .*)?')  # boxes of the same class follow
 
+T = TypeVar('T')
 _logger = logging.getLogger('simsiam_models')
 
 
@@ -30,6 +33,16 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         for line, text in enumerate(f, 1):
             if text := text.strip():
                 yield line, text
+
+
+def find_repeated(ids: Iterable[T]) -> T | None:
+    """Returns the first one that occurred before, or None."""
+    seen: set[T] = set()
+    for i in ids:
+        if i in seen:
+            return i
+        seen.add(i)
+    return None
 
 
 def find_present(
@@ -47,7 +60,7 @@ def find_present(
     present = np.array([name in folder_names for folder_names, name in there], bool)
     if not present.all():
         message = (f'{present.sum():,} {what} found in {folder}, {len(names):,} named for {part} '
-                   f'(missing: {short(names[present.argmin()], 200)})')
+                   f'(missing: {short(names[int(present.argmin())], 200)})')
         if not partial or not present.any():
             raise FileNotFoundError(refusal(kind, str(folder.parent), message))
         _logger.warning(f'{message}: the others are left out')
@@ -91,7 +104,8 @@ def parse_inat(file: Path) -> Listing:
         content = json.loads(file.read_bytes())
         names = {c['id']: str(c.get('name', c['id'])) for c in content['categories']}
         listing.classes = [names[i] for i in sorted(names)]
-        label, category_of = {id_: n for n, id_ in enumerate(sorted(names))}, {}
+        label = {id_: n for n, id_ in enumerate(sorted(names))}
+        category_of: dict[Any, Any] = {}
         for annotation in content['annotations']:
             image, category = annotation['image_id'], annotation['category_id']
             if category_of.setdefault(image, category) != category:
@@ -175,7 +189,7 @@ def labelled_subset(images: Images, share: str, file: Path, partial: bool = Fals
             f'{images.name}: {len(missing):,} of the {len(rows):,} images that {file} names are missing, the first is '
             f'{missing[0]}; complete the training images')
     for key, label in rows:
-        if label not in (None, own := int(images.labels[at[key]])):
+        if label not in (None, own := int(cast(np.ndarray, images.labels)[at[key]])):
             raise ValueError(
                 f'{file}: {"/".join(key)} has the label {label} there, but {own} (class {images.classes[own]}) in '
                 f'{images.name}; give the list that belongs to these images, or one of names without labels')

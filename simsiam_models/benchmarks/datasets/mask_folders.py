@@ -1,7 +1,7 @@
 """A user's own images and masks: which belong together, which parts there are, and what the classes are called."""
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...data.readers.names import choose_parts, is_image, is_passed_over
@@ -37,16 +37,19 @@ def find_pairs(root: Path, partial: bool) -> list[tuple[str, Pairs]]:
         if all('train' in parts for parts in inside):
             return _pair_parts(root, inside, lambda i, name: f'{found[i]}/{name}', partial)
         return [('', pair_files(root, images, masks, partial))]
-    parts = choose_parts(_list_folders(root))
-    below = {name: _find_folders(root / name) for names in parts.values() for name in names}
-    if 'train' not in parts or not below[parts['train'][0]]:
+    roles = choose_parts(_list_folders(root))
+    below = {name: _find_folders(root / name) for names in roles.values() for name in names}
+    if 'train' not in roles or not below[roles['train'][0]]:
         raise FileNotFoundError(f'{root}: no images and masks; {FORMS}')
-    kept = {role: [name for name in names if below[name]] for role, names in parts.items()}
+    sides = {name: sides for name, sides in below.items() if sides is not None}
+    kept = {role: [name for name in names if name in sides] for role, names in roles.items()}
     kept = {role: names for role, names in kept.items() if names}
-    return _pair_parts(root, [kept, kept], lambda i, name: f'{name}/{below[name][i]}', partial)
+    return _pair_parts(root, [kept, kept], lambda i, name: f'{name}/{sides[name][i]}', partial)
 
 
-def _pair_parts(root: Path, parts: list[dict], path, partial: bool) -> list[tuple[str, Pairs]]:
+def _pair_parts(
+    root: Path, parts: list[dict[str, list[str]]], path: Callable[[int, str], str], partial: bool,
+) -> list[tuple[str, Pairs]]:
     roles = [role for role in ('train', 'val') if all(role in side for side in parts)]
     named = [[side[role] for side in parts] for role in roles]
     if 'val' not in roles and any('val' in side for side in parts):
@@ -80,7 +83,7 @@ def pair_files(root: Path, images: str, masks: str, partial: bool) -> Pairs:
 
     Masks may have an end more than their images: a_mask.png for a.jpg, if all do.
     """
-    files = [{}, {}]
+    files: list[dict[str, str]] = [{}, {}]
     for by_stem, folder in zip(files, (images, masks), strict=True):
         for path in _list_files(root, folder):
             stem = os.path.splitext(path.removeprefix(f'{folder}/'))[0]
@@ -146,7 +149,8 @@ def read_classes(file: Path) -> Classes:
         raise ValueError(f'{file}: blank lines between names, whose ids are their line numbers, counted from 0: remove '
                          'the blank lines, or write `id name` on each line')
     if with_ids:  # then all lines have one
-        ids, names = [int(found[1]) for found in numbered], [found[2] for found in numbered]
+        matches = [found for found in numbered if found]
+        ids, names = [int(found[1]) for found in matches], [found[2] for found in matches]
     else:
         ids, names = list(range(len(lines))), lines
     rows = sorted((i, name) for i, name in zip(ids, names, strict=True) if i != IGNORED or len(lines) > IGNORED)

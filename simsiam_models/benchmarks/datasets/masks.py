@@ -11,17 +11,18 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ...data.readers.decode import DataError, UnreadableError, decode
-from ...data.readers.images import FileImages, stored_sizes
+from ...data.readers.images import FileImages
 from ...data.readers.index import Listing, digest, name_some
-from ...data.threads import Job, make_threads, run_in_order
+from ...data.threads import Job, run_in_order
 from ...runtime.distributed import cores
 from ...runtime.messages import announce, printable
 from ..samples import Pair, hold_out_rows
@@ -49,7 +50,7 @@ class MaskedImages:
 
     @cached_property
     def digest(self) -> str:
-        sizes = stored_sizes(self.masks, self.indices)
+        sizes = self.masks.stored_sizes(self.indices)
         return digest(json.dumps([self.images.digest, self.masks.digest, self.kinds.names, self.kinds.ids]),
                       self.indices.astype('<i8'), sizes.astype('<i8'))
 
@@ -78,7 +79,8 @@ class MaskedImages:
             raise DataError(
                 f'{self.masks.name_of(row)}: the id {ids[y, x]} at column {x}, row {y} is of no class; the ids of '
                 f'classes are {describe_ids(self.kinds.ids)}, and ignored is {describe_ids(list(self.kinds.ignored))}')
-        return labels.astype(np.uint8)
+        small: np.ndarray = labels.astype(np.uint8)
+        return small
 
     def read_pair(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns `read` and `read_mask`; raises DataError if their sizes differ."""
@@ -136,7 +138,7 @@ def make_source(root: Path, pairs: Sequence[tuple[str, str]], name: str, classes
         for pair in pairs:
             listing.add(pair[side])
         files.append(FileImages(root, listing.make_index(), what))
-    return MaskedImages(*files, classes, np.arange(len(pairs)))
+    return MaskedImages(files[0], files[1], classes, np.arange(len(pairs)))
 
 
 def hold_out_images(images: MaskedImages, share: float, seed: int) -> tuple[MaskedImages, MaskedImages, str]:
@@ -154,7 +156,7 @@ def find_ids(images: MaskedImages) -> np.ndarray:
     Raises:
         DataError: a mask is not in ids, or of another size than its image.
     """
-    def look(row: int, found: list) -> None:
+    def look(row: int, found: list[np.ndarray]) -> None:
         name, image = images.masks.name_of(row), images.images.name_of(row)
         try:
             ids = decode_mask(images.masks.stored_bytes(row), name)
@@ -170,17 +172,17 @@ def find_ids(images: MaskedImages) -> np.ndarray:
             return
         check_size(image, size, name, ids.shape, is_turned(data))
 
-    threads, present = make_threads(min(16, cores())), np.zeros((len(images), IGNORED + 1), bool)
+    present = np.zeros((len(images), IGNORED + 1), bool)
 
     def jobs() -> Iterator[Job]:
         for row in images.indices.tolist():
-            found: list = []
-            yield found, [lambda row=row, found=found: look(row, found)]
+            found: list[np.ndarray] = []
+            yield found, [partial(look, row, found)]
 
-    for i, found in enumerate(run_in_order(threads, jobs(), 64)):
-        for ids in found:
-            present[i] = ids
-    threads.shutdown()
+    with ThreadPoolExecutor(min(16, cores()), 'simsiam-data') as threads:
+        for i, found in enumerate(run_in_order(threads, jobs(), 64)):
+            for ids in found:
+                present[i] = ids
     return present
 
 
@@ -223,7 +225,7 @@ def report_classes(part: str, names: list[str], seen: np.ndarray) -> list[str]:
 def check_labels(parts: Sequence[MaskedImages], scans: Sequence[np.ndarray], kinds: Classes) -> None:
     """Raises ValueError if the masks to train on have fewer than two classes, or those to test on none."""
     for images, scan, least in zip(parts, scans, (2, 1), strict=False):
-        seen = scan.any(0)
+        seen = np.asarray(scan.any(axis=0))
         ids = [i for i in kinds.ids if seen[i]]
         if len(ids) < least:
             found = [f'id {i}' for i in ids]
@@ -253,7 +255,7 @@ def open_folder(
     check_labels(opened, scans, kinds)
     for (part, _), scan in zip(parts, scans, strict=True):
         notes += report_classes({'train': 'training ', 'val': 'test '}.get(part, ''), kinds.names,
-                                scan.any(0)[kinds.ids])
+                                np.any(scan, axis=0)[kinds.ids])
     if file is None:
         notes.append(f'no classes.txt: the classes are the ids found, {describe_ids(kinds.ids)}')
     return opened[0], opened[1] if len(opened) > 1 else None
@@ -270,7 +272,9 @@ def open_voc12aug(root: Path, partial: bool, *_: object) -> tuple[MaskedImages, 
 def open_cityscapes(root: Path, partial: bool, *_: object) -> tuple[MaskedImages, MaskedImages]:
     """Opens Cityscapes with fine masks."""
     folder, parts, classes = list_cityscapes(root, partial)
-    return tuple(make_source(folder, pairs, f'{folder} ({part})', classes) for part, pairs in parts.items())
+    train, test = (make_source(folder, pairs, f'{folder} ({part})', classes) for part, pairs in parts.items())
+    return train, test
 
 
-KINDS: dict[str, Callable] = {'voc12aug': open_voc12aug, 'cityscapes': open_cityscapes, 'folder': open_folder}
+KINDS: dict[str, Callable[..., tuple[MaskedImages, MaskedImages | None]]] = {
+    'voc12aug': open_voc12aug, 'cityscapes': open_cityscapes, 'folder': open_folder}

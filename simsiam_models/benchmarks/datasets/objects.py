@@ -91,13 +91,13 @@ class ObjectImages:
         a = self.annotated.objects
         owners, chosen = self._gather(self.indices)
         for what, rows in a.reasons(self.annotated.sizes, variant).items():
-            if n := np.count_nonzero(rows[chosen]):
+            if n := int(np.count_nonzero(rows[chosen])):
                 at = int(np.flatnonzero(rows[chosen])[0])
                 image = int(self.indices[owners[at]])
                 first = f'annotation {a.ids[chosen[at]]} of ' if a.crowds else ''
                 self._count(what, n, f'{first}{short(self.annotated.paths[image], 200)}')
         for what, rows in self._useless_images(variant).items():
-            if n := np.count_nonzero(rows):
+            if n := int(np.count_nonzero(rows)):
                 self._count(what, n, short(self.annotated.paths[int(self.indices[rows.argmax()])], 200))
         if not (counts := self.count_training(variant)).any():
             raise ValueError(f'{self.name}: none of its {len(self):,} images has an object to train on'
@@ -223,14 +223,15 @@ def _open_coco_file(
     kind: str, file: Path, images: Path | None, partial: bool, known: ObjectImages | None = None,
 ) -> ObjectImages:
     """Opens a file in COCO's form with images in a folder, by default where a user's are found."""
-    annotated = parse_coco(file, known and known.annotated)
+    annotated = parse_coco(file, None if known is None else known.annotated)
     images = images or find_images(file, annotated.paths)
     present = find_present(kind, images, annotated.paths, file.name, partial)
     return _open_images(annotated, images, np.flatnonzero(present))
 
 
 def _open_voc0712(root: Path, variant: str, partial: bool) -> tuple[ObjectImages, ObjectImages]:
-    return tuple(_open_images(part, part.root) for part in open_voc0712(root, variant, partial))
+    train, test = open_voc0712(root, variant, partial)
+    return _open_images(train, train.root), _open_images(test, test.root)
 
 
 def _open_coco(root: Path, variant: str, partial: bool) -> tuple[ObjectImages, ObjectImages]:
@@ -277,7 +278,7 @@ def _open_json(file: Path, partial: bool) -> tuple[ObjectImages, ObjectImages | 
     if val is None and part_of(file.parent.name) == 'train':  # train/annotations.json and val/annotations.json
         beside = (file.parent.with_name(name) / file.name for name in VALIDATION)
         val = next((path for path in beside if path.is_file()), None)
-    return train, val and _open_coco_file('folder', val, None, partial, train)
+    return train, None if val is None else _open_coco_file('folder', val, None, partial, train)
 
 
 def _list_json(root: Path) -> list[Path]:

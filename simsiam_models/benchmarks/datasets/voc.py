@@ -93,7 +93,7 @@ def _list_classes(main: Path, partial: bool) -> list[str]:
 
 def _read_labels(main: Path, names: list[str], part: str) -> tuple[list[str], np.ndarray]:
     """Returns the sorted ids and the labels (N, classes) int8."""
-    ids, columns = [], []
+    ids, columns = list[str](), list[list[int]]()
     for name in names:
         file, label = main / f'{name}_{part}.txt', {}
         for line, text in read_lines(file):

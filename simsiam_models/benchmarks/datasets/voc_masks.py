@@ -1,7 +1,7 @@
 """VOC2012 with the masks of SBD, as MMSelfSup's benchmark takes it."""
 from pathlib import Path
 
-from .lists import find_present, read_lines
+from .lists import find_present, find_repeated, read_lines
 from .sizes import SIZES, refusal
 from .voc import NAMES, find_folder
 
@@ -59,6 +59,5 @@ def read_ids(file: Path) -> list[str]:
     if not ids:
         raise ValueError(f'{file} names no image; list one in each line')
     if len({*ids}) < len(ids):
-        seen: set[str] = set()
-        raise ValueError(f'{file} names {next(i for i in ids if i in seen or seen.add(i))} twice; name each image once')
+        raise ValueError(f'{file} names {find_repeated(ids)} twice; name each image once')
     return ids

@@ -11,7 +11,7 @@ from ...data.readers.index import name_some
 from ...data.readers.names import is_image
 from ...runtime.messages import one_line, short
 from .annotations import Annotated, Annotations
-from .lists import find_present, read_lines
+from .lists import find_present, find_repeated, read_lines
 from .voc import NAMES, find_folder
 
 YEARS = {'VOC2007': ('trainval', 'test'), 'VOC2012': ('trainval',)}
@@ -32,7 +32,7 @@ def open_voc0712(root: str | Path, variant: str, partial: bool) -> tuple[Annotat
     above = Path(root)
     above = above.parent if above.name in YEARS else above
     folders = {year: find_folder(above, (year, f'VOCdevkit/{year}'), NEEDED, 'voc0712') for year in YEARS}
-    devkit, parts = folders['VOC2007'].parent, []
+    devkit, parts = folders['VOC2007'].parent, list[Annotated]()
     for part in ('trainval', 'test'):
         files: list[tuple[str, str]] = []
         years = [year for year in YEARS if part in YEARS[year]]
@@ -44,7 +44,7 @@ def open_voc0712(root: str | Path, variant: str, partial: bool) -> tuple[Annotat
                 ids = [i for i, there in zip(ids, whole, strict=True) if there]
             files += [(f'{year}/JPEGImages/{i}.jpg', f'{year}/Annotations/{i}.xml') for i in ids]
         parts.append(parse_voc(devkit, files, f'{devkit} ({part} of {" and ".join(years)})', variant, NAMES))
-    return tuple(parts)
+    return parts[0], parts[1]
 
 
 def find_voc(root: Path) -> tuple[Path, str, str] | None:
@@ -79,7 +79,7 @@ def open_voc_folder(
         raise ValueError(f'{main} has {name_some(others)}, but neither train.txt nor trainval.txt; add one of them, '
                          'or remove ImageSets/Main to train on all images')
     parts = [_read_ids(main / f'{name}.txt') for name in names if name] if names else [[*listed]]
-    if both := {*parts[0]} & {*parts[-1]} if len(parts) > 1 else ():
+    if names and (both := {*parts[0]} & {*parts[-1]} if len(parts) > 1 else ()):
         raise ValueError(f'{main}: {names[0]}.txt and {names[1]}.txt have images in common ({len(both):,}), such as '
                          f'{min(both)}; list each image in only one')
     kept, n = [], []
@@ -107,9 +107,7 @@ def _read_ids(file: Path) -> list[str]:
     if not ids:
         raise ValueError(f'{file} names no image; list one in each line')
     if len({*ids}) < len(ids):
-        seen: set[str] = set()
-        twice = next(i for i in ids if i in seen or seen.add(i))
-        raise ValueError(f'{file} names {short(twice)} twice; name each image once')
+        raise ValueError(f'{file} names {short(find_repeated(ids))} twice; name each image once')
     return ids
 
 
@@ -121,7 +119,7 @@ def parse_voc(
     mmdet truncates corners to whole numbers and counts all four from 0; detectron2 only xmin and ymin, so that boxes
     are a pixel larger. Raises ValueError, which names the file and the object, for what has no meaning.
     """
-    sizes, found, counts, unsized = [], [], [], []
+    sizes, found, counts, unsized = list[tuple[int, int]](), list[VocObject](), list[int](), list[str]()
     for image, below in files:
         size, objects = _read_xml(root / below)
         if size is None:
@@ -146,9 +144,9 @@ def parse_voc(
                      f'{", ".join(classes)}')
     corners = np.array([o.corners for o in found], np.float64).reshape(-1, 4)
     corners = np.trunc(corners) - 1 if variant == 'mmdet' else corners - [1, 1, 0, 0]
-    sizes = np.array(sizes, np.int64).reshape(-1, 2)
+    extents = np.array(sizes, np.int64).reshape(-1, 2)
     empty = (corners[:, 2:] <= corners[:, :2]).any(1)
-    outside = ((corners[:, 2:] <= 0) | (corners[:, :2] >= np.repeat(sizes[:, ::-1], counts, 0))).any(1)
+    outside = ((corners[:, 2:] <= 0) | (corners[:, :2] >= np.repeat(extents[:, ::-1], counts, 0))).any(1)
     for rows, why in ((empty, 'without area'), (outside, 'outside the image')):
         if rows.any():
             at = int(rows.argmax())
@@ -156,9 +154,9 @@ def parse_voc(
             raise refuse(at, f'has a box {why}: {box} (xmin, ymin, xmax, ymax); correct or remove it')
     difficult = np.array([o.difficult for o in found], bool)
     rectangles = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
-    objects = Annotations(starts, rectangles, labels, difficult, crowds=False)
-    return Annotated(name, root, [image for image, _ in files], [*range(1, len(files) + 1)], sizes, classes,
-                     [*range(1, len(classes) + 1)], objects, notes)
+    annotations = Annotations(starts, rectangles, labels, difficult, crowds=False)
+    return Annotated(name, root, [image for image, _ in files], [*range(1, len(files) + 1)], extents, classes,
+                     [*range(1, len(classes) + 1)], annotations, notes)
 
 
 def _image_size(file: Path) -> tuple[int, int]:
@@ -206,12 +204,13 @@ def _parse_object(node: ElementTree.Element) -> VocObject:
     texts = {key: node.findtext(f'bndbox/{key}') for key in ('xmin', 'ymin', 'xmax', 'ymax')}
     if missing := [key for key, text in texts.items() if text is None]:
         raise ValueError(f'({short(name)}) has no {missing[0]} in its bndbox')
+    corners = []
     for key, text in texts.items():
         try:
-            texts[key] = _number(text)
+            corners.append(_number(text or ''))
         except ValueError:
             raise ValueError(f'({short(name)}): {key} is "{short(text)}", not a number') from None
-    return VocObject(name, difficult == '1', tuple(texts.values()))
+    return VocObject(name, difficult == '1', tuple(corners))
 
 
 def _number(text: str) -> float:

@@ -35,7 +35,7 @@ class Item(NamedTuple):
 
     image: Tensor  # (3, h, w) uint8, RGB
     target: Target | None  # None: not for training
-    index: int  # of the image in its source
+    row: int  # of the image in its source
     size: tuple[int, int]  # height and width of the original
 
 
@@ -54,7 +54,8 @@ def resize_boxes(boxes: np.ndarray, size: tuple[int, int], new: tuple[int, int])
     """Returns boxes (n, 4) of an image of `size` (height, width) in one of size `new`, clipped to it, float32."""
     (h, w), limit = new, np.array([new[1], new[0]] * 2, np.float32)
     scale = np.array([w / size[1], h / size[0]] * 2, np.float32)
-    return np.clip(np.asarray(boxes, np.float32) * scale, 0, limit)
+    clipped: np.ndarray = np.clip(np.asarray(boxes, np.float32) * scale, 0, limit)
+    return clipped
 
 
 def prepare(images: Any, i: int, key: Key, p: Preparation) -> Item:
@@ -134,7 +135,7 @@ class BatchPlan:
         yield from np.flatnonzero(~same).tolist()
 
 
-class TrainLoader(TrainItems):
+class TrainLoader(TrainItems[BatchPlan]):
     """Yields the items of each step, without end.
 
     Another image of the same orientation replaces an unreadable one, with its own objects.

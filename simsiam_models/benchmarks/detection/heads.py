@@ -1,6 +1,7 @@
 """The networks of the detectors: ResNet stages, feature pyramid, and the heads, initialised as mmdet 2.25 does."""
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import TypeVar, cast
 
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ...runtime.precision import widen
+
+Layer = TypeVar('Layer', bound=nn.Module)
 
 
 class Stages(nn.Module):
@@ -39,11 +42,12 @@ class Layer4(nn.Module):
 
     def __init__(self, resnet: ResNet, channels: int) -> None:
         super().__init__()
-        self.layer4 = resnet.layer4
+        self.layer4 = cast(nn.Sequential, resnet.layer4)
         self.norm = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.layer4(x))
+        y: Tensor = self.norm(self.layer4(x))
+        return y
 
 
 class Pyramid(nn.Module):
@@ -80,9 +84,9 @@ class BoxHead(nn.Module):
         if pool_size is not None:
             self.shared = FastRCNNConvFCHead(
                 (channels, pool_size, pool_size), [channels] * 4, [1024], norm_layer=nn.BatchNorm2d)
-            for layer in _find(self.shared, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            for linear in _find(self.shared, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
+                nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (n, C, S, S) to logits (n, classes + 1), the last of which is the background, and (n, classes, 4)."""
@@ -105,5 +109,5 @@ class MaskHead(nn.Module):
         return widen(self.predictor(self.convs(x)))
 
 
-def _find(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+def _find(module: nn.Module, kind: type[Layer]) -> list[Layer]:
     return [m for m in module.modules() if isinstance(m, kind)]

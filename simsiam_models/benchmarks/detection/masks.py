@@ -5,7 +5,6 @@ the mask in each cell of the box, cut at one half; the output is sampled at the 
 """
 import functools
 import math
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ MAX_COORDINATE = 1e6  # pycocotools walks along each edge pixel by pixel
 
 
 @functools.cache
-def coco_masks() -> ModuleType:
+def coco_masks() -> Any:
     """Returns pycocotools.mask; raises RuntimeError if it is not installed."""
     require('a mask', pycocotools='pycocotools')
     from pycocotools import mask
@@ -49,7 +48,8 @@ def rasterize(segmentation: Any, height: int, width: int) -> np.ndarray:
             f'segmentation {short(segmentation)}: must be run lengths, or a list of polygons, at least one with three '
             'points')
     coco = coco_masks()
-    return coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
+    mask: np.ndarray = coco.decode(coco.merge(coco.frPyObjects(polygons, height, width)))
+    return mask
 
 
 def _check_polygon(polygon: Any) -> list[float]:
@@ -60,7 +60,8 @@ def _check_polygon(polygon: Any) -> list[float]:
     if points.ndim != 1 or len(points) % 2 or not (np.abs(points) < MAX_COORDINATE).all():
         raise ValueError(
             f'polygon {short(polygon)}: must be an even number of coordinates x1, y1, x2, y2, ... in pixels')
-    return points.tolist()
+    coordinates: list[float] = points.tolist()
+    return coordinates
 
 
 def _decode_runs(runs: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -77,12 +78,13 @@ def _decode_runs(runs: dict[str, Any], height: int, width: int) -> np.ndarray:
         raise ValueError(
             f'run lengths {short(counts.decode("latin-1") if isinstance(counts, bytes) else counts)}: must be integers '
             f'from 0 that add up to {height} x {width} pixels')
-    return np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(width, height).T
+    mask: np.ndarray = np.repeat(np.arange(len(lengths), dtype=np.uint8) % 2, lengths).reshape(width, height).T
+    return mask
 
 
 def _read_counts(text: str | bytes) -> list[int]:
     """Reads pycocotools' string: five bits per character, lowest first; from the 4th on, the change of every second."""
-    counts, value, bits = [], 0, 0
+    counts, value, bits = list[int](), 0, 0
     for c in text.encode('latin-1') if isinstance(text, str) else text:
         c -= 48
         if not 0 <= c < 64:
@@ -119,7 +121,8 @@ def mask_targets(
     boxes = boxes.detach().float().clamp(min=0)
     boxes = torch.minimum(boxes, boxes.new_tensor([w, h, w, h]))
     rois = torch.cat([rows[:, None].to(boxes), boxes], 1)
-    return (roi_align(padded, rois, size, sampling_ratio=0, aligned=True)[:, 0] >= 0.5).float()
+    cells: Tensor = roi_align(padded, rois, size, sampling_ratio=0, aligned=True)[:, 0]
+    return (cells >= 0.5).float()
 
 
 def paste_masks(

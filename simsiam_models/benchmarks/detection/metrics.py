@@ -54,7 +54,7 @@ def coco_metrics(
     """
     require("COCO's metric", pycocotools='pycocotools')
     results, truth = to_coco_results(images, rows, detections), _list_objects(images, rows)
-    metrics, table = {}, _count_objects(images, np.asarray(rows, np.int64))
+    metrics, table = dict[str, float](), _count_objects(images, np.asarray(rows, np.int64))
     masked = images.has_masks and all(found.masks is not None for found in detections)
     for what, kind in (('box', 'bbox'), *([('mask', 'segm')] if masked else [])):
         evaluation = _evaluate(images, rows, truth, results, kind)
@@ -77,7 +77,7 @@ def _list_objects(images: ObjectImages, rows: Sequence[int]) -> Table:
     """Returns the objects as in a file of COCO's form."""
     owners, rectangles, labels, ignored, areas = images.annotation_table(np.asarray(rows, np.int64))
     image_ids, category_ids = [images.image_ids[row] for row in rows], images.category_ids
-    outlines = [s for row in rows for s in images.objects(row).segmentations] if images.has_masks else None
+    outlines = [s for row in rows for s in images.objects(row).segmentations or ()] if images.has_masks else None
     truth = [
         {'id': i, 'image_id': image_ids[owner], 'category_id': category_ids[label], 'bbox': box, 'area': area,
          'iscrowd': int(crowd)}
@@ -136,8 +136,9 @@ def voc_metrics(
 
     Sources: mmdet v2.25.0, mmdet/core/evaluation/mean_ap.py; detectron2, evaluation/pascal_voc_evaluation.py.
     """
-    rows, table = np.asarray(rows, np.int64), _count_objects(images, np.asarray(rows, np.int64))
-    owners, rectangles, classes, difficult, _ = images.annotation_table(rows)
+    chosen = np.asarray(rows, np.int64)
+    table = _count_objects(images, chosen)
+    owners, rectangles, classes, difficult, _ = images.annotation_table(chosen)
     truth = rectangles.astype(np.float64)
     truth[:, 2:] += truth[:, :2]
     if variant == 'mmdet':  # where two overlap equally, difficult objects come last
@@ -196,7 +197,8 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     sides_a, sides_b = (x[:, 2:] - x[:, :2] + 1 for x in (a, b))
     low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
     common = np.maximum(high - low + 1, 0).prod(2)
-    return common / (sides_a.prod(1)[:, None] + sides_b.prod(1)[None] - common)
+    overlaps: np.ndarray = common / (sides_a.prod(1)[:, None] + sides_b.prod(1)[None] - common)
+    return overlaps
 
 
 def _judge(hit: np.ndarray, match: np.ndarray, difficult: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

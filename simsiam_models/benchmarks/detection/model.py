@@ -1,7 +1,7 @@
 """Detectors with a timm ResNet as their backbone: Faster R-CNN C4, Mask R-CNN C4, Mask R-CNN with a feature pyramid."""
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ class Detector(nn.Module):
 
     def __init__(self, kind: str, source: Backbone, names: Sequence[str], numbers: DetectorNumbers) -> None:
         super().__init__()
-        resnet, classes = source.model, len(names)
-        channels = [info['num_chs'] for info in resnet.feature_info[-4:]]
+        resnet, classes = cast(ResNet, source.model), len(names)
+        channels = [info['num_chs'] for info in cast(list[dict[str, Any]], resnet.feature_info)[-4:]]
         self.kind, self.source, self.names, self.numbers = kind, source, list(names), numbers
         self.world = World(0, 1, torch.device('cpu'))
         has_masks, shared_head, self.neck = kind != 'fasterrcnn_c4', None, None
@@ -69,7 +69,7 @@ class Detector(nn.Module):
         draw, device = Draw(keys, self._mean_count), images[0].device
         objects, labels = [t['boxes'].to(images[0]) for t in targets], [t['labels'].to(device) for t in targets]
         masks = [t['masks'].to(device) for t in targets] if self.roi_head.has_masks else None
-        sizes = [tuple(x.shape[-2:]) for x in images]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in images]
         maps = self.compute_maps(self.pad(images))
         outputs = self.rpn_head(maps)
         losses = self.rpn_head.compute_losses(outputs, maps, sizes, objects, draw)
@@ -83,7 +83,7 @@ class Detector(nn.Module):
         `originals`: height and width of each image before it was resized, in whose pixels the boxes are; by default the
         images' own.
         """
-        sizes = [tuple(x.shape[-2:]) for x in images]
+        sizes = [(x.shape[-2], x.shape[-1]) for x in images]
         maps = self.compute_maps(self.pad(images))
         proposals = self.rpn_head.propose(self.rpn_head(maps), maps, sizes)
         return self.roi_head.detect(maps[:4], proposals, sizes, sizes if originals is None else originals)
@@ -138,7 +138,7 @@ def build(
         As `load_backbone`, if the weights do not fill the backbone.
     """
     names = name_classes(classes)
-    numbers = resolve_numbers(kind, numbers)
+    resolved = resolve_numbers(kind, numbers)
     if not names or len(set(names)) < len(names):
         raise ValueError(f'{len(names)} classes, {len(set(names))} of them different: each needs a name of its own')
     source = model if isinstance(model, Backbone) else load_backbone(model, branch=branch, **(model_args or {}))
@@ -149,7 +149,7 @@ def build(
             'such as simsiam_resnet50 or resnet18')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        detector = Detector(kind, source, names, numbers)
+        detector = Detector(kind, source, names, resolved)
     return detector.requires_grad_(True).train()
 
 

@@ -27,12 +27,12 @@ def write_predictions(folder: Path, images: ObjectImages, rows: list[int], found
 def make_row(images: ObjectImages, row: int, found: Detections) -> SheetRow:
     """Returns an image with its objects and its best detections for the sheet."""
     image, objects = images.read(row), images.objects(row)
-    size, best, truth, masks = image.shape[:2], found.scores >= SURE, None, None
+    size, best, truth, masks = (image.shape[0], image.shape[1]), found.scores >= SURE, None, None
     if objects.segmentations is not None and found.masks is not None:
         truth = np.array([rasterize(s, *size) for s in objects.segmentations]).reshape(-1, *size)
     if found.masks is not None:
-        masks = [rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept]
-        masks = np.array(masks).reshape(-1, *size)
+        drawn = [rasterize(m, *size) for m, kept in zip(found.masks, best, strict=True) if kept]
+        masks = np.array(drawn).reshape(-1, *size)
     return SheetRow(
         Path(name_of(images, row)).name, image, Drawn(objects.boxes, objects.labels, None, truth),
         Drawn(found.boxes[best], found.labels[best], found.scores[best], masks))

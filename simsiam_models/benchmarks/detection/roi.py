@@ -1,6 +1,6 @@
 """The heads on regions of interest: samples, losses, detections, masks; by mmdet 2.25 or detectron2."""
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,8 @@ class RoIHead(nn.Module):
         strides = self.numbers.strides[:len(maps)]
         table = torch.cat([torch.cat([r.new_full((len(r), 1), i), r], 1) for i, r in enumerate(rois)])  # (n, 5)
         if len(maps) == 1:
-            return roi_align(maps[0], table, size, 1 / strides[0], sampling_ratio=0, aligned=True)
+            cells: Tensor = roi_align(maps[0], table, size, 1 / strides[0], sampling_ratio=0, aligned=True)
+            return cells
         side = (table[:, 3:] - table[:, 1:3]).prod(1).sqrt()
         level = (side / FINEST + 1e-6).log2().floor().clamp(0, len(maps) - 1)
         features = [(level == i).nonzero().squeeze(1) for i in range(len(maps))]
@@ -95,7 +96,7 @@ class RoIHead(nn.Module):
         taken = [self.sample(*parts) for parts in zip(proposals, objects, labels, draw.generators, strict=True)]
         count = draw.mean_count(sum(len(s.rois) for s in taken))
         if not count:  # no proposal and no object, on any process
-            zero = sum(0 * p.sum() for p in self.parameters())
+            zero = _zero_of(self)
             return dict.fromkeys(('loss_cls', 'loss_bbox', *(['loss_mask'] if self.has_masks else [])), zero)
         features = self._share(self.pool(maps, [s.rois for s in taken], self.numbers.pool_size))
         logits, deltas = self.bbox_head(features)
@@ -109,7 +110,7 @@ class RoIHead(nn.Module):
             'loss_cls': F.cross_entropy(logits, targets, reduction='sum') / count,
             'loss_bbox': F.l1_loss(own_deltas, encoded, reduction='sum') / count}
         if self.has_masks:
-            losses['loss_mask'] = self._compute_mask_loss(maps, taken, masks, features[positive], draw)
+            losses['loss_mask'] = self._compute_mask_loss(maps, taken, masks or (), features[positive], draw)
         return losses
 
     def _compute_mask_loss(
@@ -118,7 +119,7 @@ class RoIHead(nn.Module):
         """Returns the mean binary cross-entropy over the positives' pixels; `shared`: their features in C4."""
         count = draw.mean_count(len(shared))
         if not count:  # on no process
-            return sum(0 * p.sum() for p in self.mask_head.parameters())
+            return _zero_of(self.mask_head)
         rois = [s.rois[:len(s.objects)] for s in taken]
         features = shared if self.is_shared else self.pool(maps, rois, self.numbers.mask_size)
         logits = self.mask_head(features)
@@ -128,7 +129,8 @@ class RoIHead(nn.Module):
             mask_targets(m, r, size, s.objects, self.numbers.rules.divisor)
             for m, s, r in zip(masks, taken, rois, strict=True)])
         own = logits[torch.arange(len(labels), device=labels.device), labels]
-        return F.binary_cross_entropy_with_logits(own, target.to(own), reduction='sum') / (count * size * size)
+        loss: Tensor = F.binary_cross_entropy_with_logits(own, target.to(own), reduction='sum') / (count * size * size)
+        return loss
 
     def _share(self, features: Tensor) -> Tensor:
         return self.shared_head(features) if self.is_shared else features
@@ -175,6 +177,11 @@ class RoIHead(nn.Module):
         labels = torch.cat([f.labels for f in found])
         own = logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()
         return [f._replace(masks=m) for f, m in zip(found, own.split(counts), strict=True)]
+
+
+def _zero_of(module: nn.Module) -> Tensor:
+    """Returns 0 with a gradient of 0 for each parameter, which several processes wait for."""
+    return cast(Tensor, sum(0 * p.sum() for p in module.parameters()))
 
 
 def _find_scale(size: tuple[int, int], original: tuple[int, int], like: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The region proposal network: its losses and its proposals, by mmdet 2.25 or detectron2 (`protocols.VARIANTS`)."""
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class RPN(nn.Module):
         self.rpn_reg = nn.Conv2d(channels, 4 * anchors, 1)
         for conv in (self.rpn_conv, self.rpn_cls, self.rpn_reg):
             nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(cast(Tensor, conv.bias))
 
     def forward(self, maps: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """Maps (B, C, h, w) to logits (B, h * w * A) and deltas (B, h * w * A, 4), for each map."""
@@ -88,8 +89,8 @@ class RPN(nn.Module):
         box, cls = box + 0 * deltas.sum(), cls + 0 * logits.sum()
         if not n.rules.divide_by_drawn:
             count = n.rpn_samples * len(sizes)
-        count = draw.mean_count(count)
-        return {'loss_rpn_cls': cls / count, 'loss_rpn_bbox': box / count}
+        mean = draw.mean_count(count)
+        return {'loss_rpn_cls': cls / mean, 'loss_rpn_bbox': box / mean}
 
     @torch.no_grad()
     def propose(
@@ -106,21 +107,22 @@ class RPN(nn.Module):
     ) -> Tensor:
         n = self.numbers
         per_map, per_image = n.train_proposals if self.training else n.test_proposals
-        found, scores, numbers = [], [], []
+        decoded, ranked, levels = [], [], []
         for level, ((logits, deltas), at) in enumerate(zip(outputs, anchors, strict=True)):
             score = logits if n.rules.rank_logits else logits.sigmoid()
             if len(score) > per_map:
                 score, kept = score.sort(descending=True, stable=True)
                 score, kept = score[:per_map], kept[:per_map]
                 deltas, at = deltas[kept], at[kept]
-            found.append(boxes.decode(at, deltas.unsqueeze(1), RPN_STDS, size, n.rules.clamp_below).squeeze(1))
-            scores.append(score)
-            numbers.append(torch.full_like(score, level, dtype=torch.long))
-        found, scores, numbers = torch.cat(found), torch.cat(scores), torch.cat(numbers)
+            decoded.append(boxes.decode(at, deltas.unsqueeze(1), RPN_STDS, size, n.rules.clamp_below).squeeze(1))
+            ranked.append(score)
+            levels.append(torch.full_like(score, level, dtype=torch.long))
+        found, scores, numbers = torch.cat(decoded), torch.cat(ranked), torch.cat(levels)
         width, height = (found[:, 2:] - found[:, :2]).unbind(1)
         whole = (width > 0) & (height > 0)
         found, scores, numbers = found[whole], scores[whole], numbers[whole]
-        return found[batched_nms(found, scores, numbers, n.rpn_nms)[:per_image]]
+        best: Tensor = found[batched_nms(found, scores, numbers, n.rpn_nms)[:per_image]]
+        return best
 
 
 class Draw:

@@ -96,7 +96,7 @@ def make_schedule(s: DetectionSettings, args: argparse.Namespace | None, epoch: 
     batch = given['batch_size'] or p.batch_size
     factor = p.batch_size / batch
     unit = epoch if p.epochs else factor  # of iterations, steps and evaluations
-    whole = (p.epochs or p.iterations) * unit
+    whole = (p.epochs or p.iterations or 0) * unit
     iterations = given['iterations'] or round(whole)
     shrink = iterations / whole
     every = given['eval_every'] or min(iterations, max(1, round(p.eval_every * unit)))

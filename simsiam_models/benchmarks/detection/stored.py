@@ -22,15 +22,16 @@ NAME = 'detector'  # of the folder in a run's
 
 def describe(detector: Detector, test_side: int, long_side: int) -> dict[str, Any]:
     """Returns what `restore` needs besides the weights, as JSON holds it."""
-    return json.loads(json.dumps({
+    record: dict[str, Any] = json.loads(json.dumps({
         'kind': detector.kind, 'classes': detector.names, 'numbers': dataclasses.asdict(detector.numbers),
         **describe_source(detector.source), 'test_side': test_side, 'long_side': long_side}))
+    return record
 
 
 def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> Detector:
     """Builds the detector of a configuration from `describe`; its weights fill it, or this raises ValueError."""
     try:
-        numbers = {k: tuple(v) if isinstance(v, list) else v for k, v in config['numbers'].items()}
+        numbers: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in config['numbers'].items()}
         detector = build(restore_source(config, where), config['kind'], config['classes'], **numbers)
         detector.load_state_dict(weights)
     except (KeyError, TypeError, AttributeError, RuntimeError) as e:

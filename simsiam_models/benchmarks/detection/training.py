@@ -1,7 +1,7 @@
 """Trains and measures a detector on the loop of `transfer`."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from ...runtime.distributed import World
 from ..datasets.objects import ObjectImages
 from ..pixels import Normalizer
 from ..transfer import Transfer, measure_batch_norms
-from .data import EvalLoader, Item
+from .data import EvalLoader, Item, Target
 from .masks import encode_pasted
 from .metrics import Detections, coco_metrics, voc_metrics
 from .model import Detector
@@ -26,18 +26,18 @@ def make_keys(seed: int, step: int, indices: Sequence[int]) -> list[int]:
     return [(a << 31) ^ b for a, b in words.tolist()]
 
 
-def make_inputs(items: list[Item], step: int, seed: int, normalize: Normalizer) -> tuple:
+def make_inputs(items: list[Item], step: int, seed: int, normalize: Normalizer) -> tuple[Any, ...]:
     """Returns the arguments of `Detector.losses` for a batch."""
-    keys = make_keys(seed, step, [item.index for item in items])
+    keys = make_keys(seed, step, [item.row for item in items])
     return [normalize(item.image) for item in items], [_to_dict(item) for item in items], keys
 
 
 def _to_dict(item: Item) -> dict[str, Tensor]:
-    target = item.target
+    target = cast(Target, item.target)
     return {k: v for k, v in target._asdict().items() if v is not None}
 
 
-def make_example(detector: Detector, device: torch.device) -> tuple:
+def make_example(detector: Detector, device: torch.device) -> tuple[Any, ...]:
     """Returns arguments of `Detector.losses` on made-up input."""
     target = {'boxes': torch.tensor([[8.0, 8, 40, 40]]), 'labels': torch.zeros(1, dtype=torch.long)}
     if detector.roi_head.has_masks:
@@ -50,7 +50,7 @@ def predict(detector: Detector, items: EvalLoader, normalize: Normalizer) -> tup
     """Returns the detections of the loader's images, one image at a time, and their numbers."""
     rows, found = [], []
     for item in items:
-        rows.append(item.index)
+        rows.append(item.row)
         found.append(detect_one(detector, normalize(item.image), item.size))
     return rows, found
 
@@ -94,7 +94,7 @@ class Evaluation:
 
     def measure_run(self, run: Transfer) -> dict[str, Any]:
         """Measures a run's detector, after its batch norms if the variant does so."""
-        detector = run.trainer.model
+        detector = cast(Detector, run.trainer.model)
         if detector.numbers.rules.precise_bn:
             measure_batch_norms(run, detector.numbers.rules.precise_bn)
         return self.measure(detector, run.life.world)

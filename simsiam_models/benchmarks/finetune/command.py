@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any, cast
 
 from ...runtime.checkpoint import LAST
 from ...runtime.distributed import default_workers, join_world
@@ -36,7 +37,8 @@ from .result import write_result
 from .settings import MIXED, PLAIN, RATE, STEPS, Settings, fit_batch, resolve_plain, resolve_semi
 from .training import KEYS, ClassifierTrainer, Finetuning, fit, resume
 
-COUNT, NUMBER = dict(type=int, metavar='N'), dict(type=float, metavar='X')  # kinds of flags
+COUNT: dict[str, Any] = dict(type=int, metavar='N')  # kinds of flag
+NUMBER: dict[str, Any] = dict(type=float, metavar='X')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,20 +113,21 @@ def run(args: argparse.Namespace) -> int:
                 report_size(args, backbone, say)
             runs = resolve_plain(args, len(images.train), own, world.size)
 
-        def train(folder: Path, s: Settings) -> dict | None:
+        def train(folder: Path, s: Settings) -> dict[str, Any] | None:
             with Lifecycle(folder / LAST, KEYS, world, signals, say) as life:
                 return finetune(args, images, s, life)
 
         records = run_each([functools.partial(train, *run) for run in runs], say)
         if len(runs) > 1 and world.main:
-            names, rates = (('lr',), [(lr,) for lr in args.lr]) if plain else (
-                ('lr', 'head multiplier'), [(s.lr, s.head_multiplier) for _, s in runs])
+            names, rates = ['lr'], [[float(lr)] for lr in args.lr or ()]
+            if not plain:
+                names, rates = ['lr', 'head multiplier'], [[s.lr, cast(float, s.head_multiplier)] for _, s in runs]
             used = ' (its lr is the one in use: --lr x batch / 256)' if plain else ''
             say(f'{format_sweep(names, rates, records)}\nsimsiam report {args.output} shows all the numbers{used}')
     return 0
 
 
-def finetune(args: argparse.Namespace, images: Pair, s: Settings, life: Lifecycle) -> dict | None:
+def finetune(args: argparse.Namespace, images: Pair, s: Settings, life: Lifecycle) -> dict[str, Any] | None:
     """Trains a new run, or the rest of one, and exports the classifier; returns the record on rank 0."""
     world, device, n = life.world, life.world.device, len(images.train)
     s = fit_batch(s, n, world.size, life.say)

@@ -59,7 +59,7 @@ def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:
     torch.manual_seed(a << 31 | b >> 1)
 
 
-class Samples(Dataset):
+class Samples(Dataset[Any]):
     """Maps batches of keys (epoch, index) to images (B, 3, S, S), labels (B,), and reasons (B,).
 
     A reason says why an image cannot be read; it is '' for readable images.
@@ -75,7 +75,7 @@ class Samples(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, keys: list[Key]) -> list | DataError:
+    def __getitem__(self, keys: list[Key]) -> list[Any] | DataError:
         """Returns a batch, or a DataError: a worker process would raise it as a traceback.
 
         A worker process hands tensors over in shared memory; arrays, for which the pipe will do, where that is short.
@@ -92,7 +92,8 @@ class Samples(Dataset):
         worker = get_worker_info()
         # All workers may be about to write a batch; one that found no room would end, or wait forever.
         if worker is None or free_shared_memory() > 2 * worker.num_workers * len(items) * items[0][0].nbytes:
-            return default_collate(items)
+            batch: list[Any] = default_collate(items)
+            return batch
         images, labels, reasons = zip(*items, strict=True)
         return [np.stack(images), np.array(labels), reasons]
 
@@ -111,8 +112,9 @@ class Samples(Dataset):
 
 def make_train_transform(s: Settings, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageTransform:
     """Returns crop, flip, RandAugment, normalization and erasing as a transform; ValueError for a wrong RandAugment."""
+    make: Callable[..., ImageTransform] = create_transform
     try:
-        return create_transform(
+        return make(
             s.image_size, is_training=True, scale=s.crop_scale, hflip=s.flip, color_jitter=None,
             auto_augment=s.randaugment, interpolation='bilinear', mean=mean, std=std, re_prob=s.erase, re_mode='pixel')
     except (AssertionError, ValueError, KeyError, IndexError, AttributeError):
@@ -124,7 +126,8 @@ def make_train_transform(s: Settings, mean: tuple[float, ...], std: tuple[float,
 def make_eval_transform(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ImageTransform:
     """Returns the transform that resizes the short side to `resize`, bilinear, and crops the centre to `size`."""
     # As timm builds it from the exported config.json, so that the top-1 equals the exported classifier's exactly.
-    return create_transform(size, interpolation='bilinear', crop_pct=find_crop_pct(size, resize), mean=mean, std=std)
+    make: Callable[..., ImageTransform] = create_transform
+    return make(size, interpolation='bilinear', crop_pct=find_crop_pct(size, resize), mean=mean, std=std)
 
 
 def find_crop_pct(size: int, resize: int) -> float:

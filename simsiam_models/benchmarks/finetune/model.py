@@ -1,7 +1,8 @@
 """The network that is fine-tuned: a backbone with a new last layer, in a folder that plain timm loads."""
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -35,7 +36,7 @@ class Classifier:
     def check(self) -> None:
         """Raises ValueError if the network does not take the images, or timm builds another one from config.json."""
         size, classes = self.settings.image_size, len(self.classes)
-        takes = self.model.pretrained_cfg.get('fixed_input_size') or 'img_size' in self.args
+        takes = cast(dict[str, Any], self.model.pretrained_cfg).get('fixed_input_size') or 'img_size' in self.args
         hint = f', or --model-args \'{{"img_size": {size}}}\'' if takes else ''
         try:
             with torch.no_grad():
@@ -64,7 +65,7 @@ class Classifier:
 
     def make_config(self) -> dict[str, Any]:
         """Returns the contents of config.json."""
-        s, license = self.settings, self.model.pretrained_cfg.get('license')
+        s, license = self.settings, cast(dict[str, Any], self.model.pretrained_cfg).get('license')
         config = make_timm_config(self.model, self.name, len(self.classes), {
             'tag': 'finetuned', 'input_size': [3, s.image_size, s.image_size],
             'crop_pct': find_crop_pct(s.image_size, s.resize), 'mean': list(self.mean), 'std': list(self.std),
@@ -88,7 +89,7 @@ def find_architecture(backbone: Backbone, kwargs: dict[str, Any]) -> tuple[str, 
 
 def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:
     """Gives the model a new last layer, its weights from N(0, 0.01) and its bias 0; every parameter trains."""
-    model.reset_classifier(classes)
+    cast(Callable[[int], None], model.reset_classifier)(classes)
     rng = torch.Generator().manual_seed(seed)
     for layer in find_last_layers(model).modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -100,5 +101,5 @@ def replace_last_layer(model: nn.Module, classes: int, seed: int) -> None:
 
 def find_last_layers(model: nn.Module) -> nn.Module:
     """Returns the last layer, or all of them if each token has its own (deit_*_distilled, levit_*)."""
-    last = model.get_classifier()
-    return nn.ModuleList(last) if isinstance(last, (tuple, list)) else last
+    last: Any = cast(Callable[[], Any], model.get_classifier)()
+    return nn.ModuleList(last) if isinstance(last, (tuple, list)) else cast(nn.Module, last)

@@ -1,7 +1,7 @@
 """Writes the results of a fine-tuning run: a folder for timm, a confusion matrix, class accuracies, a record."""
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +26,8 @@ def write_result(run: Finetuning, data: dict[str, Any], shared: dict[str, Any]) 
 
     `data` is the entry of the data set in the record; `shared` are the images of both parts.
     """
-    classifier, best, s, protocol = run.classifier, run.best, run.trainer.settings, run.identity['protocol']
+    classifier, s, protocol = run.classifier, run.trainer.settings, run.identity['protocol']
+    best = cast(dict[str, Any], run.best)
     folder, classes, labels, plain = classifier.folder, classifier.classes, run.val.samples.labels, protocol == 'plain'
     classifier.export(best['weights'])
     pairs = count_pairs(labels, best['predicted'][:, 0])
@@ -40,7 +41,7 @@ def write_result(run: Finetuning, data: dict[str, Any], shared: dict[str, Any]) 
         del metrics['top5']
     if not plain:
         metrics |= {f'top1_epoch{row["epoch"]}': row['top1'] for row in run.history if 'top1' in row}
-    confusion = {c: {} for c in classes}
+    confusion: dict[str, dict[str, int]] = {c: {} for c in classes}
     for (label, predicted), n in pairs.items():
         confusion[classes[label]][classes[predicted]] = n
     extra = {
@@ -106,7 +107,7 @@ def list_predictions(
 
 def measure_classes(pairs: Pairs, classes: list[str]) -> list[dict[str, Any]]:
     """Returns each class's validation images, the number of right ones, and percent; None if there is no image."""
-    images = Counter()
+    images: Counter[int] = Counter()
     for (label, _), n in pairs.items():
         images[label] += n
     table = ((c, images[i], pairs.get((i, i), 0)) for i, c in enumerate(classes))

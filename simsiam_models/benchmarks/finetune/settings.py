@@ -2,7 +2,7 @@
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,8 @@ def resolve_semi(args: argparse.Namespace) -> list[tuple[Path, Settings]]:
     check_extraction(args, size, resize)
     numbers = {**protocols.SEMI_FIXED, **protocols.SEMI, 'weight_decay': protocols.SEMI_WEIGHT_DECAY[args.protocol]}
     numbers |= {k: getattr(args, k) for k in protocols.SEMI if getattr(args, k) is not None}
-    lrs, multipliers = protocols.SEMI_LRS, protocols.SEMI_HEAD_MULTIPLIERS
+    lrs: Sequence[float] = protocols.SEMI_LRS
+    multipliers: Sequence[float] = protocols.SEMI_HEAD_MULTIPLIERS
     if not args.grid:
         lrs = args.lr or [lrs[1]]
         multipliers = [multipliers[1] if args.head_multiplier is None else args.head_multiplier]

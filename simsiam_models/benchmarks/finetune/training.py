@@ -184,7 +184,8 @@ def train_step(trainer: ClassifierTrainer, x: Tensor, y: Tensor, epoch: int, ste
     trainer.scaler.update()
     if trainer.ema:
         trainer.ema.update(trainer.model, total + 1)
-    return loss.detach()
+    detached: Tensor = loss.detach()
+    return detached
 
 
 def finish_epoch(run: Finetuning, loss: float) -> None:

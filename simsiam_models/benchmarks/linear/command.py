@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         'numbers of the protocol', 'with any of these, the protocol is no longer the published one')
     for name, (kind, text) in OVERRIDES.items():
-        nargs = {'crop_scale': 2, 'lr': '+', 'lr_steps': '*', 'report_epochs': '*'}.get(name)
+        nargs: Any = {'crop_scale': 2, 'lr': '+', 'lr_steps': '*', 'report_epochs': '*'}.get(name)
         group.add_argument(flag_of(name), type=kind, nargs=nargs, metavar='N', help=text)
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 

@@ -1,7 +1,7 @@
 """The classifiers of the linear protocols, and the optimizers that train them."""
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from timm.optim.lars import Lars
@@ -21,7 +21,12 @@ class MmselfsupLars(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        """Takes a step; returns what `closure` returns, which is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             for p in group['params']:
                 w, g = p.norm(), p.grad.norm()
@@ -30,10 +35,12 @@ class MmselfsupLars(torch.optim.Optimizer):
                 update = p.grad.add(p, alpha=group['weight_decay']) * (ratio * group['lr'])
                 buffer = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
                 p.sub_(buffer.mul_(group['momentum']).add_(update))
+        return loss
 
 
 def make_optimizer(heads: nn.Module, p: LinearProtocol) -> torch.optim.Optimizer:
-    common = dict(params=heads.parameters(), lr=p.scaled_lr, momentum=p.momentum, weight_decay=p.weight_decay)
+    common: dict[str, Any] = dict(
+        params=heads.parameters(), lr=p.scaled_lr, momentum=p.momentum, weight_decay=p.weight_decay)
     if p.optimizer == 'larc':  # without always_adapt, timm's Lars does not adapt at weight decay 0
         return Lars(**common, trust_coeff=p.trust, eps=1e-8, always_adapt=True)
     if p.optimizer == 'lars_mmselfsup':
@@ -58,8 +65,8 @@ class Heads(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm1d(c, affine=False) if norm else nn.Identity() for c, _ in shapes)
         self.linears = nn.ModuleList(nn.Linear(c * n, classes) for c, n in shapes)
         for linear in self.linears:
-            nn.init.normal_(linear.weight, 0, std, generator)
-            nn.init.zeros_(linear.bias)
+            nn.init.normal_(cast(Tensor, linear.weight), 0, std, generator)
+            nn.init.zeros_(cast(Tensor, linear.bias))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, channels x values) per feature map to (B, classes) per classifier."""

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -95,12 +95,12 @@ class TrainCrops:
                 yield piece, [functools.partial(self._fill, piece, s) for s in split_range(len(rows), SHARE)]
 
     def _fill(self, piece: Piece, part: slice) -> None:
-        p, out = self.protocol, piece.pixels.numpy()
+        p, out, u_of = self.protocol, piece.pixels.numpy(), cast(np.ndarray, piece.u)
         images = [self.images.read(int(row)) for row in piece.rows[part]]
         if p.augmentation != 'random_crop':
-            return cut_crops(images, piece.u[part], self.augmentation, out, np.arange(part.start, part.stop))
+            return cut_crops(images, u_of[part], self.augmentation, out, np.arange(part.start, part.stop))
         room = p.resize - p.image_size + 1  # Places205: a RandomCrop of the centre square of `resize` pixels
-        for image, u, place in zip(images, piece.u[part], out[part], strict=True):
+        for image, u, place in zip(images, u_of[part], out[part], strict=True):
             size = short_side(image, p.resize)
             left, top = (round((size[i] - p.resize) / 2) + int(u[i] * room) for i in (0, 1))
             resize(image, *size, left, top, place)
@@ -111,7 +111,8 @@ def draw_lighting(std: float, seed: int, epoch: int, rows: np.ndarray) -> np.nda
     u = uniforms(seed, epoch, rows, LIGHTING_VIEW, 4)
     radius, angle = np.sqrt(-2 * np.log1p(-u[:, :2])), 2 * np.pi * u[:, 2:]  # u < 1
     normal = np.concatenate([radius * np.cos(angle), radius[:, :1] * np.sin(angle[:, :1])], 1)  # (n, 3)
-    return ((std * normal * PCA_VALUES) @ PCA_VECTORS.T).astype(np.float32)
+    light: np.ndarray = ((std * normal * PCA_VALUES) @ PCA_VECTORS.T).astype(np.float32)
+    return light
 
 
 def finish(piece: Piece, device: torch.device, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -122,15 +123,15 @@ def finish(piece: Piece, device: torch.device, mean: tuple[float, ...], std: tup
         x = torch.where(send(piece.flip, x).view(-1, 1, 1, 1), x.flip(-1), x)
     if piece.light is not None:
         x = x + send(piece.light, x)[:, :, None, None]
-    mean, std = (send(np.array(v, np.float32), x).view(3, 1, 1) for v in (mean, std))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    middle, spread = (send(np.array(v, np.float32), x).view(3, 1, 1) for v in (mean, std))
+    return ((x - middle) / spread).contiguous(memory_format=torch.channels_last)
 
 
 def leave_out_unreadable(
     pair: Pair, workers: int, world: World, say: Callable[[str], Any]) -> tuple[Pair, int]:
     """Returns the pair without unreadable images, and their number; raises DataError if they are the majority."""
     say('reading all images once to leave out those that cannot be read (--allow-partial)')
-    kept, reasons = {}, []
+    kept, reasons = dict[str, Any](), list[str]()
     for name, images in (('train', pair.train), ('test', pair.test)):
         mine = np.arange(world.rank, len(images), world.size)
         loader = EvalImages(images, np.split(mine, range(256, len(mine), 256)), Transform(1, 1), workers)

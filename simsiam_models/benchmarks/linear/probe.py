@@ -77,7 +77,8 @@ def search_grid(
     """Holds out `held` training images, trains the grid on the rest; returns its members, the best, the diverged."""
     held_out, learned = np.split(permutation(p.seed, 0, len(train)), [held])
     train.scale_by(*(moments := compute_moments(train.array, train.rows[learned])))
-    grid, dropped, members = [], [], [(lr, wd) for lr in p.lrs for wd in p.weight_decays]
+    members = [(lr, wd) for lr in p.lrs for wd in p.weight_decays]
+    grid, dropped = list[dict[str, Any]](), list[str]()
     say(f'{NAME}: {len(members)} classifiers on {len(learned)} training images, chosen on {held} held-out ones; '
         f'{int((moments[1] == 0).sum())} of {train.dim} features are constant and left out')
     while True:
@@ -126,7 +127,8 @@ def run_auto(args: argparse.Namespace, backbone: Backbone, pair: Pair, world: Wo
     if unreadable:
         say(f'{len(unreadable)} images cannot be read and are left out, the first: {unreadable[0]}')
     train, test = (
-        ScaledFeatures(part.array('avgpool'), part.labels, world.device, rows=part.readable) for part in parts)
+        ScaledFeatures(part.array('avgpool'), np.asarray(part.labels), world.device, rows=part.readable)
+        for part in parts)
     metrics, found = auto_probe(train, test, pair.classes, p)
     protocol = {
         **dataclasses.asdict(p), 'name': NAME, 'inputs': 'avgpool', 'image_size': transform.crop,

@@ -3,7 +3,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -61,8 +61,8 @@ def choose_batch_size(n: int, p: AutoProbe) -> int:
 
 def differentiate(fit: Fit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the cross-entropy (G,), summed over the batch, and its gradients by weight (D, G, C) and bias (G, C)."""
-    chunk = count_rows(*fit.bias.shape, x.dtype)
-    total, weight, bias = x.new_zeros(len(fit.bias)), None, torch.zeros_like(fit.bias)
+    chunk = count_rows(fit.bias.shape[0], fit.bias.shape[1], x.dtype)
+    total, weight, bias = x.new_zeros(len(fit.bias)), cast(Tensor | None, None), torch.zeros_like(fit.bias)
     for xs, ys in zip(x.split(chunk), y.split(chunk), strict=True):
         s = fit.scores(xs)
         s -= s.logsumexp(-1, keepdim=True)
@@ -72,7 +72,7 @@ def differentiate(fit: Fit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tenso
         part = xs.T @ slope.flatten(1)  # (D, G C)
         weight = part if weight is None else weight.add_(part)
         bias += slope.sum(0)
-    return total, weight.view_as(fit.weight), bias
+    return total, cast(Tensor, weight).view_as(fit.weight), bias
 
 
 def train_grid(
@@ -83,7 +83,7 @@ def train_grid(
 
     SGD with momentum from zero weights, with a cosine schedule. Members are independent, even if one diverges.
     """
-    g, make = len(members), dict(device=features.device, dtype=features.dtype)
+    g, make = len(members), dict[str, Any](device=features.device, dtype=features.dtype)
     lr, wd = (torch.tensor(x, **make)[:, None] for x in zip(*members, strict=True))  # (G, 1)
     fit = Fit(torch.zeros(features.dim, g, classes, **make), torch.zeros(g, classes, **make), np.zeros((p.epochs, g)))
     weight_m, bias_m = torch.zeros_like(fit.weight), torch.zeros_like(fit.bias)
@@ -153,4 +153,5 @@ def find_optimum(
 
     optimizer.step(compute)
     value = float(compute())
-    return fit, value, max(float(weight.grad.abs().max()), float(bias.grad.abs().max()))
+    slopes = [cast(Tensor, x.grad) for x in (weight, bias)]
+    return fit, value, max(float(slope.abs().max()) for slope in slopes)

@@ -71,7 +71,7 @@ def choose_protocol(
     if name not in LINEAR:
         raise ValueError(f'--protocol {name} is not known; use one of {", ".join(LINEAR)}, or auto')
     base = LINEAR[name]
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     given['image_size'], given['resize'] = choose_sizes(dataset, given.get('image_size'), given.get('resize'), own_size)
     if unused := sorted(base.idle & set(given)):
         raise ValueError(f'{", ".join(map(flag_of, unused))}: not used by protocol {name}; leave it out')

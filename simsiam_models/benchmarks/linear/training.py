@@ -212,7 +212,8 @@ def summarize(history: list[dict[str, Any]], p: LinearProtocol, names: list[str]
     evaluated = [entry for entry in history if 'top1' in entry]
     metrics: dict[str, float] = {}
     for i, name in enumerate(names):
-        entries = {'best': max(evaluated, key=lambda e, i=i: e['top1'][i]), 'last': evaluated[-1]}  # first of equals
+        best = int(np.argmax([entry['top1'][i] for entry in evaluated]))  # the first of equals
+        entries = {'best': evaluated[best], 'last': evaluated[-1]}
         entries |= {f'epoch{e["epoch"]}': e for e in evaluated if e['epoch'] in p.report_epochs}
         reported = entries.pop(p.reported)
         metrics[name or 'top1'] = reported['top1'][i]

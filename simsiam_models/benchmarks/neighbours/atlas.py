@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     with join_world(args.device) as world:
         source = open_source(args, world)
-    if not world.main:
+    if source is None or not world.main:
         return 0
     n = len(source.table.paths)
     k, kinds = choose_k(args, n), choose_projections(args.projection, n)

@@ -68,7 +68,7 @@ def _list_findings(found: Findings, names: list[str]) -> list[dict[str, Any]]:
 
 def encode(array: np.ndarray, kind: str) -> str:
     """Returns numbers of a NumPy type in base64."""
-    return base64.b64encode(np.ascontiguousarray(array, kind)).decode()
+    return base64.b64encode(np.ascontiguousarray(array, kind).tobytes()).decode()
 
 
 def name_images(table: FeatureTable, images: Images | None, data: str | None) -> tuple[str, list[str]]:

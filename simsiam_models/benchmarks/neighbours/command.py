@@ -10,6 +10,7 @@ list what was found. The search is exact; it uses faiss above a million images, 
 import argparse
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     queries = None if args.query is None else _open_queries(args.query)
     with join_world(args.device) as world:
         source = open_source(args, world)
-    if not world.main:
+    if source is None or not world.main:
         return 0
     if queries is not None:
         return _look_up(args, source, queries, world)
@@ -84,7 +85,7 @@ def _open_queries(paths: list[Path]) -> FileImages:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f'--query {path}: no such file; name an image')
-    queries = open_paths([str(path) for path in paths], '--query')
+    queries = cast(FileImages, open_paths([str(path) for path in paths], '--query'))
     for row in range(len(queries)):
         try:
             queries.read(row)
@@ -129,7 +130,9 @@ def _look_up(args: argparse.Namespace, source: FeatureSource, queries: Images, w
 def _name_copies(queries: Images, images: Images | None, found: np.ndarray) -> dict[tuple[int, int], str]:
     """Returns which neighbours (query, row) are copies of the query, and their kinds."""
     kinds: dict[tuple[int, int], str] = {}
-    for i, rows in enumerate(found.tolist() if images is not None else []):
+    if images is None:
+        return kinds
+    for i, rows in enumerate(found.tolist()):
         query = look_at(queries, i)
         for row in rows:
             try:

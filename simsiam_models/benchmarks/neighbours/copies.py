@@ -51,7 +51,8 @@ def look_at(images: Images, row: int) -> Look:
     """Reads an image; raises UnreadableError."""
     pixels, data = images.read(row), stored_bytes(images, row)
     side = min(FINE, *pixels.shape[:2])
-    key = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16).digest() + bytes(str(pixels.shape), 'ascii')
+    hashed = hashlib.blake2b(np.ascontiguousarray(pixels).data, digest_size=16)
+    key = hashed.digest() + bytes(str(pixels.shape), 'ascii')
     file = key if data is None else hashlib.blake2b(data, digest_size=16).digest()
     return Look(_shrink(pixels, side), pixels.shape[:2], key, file, pixels.nbytes if data is None else len(data))
 
@@ -134,8 +135,9 @@ def list_candidates(thumbnails: np.ndarray, found: np.ndarray, device: torch.dev
     keys = np.unique(np.minimum(starts, ends) * n + np.maximum(starts, ends))
     pairs = np.stack([keys // n, keys % n], 1)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    return pairs[np.concatenate([_correlate(plain, mirrored, pairs[i:i + QUERIES]) >= LOOSE
-                                 for i in range(0, len(pairs), QUERIES)] or [np.zeros(0, bool)])]
+    alike = np.concatenate([_correlate(plain, mirrored, pairs[i:i + QUERIES]) >= LOOSE
+                            for i in range(0, len(pairs), QUERIES)] or [np.zeros(0, bool)])
+    return np.asarray(pairs[alike])
 
 
 def _correlate(plain: np.ndarray, mirrored: np.ndarray, pairs: np.ndarray) -> np.ndarray:

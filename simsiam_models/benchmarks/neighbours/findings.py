@@ -35,7 +35,8 @@ def mask_copies(found: np.ndarray, groups: np.ndarray) -> np.ndarray:
 
     `groups` (N,) has the number of each image's group of copies, -1 without copies.
     """
-    return (groups[found] != groups[:, None]) | (groups[:, None] < 0)
+    new: np.ndarray = (groups[found] != groups[:, None]) | (groups[:, None] < 0)
+    return new
 
 
 def find_outliers(cosines: np.ndarray, counted: np.ndarray) -> list[Outlier]:

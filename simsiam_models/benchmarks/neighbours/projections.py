@@ -8,7 +8,9 @@ from .. import tsne
 
 NAMES = {'tsne': 't-SNE', 'pca': 'PCA', 'umap': 'UMAP'}
 # The defaults of umap-learn, except for the metric, which is that of the search, and the seed.
-UMAP = {'n_components': 2, 'n_neighbors': 15, 'min_dist': 0.1, 'metric': 'cosine', 'random_state': 0, 'n_jobs': 1}
+NEIGHBOURS = 15
+UMAP = {
+    'n_components': 2, 'n_neighbors': NEIGHBOURS, 'min_dist': 0.1, 'metric': 'cosine', 'random_state': 0, 'n_jobs': 1}
 
 
 def check_packages(kinds: Sequence[str]) -> None:
@@ -23,7 +25,7 @@ def choose_projections(kinds: Sequence[str] | None, n: int) -> list[str]:
 
     Raises ValueError if n images are too few for one of `kinds`.
     """
-    least = {'tsne': int(tsne.TSNE['perplexity']) + 1, 'umap': UMAP['n_neighbors'] + 1}
+    least = {'tsne': int(tsne.TSNE['perplexity']) + 1, 'umap': NEIGHBOURS + 1}
     if kinds is None:
         if n < least['tsne']:
             print(f'{n} images are too few for t-SNE, which needs {least["tsne"]}; the map is a PCA')
@@ -42,13 +44,14 @@ def project(x: np.ndarray, kind: str) -> np.ndarray:
     if kind == 'umap':
         from umap import UMAP as Embedding
 
-        return Embedding(**UMAP).fit_transform(x)
+        return np.asarray(Embedding(**UMAP).fit_transform(x))
     xy = tsne.reduce_features(x, 2)
     return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1])))  # one image, or one number for each
 
 
 def fit_unit(xy: np.ndarray) -> np.ndarray:
     """Moves and scales points (N, 2) into the unit square, both axes by the same factor: float32, y downwards."""
-    xy = xy.astype(np.float64) * (1, -1)
+    xy = xy.astype(np.float64) * np.array([1, -1])
     low, high = xy.min(0), xy.max(0)
-    return ((xy - (low + high) / 2) / max(float((high - low).max()), 1e-12) + 0.5).astype(np.float32)
+    unit: np.ndarray = (xy - (low + high) / 2) / max(float((high - low).max()), 1e-12) + 0.5
+    return unit.astype(np.float32)

@@ -86,7 +86,7 @@ def examine(
 
 def print_query(answer: Findings) -> None:
     """Prints the nearest images of each query."""
-    names, _ = answer.queries
+    names = [] if answer.queries is None else answer.queries[0]
     for i, name in enumerate(names):
         print(f'{printable(name)}:')
         for row, cosine in zip(answer.found[i].tolist(), answer.cosines[i], strict=True):

@@ -69,7 +69,7 @@ def open_source(args: argparse.Namespace, world: World) -> FeatureSource | None:
 
 def choose_k(args: argparse.Namespace, n: int) -> int:
     """Returns how many neighbours of n images to list: --k, or all others; raises ValueError for a single image."""
-    k = min(args.k, n - 1)
+    k: int = min(args.k, n - 1)
     if k < 1:
         raise ValueError(f'{args.data or args.features[0]}: a single image has no neighbours; give more images')
     if k < args.k:

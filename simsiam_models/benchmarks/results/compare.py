@@ -81,7 +81,7 @@ def find_published(benchmark: str, tag: str | None) -> list[dict[str, Any]]:
     benchmark, of all other weights, for orientation.
     """
     own = find_results(tag) if tag else []
-    others = find_page_results(tag) if own else []
+    others = find_page_results(tag) if tag and own else []
     if benchmark not in {entry['benchmark'] for entry in own + others}:
         pretraining = [other for other, weights in WEIGHTS.items() if other != tag and not weights.linear]
         others = [entry for other in pretraining for entry in find_results(other)]

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ...data.readers.index import digest
+from ...runtime.accuracy import standard_error
 from ...runtime.files import write_atomically
 from ...runtime.messages import one_line, short
 from ...runtime.versions import command, versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
 from ..protocols import KNN_T
-from .accuracy import count_tested, describe_difference, standard_error
+from .accuracy import count_tested, describe_difference
 from .compare import TOLERANCE, compare, list_changes, note_unpublished, own_numbers
 
 FORMAT, VERSION = 'simsiam_models benchmark', 1
@@ -33,7 +34,9 @@ class NoRecordError(ValueError):
     """The file is JSON of another kind, such as args.json or config.json of a run."""
 
 
-def record_path(folder: str | Path, benchmark: str, backbone: Backbone, protocol: dict, data: dict) -> Path:
+def record_path(
+    folder: str | Path, benchmark: str, backbone: Backbone, protocol: dict[str, Any], data: dict[str, Any],
+) -> Path:
     """Returns a path in `folder` that two results share only if weights, protocol and data are the same."""
     about = to_json_types([protocol, data.get('digest'), data.get('counts')])
     key = digest(json.dumps(about, sort_keys=True), backbone.identity)

@@ -41,26 +41,29 @@ class PageTable(NamedTuple):
         return {c.metric: i for i, c in enumerate(self.columns) if c.benchmark == strip_layer(benchmark)}
 
 
-FEATURES = {f'Feature{i}': f'feature{i}' for i in range(1, 6)}
-KNN, LOW_SHOT = ({f'k={k}': f'k={k}' for k in ks} for ks in (KNN_KS, LOW_SHOT_KS))
-AVGPOOL = {'AvgPool': 'top1'}
-COCO = {
+Metrics = dict[str, str | None]  # header of a column -> metric; None: the name of the layer
+FEATURES: Metrics = {f'Feature{i}': f'feature{i}' for i in range(1, 6)}
+KNN: Metrics = {f'k={k}': f'k={k}' for k in KNN_KS}
+LOW_SHOT: Metrics = {f'k={k}': f'k={k}' for k in LOW_SHOT_KS}
+AVGPOOL: Metrics = {'AvgPool': 'top1'}
+COCO: Metrics = {
     'mAP(Box)': 'box_AP', 'AP50(Box)': 'box_AP50', 'AP75(Box)': 'box_AP75', 'mAP(Mask)': 'mask_AP',
     'AP50(Mask)': 'mask_AP50', 'AP75(Mask)': 'mask_AP75'}
+_TABLES: list[tuple[str, int, dict[str, Metrics]]] = [
+    ('VOC07 SVM / Low-shot SVM', 2, {
+        'voc07_svm': {'Best Layer': None, 'SVM': 'mAP'}, 'voc07_lowshot_svm': LOW_SHOT}),
+    ('ImageNet Linear Evaluation', 2, {'imagenet_mhead_linear': FEATURES, 'imagenet_linear_avgpool': AVGPOOL}),
+    ("ImageNet Linear Evaluation, facebookresearch/simsiam's protocol (best of 90 epochs)", 2, {
+        'imagenet_linear': AVGPOOL}),
+    ('Places205 Linear Evaluation', 2, {'places205_mhead_linear': FEATURES}),
+    ('iNaturalist2018 Linear Evaluation', 2, {'inat18_mhead_linear': FEATURES}),
+    ('ImageNet Nearest-Neighbor Classification', 1, {f'imagenet_knn_T{KNN_T:g}': KNN}),
+    ('Pascal VOC 2007 + 2012', 2, {'voc0712_faster_rcnn_c4_24k': {'AP50': 'AP50'}}),
+    ('COCO2017', 1, {'coco_mask_rcnn_r50_fpn_ms_1x': COCO}),
+    ('Pascal VOC 2012 + Aug', 2, {'voc12aug_fcn_r50_d8_512_20k': {'mIOU': 'mIoU'}})]
 PAGE = [
     PageTable(title, digits, [PageColumn(k, name, v) for name, metrics in columns.items() for k, v in metrics.items()])
-    for title, digits, columns in (
-        ('VOC07 SVM / Low-shot SVM', 2, {
-            'voc07_svm': {'Best Layer': None, 'SVM': 'mAP'}, 'voc07_lowshot_svm': LOW_SHOT}),
-        ('ImageNet Linear Evaluation', 2, {'imagenet_mhead_linear': FEATURES, 'imagenet_linear_avgpool': AVGPOOL}),
-        ("ImageNet Linear Evaluation, facebookresearch/simsiam's protocol (best of 90 epochs)", 2, {
-            'imagenet_linear': AVGPOOL}),
-        ('Places205 Linear Evaluation', 2, {'places205_mhead_linear': FEATURES}),
-        ('iNaturalist2018 Linear Evaluation', 2, {'inat18_mhead_linear': FEATURES}),
-        ('ImageNet Nearest-Neighbor Classification', 1, {f'imagenet_knn_T{KNN_T:g}': KNN}),
-        ('Pascal VOC 2007 + 2012', 2, {'voc0712_faster_rcnn_c4_24k': {'AP50': 'AP50'}}),
-        ('COCO2017', 1, {'coco_mask_rcnn_r50_fpn_ms_1x': COCO}),
-        ('Pascal VOC 2012 + Aug', 2, {'voc12aug_fcn_r50_d8_512_20k': {'mIOU': 'mIoU'}}))]
+    for title, digits, columns in _TABLES]
 WIDTH = 120  # characters of a line if the terminal's width is unknown
 
 
@@ -91,7 +94,7 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
 
 def make_tables(records: list[dict[str, Any]]) -> list[ResultTable]:
     """Returns the tables of the page that have a record, then those that compare models."""
-    label, on_page, others = make_label(records), [], []
+    label, on_page, others = make_label(records), list[Compared](), list[Compared]()
     for record in records:
         found = compare(record)
         has_column = any(table.find_columns(record['benchmark']).keys() & record['metrics'].keys() for table in PAGE)
@@ -137,7 +140,7 @@ def _fill(table: PageTable, chosen: list[Compared], label: Label) -> ResultTable
     notes: dict[str, None] = {}  # in order, each once
     elsewhere: dict[str, list[dict[str, Any]]] = {}  # tag -> entries published for other weights
     for name, run in _group_runs(chosen, label):
-        measured, difference, tolerance, own = {}, {}, {}, []
+        measured, difference, tolerance, own = Cells(), Cells(), Cells(), list[dict[str, Any]]()
         for record, found in _choose_layer(run, notes, name):
             at, benchmark, metrics = table.find_columns(record['benchmark']), record['benchmark'], record['metrics']
             measured |= _cells(at, {None: benchmark.rpartition('_')[2], **metrics}, '.2f')
@@ -163,8 +166,8 @@ def _fill(table: PageTable, chosen: list[Compared], label: Label) -> ResultTable
 
 def _group_runs(chosen: list[Compared], label: Label) -> list[tuple[str, list[Compared]]]:
     """Groups results by weights. A second result of the same benchmark starts another group, and so another row."""
-    groups: dict[tuple, dict[int, list[Compared]]] = {}
-    seen: Counter = Counter()
+    groups: dict[tuple[Any, ...], dict[int, list[Compared]]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     for record, found in chosen:
         weights = tuple(record['weights'][key] for key in ('name', 'tag', 'digest'))
         n = seen[weights, record['benchmark']] = seen[weights, record['benchmark']] + 1

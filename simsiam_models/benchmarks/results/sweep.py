@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ...runtime.accuracy import standard_error
 from ...runtime.messages import check_flags, counted, short
-from .accuracy import count_tested, describe_difference, standard_error
+from .accuracy import count_tested, describe_difference
 from .sheets import VARIANT
 
 Record = dict[str, Any]
@@ -45,25 +46,28 @@ def format_sweep(names: Sequence[str], values: Sequence[Sequence[float]], record
         records: of each run; None if its loss was not finite.
     """
     found = [None if record is None else _find_accuracy(record) for record in records]
-    order = sorted((i for i, x in enumerate(found) if x), key=lambda i: -found[i][1])  # the first of equals is the best
+    done = [(i, *x) for i, x in enumerate(found) if x]
+    ranked = sorted(done, key=lambda run: -run[2])  # the first of equals is the best
     rows = [[*names, 'accuracy', 'std. error', '']]
     for i, (value, x) in enumerate(zip(values, found, strict=True)):
         rows.append([f'{v:g}' for v in value] + (['diverged', '', ''] if x is None else [
             f'{x[1]:.2f} %', f'{standard_error(x[1], x[2]):.2f}', ' '.join(
-                filter(None, ('' if x[0] == 'top1' else short(x[0], 40), 'best' * (i == order[0]))))]))
+                filter(None, ('' if x[0] == 'top1' else short(x[0], 40), 'best' * (i == ranked[0][0]))))]))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ['  '.join([*map(str.rjust, row[:-1], widths), row[-1]]).rstrip() for row in rows]
-    return '\n'.join([*table, _describe_best(names, values, [(i, *found[i]) for i in order])])
+    return '\n'.join([*table, _describe_best(names, values, ranked)])
 
 
 def _find_accuracy(record: Record) -> tuple[str, float, int]:
     """Returns the name of the accuracy that a run is judged by, its percent, and the number of test images."""
     metrics = {k: v for k, v in record['metrics'].items() if not VARIANT.search(k) and 'top5' not in k}
-    name = max(metrics, key=metrics.get)
+    name = max(metrics, key=lambda name: metrics[name])
     return name, metrics[name], count_tested(record)
 
 
-def _describe_best(names: Sequence[str], values: Sequence[Sequence[float]], ranked: list[tuple]) -> str:
+def _describe_best(
+    names: Sequence[str], values: Sequence[Sequence[float]], ranked: list[tuple[int, str, float, int]],
+) -> str:
     if not ranked:
         return 'every run diverged; try lower rates'
     (best, _, accuracy, images), *others = ranked

@@ -9,3 +9,5 @@
 from .command import train
 from .model import build
 from .stored import load
+
+__all__ = ['build', 'load', 'train']

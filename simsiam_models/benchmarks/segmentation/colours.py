@@ -63,7 +63,8 @@ def distort(image: np.ndarray, d: Distortion) -> np.ndarray:
 def scale(values: np.ndarray, factor: float, added: float = 0.0) -> np.ndarray:
     """Returns values * factor + added, uint8: clipped to 0 .. 255 and truncated, not rounded."""
     table = np.arange(256, dtype=np.float32) * np.float32(factor) + np.float32(added)
-    return table.clip(0, 255).astype(np.uint8)[values]
+    scaled: np.ndarray = table.clip(0, 255).astype(np.uint8)[values]
+    return scaled
 
 
 def to_hsv(image: np.ndarray) -> np.ndarray:
@@ -82,7 +83,8 @@ def from_hsv(hsv: np.ndarray) -> np.ndarray:
     """Returns RGB, (H, W, 3) uint8, of what `to_hsv` returns; truncated, as OpenCV does where it takes many pixels."""
     shares = np.take(_make_shares(), hsv[..., 0].astype(np.int32) << 8 | hsv[..., 1], 0)
     value = hsv[..., 2:].astype(np.float32) * np.float32(1 / 255)
-    return (value * shares * np.float32(255)).astype(np.uint8)
+    rgb: np.ndarray = (value * shares * np.float32(255)).astype(np.uint8)
+    return rgb
 
 
 @functools.cache
@@ -94,7 +96,8 @@ def _make_shares() -> np.ndarray:
     part, sector = hue - sector, sector.astype(np.int64)
 
     def fade(by: np.ndarray) -> np.ndarray:  # rounded once, as by OpenCV's fused multiply-add
-        return (1 - saturation.astype(np.float64) * by).astype(np.float32)
+        faded: np.ndarray = (1 - saturation.astype(np.float64) * by).astype(np.float32)
+        return faded
 
     one = np.ones_like(part)
     choices = np.stack(np.broadcast_arrays(one, fade(one), fade(part), fade(one - part)), 2)  # (180, 256, 4)

@@ -27,7 +27,7 @@ class MaskedItem(NamedTuple):
 
     image: Tensor  # (3, h, w) uint8, RGB
     mask: np.ndarray  # uint8 labels; in training (h, w), in tests of the original size
-    index: int  # of the image in its source
+    row: int  # of the image in its source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def resize_pair(image: np.ndarray, mask: np.ndarray, u: float, a: CropAugmentati
     """
     ratio = a.ratios[0] + (a.ratios[1] - a.ratios[0]) * u
     long, short = (max(1, int(side * ratio)) for side in a.box)
-    h, w = fit_size(*mask.shape, short, long)
+    h, w = fit_size(mask.shape[0], mask.shape[1], short, long)
     return resize_image(image, h, w), resize_mask(mask, h, w)
 
 
@@ -83,8 +83,8 @@ def choose_crop(mask: np.ndarray, u: list[float], a: CropAugmentation) -> tuple[
     Args:
         u: two numbers in [0, 1) for each draw.
     """
-    room = [max(side - a.crop, 0) for side in mask.shape]
-    places = [tuple(int(x * (n + 1)) for x, n in zip(u[i:i + 2], room, strict=True)) for i in range(0, len(u), 2)]
+    tall, wide = (max(side - a.crop, 0) for side in mask.shape)
+    places = [(int(y * (tall + 1)), int(x * (wide + 1))) for y, x in zip(u[::2], u[1::2], strict=True)]
     for top, left in places[:-1]:
         counts = np.bincount(mask[top:top + a.crop, left:left + a.crop].ravel(), minlength=IGNORED + 1)[:IGNORED]
         if np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < a.cat_max_ratio:
@@ -113,7 +113,9 @@ class ShuffledPlan:
             yield (place + i) % self.images
 
 
-def load_training(images: Any, a: CropAugmentation, batch: int, world: World, *, seed: int, workers: int) -> TrainItems:
+def load_training(
+    images: Any, a: CropAugmentation, batch: int, world: World, *, seed: int, workers: int,
+) -> TrainItems[ShuffledPlan]:
     """Returns the training batches of `images`, a `datasets.masks.MaskedImages`.
 
     Raises:
@@ -123,9 +125,12 @@ def load_training(images: Any, a: CropAugmentation, batch: int, world: World, *,
         raise ValueError(
             f'{images.name}: a batch of {batch} is larger than the training set ({len(images)}), and incomplete '
             f'batches are dropped; use a --batch-size of at most {len(images)}')
+    def prepare_row(row: int, key: Key) -> MaskedItem:
+        image, mask = images.read_pair(row)
+        return prepare(image, mask, row, key, a)
+
     return TrainItems(
-        images, np.arange(len(images)), ShuffledPlan(len(images), batch, seed),
-        lambda row, key: prepare(*images.read_pair(row), row, key, a), world, workers)
+        images, np.arange(len(images)), ShuffledPlan(len(images), batch, seed), prepare_row, world, workers)
 
 
 def load_tests(images: Any, box: tuple[int, int], world: World, workers: int) -> EvalItems:
@@ -139,7 +144,7 @@ def load_tests(images: Any, box: tuple[int, int], world: World, workers: int) ->
 
 def resize_test(image: np.ndarray, box: tuple[int, int]) -> Tensor:
     """Returns an image (H, W, 3) resized to fit in a box (long, short), (3, h, w) uint8."""
-    return resize_image(image, *fit_size(*image.shape[:2], box[1], box[0]))
+    return resize_image(image, *fit_size(image.shape[0], image.shape[1], box[1], box[0]))
 
 
 def draw_dropout(seed: int, step: int, indices: list[int], channels: int) -> Tensor:

@@ -1,5 +1,6 @@
 """FCN-D8 as in mmsegmentation: a timm ResNet whose last two stages are dilated, a decode and an auxiliary head."""
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class FCNHead(nn.Module):
         self.convs = nn.Sequential(*(ConvBlock(channels if i else before, channels) for i in range(convs)))
         self.conv_cat = ConvBlock(before + channels, channels) if concat else None
         nn.init.normal_(self.conv_seg.weight, std=0.01)
-        nn.init.zeros_(self.conv_seg.bias)
+        nn.init.zeros_(cast(Tensor, self.conv_seg.bias))
 
     def forward(self, x: Tensor, draws: Tensor | None = None) -> Tensor:
         """Returns logits (B, classes, h, w). `draws`: see `Segmenter.losses`; (B, channels) of this head."""
@@ -49,9 +50,12 @@ class FCNHead(nn.Module):
         if self.conv_cat is not None:
             y = self.conv_cat(torch.cat([x, y], 1))
         if draws is None or not self.training:
-            return self.conv_seg(self.dropout(y))
-        kept = (draws >= self.dropout.p).to(y) / (1 - self.dropout.p)
-        return self.conv_seg(y * kept[:, :, None, None])
+            y = self.dropout(y)
+        else:
+            kept = (draws >= self.dropout.p).to(y) / (1 - self.dropout.p)
+            y = y * kept[:, :, None, None]
+        logits: Tensor = self.conv_seg(y)
+        return logits
 
 
 class Segmenter(nn.Module):
@@ -70,7 +74,7 @@ class Segmenter(nn.Module):
         self.align_corners, self.loss_mean = align_corners, loss_mean
         self.world = World(0, 1, torch.device('cpu'))
         self.backbone = source.model
-        *_, before_aux, before = [info['num_chs'] for info in self.backbone.feature_info]
+        *_, before_aux, before = [info['num_chs'] for info in cast(list[dict[str, Any]], source.model.feature_info)]
         self.decode_head = FCNHead(before, channels[0], len(names), 2, True, dropout)
         self.auxiliary_head = FCNHead(before_aux, channels[1], len(names), 1, False, dropout)
 
@@ -133,7 +137,7 @@ class Segmenter(nn.Module):
 
 def build(
     model: str | Backbone, classes: int | Sequence[str] = 21, align_corners: bool = False, *, seed: int = 0,
-    branch: str | None = None, model_args: dict | None = None, channels: tuple[int, int] | None = None,
+    branch: str | None = None, model_args: dict[str, Any] | None = None, channels: tuple[int, int] | None = None,
     dropout: float = PUBLISHED.dropout, loss_mean: str = PUBLISHED.loss_mean,
 ) -> Segmenter:
     """Builds a segmenter whose backbone holds the weights of `model`; the heads are initialised from `seed`.
@@ -168,11 +172,12 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         segmenter = Segmenter(
-            source, names, tuple(channels), align_corners=align_corners, dropout=dropout, loss_mean=loss_mean)
+            source, names, (channels[0], channels[1]), align_corners=align_corners, dropout=dropout,
+            loss_mean=loss_mean)
     return segmenter.to(memory_format=torch.channels_last).requires_grad_(True).train()
 
 
-def load_dilated(model: str, branch: str | None, args: dict) -> Backbone:
+def load_dilated(model: str, branch: str | None, args: dict[str, Any]) -> Backbone:
     """Loads a backbone with an output stride of 8, whole, or raises as `load_backbone`."""
     if args.get('output_stride', OUTPUT_STRIDE) != OUTPUT_STRIDE:
         raise ValueError(

@@ -23,10 +23,11 @@ NAME = 'segmenter'  # of the folder in a run's
 
 def describe(segmenter: Segmenter, rule: Inference, ids: Sequence[int]) -> dict[str, Any]:
     """Returns what `restore` needs besides the weights, as JSON holds it. `ids`: of the classes in files of masks."""
-    return json.loads(json.dumps({
+    record: dict[str, Any] = json.loads(json.dumps({
         'classes': segmenter.names, 'ids': list(ids), 'channels': segmenter.channels,
         'align_corners': segmenter.align_corners, 'dropout': segmenter.decode_head.dropout.p,
         'loss_mean': segmenter.loss_mean, **describe_source(segmenter.source), 'inference': dataclasses.asdict(rule)}))
+    return record
 
 
 def restore(config: dict[str, Any], weights: dict[str, Tensor], where: Path) -> tuple[Segmenter, Inference]:

@@ -1,7 +1,7 @@
 """Trains and measures a segmenter on the loop of `transfer`."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def make_inputs(
     """
     images = torch.stack([_pad(normalize(item.image), crop, 0.0) for item in items])
     masks = torch.stack([_pad(torch.from_numpy(item.mask), crop, IGNORED) for item in items])
-    draws = draw_dropout(seed, step, [item.index for item in items], channels)
+    draws = draw_dropout(seed, step, [item.row for item in items], channels)
     return images, masks.to(images.device, non_blocking=True), draws
 
 
@@ -74,12 +74,13 @@ class SegmentationEvaluation:
         for item in self.loader:
             labels = segment(segmenter, self.normalize(item.image), item.mask.shape, self.rule)
             counts += count_pixels(item.mask, labels, len(self.names))
-            if item.index in self.shown:
-                shown[item.index] = labels
+            if item.row in self.shown:
+                shown[item.row] = labels
             if keep:
-                self.keep(item.index, labels)
+                self.keep(item.row, labels)
         return counts, shown
 
     def measure_run(self, run: Transfer) -> dict[str, Any]:
         """Measures a run's segmenter."""
-        return self.measure(run.trainer.model, run.life.world, run.step == run.trainer.schedule.iterations)
+        segmenter = cast(Segmenter, run.trainer.model)
+        return self.measure(segmenter, run.life.world, run.step == run.trainer.schedule.iterations)

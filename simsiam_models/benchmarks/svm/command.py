@@ -97,15 +97,15 @@ def run(args: argparse.Namespace) -> int:
     if not world.main:
         return 0
     shared = report_shared(data.trainval, data.test, print)
-    readable_labels = tuple(x[part.readable] for x, part in zip(labels, features, strict=True))
+    trainval_labels, test_labels = (x[part.readable] for x, part in zip(labels, features, strict=True))
     if unreadable := sum(len(part.unreadable) for part in features):
         print(f'{unreadable} images cannot be read and are left out')
-        check_counts(data.names, *readable_labels, choose_ks(args, readable_labels[0]))
-    ks = choose_ks(args, readable_labels[0])
+        check_counts(data.names, trainval_labels, test_labels, choose_ks(args, trainval_labels))
+    ks = choose_ks(args, trainval_labels)
     if ks and not args.k and len(ks) < len(LOW_SHOT_KS):
         print(f'low-shot: only k = {_join(ks)}, as a class has too few images for {_join(set(LOW_SHOT_KS) - set(ks))}')
     svm = LowShotSvm(stages, data.names, ks, args.samples or LOW_SHOT_DRAWS) if ks else FullSvm(stages, data.names)
-    name = name_fits(args, features, stages, readable_labels)
+    name = name_fits(args, features, stages, (trainval_labels, test_labels))
     # The lock file lies beside the work folder and stays: waiting for a deleted file would exclude nobody.
     with hold_lock(args.output / f'.svm-{name}.lock', World(0, 1, world.device)):  # other ranks have left
         finished = FinishedTasks(args.output / f'svm-{name}.jsonl')
@@ -193,9 +193,10 @@ def _extract(
     args: argparse.Namespace, backbone: Backbone, data: Voc07, stages: Sequence[str], world: World,
 ) -> tuple[Features, Features]:
     try:
-        return tuple(
+        trainval, test = (
             extract(backbone, images, stages, make_transform(args), read_extraction(args), world)
             for images in (data.trainval, data.test))
+        return trainval, test
     except ValueError as e:
         if 'stages only' not in str(e):
             raise
@@ -241,7 +242,8 @@ def describe_protocol(
         'note': 'the original gives no random_state and draws unseeded; both are seeded here'}
     if args.low_shot:  # names of records depend on these texts
         protocol |= {
-            'k': list(ks), 'samples': args.samples or LOW_SHOT_DRAWS, 'negatives_per_positive': LOW_SHOT_NEGATIVES,
+            'k': list(ks or ()), 'samples': args.samples or LOW_SHOT_DRAWS,
+            'negatives_per_positive': LOW_SHOT_NEGATIVES,
             'std': 'over the draws, divided by their number',
             'k=N': 'oracle: per k one cost, the best on test; as published',
             'k=N_honest': 'per draw the cost of the best mean over classes by cross-validation on its own rows '

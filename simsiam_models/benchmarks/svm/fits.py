@@ -2,7 +2,7 @@
 import functools
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -50,8 +50,8 @@ def write_svm_data(
             write = functools.partial(_write_rows, stage, part.array(stage), part.readable)
             with explain_write_errors(path, '--output'):
                 write_atomically(path, write)
-    readable_labels = (x[part.readable] for x, part in zip(labels, features, strict=True))
-    return SvmData(*paths, *readable_labels, seed)
+    trainval, test = (x[part.readable] for x, part in zip(labels, features, strict=True))
+    return SvmData(paths[0], paths[1], trainval, test, seed)
 
 
 def _write_rows(stage: str, x: np.ndarray, rows: np.ndarray, file: BinaryIO) -> None:
@@ -70,7 +70,8 @@ def _write_rows(stage: str, x: np.ndarray, rows: np.ndarray, file: BinaryIO) -> 
 def normalize_rows(x: np.ndarray) -> np.ndarray:
     """Divides each row by its Euclidean norm + 1e-5, in float64."""
     x = np.asarray(x, np.float64)
-    return x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5)
+    normalized: np.ndarray = x / (np.linalg.norm(x, axis=1, keepdims=True) + 1e-5)
+    return normalized
 
 
 def fit_task(task: Task, data: SvmData) -> dict[str, Any]:
@@ -79,8 +80,9 @@ def fit_task(task: Task, data: SvmData) -> dict[str, Any]:
 
     with threadpool_limits(1), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')
-        fit = {'cv': _cross_validate_task, 'test': _refit_task, 'low-shot': _fit_low_shot_task}[task[0]]
-        result = fit(data, *task[1:])
+        fits: dict[str, Callable[..., dict[str, Any]]] = {
+            'cv': _cross_validate_task, 'test': _refit_task, 'low-shot': _fit_low_shot_task}
+        result = fits[task[0]](data, *task[1:])
     return {**result, 'unconverged': _count_unconverged(caught)}
 
 

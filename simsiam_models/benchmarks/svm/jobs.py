@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def map_in_processes(function: Callable[[Any], Any], items: Sequence[Any], jobs:
         BrokenProcessPool: a worker ended early; the message says how.
         Exception: `function` raised it.
     """
-    others, workers = set(multiprocessing.active_children()), set()
+    others, workers = set(multiprocessing.active_children()), set[BaseProcess]()
     with _configure_new_processes():  # the executor starts multiprocessing's resource tracker
         executor = ProcessPoolExecutor(
             min(jobs, len(items)), multiprocessing.get_context('spawn'), _start_worker, (function,))
@@ -179,29 +180,34 @@ def _configure_new_processes() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _explain_death(workers: set[multiprocessing.Process]) -> str:
+def _explain_death(workers: set[BaseProcess]) -> str:
     end = time.monotonic() + 5
-    while not (codes := {worker.exitcode for worker in workers} - {None}) and time.monotonic() < end:
+    while not (codes := {worker.exitcode for worker in workers if worker.exitcode is not None}) and (
+            time.monotonic() < end):
         time.sleep(0.01)  # the executor's thread has seen the end of a worker and is about to store its exit code
     if -signal.SIGKILL in codes:
         return 'was killed, most likely because memory ran out'
-    return f'ended with exit code {min(codes, default="unknown")}; see its output above'
+    return f'ended with exit code {min(codes) if codes else "unknown"}; see its output above'
+
+
+_of_worker: list[Callable[[Any], Any]] = []  # the function of this worker process
 
 
 def _start_worker(function: Callable[[Any], Any]) -> None:
     """Initializes a worker process."""
-    _run_in_worker.function = function
+    _of_worker.append(function)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _exit_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_worker(item: Any) -> Any:
     try:
-        return _run_in_worker.function(item)
+        return _of_worker[-1](item)
     except Exception as e:  # whatever `function` raises: an exception that cannot be unpickled would break the pool
         try:
             pickle.loads(pickle.dumps(e))

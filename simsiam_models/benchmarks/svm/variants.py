@@ -55,7 +55,7 @@ class FullSvm:
 
     def score(self, result: dict[str, Any]) -> float:
         """Returns the number whose maximum defines the best layer."""
-        return result['mAP']
+        return float(result['mAP'])
 
     def format_table(self, results: Results) -> str:
         """Returns a column per stage."""
@@ -83,7 +83,7 @@ class LowShotSvm:
 
     def summarize(self, stage: str, finished: FinishedTasks) -> dict[str, Any]:
         """Returns statistics over the draws for each k, with the best cost on test and with one chosen without test."""
-        summary = {'k': {}, 'unconverged': 0}
+        summary: dict[str, Any] = {'k': {}, 'unconverged': 0}
         for k in self.ks:
             rows = [
                 [finished.results['low-shot', stage, k, draw, number] for number in range(len(self.names))]
@@ -102,7 +102,7 @@ class LowShotSvm:
 
     def score(self, result: dict[str, Any]) -> float:
         """Returns the number whose maximum defines the best layer: the sum over k, with costs chosen as published."""
-        return sum(r['oracle']['mean'] for r in result['k'].values())
+        return float(sum(r['oracle']['mean'] for r in result['k'].values()))
 
     def format_table(self, results: Results) -> str:
         """Returns a column per k."""

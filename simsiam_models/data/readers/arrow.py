@@ -89,11 +89,13 @@ def find_image_column(features: Any, name: str, choice: Choice) -> str:
         if choice.image not in features:
             raise ValueError(f'{name}: no column {choice.image} for #image=; its columns are {", ".join(features)}')
         return choice.image
-    kinds = (lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
-             lambda f: isinstance(f, dict) and 'bytes' in f)
-    found = next(filter(None, ([c for c, f in features.items() if is_image(f)] for is_image in kinds)), [])
+    kinds: list[Callable[[Any], bool]] = [
+        lambda f: isinstance(f, datasets.Image), lambda f: getattr(f, 'dtype', None) in ('binary', 'large_binary'),
+        lambda f: isinstance(f, dict) and 'bytes' in f]
+    found: list[str] = next(filter(None, ([c for c, f in features.items() if is_image(f)] for is_image in kinds)), [])
     if len(found) > 1:
-        found = [column for column in ('image', 'img') if column in found][:1] or found
+        usual: list[str] = [column for column in ('image', 'img') if column in found]
+        found = usual[:1] or found
     if len(found) != 1:
         has = f'several columns of images ({", ".join(found)})' if found else 'no column of images'
         raise ValueError(
@@ -114,7 +116,8 @@ def read_encoded(value: Any) -> bytes | None:
         if value.get('bytes') is None and value.get('path'):
             from datasets.utils.file_utils import xopen  # also reads files in archives and on the Hub
             with xopen(value['path'], 'rb') as f:
-                return f.read()
+                data: bytes = f.read()
+                return data
         value = value.get('bytes')
     return value or None
 
@@ -125,7 +128,8 @@ def _read_labels(rows: Any, image: str, choice: Choice) -> tuple[np.ndarray | No
     kinds = {c: kind for c, f in features.items() if (kind := _kind(f)) is not None}
     first = rows.select(range(min(len(rows), SAMPLE)))
     column = choose_column(kinds, choice, lambda c: _read_column(first, c).to_pylist())
-    labels, classes, reason = None, [], ''
+    labels, reason = None, ''
+    classes: list[str] = []
     if column is not None:
         try:
             feature = getattr(features[column], 'feature', features[column])  # that of a list's items
@@ -206,11 +210,12 @@ def explain_open_errors(name: str, call: Callable[..., Any], *args: Any, **optio
         return call(*args, **options)
     # datasets raises its own DatasetsError, and those of pyarrow, fsspec, huggingface_hub, json, yaml, ...
     except Exception as e:
-        e = e.__cause__ or e  # the outermost error often says only that something went wrong
-        if isinstance(e, MemoryError):
-            raise e from None
+        cause = e.__cause__ or e  # the outermost error often says only that something went wrong
+        if isinstance(cause, MemoryError):
+            raise cause from None
         raise DataError(
-            f'{name} cannot be opened by the datasets library ({type(e).__name__}: {one_line(e, 300)})') from None
+            f'{name} cannot be opened by the datasets library ({type(cause).__name__}: {one_line(cause, 300)})'
+        ) from None
 
 
 def open_saved(folder: Path, name: str, choice: Choice | None = None) -> tuple[ArrowImages, ArrowImages | None] | None:
@@ -237,7 +242,8 @@ def open_files(files: list[Path], name: str, choice: Choice | None = None) -> Ar
 def _check_class_names(files: list[Path], name: str) -> None:
     """Raises ValueError if class numbers mean other names in another file: datasets reads all by those of the first."""
     import pyarrow.parquet as pq
-    read, first = import_datasets().Features.from_arrow_schema, {}
+    read = import_datasets().Features.from_arrow_schema
+    first: dict[str, tuple[Path, Any]] = {}
     for file in files if len(files) > 1 else ():
         features = explain_open_errors(str(file), lambda file=file: read(pq.read_schema(file)))
         for column, feature in _list_columns(features):

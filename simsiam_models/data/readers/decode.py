@@ -96,6 +96,7 @@ def _decode_jpeg(data: bytes | bytearray) -> np.ndarray | None:
         if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS) or colours in ('CMYK', 'YCCK'):
             return None
         with decode_in_turn(width * height * JPEG_BYTES):
-            return simplejpeg.decode_jpeg(data, 'RGB')
+            image: np.ndarray = simplejpeg.decode_jpeg(data, 'RGB')
+            return image
     except (ValueError, KeyError):  # what libjpeg rejects or warns of; a subsampling that simplejpeg cannot name
         return None

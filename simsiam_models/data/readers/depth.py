@@ -14,7 +14,7 @@ samples most likely have fewer bits than it says. Black in a TIFF that declares 
 """
 import struct
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,7 @@ _REMEDY = 'convert the images to 8 bits, all by the same range'
 
 def to_rgb(image: Image.Image, data: bytes | bytearray) -> np.ndarray:
     """Returns (H, W, 3) uint8. `data`: the file. Raises ValueError if the range of its samples cannot be known."""
-    tags = image.tag_v2 if image.format == 'TIFF' else {}
+    tags = cast(Any, image).tag_v2 if image.format == 'TIFF' else {}
     signed_bytes = image.mode == 'L' and _read(tags, _FORMAT, _UNSIGNED) == _SIGNED
     if image.mode[0] in 'IF' or signed_bytes:
         image = Image.fromarray(_scale(image, data, tags))

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,10 +26,17 @@ MAX_FILE_BYTES = 1 << 30
 class Images(Protocol):
     """A source with random access: `read` returns an RGB image by its index and may be called from any thread."""
 
-    name: str
-    labels: np.ndarray | None  # (N,) integers from 0
-    classes: list[str]
-    digest: str  # 16 hexadecimal characters that identify these images, wherever they are stored
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...  # (N,) integers from 0
+
+    @property
+    def classes(self) -> list[str]: ...
+
+    @property
+    def digest(self) -> str: ...  # 16 hexadecimal characters that identify these images, wherever they are stored
 
     def __len__(self) -> int: ...
 
@@ -56,7 +63,7 @@ def pixels_digest(images: Images) -> str:
 
     Unlike `images.digest`, it tells a resized copy from the original.
     """
-    parts = []
+    parts: list[str | np.ndarray] = []
     for i in sorted({(len(images) - 1) * j // 15 for j in range(16)}) if len(images) else ():
         with suppress(UnreadableError):
             image = images.read(i)
@@ -76,9 +83,10 @@ def stored_sizes(images: Images, rows: np.ndarray) -> np.ndarray | None:
     They reveal most images that were replaced under the same name, and unlike file times they survive copying.
     Returns None for other sources: their `digest` covers sizes or pixels, except for files that torchvision reads.
     """
-    while hasattr(images, 'indices'):  # a subset
-        images, rows = images.images, images.indices[rows]
-    return images.stored_sizes(rows) if hasattr(images, 'stored_sizes') else None
+    source: Any = images
+    while hasattr(source, 'indices'):  # a subset
+        source, rows = source.images, source.indices[rows]
+    return source.stored_sizes(rows) if hasattr(source, 'stored_sizes') else None
 
 
 def stored_bytes(images: Images, row: int, start: int = 0, length: int | None = None) -> bytes | None:
@@ -86,16 +94,18 @@ def stored_bytes(images: Images, row: int, start: int = 0, length: int | None = 
 
     Returns None if the source provides neither. Raises UnreadableError if reading fails.
     """
-    while hasattr(images, 'indices'):  # a subset
-        images, row = images.images, int(images.indices[row])
-    return images.stored_bytes(row, start, length) if hasattr(images, 'stored_bytes') else None
+    source: Any = images
+    while hasattr(source, 'indices'):  # a subset
+        source, row = source.images, int(source.indices[row])
+    return source.stored_bytes(row, start, length) if hasattr(source, 'stored_bytes') else None
 
 
 def name_of(images: Images, row: int) -> str:
     """Returns the name of one image: its file if it has one."""
-    while hasattr(images, 'indices'):
-        images, row = images.images, int(images.indices[row])
-    return images.name_of(row) if hasattr(images, 'name_of') else f'{images.name}: image {row}'
+    source: Any = images
+    while hasattr(source, 'indices'):
+        source, row = source.images, int(source.indices[row])
+    return source.name_of(row) if hasattr(source, 'name_of') else f'{source.name}: image {row}'
 
 
 class FileImages:
@@ -181,8 +191,9 @@ class MemoryImages:
         return len(self.images)
 
     def read(self, index: int) -> np.ndarray:
-        return self.images[index]
+        image: np.ndarray = self.images[index]
+        return image
 
     def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
         """See the function `stored_bytes`."""
-        return self.images[index].tobytes()[start:None if length is None else start + length]
+        return self.read(index).tobytes()[start:None if length is None else start + length]

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,9 +71,11 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
     """Hashes a sequence of parts to 16 hexadecimal characters."""
     state = hashlib.blake2b(digest_size=8)
     for part in parts:
+        data: bytes | memoryview
         if isinstance(part, np.ndarray):
-            part = memoryview(np.ascontiguousarray(part)).cast('B') if part.size else b''
-        data = part.encode(errors='surrogateescape') if isinstance(part, str) else part
+            data = np.ascontiguousarray(part).data.cast('B') if part.size else b''
+        else:
+            data = part.encode(errors='surrogateescape') if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, 'little'))
         state.update(data)
     return state.hexdigest()
@@ -100,7 +103,8 @@ class Tally:
     """Counts what is left out, by its kind, and keeps the first name."""
 
     def __init__(self, what: str) -> None:
-        self.what, self.counts, self.first = what, {}, ''
+        self.what, self.first = what, ''
+        self.counts: dict[str, int] = {}
 
     def add(self, kind: str, name: str, n: int = 1) -> None:
         kind = kind if kind in self.counts or len(self.counts) < MAX_KINDS else 'others'
@@ -119,8 +123,9 @@ class Listing:
 
     def __init__(self) -> None:
         self.paths, self.offsets = bytearray(), array('q', [0])
-        self.labels, self.classes = array('i'), []  # labels: one for each path, or none at all
-        self.columns: dict[str, array] = {}
+        self.labels = array('i')  # one for each path, or none at all
+        self.classes: list[str] = []
+        self.columns: dict[str, array[int]] = {}
         self.about = ''  # text that the digest also covers
         self.folders: dict[str, list[int] | None] = {}  # stamps of all folders, and of links that lead to none
         self.files: dict[str, list[int] | None] = {}  # stamps of all files that were read
@@ -157,7 +162,7 @@ class Listing:
         """Counts a path because of a name in it for which `is_passed_over` is true."""
         self.passed_over.add('._*' if name.startswith('._') else name, path)
 
-    def remark_repeated(self, hashes: array) -> None:
+    def remark_repeated(self, hashes: 'array[int]') -> None:
         """Remarks on images that are listed more than once; `hashes` of their names, one for each."""
         _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
         if len(first) == len(hashes):
@@ -201,11 +206,11 @@ class Listing:
 
 def open_index(root: str | Path, extensions: tuple[str, ...]) -> Index:
     """Lists the files below `root` that end in one of `extensions` (lower case), as os.walk with links followed."""
-    key = {'root': os.path.realpath(root), 'extensions': list(extensions)}
-    return load_or_build(key, lambda: _scan(key['root'], extensions))
+    real = os.path.realpath(root)
+    return load_or_build({'root': real, 'extensions': list(extensions)}, lambda: _scan(real, extensions))
 
 
-def load_or_build(key: dict, build: Callable[[], Listing]) -> Index:
+def load_or_build(key: dict[str, Any], build: Callable[[], Listing]) -> Index:
     """Loads the listing that is cached under `key`, or builds and caches it.
 
     key['root'] is the folder that the paths of `Listing.folders` and `Listing.files` are relative to.
@@ -314,15 +319,17 @@ def stamp_file(at: str | Path | os.stat_result, is_folder: bool = False) -> list
     return [*stamp, status.st_size] if stat.S_ISREG(status.st_mode) else None
 
 
-def _save(file: Path, key: dict, listing: Listing) -> None:
+def _save(file: Path, key: dict[str, Any], listing: Listing) -> None:
     index = listing.make_index()
     arrays = {'offsets': index._offsets, 'paths': index._paths, **index.columns}
     if index.labels is not None:
         arrays['labels'] = index.labels
-    places, blocks, size = {}, [], 0
+    places: dict[str, list[int]] = {}
+    blocks: list[bytes | memoryview] = []
+    size = 0
     for name, values in arrays.items():
         places[name] = [size, len(values)]
-        blocks += [values.astype(DTYPES[name], copy=False), bytes(-values.nbytes % 8)]
+        blocks += [np.ascontiguousarray(values, DTYPES[name]).data, bytes(-values.nbytes % 8)]
         size = _align(size + values.nbytes)
     crc = functools.reduce(lambda crc, block: zlib.crc32(block, crc), blocks, 0)
     header = json.dumps({
@@ -337,7 +344,7 @@ def _save(file: Path, key: dict, listing: Listing) -> None:
         part.write_bytes(b''.join([start, bytes(-len(start) % 8), *blocks]))
 
 
-def _load(file: Path, key: dict) -> Index | None:
+def _load(file: Path, key: dict[str, Any]) -> Index | None:
     """Returns None if the file is missing, damaged or of another key, or if what it lists has changed since."""
     try:
         with open(file, 'rb') as f:

@@ -68,13 +68,14 @@ class Labels:
     """The labels of a data set, collected one by one."""
 
     def __init__(self) -> None:
-        self.codes, self._places = array('i'), {}  # number of the distinct label; label -> (code, where it is first)
+        self.codes = array('i')  # number of the distinct label
+        self._places: dict[Any, tuple[int, Any]] = {}  # label -> (code, where it is first)
 
     def add(self, label: Any, place: Any) -> None:
         """Adds the next label; None if it is missing."""
         self.codes.append(-1 if label is None else self._places.setdefault(label, (len(self._places), place))[0])
 
-    def number(self) -> tuple[array, list[str]]:
+    def number(self) -> 'tuple[array[int], list[str]]':
         """Returns the class of each label, and the names of the classes; raises LabelError."""
         labels, classes = number_classes(list(self._places), [place for _, place in self._places.values()])
         return array('i', map(labels.__getitem__, self.codes)), classes
@@ -92,19 +93,22 @@ def number_classes(distinct: Sequence[Any], places: Sequence[Any] | None = None)
     """
     if not distinct:
         return [], []
-    read = _read_number if _read_number(distinct[0]) is not None else _read_name
-    labels = [read(label) for label in distinct]
-    for i, (given, label) in enumerate(zip(distinct, labels, strict=True)):
-        if label is None or read is _read_number and not (0 <= label < MAX_CLASSES and label == int(label)):
-            rule = (f'a class number; use integers from 0 to {MAX_CLASSES - 1}' if read is _read_number else
+    numbers, names = list[int](), list[str]()
+    numbered = _read_number(distinct[0]) is not None
+    for i, given in enumerate(distinct):
+        if numbered and (n := _read_number(given)) is not None and 0 <= n < MAX_CLASSES and n == int(n):
+            numbers.append(int(n))
+        elif not numbered and (name := _read_name(given)) is not None:
+            names.append(name)
+        else:
+            rule = (f'a class number; use integers from 0 to {MAX_CLASSES - 1}' if numbered else
                     'a class name or number')
             raise LabelError(f'the label {short(given)!r} is not {rule}', i if places is None else places[i])
-    if read is _read_number:
-        labels = list(map(int, labels))
-        return labels, [str(i) for i in range(max(labels) + 1)]
-    classes = sorted(set(labels))
+    if numbered:
+        return numbers, [str(i) for i in range(max(numbers) + 1)]
+    classes = sorted(set(names))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[name] for name in labels], classes
+    return [number[name] for name in names], classes
 
 
 def is_missing(label: Any) -> bool:
@@ -145,7 +149,7 @@ def choose_column(kinds: Mapping[str, int], choice: Choice, read_first: Callable
         return choice.label
     typed = [name for name in COLUMNS[:5] if kinds.get(name) in (NAMED, NUMBERED)]
     named = [column for column, kind in kinds.items() if kind == NAMED]
-    lower = {column.lower(): column for column in reversed(kinds)}
+    lower = {column.lower(): column for column in reversed(list(kinds))}
     known = [lower[name] for name in COLUMNS if name in lower]
     if found := typed or (named if len(named) == 1 else known):
         return found[0]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.messages import short
-from .images import EXTENSIONS, FileImages
+from .images import FileImages
 from .index import Listing, load_or_build
 from .labels import Choice, LabelError, Labels
+from .names import EXTENSIONS
 from .sheets import Sheet, read_sheet
 
 TEXT_SUFFIXES, CSV_SUFFIXES = ('.txt', '.lst', '.list'), ('.csv', '.tsv', '.jsonl')
@@ -33,10 +34,10 @@ class ListImages(FileImages):
         file = Path(file)
         if not file.is_file():
             raise FileNotFoundError(f'{file}: no such list of images')
-        key, given = {'root': os.path.realpath(file.parent), 'list': file.name}, [file]
+        key: dict[str, Any] = {'root': os.path.realpath(file.parent), 'list': file.name}
         if choice is not None:
-            key, given = {**key, 'choice': [choice.image, choice.label]}, [file, choice]
-        index = load_or_build(key, lambda: _parse(*given))
+            key['choice'] = [choice.image, choice.label]
+        index = load_or_build(key, lambda: _parse(file, choice))
         super().__init__(file.parent, index, str(file))
         if not len(self):
             raise ValueError(f'{file} names no image; each line must be `path` or `path label`')

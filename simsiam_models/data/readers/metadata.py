@@ -6,6 +6,7 @@ they are used, unless several subfolders are classes already.
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def read_metadata(root: Path, index: Index, extensions: tuple[str, ...], choice:
 def _join(file: Path, above: str, index: Index, extensions: tuple[str, ...], choice: Choice) -> Index | None:
     """Returns None if the file names none of the images, as that of another folder."""
     row = {os.fsdecode(index.path(i)): i for i in range(len(index))}
-    given, elsewhere, clash = {}, 0, None
+    given: dict[int, tuple[Any, int]] = {}
+    elsewhere, clash = 0, None
     try:
         sheet = read_sheet(file, extensions, choice)
         for line, path, label in sheet.rows:

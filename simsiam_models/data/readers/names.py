@@ -45,7 +45,7 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS)
 
 
-def find_part(name: str) -> re.Match | None:
+def find_part(name: str) -> re.Match[str] | None:
     """Finds the word in the lower-case name that tells its part, such as `train` in seg_train and in Train2017."""
     found = list(_PART.finditer(name.lower()))
     return next((m for m in found if _ROLES[m[1]] == 'train'), found[0] if found else None)

@@ -57,7 +57,7 @@ def split_by_name(files: list[Path]) -> tuple[list[Path], list[Path]]:
     plain = [file for file in files if not part_of(file.name)]
     if not train and not plain:
         return files, []
-    best = [file for file in val if find_part(file.name)[1] not in TEST] or val
+    best = [file for file in val if (found := find_part(file.name)) and found[1] not in TEST] or val
     if not train and val:
         announce(f'{plain[0].parent}: training on the {len(plain)} files whose names tell no part, such as '
                  f'{plain[0].name}, and not on {len(val)} such as {val[0].name}')

@@ -54,7 +54,7 @@ def read_sheet(file: Path, extensions: tuple[str, ...], choice: Choice) -> Sheet
     kinds = {name: PLAIN for at, name in enumerate(names[:len(header)]) if at != path_at}
     column = choose_column(kinds, choice, lambda name: [row[names.index(name)] for _, row in sample])
     label_at = None if column is None else names.index(column)
-    if twice := next((name for name in (names[path_at], column) if names.count(name) > 1), None):
+    if twice := next((name for name in (names[path_at], column) if name is not None and names.count(name) > 1), None):
         raise ValueError(f'{file}, line {line}: several columns are named {short(twice)!r}; rename all but one of them')
     found = ((line, _check_path(file, line, row[path_at]), None if label_at is None else _read_label(row[label_at]))
              for line, row in itertools.chain(sample, rows))

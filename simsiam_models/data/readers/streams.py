@@ -4,7 +4,7 @@ Every process reads the whole stream and decodes only its part of each batch, so
 """
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from ...runtime.messages import announce, one_line, short
 from ..philox import permutation
 from .arrow import explain_open_errors, find_image_column, import_datasets, read_encoded, select_undecoded
 from .decode import DataError, import_library
-from .images import EXTENSIONS
 from .index import digest
 from .labels import Choice
-from .names import find_passed_over, part_of
+from .names import EXTENSIONS, find_passed_over, part_of
 from .shards import TABLES, expand_braces, list_shards, split_by_name
 
 BUFFER = 1000  # images from which the next one is drawn
@@ -26,10 +25,13 @@ BUFFER = 1000  # images from which the next one is drawn
 class _ShuffledStream:
     """What the streams have in common; `_read_epoch` reads a whole epoch."""
 
+    _read_epoch: Callable[[int, int], Iterator[bytes | np.ndarray]]
+
     def __init__(self, name: str, length: int, digest: str) -> None:
         if length < 1:
             raise ValueError(f'{name}: the number of images is unknown; give --images-per-epoch N')
-        self.name, self.labels, self.classes, self.digest, self._length = name, None, [], digest, length
+        self.name, self.labels, self.digest, self._length = name, None, digest, length
+        self.classes: list[str] = []
 
     def __len__(self) -> int:
         return self._length
@@ -63,7 +65,8 @@ class HubStream(_ShuffledStream):
     ) -> None:
         datasets, split = import_datasets(), split or 'train'
         name = f'hf-stream:{repo}:{split}'
-        source, options, what = repo, {'split': split}, [repo, split]
+        source, what = repo, [repo, split]
+        options: dict[str, Any] = {'split': split}
         if Path(repo).is_dir():
             files = _list_split(Path(repo), split, name)
             source, what = files[0].suffix.lower()[1:], [str(f.relative_to(repo)) for f in files]
@@ -143,6 +146,6 @@ def _list_split(folder: Path, split: str, name: str) -> list[Path]:
         if files := list_shards(folder / split, suffix):
             return files
         train, val = split_by_name(list_shards(folder, suffix))
-        if files := {'train': train, 'val': val}.get(part_of(split)):
-            return files
+        if chosen := {'train': train, 'val': val}.get(part_of(split)):
+            return chosen
     raise FileNotFoundError(f'{name}: no Parquet or Arrow file of a split {split} in that folder')

@@ -16,16 +16,15 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from ...runtime.messages import announce
 from .decode import decode, explain_read_errors
-from .images import EXTENSIONS
 from .index import Listing, load_or_build
 from .labels import COLUMNS, Choice, LabelError, Labels, is_missing
-from .names import find_passed_over
+from .names import EXTENSIONS, find_passed_over
 
 MAX_OPEN = 64  # shards
 LABEL_BYTES = 1 << 16  # a longer file holds no label
@@ -63,10 +62,10 @@ class TarImages:
         self._shards = [os.path.join(os.path.realpath(shard.parent), shard.name) for shard in shards]
         root = os.path.commonpath([os.path.dirname(shard) for shard in self._shards])
         names = [os.path.relpath(shard, root) for shard in self._shards]
-        key, given = {'root': root, 'shards': names}, [root, names]
+        key: dict[str, Any] = {'root': root, 'shards': names}
         if choice is not None:
-            key, given = {**key, 'choice': [choice.image, choice.label]}, [*given, choice]
-        self.name, self._index = name, load_or_build(key, lambda: _scan(*given))
+            key['choice'] = [choice.image, choice.label]
+        self.name, self._index = name, load_or_build(key, lambda: _scan(root, names, choice))
         if not len(self._index):
             looked = ' '.join(EXTENSIONS) if choice is None or choice.image is None else choice.image
             found = ''.join(f'; {note}' for note in self._index.notes)
@@ -83,7 +82,8 @@ class TarImages:
 
     def stored_sizes(self, rows: np.ndarray) -> np.ndarray:
         """See `images.stored_sizes`."""
-        return self._index.columns['sizes'][rows]
+        sizes: np.ndarray = self._index.columns['sizes'][rows]
+        return sizes
 
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError, which names shard and file, if that fails."""
@@ -118,7 +118,8 @@ def _read(descriptor: int, start: int, size: int) -> bytearray:
 
 
 def _scan(root: str, names: list[str], choice: Choice | None = None) -> Listing:
-    listing, labels, others, endings = Listing(), Labels(), Counter(), _Endings(choice or Choice())
+    listing, labels, endings = Listing(), Labels(), _Endings(choice or Choice())
+    others: Counter[str] = Counter()
     listing.columns = {'shards': array('i'), 'starts': array('q'), 'sizes': array('q')}
     listing.about, labelled = '\n'.join(names), False
     if endings.image:
@@ -221,7 +222,7 @@ def _read_members(
     try:
         with open(path, 'rb') as f, tarfile.open(fileobj=f, mode='r:') as tar:
             while (member := tar.next()) is not None:
-                tar.members = []  # otherwise tarfile keeps all of them
+                cast(Any, tar).members = []  # otherwise tarfile keeps all of them
                 matched = _NAME.fullmatch(member.name)
                 if member.isdir():
                     continue

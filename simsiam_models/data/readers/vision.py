@@ -3,6 +3,7 @@ import difflib
 import inspect
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,14 @@ def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, Torchvisi
         FileNotFoundError: its files are not below `root`.
         OSError: its files cannot be read.
     """
-    make, spec = getattr(torchvision.datasets, name, None), f'torchvision:{name}:{root}'
+    spec = f'torchvision:{name}:{root}'
     known = [n for n in torchvision.datasets.__all__ if n not in GENERIC and inspect.isclass(
         getattr(torchvision.datasets, n))]
     if name not in known:
         near = difflib.get_close_matches(name, known, 1, 0.5)
         hint = f'did you mean {near[0]}?' if near else 'torchvision.datasets lists them'
         raise ValueError(f'torchvision:{name}: torchvision has no data set of that name; {hint}')
+    make: Callable[..., Any] = getattr(torchvision.datasets, name)
     takes = inspect.signature(make).parameters
     options = {'download': False} if 'download' in takes else {}  # True by default in two classes
     try:
@@ -110,7 +112,8 @@ def _read_labels(items: Any) -> tuple[np.ndarray | None, list[str]]:
 
 def _hash_items(items: Any, labels: np.ndarray | None, classes: list[str]) -> str:
     """Hashes the pixels if they are in memory, the names of the files if they are known, and the labels."""
-    parts, pixels = [np.zeros(0) if labels is None else labels.astype('<i8')], getattr(items, 'data', None)
+    parts: list[np.ndarray | str] = [np.zeros(0) if labels is None else labels.astype('<i8')]
+    pixels = getattr(items, 'data', None)
     if isinstance(pixels, (torch.Tensor, np.ndarray)):
         parts.append(np.asarray(pixels))
     lists = (getattr(items, attribute, None) for attribute in ('samples', '_samples', '_image_files', '_images'))

@@ -75,7 +75,7 @@ def loader(images: Any, world: World = ALONE, batch: int = 4, workers: int = 0, 
 
 
 def assert_same(a: Item, b: Item) -> None:
-    assert a.index == b.index and a.size == b.size
+    assert a.row == b.row and a.size == b.size
     for x, y in zip((a.image, *a.target), (b.image, *b.target), strict=True):
         assert torch.equal(x, y) and x.dtype == y.dtype
 
@@ -162,7 +162,7 @@ def test_image_boxes_and_masks_are_resized_and_flipped_together(variant: str, i:
     images = mixed(6)
     plain, flipped = (prepare(images, i, (0, 0, i), Preparation((50,), 70, p, variant, True)) for p in (0, 1))
     h, w = fit_size(*images.sizes[i].tolist(), 50, 70)
-    assert plain.size == tuple(images.sizes[i]) and plain.index == i and plain.image.shape == (3, h, w)
+    assert plain.size == tuple(images.sizes[i]) and plain.row == i and plain.image.shape == (3, h, w)
     assert torch.equal(plain.image, resize_image(images.read(i), h, w, variant))
     objects = images.training_objects(i, variant)
     np.testing.assert_array_equal(plain.target.boxes, resize_boxes(objects.boxes, plain.size, (h, w)))
@@ -295,10 +295,10 @@ def test_the_next_of_its_orientation_replaces_an_image_that_cannot_be_read():
     for whole, items in itertools.islice(
             zip(loader(good).load(0), (broken := loader(images)).load(0), strict=True), broken.plan.per_epoch):
         for x, y in zip(whole, items, strict=True):
-            if x.index in images.broken:
+            if x.row in images.broken:
                 seen += 1
-                assert y.index == 8
-                key = 3, 0, x.index  # size and flip as for the image it replaces
+                assert y.row == 8
+                key = 3, 0, x.row  # size and flip as for the image it replaces
                 assert_same(y, prepare(images, 8, key, SMALL))
             else:
                 assert_same(x, y)
@@ -362,9 +362,9 @@ def test_only_the_given_rows_train_and_keep_their_own_numbers():
     images, rows = mixed(30), np.arange(1, 30, 2)
     reader = TrainLoader(images, rows, SMALL, 4, ALONE, seed=3, workers=0)
     items = [item for batch in itertools.islice(reader.load(0), reader.plan.per_epoch) for item in batch]
-    assert {item.index for item in items} == set(rows.tolist())
+    assert {item.row for item in items} == set(rows.tolist())
     for item in items:
-        assert_same(item, prepare(images, item.index, (3, 0, item.index), SMALL))
+        assert_same(item, prepare(images, item.row, (3, 0, item.row), SMALL))
 
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -373,13 +373,13 @@ def test_evaluation_reads_each_row_once_without_flip_and_names_what_it_leaves_ou
     p = Preparation((20, 24, 30), 50, 1.0, masks=True)
     whole = EvalLoader(images, rows, p, ALONE, workers)
     items = list(whole)
-    assert [item.index for item in items] == [i for i in range(2, 24) if i not in (9, 14)]
+    assert [item.row for item in items] == [i for i in range(2, 24) if i not in (9, 14)]
     assert whole.unreadable == {i: f'{i}.jpg: cannot be read' for i in (9, 14)}
     for item in items:
-        size = tuple(images.sizes[item.index].tolist())
+        size = tuple(images.sizes[item.row].tolist())
         assert item.target is None and item.size == size
-        assert torch.equal(item.image, resize_image(images.read(item.index), *fit_size(*size, 20, 50), 'mmdet'))
-    parts = [[item.index for item in EvalLoader(images, rows, p, world, workers)] for world in TWO]
+        assert torch.equal(item.image, resize_image(images.read(item.row), *fit_size(*size, 20, 50), 'mmdet'))
+    parts = [[item.row for item in EvalLoader(images, rows, p, world, workers)] for world in TWO]
     assert parts == [[i for i in rows[rank::2] if i not in (9, 14)] for rank in range(2)]
     images.broken = set()
     assert len(list(whole)) == 22 and whole.unreadable == {}

@@ -146,7 +146,7 @@ def test_every_image_trains_once_per_epoch_but_for_an_incomplete_last_batch():
 
 
 def read(loader: Any, step: int, n: int) -> list[list[tuple[int, bytes]]]:
-    return [[(item.index, item.image.numpy().tobytes() + item.mask.tobytes()) for item in items]
+    return [[(item.row, item.image.numpy().tobytes() + item.mask.tobytes()) for item in items]
             for items, _ in zip(loader.load(step), range(n))]  # noqa: B905 - the loader has no end
 
 
