@@ -148,7 +148,7 @@ function draw() {
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   drawn = [];
   if (pictures && gap > 16) drawPictures();
-  drawMarks(radius + 2.5, gap > 16 || shown < n);
+  drawMarks(radius + 2.5, gap > 40 || shown < n);
   if (cursor >= 0) ring(cursor, radius + 5, colours.mark, 2);
   stroke(new Path2D(`M${path.join('L') || '0 0'}`), colours.pick, 1.5, [5, 4]);
 }
