@@ -24,6 +24,7 @@ nb_execution_timeout = 600
 nb_merge_streams = True
 nb_execution_show_tb = True
 
+default_role, smartquotes = 'code', False  # docstrings are Markdown
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 # Types of other projects: without network, there are no inventories to link to.

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
-    """Trains and measures a detector as `simsiam detect DATA --output OUTPUT` does; returns its record.
+    """Trains and measures a detector as `simsiam detect DATA --output OUTPUT` does; returns its record::
 
         detection.train('my_objects', 'runs/mine', dataset='folder', model='simsiam_resnet50', protocol='coco_fpn_1x')
 
@@ -105,7 +105,7 @@ def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: a flag is wrong or unknown.
-        As the command, whose errors are ValueError, RuntimeError, OSError.
+        ValueError, RuntimeError, OSError: the command fails; the message is its line.
     """
     run(parse_flags('detection.train', add_arguments, data, output, flags))
     return read_record(Path(output) / RECORD)

@@ -135,7 +135,7 @@ def build(
 
     Raises:
         ValueError: the network is not a ResNet, or a number is unknown or out of range.
-        As `load_backbone`, if the weights do not fill the backbone.
+        ValueError, RuntimeError, OSError: there are no such weights, or they fill no network.
     """
     names = name_classes(classes)
     resolved = resolve_numbers(kind, numbers)

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
-    """Trains and measures a segmenter as `simsiam segment DATA --output OUTPUT` does; returns its record.
+    """Trains and measures a segmenter as `simsiam segment DATA --output OUTPUT` does; returns its record::
 
         segmentation.train('my_masks', 'runs/mine', dataset='folder', model='simsiam_resnet50', batch_size=8)
 
@@ -108,7 +108,7 @@ def train(data: str | Path, output: str | Path, **flags: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: a flag is wrong or unknown.
-        As the command, whose errors are ValueError, RuntimeError, OSError.
+        ValueError, RuntimeError, OSError: the command fails; the message is its line.
     """
     run(parse_flags('segmentation.train', add_arguments, data, output, flags))
     return read_record(Path(output) / RECORD)

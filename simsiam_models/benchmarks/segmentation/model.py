@@ -155,7 +155,7 @@ def build(
 
     Raises:
         ValueError: the network is not a ResNet that can be dilated, or a number is out of range.
-        As `load_backbone`, if the weights do not fill the backbone.
+        ValueError, RuntimeError, OSError: there are no such weights, or they fill no network.
     """
     names = name_classes(classes)
     channels = channels or (PUBLISHED.channels, PUBLISHED.aux_channels)
