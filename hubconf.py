@@ -6,9 +6,10 @@
 """
 from __future__ import annotations
 
-import typing
+TYPE_CHECKING = False  # type checkers take it as true; reading this file imports nothing
+if TYPE_CHECKING:
+    from typing import Any
 
-if typing.TYPE_CHECKING:  # torch.hub lists whatever can be called, `Any` too
     from torch import nn
 
     from simsiam_models import SimSiam
@@ -16,7 +17,7 @@ if typing.TYPE_CHECKING:  # torch.hub lists whatever can be called, `Any` too
 dependencies = ['torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors']  # import names
 
 
-def simsiam_r50(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> nn.Module:
+def simsiam_r50(pretrained: bool = True, tag: str | None = None, **kwargs: Any) -> nn.Module:
     """SimSiam ResNet-50 backbone, as timm's ResNet: (B, 3, 224, 224) -> (B, 2048).
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50', trust_repo=True)
@@ -39,7 +40,7 @@ def simsiam_r50(pretrained: bool = True, tag: str | None = None, **kwargs: typin
     return timm.create_model(_name(tag), pretrained=pretrained, **kwargs)
 
 
-def simsiam_r50_lin(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> nn.Module:
+def simsiam_r50_lin(pretrained: bool = True, tag: str | None = None, **kwargs: Any) -> nn.Module:
     """SimSiam ResNet-50 with its published linear ImageNet classifier: (B, 3, 224, 224) -> (B, 1000).
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50_lin', trust_repo=True)
@@ -57,7 +58,7 @@ def simsiam_r50_lin(pretrained: bool = True, tag: str | None = None, **kwargs: t
     return timm.create_model(_name(tag, classifier=True), pretrained=pretrained, **kwargs)
 
 
-def simsiam_r50_full(pretrained: bool = True, tag: str | None = None, **kwargs: typing.Any) -> SimSiam:
+def simsiam_r50_full(pretrained: bool = True, tag: str | None = None, **kwargs: Any) -> SimSiam:
     """SimSiam ResNet-50 with its published projector and predictor: forward(x1, x2) -> p1, p2, z1, z2.
 
         model = torch.hub.load('OWNER/simsiam_models', 'simsiam_r50_full', trust_repo=True)

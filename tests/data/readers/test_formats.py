@@ -281,7 +281,7 @@ def test_few_shards_are_open_at_a_time(tmp_path, samples, monkeypatch):
 @pytest.mark.parametrize('write', [write_text, write_csv])
 def test_a_list_is_parsed_once_and_again_after_a_change(tmp_path, samples, monkeypatch, write):
     parsed, parse = [], lists._parse
-    monkeypatch.setattr(lists, '_parse', lambda file: parsed.append(file) or parse(file))
+    monkeypatch.setattr(lists, '_parse', lambda *a: parsed.append(a) or parse(*a))
     spec = Path(write(tmp_path, samples))
     os.utime(spec, (1e9, 1e9))
     for _ in range(2):
