@@ -113,7 +113,7 @@ function listSwitches() {
 function pick(which, value = 1) {
   for (const row of which) picked[row] = value;
   const total = pickedRows().length;
-  $('count').textContent = total ? `${counted(total, 'image')} selected` : 'No image is selected';
+  $('count').textContent = total ? `${counted(total, 'image')} selected` : 'No images selected';
   $('choose').textContent = current < 0 ? 'Select these' : picked[current] ? 'Remove from selection' : 'Select';
   for (const button of $('found').querySelectorAll('button')) {
     button.classList.toggle('picked', Boolean(picked[button.dataset.row]));
@@ -152,7 +152,7 @@ function save() {
 }
 
 const copy = () => navigator.clipboard.writeText(writeList()).then(
-  () => say(`${$('count').textContent}, copied`), () => say('This browser lets no page copy; save the list'));
+  () => say(`${$('count').textContent}, copied`), () => say('This browser does not let pages copy; save the list'));
 
 // ---- What the user does ----
 

@@ -45,7 +45,7 @@ def draw_confusion(record: dict[str, Any]) -> str:
         pairs = sorted(((n, a, b) for a, row in confusion.items() for b, n in row.items() if a != b), reverse=True)
         rows = [['Label', 'Predicted', 'Images'], *([a, b, f'{n:,}'] for n, a, b in pairs[:PAIRS])]
         more = [f'{len(pairs) - PAIRS:,} more pairs are in confusion.csv.'] if len(pairs) > PAIRS else []
-        return draw_table(rows, f'Classes that are confused most, of {len(classes):,}', more)
+        return draw_table(rows, f'Pairs confused most often, of {len(classes):,} classes', more)
     head = ''.join(f'<th scope="col">{escape(short(c, 16))}</th>' for c in classes)
     body = ''.join(
         f'<tr><th scope="row">{escape(short(label, 30))}</th>'
@@ -88,12 +88,12 @@ def draw_mistakes(folder: Path) -> Iterator[str]:
     """Yields pictures of the mistakes with the highest scores."""
     mistakes = read_mistakes(folder)
     if mistakes is None:
-        yield (f'<p>{PREDICTIONS} is missing, so mistakes cannot be shown: an earlier version wrote this run. '
+        yield (f'<p>{PREDICTIONS} is missing, so mistakes cannot be shown: this run is from an earlier version. '
                'Fine-tune again into a new folder.</p>\n')
         return
     shown = mistakes[:MISTAKES]
-    yield (f'<p class="soft">{counted(len(mistakes), "validation image")} got a wrong class. Shown: {len(shown)}, '
-           'those that the network was surest of.</p>\n')
+    yield (f'<p class="soft">Misclassified: {counted(len(mistakes), "validation image")}. Shown: {len(shown)}, '
+           'highest scores first.</p>\n')
     if shown:
         yield draw_row('Predicted class (score), and the label', [
             Cell(partial(_load, m.path), f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',

@@ -1,4 +1,4 @@
-"""`simsiam report`: results beside published numbers, as tables for a terminal or in Markdown, or a page of a run.
+"""`simsiam report`: results beside published numbers, as tables for a terminal or in Markdown, or a run as a page.
 
     simsiam report results/                                  tables
     simsiam report runs/mine --html mine.html                the run: curves, views, neighbours, results
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_arguments(parser)
     add = parser.add_argument
     add('--html', type=Path, metavar='FILE.html',
-        help='write a page instead, which opens from disk: of a run its curves, the views and neighbours of some '
-             'images, and mistakes; of records their tables')
+        help='write a page instead, which opens from disk: for a run, its curves, the views and neighbours of some '
+             'images, and its mistakes; for records, their tables')
     add('--plots', type=Path, metavar='FOLDER', help='write the curves of a run as PNG files')
-    add('--data', metavar='DATA', help="the run's images, if they are no longer where it was trained")
+    add('--data', metavar='DATA', help="the run's images, if they have moved since training")
 
 
 def run(args: argparse.Namespace) -> int:

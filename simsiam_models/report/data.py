@@ -22,21 +22,21 @@ def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData
     """Opens the data that args.json names, or `given`, and compares them with what the run was trained on."""
     name = run.args.get('data') if given is None else given
     if given is None and name is not None and not Path(name).exists() and str(name).partition(':')[0] in ELSEWHERE:
-        return TrainingData(None, f'The report does not open {name} by itself; name the data with --data.')
+        return TrainingData(None, f'The report does not open {name} on its own; pass the data with --data.')
     try:
         images, _ = open_data(name)
     except (ValueError, OSError, DataError) as e:
-        return TrainingData(None, f'The data cannot be opened ({e}); if they have moved, name them with --data.')
+        return TrainingData(None, f'The data cannot be opened ({e}); if the data has moved, pass it with --data.')
     if hasattr(images, 'samples'):
-        return TrainingData(None, f'{images.name} is a stream, which has no random access, so nothing is drawn again.')
+        return TrainingData(None, f'{images.name} is a stream without random access, so its images cannot be shown.')
     if run.args['digest'] != images.digest:
         return TrainingData(None, (
             f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '
-            f'the run had {run.args["images"]:,} with {run.args["digest"]}. So nothing is drawn again.'))
+            f'but the run had {run.args["images"]:,} with {run.args["digest"]}. So no images are shown.'))
     if run.args.get('sizes') not in (None, digest_sizes(images)):
         return TrainingData(None, (
-            f'The image files in {images.name} have the names and labels of those that the run began with, but other '
-            'sizes. So nothing is drawn again.'))
+            f'The image files in {images.name} have the names and labels that they had when the run began, '
+            'but other sizes. So no images are shown.'))
     return TrainingData(images)
 
 

@@ -78,10 +78,10 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
 
 def draw_nearest(images: Images, found: Found, problem: str) -> Iterator[str]:
     """Yields a sentence, and rows of pictures: an image, and its nearest ones by each network."""
-    text = f'Compared: {len(images):,} images of the data, evenly spaced, by cosine similarity of their features. '
+    text = f'Compared: {len(images):,} evenly spaced images, by the cosine similarity of their features. '
     if images.labels is not None and found:
         k = next(iter(found.values()))[0].shape[1]
-        text += f'Share of the {k} nearest that have the label of the image: ' + ', '.join(
+        text += f'Share of the {k} nearest images with the same label: ' + ', '.join(
             f'{100 * (images.labels[rows] == images.labels[:, None]).mean():.1f} % {name} training'
             for name, (rows, _) in found.items()) + '. Training did not use the labels.'
     yield f'<p>{escape(text + problem)}</p>\n'

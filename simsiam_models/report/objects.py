@@ -31,7 +31,7 @@ def draw_objects(folder: Path, record: dict[str, Any] | None) -> Iterator[str]:
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
         names = list(rows[0])
         table = [names, *([_format(row.get(name)) for name in names] for row in rows[:CLASSES])]
-        yield draw_table(table, 'Classes', [f'{len(rows):,} classes; shown: {CLASSES}. per_class.csv has all.']
+        yield draw_table(table, 'Classes', [f'{len(rows):,} classes; shown: {CLASSES}. per_class.csv lists them all.']
                          if len(rows) > CLASSES else [])
 
 

@@ -71,7 +71,7 @@ def write_report(file: Path, paths: list[Path], data: str | None = None) -> None
 
 
 def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSection]:
-    sections = [PageSection(f'What this is{suffix}', lambda: _draw_facts(run))]
+    sections = [PageSection(f'About this run{suffix}', lambda: _draw_facts(run))]
     if list_plots(run):
         sections.append(PageSection(f'Curves{suffix}', lambda: _draw_curves(run)))
     if run.kind == 'pretrain':

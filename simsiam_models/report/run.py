@@ -13,7 +13,7 @@ from ..weights.folders import read_json
 from ..weights.tensorfile import hash_file
 
 RECORD = 'record.json'
-KINDS = {'finetune': 'fine-tuning', 'detect': 'training of a detector', 'segment': 'training of a segmenter'}
+KINDS = {'finetune': 'fine-tuning', 'detect': 'detector training', 'segment': 'segmenter training'}
 NEEDED = {
     'recipe': str, 'model': str, 'images': int, 'digest': str, 'epochs': int, 'batch_size': int, 'seed': int,
     'augmentation': dict}
@@ -85,7 +85,7 @@ def describe_state(run: RunFolder) -> str:
     running = is_alive(holder, describe_process()) if holder else False  # None: only its machine knows
     stopped = f'stopped, or running on {short(holder["host"])},' if running is None else 'stopped'
     if run.kind != 'pretrain':
-        return 'running' if running else 'finished' if run.record else f'{stopped} before its end'
+        return 'running' if running else 'finished' if run.record else f'{stopped} before the end'
     (epoch, step), epochs = run.reached, run.args['epochs']
     state = 'running' if running else 'finished' if epoch >= epochs else stopped
     if state != 'finished':
@@ -105,8 +105,8 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
     facts += _list_recipe(a) if run.kind == 'pretrain' else [
         ('Protocol', short(a.get('protocol') or record.get('protocol', {}).get('name') or 'not recorded'))]
     facts.append(('Data', _describe_data(run)))
-    facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on for {x["epochs"]} epochs instead of '
-               f'{x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', [])]
+    facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
+               f'of {x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', [])]
     unreadable = [line['unreadable'] for line in run.lines if isinstance(line.get('unreadable'), int)]
     if unreadable:
         facts.append(('Unreadable', f'{counted(unreadable[-1], "image")}, replaced; unreadable.txt names them'))
@@ -137,7 +137,7 @@ def _describe_model(run: RunFolder) -> str:
 def _describe_data(run: RunFolder) -> str:
     data = (run.record or {}).get('data', {})
     name = run.args.get('data', data.get('path', data.get('name')))
-    name = name or ('the built-in demonstration' if run.kind == 'pretrain' else 'not recorded')
+    name = name or ('the built-in demonstration data' if run.kind == 'pretrain' else 'not recorded')
     n = run.args.get('images')
     return f'{name}, {counted(n, "image") if isinstance(n, int) else "images"}, digest ' \
            f'{data.get("digest") or run.args.get("digest")}'

@@ -17,8 +17,8 @@ from .data import load_picture
 from .run import RunFolder
 
 SHOWN = 6  # images
-TEXT = ('Each view depends on seed, epoch and number of the image alone, so these are the pixels that the network was '
-        'given. On a CPU they are the same to the bit; a GPU rounds the colours differently.')
+TEXT = ('Each view depends only on the seed, the epoch and the number of the image, so these are the pixels that the '
+        'network was given: bit for bit on a CPU; a GPU rounds the colours differently.')
 
 
 def choose_samples(run: RunFolder) -> tuple[list[int], np.ndarray]:
@@ -46,7 +46,7 @@ def draw_views(run: RunFolder, images: Images) -> Iterator[str]:
     """Yields rows of pictures: an image, and its views in each epoch."""
     epochs, rows = choose_samples(run)
     if not len(rows):
-        yield '<p>No step was logged yet.</p>\n'
+        yield '<p>No step has been logged yet.</p>\n'
         return
     found = redraw(run, images, epochs, rows)
     for i, row in enumerate(rows.tolist()):

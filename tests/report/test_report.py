@@ -24,7 +24,7 @@ from simsiam_models.report.views import choose_samples, redraw, to_picture
 from simsiam_models.simsiam import create_simsiam
 
 NAMES = [name.replace('/', '|') for name in HOSTILE]
-SECTIONS = ['What this is', 'Curves', 'The two views', 'Nearest neighbours before and after training']
+SECTIONS = ['About this run', 'Curves', 'The two views', 'Nearest neighbours before and after training']
 
 
 def rename_hostile(root: Path) -> Path:
@@ -138,7 +138,7 @@ def test_data_that_are_gone_or_changed_are_named_and_can_be_given(run, data, tmp
         Image.open(file).save(file, quality=50)
     for name, said in (
             (tmp_path / 'gone', 'gone: no such file or folder'), (other, 'has changed since the'),
-            (sized, 'but other sizes'), (f'pipe:touch {tmp_path}/ran', 'name the data with --data')):
+            (sized, 'but other sizes'), (f'pipe:touch {tmp_path}/ran', 'pass the data with --data')):
         (copy / 'args.json').write_text(json.dumps({**args, 'data': str(name)}))
         assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
         page = browser.open(tmp_path / 'p.html').page
@@ -190,7 +190,7 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     opened = browser.open(tmp_path / 'p.html', 360)
     page = opened.page
     assert page.locator('h2').all_text_contents() == [
-        'What this is', 'Curves', 'Confusion', 'Worst mistakes', 'Results']
+        'About this run', 'Curves', 'Confusion', 'Worst mistakes', 'Results']
     counts = [int(n) for n in page.locator('.matrix tbody td').all_text_contents()]
     assert len(counts) == 100 and sum(counts) == len(rows)
     shown = page.locator('.row b').all_text_contents()

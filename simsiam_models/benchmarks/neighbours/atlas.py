@@ -4,8 +4,8 @@
     simsiam atlas PHOTOS --model runs/mine --projection tsne pca --html photos.html
     simsiam atlas --features photos.parquet --html photos.html           from a file that simsiam embed wrote
 
-On the page: zoom to thumbnails, search by image, classes, copies and outliers; select images and save them as a list
-that `simsiam pretrain` reads.
+On the page, zoom in to thumbnails, search by image, show classes, copies or outliers, and save a selection of images as
+a list that `simsiam pretrain` reads.
 """
 import argparse
 import time
@@ -28,7 +28,7 @@ DETAILS = {
     'tsne': f'perplexity {TSNE["perplexity"]:g}, learning rate {TSNE["learning_rate"]:g}, {TSNE["max_iter"]} '
             'iterations, features not scaled, as published by MMSelfSup; seed 0',
     'pca': 'the first two principal components of the features',
-    'umap': f'{UMAP["n_neighbors"]} neighbours by cosine, min_dist {UMAP["min_dist"]}, seed 0'}
+    'umap': f'{UMAP["n_neighbors"]} neighbours by cosine similarity, min_dist {UMAP["min_dist"]}, seed 0'}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--html', type=Path, required=True, metavar='FILE.html', help='the page: a single file to open in a browser')
     add('--projection', nargs='+', choices=list(NAMES), metavar='NAME',
         help='tsne, pca or umap; the page can switch between several (default: tsne; pca for 30 images or fewer)')
-    add('--k', type=int, default=24, metavar='K', help='nearest images that a search by image shows (default: 24)')
+    add('--k', type=int, default=24, metavar='K', help='how many nearest images a search by image shows (default: 24)')
     add('--thumbnail', type=int, metavar='N',
-        help='long side of the thumbnails in pixels (default: 96 for 10,000 images, fewer for more images)')
+        help='long side of the thumbnails in pixels (default: 96 for 10,000 images, smaller for more)')
     add_network(parser)
 
 

@@ -38,16 +38,16 @@ def make_data(
 def state_facts(table: FeatureTable, kind: str) -> str:
     """Returns a line on a map by this projection."""
     classes = [] if table.labels is None else [counted(len(np.unique(table.labels)), 'class', 'classes')]
-    of = f' of features by {table.about["model"]}' if 'model' in table.about else ''
+    of = f' of features from {table.about["model"]}' if 'model' in table.about else ''
     return ' · '.join([counted(len(table.paths), 'image'), *classes, f'{NAMES[kind]}{of}'])
 
 
 def explain_list(root: str) -> str:
     """Returns what to do with a list of images whose paths start at `root`."""
     if not root:
-        return 'The images are no files of their own here, so no command can read the list.'
-    return (f'The list names the images from {root} on. Put it into that folder, or say above where the folder is, and '
-            'read it with: simsiam pretrain selection.csv')
+        return 'The images are not separate files here, so no command can read the list.'
+    return (f'Paths in the list are relative to {root}. Put the list there, or enter the path to that folder '
+            'above, and read it with: simsiam pretrain selection.csv')
 
 
 def _list_findings(found: Findings, names: list[str]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def choose_projections(kinds: Sequence[str] | None, n: int) -> list[str]:
     for kind in kinds:
         if n < least.get(kind, 1):
             raise ValueError(
-                f'--projection {kind}: needs at least {least[kind]} images, and there are {n}; use --projection pca')
+                f'--projection {kind}: needs at least {least[kind]} images, but there are {n}; use --projection pca')
     return list(dict.fromkeys(kinds))
 
 

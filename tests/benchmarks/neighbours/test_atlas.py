@@ -179,7 +179,7 @@ def test_an_unreadable_image_is_named_on_the_page(photos, tmp_path, browser, cap
     ('x --html a.html --thumbnail 300', '--thumbnail 300: must be in 16 .. 240 pixels'),
     ('--features x.npz --html a.html', 'x.npz: a single image has no neighbours; give more images'),
     ('--features y.npz --html a.html --projection tsne',
-     '--projection tsne: needs at least 31 images, and there are 3; use --projection pca')])
+     '--projection tsne: needs at least 31 images, but there are 3; use --projection pca')])
 def test_a_mistake_is_one_sentence(args, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, n in (('x.npz', 1), ('y.npz', 3)):
