@@ -1,5 +1,6 @@
 """Where a fine-tuned classifier is wrong: its confusion matrix and its worst mistakes."""
 import csv
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ def draw_confusion(record: dict[str, Any]) -> str:
     """Returns the confusion matrix, or for many classes the pairs that are confused most."""
     confusion = record['extra']['confusion']
     given = confusion.values() if isinstance(confusion, dict) else [None]
-    if not all(isinstance(row, dict) and all(isinstance(n, int) for n in row.values()) for row in given):
+    if not all(isinstance(row, dict) and all(isinstance(n, int) and n >= 0 for n in row.values()) for row in given):
         raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
     classes = list(confusion)
     if len(classes) > MATRIX:
@@ -102,7 +103,7 @@ def draw_mistakes(folder: Path) -> Iterator[str]:
 
 def _load(path: str) -> Image.Image | None:
     """Returns the picture in a file; None if there is no such file, or it is no picture."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for some names
         return None
     listing = Listing()
     listing.add(path)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..pages.plots import Plot, Series
+from ..runtime.messages import printable
 from ..training.recipes import Recipe, restore_recipe
 from ..training.schedule import scaled_lr
 from .run import RunFolder
@@ -22,7 +23,8 @@ TITLES = {'loss': 'Loss', 'top1': 'Validation top-1, %', 'top5': 'Validation top
 def list_plots(run: RunFolder) -> list[Plot]:
     """Returns the plots of a run; those without a number are left out."""
     plots = _plot_log(run) if run.kind == 'pretrain' else _plot_record(run)
-    return [plot for plot in plots if plot.series and any(map(math.isfinite, plot.series[0].y))]
+    drawn = [plot._replace(series=[s for s in plot.series if any(map(math.isfinite, s.y))]) for plot in plots]
+    return [plot for plot in drawn if plot.series]
 
 
 def _plot_log(run: RunFolder) -> list[Plot]:
@@ -52,7 +54,8 @@ def _plot_knn(run: RunFolder) -> Plot:
 
 def _plot_record(run: RunFolder) -> list[Plot]:
     """Returns a plot for each number in the log of a detector or segmenter, or in the epochs of a classifier."""
-    rows = run.lines or (run.record or {}).get('extra', {}).get('epochs') or []
+    epochs = (run.record or {}).get('extra', {}).get('epochs')
+    rows = run.lines or [row for row in (epochs if isinstance(epochs, list) else ()) if isinstance(row, dict)]
     x_label = next((k for k in ('step', 'epoch') if rows and k in rows[0]), None)
     if x_label is None:
         return []
@@ -65,7 +68,7 @@ def _plot_record(run: RunFolder) -> list[Plot]:
             x, y = zip(*points, strict=True)
             file = ''.join(c if c.isalnum() and c.isascii() else '_' for c in name)
             form = '.4f' if 'loss' in name else '.2f'
-            plots.append(Plot(file, TITLES.get(name, name), x_label, [Series(name, x, y)], form))
+            plots.append(Plot(file, TITLES.get(name, printable(name)), x_label, [Series(name, x, y)], form))
     return plots
 
 
@@ -86,8 +89,8 @@ def tabulate_figures(plots: list[Plot]) -> tuple[list[list[str]], int]:
 
     At most ROWS of them, evenly spaced, have a row.
     """
-    shared = [plot for plot in plots if len(plot.series[0].x) == len(plots[0].series[0].x)]
     x = plots[0].series[0].x
+    shared = [plot for plot in plots if plot.series[0].x == x]
     kept = np.unique(np.linspace(0, len(x) - 1, min(ROWS, len(x))).round().astype(int)).tolist()
     header, form = [plots[0].x_label, *(plot.title for plot in shared)], '.2f' if any(v % 1 for v in x) else '.0f'
     return [header, *([f'{x[i]:{form}}', *(

@@ -1,5 +1,4 @@
 """The images that a run was trained on, if they are still there."""
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
@@ -21,15 +20,15 @@ class TrainingData(NamedTuple):
 def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData:
     """Opens the data that args.json names, or `given`, and compares them with what the run was trained on."""
     name = run.args.get('data') if given is None else given
-    if given is None and name is not None and not Path(name).exists() and str(name).partition(':')[0] in ELSEWHERE:
+    if given is None and str(name).partition(':')[0] in ELSEWHERE:
         return TrainingData(None, f'The report does not open {name} on its own; pass the data with --data.')
     try:
         images, _ = open_data(name)
-    except (ValueError, OSError, DataError) as e:
+    except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing
         return TrainingData(None, f'The data cannot be opened ({e}); if the data has moved, pass it with --data.')
     if hasattr(images, 'samples'):
         return TrainingData(None, f'{images.name} is a stream without random access, so its images cannot be shown.')
-    if run.args['digest'] != images.digest:
+    if (run.args['digest'], run.args['images']) != (images.digest, len(images)):
         return TrainingData(None, (
             f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '
             f'but the run had {run.args["images"]:,} with {run.args["digest"]}. So no images are shown.'))

@@ -89,7 +89,7 @@ def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSe
 
         sections += [PageSection(f'The two views{suffix}', draw_seen),
                      PageSection(f'Nearest neighbours before and after training{suffix}', draw_similar)]
-    if run.kind == 'finetune' and (record := run.record) and record['extra'].get('confusion'):
+    if run.kind == 'finetune' and (record := run.record) and record.get('extra', {}).get('confusion'):
         sections += [PageSection(f'Confusion{suffix}', lambda: iter([draw_confusion(record)])),
                      PageSection(f'Worst mistakes{suffix}', lambda: draw_mistakes(run.folder))]
     if run.kind in ('detect', 'segment'):
@@ -115,7 +115,7 @@ def _draw_curves(run: RunFolder) -> Iterator[str]:
     shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced' if len(rows) - 1 < n else counted(n, 'point')
     yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'
     for plot in drawn:
-        if len(plot.series[0].x) != n:
+        if plot.series[0].x != drawn[0].series[0].x:
             points = [[f'{x:.4g}', f'{y:{plot.form}}'] for x, y in zip(plot.series[0].x, plot.series[0].y, strict=True)]
             yield tables.draw_table([[plot.x_label, plot.title], *points[:1000]], plot.title)
     yield '</details>\n'

@@ -58,9 +58,9 @@ def read_run(folder: Path) -> RunFolder | None:
     if kind not in ('pretrain', *KINDS):
         return None
     if kind == 'pretrain' and (bad := [k for k, t in NEEDED.items() if not isinstance(args.get(k), t) or not (
-            args[k] or k == 'seed')]):
+            k == 'seed' or (args[k] > 0 if t is int else args[k]))]):
         raise ValueError(f'{folder / ARGS} is damaged: it has no usable {bad[0]}; restore the file')
-    if kind == 'pretrain' and not is_sound(args):
+    if kind == 'pretrain' and not (is_sound(args) and isinstance(args.get('data'), str | None)):
         raise ValueError(f'{folder / ARGS} is damaged; restore the file')
     record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
     return RunFolder(folder, kind, args, record, *_read_lines(folder / LOG))
@@ -68,10 +68,15 @@ def read_run(folder: Path) -> RunFolder | None:
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Returns the lines of a log, and the number of those that are damaged."""
+    def read_integer(text: str) -> int:
+        if len(text) > 18:
+            raise ValueError('no number of a run has so many digits')
+        return int(text)
+
     lines, damaged = [], 0
     for text in path.read_text(errors='replace').splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_int=read_integer)
             damaged += not isinstance(line, dict)
             lines += [line] if isinstance(line, dict) else []
         except (ValueError, RecursionError):
@@ -106,7 +111,8 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
         ('Protocol', short(a.get('protocol') or record.get('protocol', {}).get('name') or 'not recorded'))]
     facts.append(('Data', _describe_data(run)))
     facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
-               f'of {x["epochs_before"]}: {short(x.get("command"), 400)}') for x in a.get('extensions', [])]
+               f'of {x["epochs_before"]}: {short(x.get("command"), 400)}')
+              for x in (a.get('extensions', []) if run.kind == 'pretrain' else ())]
     unreadable = [line['unreadable'] for line in run.lines if isinstance(line.get('unreadable'), int)]
     if unreadable:
         facts.append(('Unreadable', f'{counted(unreadable[-1], "image")}, replaced; unreadable.txt names them'))
@@ -127,7 +133,7 @@ def _describe_model(run: RunFolder) -> str:
     args = run.args.get('model_args')
     text = f'{run.args.get("model") or (run.record or {}).get("weights", {}).get("name")}'
     text += f' {json.dumps(args)}' if args else ''
-    if initial := run.args.get('init_from'):
+    if run.kind == 'pretrain' and (initial := run.args.get('init_from')):
         text += f', from {initial.get("source")} (SHA-256 {str(initial.get("sha256"))[:16]})'
     if run.record:
         text += f', weights {run.record["weights"]["digest"]}'
@@ -144,7 +150,8 @@ def _describe_data(run: RunFolder) -> str:
 
 
 def _list_recipe(a: dict[str, Any]) -> list[tuple[str, str]]:
+    n = a['processes'] if isinstance(a.get('processes'), int) else 1
     return [
         ('Recipe', f'{a["recipe"]}: {a["epochs"]} epochs, batch {a["batch_size"]}, learning rate {a.get("lr")} per 256 '
                    f'samples, weight decay {a.get("weight_decay")}, views of {a["augmentation"].get("size")} px'),
-        ('Seed', f'{a["seed"]}; precision {a.get("amp")}, {counted(a.get("processes") or 1, "process", "processes")}')]
+        ('Seed', f'{a["seed"]}; precision {a.get("amp")}, {counted(n, "process", "processes")}')]

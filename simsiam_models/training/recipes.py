@@ -1,5 +1,6 @@
 """The pretraining recipes as literal numbers, to be checked against their sources."""
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +70,23 @@ RECIPES = {
 
 def restore_recipe(record: dict[str, Any]) -> Recipe:
     """Returns the recipe of a run from its args.json; raises KeyError or TypeError if the file lacks numbers."""
-    numbers = {f.name: record[f.name] for f in dataclasses.fields(Recipe) if f.name != 'about'}
-    stored = numbers.pop('augmentation')
-    values: dict[str, Any] = {f.name: stored[f.name] for f in dataclasses.fields(Augmentation)}
-    values |= {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return Recipe('', augmentation=Augmentation(**values), **numbers)
+    numbers = _take(record, Recipe(''), {'about', 'augmentation'})
+    return Recipe('', augmentation=Augmentation(**_take(record['augmentation'], Augmentation())), **numbers)
+
+
+def _take(stored: dict[str, Any], like: Any, but: Set[str] = frozenset()) -> dict[str, Any]:
+    """Returns the fields of a dataclass from JSON; KeyError or TypeError unless their types are those of `like`."""
+    found = {}
+    for name in {f.name for f in dataclasses.fields(like)} - but:
+        value, usual = stored[name], getattr(like, name)
+        value = tuple(value) if isinstance(value, list) else value
+        if not _is_like(value, usual):
+            raise TypeError(f'{name} is {value!r}')
+        found[name] = value
+    return found
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    if isinstance(value, tuple) and isinstance(usual, tuple):
+        return len(value) == len(usual) and all(map(_is_like, value, usual))
+    return isinstance(value, (int, float) if isinstance(usual, float) else type(usual))

@@ -17,7 +17,8 @@ from simsiam_models import cli
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import TwoViews, open_data
 from simsiam_models.data.augment import normalize
-from simsiam_models.report.curves import list_plots, read_recipe
+from simsiam_models.report.curves import list_plots, read_recipe, tabulate_figures
+from simsiam_models.report.data import open_training_data
 from simsiam_models.report.nearest import find_similar
 from simsiam_models.report.run import describe_state, read_run
 from simsiam_models.report.views import choose_samples, redraw, to_picture
@@ -241,7 +242,8 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
 
 
 @pytest.mark.parametrize('change', [
-    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None}])
+    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None},
+    {'images': -3}, {'data': 5}, {'momentum': 'x'}])
 def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / 'run')
     args = json.loads((run / 'args.json').read_text())
@@ -250,6 +252,37 @@ def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f'simsiam: {tmp_path}/run/args.json') and error.count('\n') == 1
     assert not (tmp_path / 'p.html').exists()
+
+
+def test_points_of_different_epochs_share_no_row_and_wrong_figures_are_left_out(run, tmp_path):
+    (tmp_path / 'args.json').write_bytes((run / 'args.json').read_bytes())
+    lines = [{'epoch': 0, 'step': 1, 'loss': 0.5}, {'epoch': 0, 'step': 2, 'loss': 0.4},
+             {'epoch': 0, 'knn': {'random': 10.0, 'pixels': None}}, {'epoch': 1, 'knn': 20.0}]
+    text = ''.join(json.dumps(line) + '\n' for line in lines)
+    (tmp_path / 'log.jsonl').write_text(f'{text}{{"epoch": 0, "step": 3, "loss": 1{"0" * 400}}}\n')
+    found = read_run(tmp_path)
+    assert found.damaged == 1
+    plots = list_plots(found)
+    assert [(plot.name, [s.name for s in plot.series]) for plot in plots] == [
+        ('loss', ['Loss']), ('lr', ['predictor']), ('knn', ['features'])]
+    assert 'kNN accuracy, %' not in tabulate_figures(plots)[0][0]
+
+
+def test_data_of_another_number_of_images_are_not_drawn_again(run):
+    found = read_run(run)
+    fewer = found._replace(args={**found.args, 'images': found.args['images'] + 1})
+    assert open_training_data(found).images is not None and 'has changed' in open_training_data(fewer).problem
+
+
+@pytest.mark.parametrize('extra', [
+    {}, {'extra': {'epochs': [5]}}, {'extra': {'epochs': {'a': 1}, 'confusion': {'a': {}}}}])
+def test_a_record_without_the_usual_parts_is_drawn(extra, tmp_path):
+    (tmp_path / 'args.json').write_text('{"benchmark": "finetune", "init_from": "x", "extensions": [1]}')
+    (tmp_path / 'record.json').write_text(json.dumps({
+        'format': 'simsiam_models benchmark', 'version': 1, 'benchmark': 'x', 'protocol': {}, 'metrics': {'top1': 5.0},
+        'weights': {'name': 'a', 'digest': 'b', 'tag': None}, 'data': {'name': 'd', 'counts': {}}, **extra}))
+    (tmp_path / 'predictions.csv').write_text(f'path,label,predicted,score\n{"x" * 5000},a,b,0.5\n')
+    assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
 
 
 @pytest.mark.parametrize(('args', 'said'), [

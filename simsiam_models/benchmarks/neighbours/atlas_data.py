@@ -1,6 +1,7 @@
 """What the page of the atlas holds: see `pages/atlas_map.js`, which reads it."""
 import base64
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def make_data(
         'names': [f'./{name}' if name.startswith(FORMULA) else name for name in names],
         'spelled': {row: printable(name) for row, name in enumerate(names) if printable(name) != name},
         'labels': None if labels is None else labels.tolist(),
-        'classes': [printable(name) for name in classes], 'cells': [inert_cell(name) for name in classes],
+        'classes': [printable(name) for name in classes], 'cells': write_classes(classes),
         'maps': [{'name': NAMES[kind], 'xy': encode(fit_unit(xy), '<f4')} for kind, xy in maps.items()],
         'k': found.found.shape[1], 'near': encode(found.found, '<u4'),
         'cosines': encode(np.round((found.cosines.clip(-1, 1) + 1) / 2 * 65535), '<u2'),
@@ -64,6 +65,14 @@ def _list_findings(found: Findings, names: list[str]) -> list[dict[str, Any]]:
          found.table.labels is not None)]
     return [{'key': key, 'name': name, 'mark': mark, 'rows': sorted(rows.items())}
             for key, name, mark, rows, known in kinds if known]
+
+
+def write_classes(classes: list[str]) -> list[str]:
+    """Returns what a list says for each class. Where numbers would be refused or merged, they become text."""
+    numbers = [int(name) for name in classes if re.fullmatch('[0-9]{1,5}', name, re.ASCII)]
+    if len(set(numbers)) == len(classes):
+        return classes
+    return [inert_cell(name) if re.search('[^0-9.+-]', name) else f"'{name}" for name in classes]
 
 
 def encode(array: np.ndarray, kind: str) -> str:

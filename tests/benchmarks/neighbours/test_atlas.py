@@ -18,6 +18,7 @@ from sklearn.manifold import TSNE
 
 from simsiam_models import cli
 from simsiam_models.benchmarks.feature_table import FeatureTable, write_table
+from simsiam_models.benchmarks.neighbours.atlas_data import write_classes
 from simsiam_models.benchmarks.neighbours.sprites import choose_side, make_sprites, sort_by_place
 from simsiam_models.data import open_data
 from simsiam_models.data.readers.images import MemoryImages
@@ -194,6 +195,18 @@ def test_without_umap_its_package_is_named(monkeypatch, capsys):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None if name == 'umap' else find(name))
     assert cli.main(['atlas', 'x', '--html', 'a.html', '--projection', 'umap']) == 1
     assert capsys.readouterr().err == 'simsiam: --projection umap needs umap-learn: pip install umap-learn\n'
+
+
+@pytest.mark.parametrize(('classes', 'read'), [
+    (['0', '01', '2'], ['0', '1', '2']), (['1', '01'], ["'01", "'1"]), (['1', 'cat'], ["'1", 'cat']),
+    (['123456', '-1'], ["'-1", "'123456"]), (['cat', '=x'], ["'=x", 'cat'])])
+def test_a_list_keeps_classes_apart_that_look_like_numbers(classes, read, tmp_path):
+    for i in range(len(classes)):
+        cut(i).save(tmp_path / f'{i}.jpg')
+    with open(tmp_path / 'list.csv', 'w') as f:
+        csv.writer(f).writerows([('path', 'label'), *((f'{i}.jpg', c) for i, c in enumerate(write_classes(classes)))])
+    images = open_data(str(tmp_path / 'list.csv'))[0]
+    assert images.classes == read and len(set(images.labels.tolist())) == len(classes)
 
 
 def test_no_text_ends_the_element_that_holds_it():
