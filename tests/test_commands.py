@@ -47,6 +47,7 @@ NOWHERE = {
     'python3 -m pip install -e \'.[test]\' && python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests',
     'python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests', 'python3 -m pytest -m slow': 'the same',
     'python3 -m pytest tests/weights': 'runs tests', 'python3 -m ruff check .': 'CI runs it',
+    'python3 -m mypy': 'CI runs it',
     "python3 -m pip install -e '.[docs]' && python3 -m sphinx -W -n docs site": 'CI builds the site',
     "python3 -m pip install -e '.[test]'": 'CI installs the package', 'python3 -m pip install -e .': 'the same',
     'python3 -m venv .venv && . .venv/bin/activate': 'CI makes an environment',
