@@ -44,6 +44,7 @@ ELSEWHERE = {
         'test_hubconf.py::test_the_line_of_the_docs_runs_in_a_clone'}
 # Lines that no test can run.
 NOWHERE = {
+    'simsiam atlas cifar --model runs/cifar --projection tsne pca --html cifar.html': '10,000 images, for a figure',
     'python3 -m pip install -e \'.[test]\' && python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests',
     'python3 -m pytest -n 2 --dist loadfile -m "not slow"': 'runs the tests', 'python3 -m pytest -m slow': 'the same',
     'python3 -m pytest tests/weights': 'runs tests', 'python3 -m ruff check .': 'CI runs it',
@@ -92,6 +93,7 @@ WRITTEN = {
     'runs/classifier': 'benchmarks/finetune/finetune/OUT', 'runs/detector': 'benchmarks/index/detect/OUT',
     'runs/segmenter': 'benchmarks/index/segment/OUT', 'results': 'benchmarks/index/linear/results',
     'runs/rates': 'benchmarks/finetune/finetune/runs/rates', 'report runs': 'benchmarks/detection/detect/runs',
+    'runs/demo': 'look/report/pretrain/runs/demo',
     'resnet50.pth': 'libraries/convert/resnet50.pth', 'resnet50.onnx': 'libraries/convert/resnet50.onnx',
     'features.parquet': 'look/neighbours/embed/features.parquet'}
 # Words that cannot stay: a placeholder for no file, and sizes of which a flag cannot be given twice.
