@@ -198,12 +198,18 @@ COMMANDS = {
 }
 
 
+class ShowVersions(argparse.Action):
+    """Looks up the versions when they are asked for, so that no other command waits for them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f'simsiam_models {__version__}\n{versions.describe()}')
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser('simsiam', description='SimSiam: pretraining, published weights, benchmarks and prediction.')
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps the lines of --version
     parser.add_argument(
-        '--version', action='version', version=f'simsiam_models {__version__}\n{versions.describe()}',
-        help='show the versions that a bug report needs, and exit')
+        '--version', action=ShowVersions, nargs=0, help='show the versions that a bug report needs, and exit')
     parser.set_defaults(run=lambda args: parser.print_help())
     top = parser.add_subparsers(metavar='COMMAND')
     weights = top.add_parser('weights', help='published weights: list them, show one, verify one').add_subparsers(
