@@ -48,7 +48,7 @@ def transpose(
 
 def list_recipes() -> str:
     return format_table(
-        ['recipe', 'model', 'epochs', 'batch', 'lr per 256', 'weight decay', 'what it is'],
+        ['recipe', 'model', 'epochs', 'batch', 'lr per 256', 'weight decay', 'description'],
         ([f'`{name}`', r.model, r.epochs, r.batch_size, f'{r.lr:g}', f'{r.weight_decay:g}', r.about]
          for name, r in RECIPES.items()))
 

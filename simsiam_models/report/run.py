@@ -1,4 +1,4 @@
-"""What a run has left in its folder, and the section that says what it is."""
+"""Reads the folder of a run, and lists the facts for the first section of its page."""
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
