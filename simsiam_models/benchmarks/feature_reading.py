@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ..runtime.messages import FORMULA, one_line, require
+from ..runtime.messages import one_line, require, restore_cell
 from .feature_table import SUFFIXES, FeatureTable
 
 SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})')
@@ -140,17 +140,12 @@ def _read_csv(path: Path) -> _Parts:
         at, of = header.index('path'), header.index('class') if 'class' in header else None
         paths, names, rows = [], [], []
         for row in table:
-            paths.append(_undo(row[at]))
-            names += [] if of is None else [_undo(row[of])]
+            paths.append(restore_cell(row[at]))
+            names += [] if of is None else [restore_cell(row[of])]
             rows.append(np.array(row[start:stop], np.float32))
     classes = sorted(set(names))
     number = {text: i for i, text in enumerate(classes)}
     return {name: np.stack(rows)}, paths, None if of is None else [number[text] for text in names], classes, {}
-
-
-def _undo(cell: str) -> str:
-    """Removes the apostrophe that `inert_cell` puts in front of what a spreadsheet would compute."""
-    return cell[1:] if cell.startswith(tuple(f"'{c}" for c in FORMULA)) else cell
 
 
 def _read_parquet(path: Path) -> _Parts:

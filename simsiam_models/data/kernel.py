@@ -106,10 +106,11 @@ def cut_views(
     sizes = np.array([x.shape[1::-1] for x in images], np.int64)
     targets = (out.ctypes.data + rows * out.strides[0]).astype(np.uintp)
     parameters = None if table is None else table.ctypes.data
-    need = _loaded().scratch_bytes(n, parameters, size)
+    library = _loaded()
+    need = library.scratch_bytes(n, parameters, size)
     if len(getattr(_thread, 'scratch', b'')) < need:
         _thread.scratch = np.empty(need, np.uint8)
-    if _loaded().views(
+    if library.views(
             n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
             targets.ctypes.data, size, _thread.scratch.ctypes.data):
         raise MemoryError(f'out of memory for views of {size} pixels')

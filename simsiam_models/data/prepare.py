@@ -38,7 +38,7 @@ from ..runtime.versions import command, versions
 from .augment import Augmentation, cut_crops, draw, resize, short_side
 from .opening import open_parts
 from .readers.decode import DataError, UnreadableError, decode
-from .readers.images import FileImages, FolderImages, contents_digest
+from .readers.images import FileImages, FolderImages, contents_digest, spread
 from .readers.index import Index, open_index
 from .readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES
 from .readers.names import EXTENSIONS
@@ -257,7 +257,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 def measure(images: FileImages, prepared: FileImages) -> dict[str, Any]:
     """Measures both on SAMPLE evenly spaced images: CPU seconds of reading and cropping, and how views differ."""
-    rows = sorted({(len(images) - 1) * i // (SAMPLE - 1) for i in range(SAMPLE)})
+    rows = spread(len(images), SAMPLE).tolist()
     aug, seconds, levels = Augmentation(), np.zeros(2), []
     for i, row in enumerate([rows[0], *rows]):  # the first one warms up
         u = np.concatenate([draw(aug, 0, 0, np.array([row]), view)[0] for view in (0, 1)])

@@ -45,6 +45,12 @@ def escape(text: str) -> str:
     return html.escape(printable(text))
 
 
+def check_page(file: Path | None) -> None:
+    """Raises ValueError if --html names no page."""
+    if file is not None and (file.suffix not in ('.html', '.htm') or file.is_dir()):
+        raise ValueError(f'--html {file}: must be a file that ends in .html')
+
+
 def write_page(
     path: Path, title: str, body: Iterable[str], *, style: str = '', script: str = '', flag: str = '--html',
 ) -> None:

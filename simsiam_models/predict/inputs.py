@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data import open_parts
-from ..data.readers.images import FileImages, Images, name_of
-from ..data.readers.index import Index, Listing, open_index
+from ..data.readers.images import FileImages, Images, name_of, open_files
+from ..data.readers.index import Index, open_index
 from ..data.readers.labels import split_choice
 from ..data.readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
 from ..data.readers.names import EXTENSIONS, is_image
@@ -63,22 +63,15 @@ def open_inputs(specs: Sequence[str]) -> Inputs:
             files.append(spec)
             continue
         if files:
-            sources.append(_open_files(files, ''))
+            sources.append(open_files(files, ''))
             files = []
         sources += _open_spec(spec)
-    return Inputs([*sources, *([_open_files(files, '')] if files else [])])
+    return Inputs([*sources, *([open_files(files, '')] if files else [])])
 
 
 def _is_single(spec: str) -> bool:
     """Returns whether this is one image file, also one with an unknown extension."""
     return os.path.isfile(spec) and not spec.lower().endswith((*TEXT_SUFFIXES, *CSV_SUFFIXES, *ARCHIVES))
-
-
-def _open_files(files: Sequence[str], name: str) -> FileImages:
-    listing = Listing()
-    for file in files:
-        listing.add(file)
-    return FileImages(Path(), listing.make_index(), name)
 
 
 def _open_spec(spec: str) -> list[Images]:
@@ -119,7 +112,7 @@ def _open_pattern(pattern: str) -> FileImages:
         raise FileNotFoundError(f'{pattern}: this pattern {what}; IMAGES can be {FORMS}')
     if others:
         announce(f'{pattern}: files without an image extension, skipped: {others:,}')
-    return _open_files(list(found), pattern)
+    return open_files(list(found), pattern)
 
 
 def _open_parts(spec: str) -> list[Images]:

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..data.readers.images import FileImages
-from ..data.readers.index import Listing
+from ..data.readers.images import load_picture, open_files
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..pages.tables import draw_table, wrap_wide
-from ..runtime.messages import FORMULA, counted, short
-from .data import load_picture
+from ..runtime.messages import counted, restore_cell, short
 
 PREDICTIONS = 'predictions.csv'
 MATRIX, PAIRS, MISTAKES = 20, 30, 24  # classes of a matrix; of more, pairs in a table; mistakes that are shown
@@ -72,17 +70,12 @@ def read_mistakes(folder: Path) -> list[Mistake] | None:
     try:
         with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
             for row in csv.DictReader(f):
-                path, label, predicted = (_restore(row[k]) for k in ('path', 'label', 'predicted'))
+                path, label, predicted = (restore_cell(row[k]) for k in ('path', 'label', 'predicted'))
                 if label != predicted:
                     found.append(Mistake(path, label, predicted, float(row['score'])))
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
         raise ValueError(f'{file} is damaged; remove it, or fine-tune again') from None
     return sorted(found, key=lambda m: -m.score)
-
-
-def _restore(cell: str) -> str:
-    """Undoes what `inert_cell` does."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
 
 
 def draw_mistakes(folder: Path) -> Iterator[str]:
@@ -105,6 +98,4 @@ def _load(path: str) -> Image.Image | None:
     """Returns the picture in a file; None if there is no such file, or it is no picture."""
     if not os.path.isfile(path):  # Path.is_file raises for some names
         return None
-    listing = Listing()
-    listing.add(path)
-    return load_picture(FileImages(Path(), listing.make_index(), path), 0)
+    return load_picture(open_files([path], path), 0)

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from ..benchmarks.results import report
+from ..pages.document import check_page
 from ..pages.plots import write_plots
 from ..runtime.files import explain_write_errors
 from ..runtime.messages import require, size_text
@@ -36,10 +37,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--markdown: prints tables to the terminal; leave it out with --html and --plots')
     if args.html is not None:
         check_file(args.html)
-        write_report(args.html, args.results, args.data)
+    inputs = read_inputs(args.results)
+    if args.html is not None:
+        write_report(args.html, args.results, inputs, args.data)
         print(f'written to {args.html}, {size_text(args.html.stat().st_size)}')
     if args.plots is not None:
-        runs, _, _ = read_inputs(args.results)
+        runs = inputs[0]
         if not (drawn := [(one, list_plots(one)) for one in runs]):
             raise ValueError(f'--plots {args.plots}: {args.results[0]} is not the folder of a run; name its OUTPUT')
         for one, plots in drawn:
@@ -50,8 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_file(file: Path) -> None:
     """Raises ValueError or OSError if the page cannot be written to this file, before minutes of work."""
-    if file.suffix not in ('.html', '.htm') or file.is_dir():
-        raise ValueError(f'--html {file}: must be a file that ends in .html')
+    check_page(file)
     with explain_write_errors(file, '--html'):
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):

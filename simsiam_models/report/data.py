@@ -1,9 +1,7 @@
 """The images that a run was trained on, if they are still there."""
 from typing import NamedTuple
 
-from PIL import Image
-
-from ..data import DataError, Images, UnreadableError, open_data
+from ..data import DataError, Images, open_data
 from ..training.setup import digest_sizes
 from .run import RunFolder
 
@@ -37,11 +35,3 @@ def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData
             f'The image files in {images.name} have the names and labels that they had when the run began, '
             'but other sizes. So no images are shown.'))
     return TrainingData(images)
-
-
-def load_picture(images: Images, row: int) -> Image.Image | None:
-    """Returns an image; None if it cannot be read."""
-    try:
-        return Image.fromarray(images.read(row))
-    except UnreadableError:
-        return None

@@ -12,7 +12,7 @@ from ..benchmarks.neighbours.nearest import find_others
 from ..benchmarks.samples import subset
 from ..data import EvalImages, Images, Transform
 from ..data.augment import normalize
-from ..data.readers.images import name_of
+from ..data.readers.images import load_picture, name_of, spread
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..runtime.distributed import choose_device, cores
@@ -22,7 +22,6 @@ from ..training.recipes import Recipe
 from ..training.setup import make_model
 from ..weights.folders import check_network
 from .curves import read_recipe
-from .data import load_picture
 from .run import RunFolder
 
 MOST, SHOWN, NEAREST, BATCH = 1000, 6, 5, 64  # images compared; images shown, with so many neighbours; images at a time
@@ -58,7 +57,7 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     """Returns at most MOST readable images, the nearest of each by each network, and a sentence on what is missing."""
     recipe, device = read_recipe(run), choose_device()
     networks, problem = make_networks(run, recipe)
-    some = subset(images, np.unique(np.linspace(0, len(images) - 1, min(MOST, len(images))).astype(int)))
+    some = subset(images, spread(len(images), MOST))
     for network in networks.values():
         network.eval().to(device).to(memory_format=torch.channels_last)
     rows = [np.arange(i, min(i + BATCH, len(some))) for i in range(0, len(some), BATCH)]
@@ -85,7 +84,7 @@ def draw_nearest(images: Images, found: Found, problem: str) -> Iterator[str]:
             f'{100 * (images.labels[rows] == images.labels[:, None]).mean():.1f} % {name} training'
             for name, (rows, _) in found.items()) + '. Training did not use the labels.'
     yield f'<p>{escape(text + problem)}</p>\n'
-    for i in np.unique(np.linspace(0, len(images) - 1, SHOWN).astype(int)).tolist() if found else ():
+    for i in spread(len(images), SHOWN).tolist() if found else ():
         for name, (rows, cosines) in found.items():
             cells = [_make_cell(images, i, 'this image')]
             cells += [_make_cell(images, row, f'{cosine:.3f}') for row, cosine in zip(

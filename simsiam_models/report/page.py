@@ -27,7 +27,10 @@ class PageSection(NamedTuple):
     draw: Callable[[], Iterator[str]]
 
 
-def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict[str, Any]], list[str]]:
+Inputs = tuple[list[RunFolder], list[dict[str, Any]], list[str]]  # runs, records, which other files were left out
+
+
+def read_inputs(paths: list[Path]) -> Inputs:
     """Returns the runs, the records, and which other files were left out.
 
     Raises FileNotFoundError if a path does not exist, or there is neither a run nor a record; ValueError for a damaged
@@ -49,12 +52,12 @@ def read_inputs(paths: list[Path]) -> tuple[list[RunFolder], list[dict[str, Any]
     return runs, records, [text for text in left_out if not text.endswith('of other kinds')]
 
 
-def write_report(file: Path, paths: list[Path], data: str | None = None) -> None:
-    """Writes the page; `data` names the images of the runs if they have moved.
+def write_report(file: Path, paths: list[Path], inputs: Inputs, data: str | None = None) -> None:
+    """Writes the page of what `read_inputs` found in `paths`; `data` names the images of the runs if they have moved.
 
-    Raises what `read_inputs` raises, or OSError if the page cannot be written.
+    Raises ValueError if a file of a run is damaged, OSError if the page cannot be written.
     """
-    runs, records, left_out = read_inputs(paths)
+    runs, records, left_out = inputs
     sections = [section for run in runs for section in _list_sections(run, data, f': {run.folder}' * (len(runs) > 1))]
     if records:
         sections.append(PageSection('Results', lambda: _draw_results(records, left_out)))
@@ -72,8 +75,8 @@ def write_report(file: Path, paths: list[Path], data: str | None = None) -> None
 
 def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSection]:
     sections = [PageSection(f'About this run{suffix}', lambda: _draw_facts(run))]
-    if list_plots(run):
-        sections.append(PageSection(f'Curves{suffix}', lambda: _draw_curves(run)))
+    if drawn := list_plots(run):
+        sections.append(PageSection(f'Curves{suffix}', lambda: _draw_curves(run, drawn)))
     if run.kind == 'pretrain':
         found = open_training_data(run, data)
 
@@ -103,8 +106,7 @@ def _draw_facts(run: RunFolder) -> Iterator[str]:
     yield tables.draw_facts(list_facts(run))
 
 
-def _draw_curves(run: RunFolder) -> Iterator[str]:
-    drawn = list_plots(run)
+def _draw_curves(run: RunFolder, drawn: list[plots.Plot]) -> Iterator[str]:
     rows, n = tabulate_figures(drawn)
     if n > 2 * plots.GROUPS:
         yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from ..data import Images, TwoViews
 from ..data.philox import permutation
-from ..data.readers.images import name_of
+from ..data.readers.images import load_picture, name_of
 from ..pages.gallery import Cell, draw_row
 from .curves import read_recipe
-from .data import load_picture
 from .run import RunFolder
 
 SHOWN = 6  # images

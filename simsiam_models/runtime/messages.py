@@ -57,6 +57,11 @@ def inert_cell(value: Any) -> Any:
     return value
 
 
+def restore_cell(cell: str) -> str:
+    """Undoes what `inert_cell` did to text."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(FORMULA) else cell
+
+
 def plain_markdown(text: str) -> str:
     """Returns Markdown, also in a cell of a table, that shows exactly this text: no link, code, emphasis or HTML."""
     text = html.escape(printable(text), quote=False)

@@ -217,7 +217,7 @@ def save(run: Pretraining, epoch: int, step: int) -> bool:
         raise FloatingPointError(
             f'a weight is not a finite number at epoch {epoch}, step {step}: lower --lr ({trainer.recipe.lr:g})'
             f'{suggest_off(trainer.amp)}; the last checkpoint is kept')
-    identity = {**{k: v for k, v in record.items() if k not in FREE or k == 'sizes'}, 'amp': trainer.amp}
+    identity = {**{k: v for k, v in record.items() if k not in FREE}, 'amp': trainer.amp}
     return life.save(lambda: {
         **trainer.state_dict(), **journal.state_dict(), 'epoch': epoch, 'step': step, 'unreadable': views.unreadable,
         'run': identity, 'processes': life.world.size}, epoch, step)

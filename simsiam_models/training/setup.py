@@ -11,12 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..data import Images, Stream, TwoViews, open_data
-from ..data.readers.images import stored_sizes
+from ..data.readers.images import spread, stored_sizes
 from ..data.readers.index import digest
 from ..runtime import checkpoint
 from ..runtime.distributed import World, default_workers, parallel, synchronize, synchronize_batchnorm
@@ -37,9 +36,9 @@ from .step import Perf, Trainer, train_step
 # The entries of a checkpoint.
 KEYS = {'model', 'optimizer', 'scaler', 'epoch', 'step', 'knn', 'doctor', 'unreadable', 'log_bytes', 'run', 'processes'}
 # The arguments that may differ between a run and its continuation: none of them changes what is learned. The data may
-# have moved; `digest` and `images` tell whether they are the same. Other `sizes` of files are announced.
+# have moved; `digest` and `images` tell whether they are the same.
 FREE = {
-    'data', 'sizes', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
+    'data', 'images_per_epoch', 'output', 'resume', 'device', 'workers', 'log_every', 'max_steps', 'compile',
     'auto_perf', 'perf', 'processes', 'knn_data', 'knn_images', 'max_unreadable', 'on_collapse', 'checkpoint_minutes',
     'checkpoint_steps', 'keep_last', 'keep_every', 'tensorboard', 'wandb', 'command', 'versions'}
 
@@ -105,7 +104,7 @@ def claim(
         'images': len(images), 'digest': images.digest, 'sizes': sizes, 'seed': args.seed, 'amp': amp,
         **numbers, **{k: getattr(args, k) for k in FREE & set(vars(args)) - {'data'}}, 'processes': world.size,
         'perf': None, 'command': command(), 'versions': versions()}
-    free = FREE | {'extensions'} | ({'amp'} if args.amp == 'auto' else set())
+    free = FREE | {'extensions', 'sizes'} | ({'amp'} if args.amp == 'auto' else set())
     record, given, initial = world.broadcast_from_main(
         lambda: _match_earlier(args, recipe, record, free, life.folder, model=model))
     record = life.claim(record, free, fresh=args.resume == 'never')
@@ -133,7 +132,7 @@ def digest_sizes(images: Images | Stream) -> str | None:
     """Hashes the sizes of 64 files, which reveal most data sets that were replaced; None if there are no files."""
     if isinstance(images, Stream):
         return None
-    sizes = stored_sizes(images, np.unique(np.linspace(0, len(images) - 1, 64).astype(np.int64)))
+    sizes = stored_sizes(images, spread(len(images), 64))
     return None if sizes is None else digest(sizes.astype('<i8'))
 
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from ...pages.atlas import write_atlas
+from ...pages.document import check_page
 from ...runtime.distributed import cores, join_world
 from ...runtime.messages import as_text, check_flags, counted, size_text
 from ..tsne import TSNE
 from .atlas_data import explain_list, make_data, name_images, state_facts
 from .projections import NAMES, UMAP, check_packages, choose_projections, fit_unit, project
 from .report import Findings, examine
-from .sources import FeatureSource, add_data, add_network, check_k, check_page, check_source, choose_k, open_source
+from .sources import FeatureSource, add_data, add_network, check_k, check_source, choose_k, open_source
 from .sprites import choose_side, make_sprites, sort_by_place
 
 THUMBNAILS = 16, 240  # pixels; the page counts them in bytes

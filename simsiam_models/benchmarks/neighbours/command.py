@@ -16,6 +16,7 @@ import numpy as np
 
 from ...data import UnreadableError
 from ...data.readers.images import FileImages, Images
+from ...pages.document import check_page
 from ...runtime.distributed import World, cores, join_world
 from ...runtime.messages import as_text
 from ...runtime.tables import check_table
@@ -30,7 +31,6 @@ from .sources import (
     add_data,
     add_network,
     check_k,
-    check_page,
     check_source,
     choose_k,
     open_paths,

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from ...data import UnreadableError
-from ...data.readers.images import Images
+from ...data.readers.images import Images, load_picture
 from ...pages.gallery import Cell
 from ...runtime.messages import printable, short
 from ...runtime.tables import Columns, write_table
@@ -108,16 +106,6 @@ def write_outputs(output: Path | None, sheet: Path | None, found: Findings) -> N
         print(f'written to {sheet}')
 
 
-def _load(images: Images | None, row: int) -> Image.Image | None:
-    """Returns a picture of the data or of the queries; None if it cannot be read."""
-    if images is None:
-        return None
-    try:
-        return Image.fromarray(images.read(row))
-    except UnreadableError:
-        return None
-
-
 def _list_tables(found: Findings) -> dict[str, tuple[Columns, Iterator[tuple[Any, ...]]]]:
     """Returns the columns and rows of each table, by what its file name ends in."""
     paths, name = found.table.paths, found.class_of
@@ -182,14 +170,14 @@ def _list_sections(found: Findings) -> list[Section]:
 
 def _cell(found: Findings, row: int, text: str) -> Cell:
     name = short(found.class_of(row), 40)
-    return Cell(partial(_load, found.images, row), f'{text}{f", {name}" * bool(name)}', found.table.paths[row])
+    return Cell(partial(load_picture, found.images, row), f'{text}{f", {name}" * bool(name)}', found.table.paths[row])
 
 
 def _neighbour_row(found: Findings, i: int, heading: str = '') -> tuple[str, list[Cell]]:
     if found.queries is None:
         first = _cell(found, i, 'this image')
     else:
-        first = Cell(partial(_load, found.queries[1], i), 'query', found.queries[0][i])
+        first = Cell(partial(load_picture, found.queries[1], i), 'query', found.queries[0][i])
     cells = [first]
     for row, cosine in zip(found.found[i, :SHOWN].tolist(), found.cosines[i], strict=False):
         kind = found.kinds.get((i, row))

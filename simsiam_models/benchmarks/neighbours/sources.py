@@ -3,8 +3,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from ...data.readers.images import FileImages, Images
-from ...data.readers.index import Listing
+from ...data.readers.images import FileImages, Images, open_files
 from ...runtime.distributed import World
 from ...runtime.messages import check_flags, printable, silent
 from ..backbone import Backbone, load_backbone
@@ -50,12 +49,6 @@ def check_source(args: argparse.Namespace) -> None:
     check_extraction(args, *read_sizes(args, LEAST))
 
 
-def check_page(file: Path | None) -> None:
-    """Raises ValueError if --html names no page."""
-    if file is not None and file.suffix not in ('.html', '.htm'):
-        raise ValueError(f'--html {file}: must be a file that ends in .html')
-
-
 def open_source(args: argparse.Namespace, world: World) -> FeatureSource | None:
     """Computes or reads the features. Files are read by the main process alone; the others get None."""
     if args.features is None:
@@ -99,7 +92,4 @@ def open_paths(paths: list[str], name: str) -> FileImages | None:
         print(f'{printable(paths[0])} is not a file on this machine, so there is no search for copies, and no '
               'pictures are shown; run the command where the paths in --features exist, or give DATA instead')
         return None
-    listing = Listing()
-    for path in paths:
-        listing.add(path)
-    return FileImages(Path(), listing.make_index(), name)
+    return open_files(paths, name)

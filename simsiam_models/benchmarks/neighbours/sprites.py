@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ...data import UnreadableError
-from ...data.readers.images import Images
+from ...data.readers.images import Images, spread
 from ...runtime.distributed import World
 from ..items import EvalItems
 
@@ -32,7 +32,7 @@ def choose_side(images: Images) -> int:
     """Returns the pixels of a tile's side: fewer for more images, so that a page of any number has about one size."""
     side = int(np.clip(96 * (10_000 / len(images)) ** 0.5, LEAST, MOST))
     longest = 1
-    for row in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(int)):
+    for row in spread(len(images), SAMPLE):
         try:
             longest = max(longest, *images.read(int(row)).shape[:2])
         except UnreadableError:  # named when its thumbnail is made

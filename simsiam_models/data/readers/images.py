@@ -6,16 +6,17 @@ import functools
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from PIL import Image
 
 from ...runtime.messages import announce
 from .decode import UnreadableError, decode, explain_read_errors
-from .index import Index, digest, open_index
+from .index import Index, Listing, digest, open_index
 from .labels import Choice
 from .metadata import read_metadata
 from .names import EXTENSIONS
@@ -58,13 +59,18 @@ class Stream(Protocol):
     def samples(self, seed: int, epoch: int, start: int) -> Iterator[bytes | np.ndarray]: ...  # from position start on
 
 
+def spread(n: int, most: int) -> np.ndarray:
+    """Returns at most `most` evenly spaced rows of n, the first and the last among them, as int64."""
+    return np.unique((n - 1) * np.arange(most) // (most - 1)) if n else np.zeros(0, np.int64)
+
+
 def pixels_digest(images: Images) -> str:
     """Hashes 16 evenly spaced images to 16 hexadecimal characters; unreadable ones do not count.
 
     Unlike `images.digest`, it tells a resized copy from the original.
     """
     parts: list[str | np.ndarray] = []
-    for i in sorted({(len(images) - 1) * j // 15 for j in range(16)}) if len(images) else ():
+    for i in spread(len(images), 16).tolist():
         with suppress(UnreadableError):
             image = images.read(i)
             parts += [str(image.shape), image]
@@ -98,6 +104,14 @@ def stored_bytes(images: Images, row: int, start: int = 0, length: int | None = 
     while hasattr(source, 'indices'):  # a subset
         source, row = source.images, int(source.indices[row])
     return source.stored_bytes(row, start, length) if hasattr(source, 'stored_bytes') else None
+
+
+def load_picture(images: Images | None, row: int) -> Image.Image | None:
+    """Returns an image; None if it cannot be read, or if there are no images."""
+    try:
+        return None if images is None else Image.fromarray(images.read(row))
+    except UnreadableError:
+        return None
 
 
 def name_of(images: Images, row: int) -> str:
@@ -142,6 +156,14 @@ class FileImages:
     def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
         """See the function `stored_bytes`."""
         return _read_file(self.name_of(index), start, length)
+
+
+def open_files(paths: Iterable[str], name: str) -> FileImages:
+    """Returns the images in these files."""
+    listing = Listing()
+    for path in paths:
+        listing.add(path)
+    return FileImages(Path(), listing.make_index(), name)
 
 
 def _read_file(path: str, start: int, length: int | None) -> bytes:
