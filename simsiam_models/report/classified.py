@@ -1,18 +1,22 @@
 """Where a fine-tuned classifier is wrong: its confusion matrix and its worst mistakes."""
 import csv
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from ..data.readers.images import load_picture, open_files
+from ..data.readers.images import load_picture, name_of, open_files
+from ..data.readers.labels import split_choice
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..pages.tables import draw_table, wrap_wide
 from ..runtime.messages import counted, restore_cell, short
+from .data import open_recorded
+from .run import RunFolder
 
 PREDICTIONS = 'predictions.csv'
 MATRIX, PAIRS, MISTAKES = 20, 30, 24  # classes of a matrix; of more, pairs in a table; mistakes that are shown
@@ -78,24 +82,49 @@ def read_mistakes(folder: Path) -> list[Mistake] | None:
     return sorted(found, key=lambda m: -m.score)
 
 
-def draw_mistakes(folder: Path) -> Iterator[str]:
-    """Yields pictures of the mistakes with the highest scores."""
-    mistakes = read_mistakes(folder)
+def draw_mistakes(run: RunFolder, given: str | None) -> Iterator[str]:
+    """Yields pictures of the mistakes with the highest scores; `given` names the images if they have moved."""
+    mistakes = read_mistakes(run.folder)
     if mistakes is None:
         yield (f'<p>{PREDICTIONS} is missing, so mistakes cannot be shown: this run is from an earlier version. '
                'Fine-tune again into a new folder.</p>\n')
         return
     shown = mistakes[:MISTAKES]
-    yield (f'<p class="soft">Misclassified: {counted(len(mistakes), "validation image")}. Shown: {len(shown)}, '
-           'highest scores first.</p>\n')
+    pictures, problem = find_pictures(run, [m.path for m in shown], given)
+    text = (f'Misclassified: {counted(len(mistakes), "validation image")}. Shown: {len(shown)}, highest scores first. '
+            + problem)
+    yield f'<p class="soft">{escape(text)}</p>\n'
     if shown:
         yield draw_row('Predicted class (score), and the label', [
-            Cell(partial(_load, m.path), f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',
+            Cell(pictures[m.path], f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',
                  Path(m.path).name) for m in shown])
 
 
-def _load(path: str) -> Image.Image | None:
-    """Returns the picture in a file; None if there is no such file, or it is no picture."""
-    if not os.path.isfile(path):  # Path.is_file raises for some names
-        return None
-    return load_picture(open_files([path], path), 0)
+def find_pictures(
+    run: RunFolder, names: list[str], given: str | None,
+) -> tuple[dict[str, Callable[[], Image.Image | None]], str]:
+    """Returns what loads each of the images that PREDICTIONS names, and a sentence on those that are not found.
+
+    An image is a file, or part of the data that the record names: an archive, for example. `given` replaces these data.
+    """
+    found = {name: partial(load_picture, open_files([name], name), 0)
+             for name in names if given is None and os.path.isfile(name)}  # Path.is_file raises for some names
+    data = (run.record or {}).get('data', {}).get('path')
+    if not isinstance(data, str) or len(found) == len(set(names)):
+        return {name: found.get(name, lambda: None) for name in names}, ''
+    parts, problem = open_recorded(data, given)
+    before, now = (str(Path(split_choice(text)[0])) for text in (data, given or data))
+    wanted = {_cut(name, before): name for name in names if name not in found}
+    for images in parts:
+        for row in range(len(images)):
+            if name := wanted.get(_cut(name_of(images, row), now)):
+                found[name] = partial(load_picture, images, row)
+    if (missing := len({*names} - {*found})) and not problem:
+        problem = f'{counted(missing, "image")} of these {"is" if missing == 1 else "are"} not in {given or data}.'
+    return {name: found.get(name, lambda: None) for name in names}, problem
+
+
+def _cut(name: str, data: str) -> str:
+    """Returns the part of an image's name after the path of its data, which may have been made absolute."""
+    found = re.search(rf'(?:^|/){re.escape(data)}(?![^/: ])', name)
+    return name[found.end() if found else 0:].lstrip('/')

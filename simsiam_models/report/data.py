@@ -1,7 +1,7 @@
 """The images that a run was trained on, if they are still there."""
 from typing import NamedTuple
 
-from ..data import DataError, Images, open_data
+from ..data import DataError, Images, Stream, open_data
 from ..training.setup import digest_sizes
 from .run import RunFolder
 
@@ -15,17 +15,28 @@ class TrainingData(NamedTuple):
     problem: str = ''
 
 
+def open_recorded(name: str | None, given: str | None = None) -> tuple[list[Images], str]:
+    """Opens the data that a run names, or `given`; returns the parts for training and validation.
+
+    If they cannot be shown, returns no part, and a sentence that says why.
+    """
+    if given is None and str(name).partition(':')[0] in ELSEWHERE:
+        return [], f'The report does not open {name} on its own; pass the data with --data.'
+    try:
+        train, val = open_data(name if given is None else given)
+    except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing
+        return [], f'The data cannot be opened ({e}); if the data has moved, pass it with --data.'
+    if isinstance(train, Stream):
+        return [], f'{train.name} is a stream without random access, so its images cannot be shown.'
+    return [part for part in (train, val) if part is not None], ''
+
+
 def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData:
     """Opens the data that args.json names, or `given`, and compares them with what the run was trained on."""
-    name = run.args.get('data') if given is None else given
-    if given is None and str(name).partition(':')[0] in ELSEWHERE:
-        return TrainingData(None, f'The report does not open {name} on its own; pass the data with --data.')
-    try:
-        images, _ = open_data(name)
-    except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing
-        return TrainingData(None, f'The data cannot be opened ({e}); if the data has moved, pass it with --data.')
-    if hasattr(images, 'samples'):
-        return TrainingData(None, f'{images.name} is a stream without random access, so its images cannot be shown.')
+    parts, problem = open_recorded(run.args.get('data'), given)
+    if problem:
+        return TrainingData(None, problem)
+    images = parts[0]
     if (run.args['digest'], run.args['images']) != (images.digest, len(images)):
         return TrainingData(None, (
             f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '

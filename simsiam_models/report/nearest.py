@@ -17,7 +17,7 @@ from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..runtime.distributed import choose_device, cores
 from ..runtime.messages import printable, short
-from ..training.initial import check_same, load_initial
+from ..training.initial import check_same, is_here, load_initial
 from ..training.recipes import Recipe
 from ..training.setup import make_model
 from ..weights.folders import check_network
@@ -34,7 +34,7 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     check_network(recipe.model, recipe.model_args, run.folder / 'args.json')
     networks, problem, initial = {}, '', run.args.get('init_from')
     model = make_model(recipe, run.args['seed'])
-    if initial and not Path(initial['source']).exists():
+    if initial and not is_here(initial['source']):
         problem = f'The weights that the run started from, {initial["source"]}, are not on this machine. '
     else:
         try:
@@ -43,7 +43,7 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
                 check_same(start, initial, run.folder)
                 model.load_state_dict(start.state, strict=False)
             networks['before'] = model.backbone
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, RuntimeError) as e:
             problem = f'The weights that the run started from cannot be used ({e}). '
     try:
         networks['after'] = load_backbone(str(run.folder)).model

@@ -94,7 +94,7 @@ def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSe
                      PageSection(f'Nearest neighbours before and after training{suffix}', draw_similar)]
     if run.kind == 'finetune' and (record := run.record) and record.get('extra', {}).get('confusion'):
         sections += [PageSection(f'Confusion{suffix}', lambda: iter([draw_confusion(record)])),
-                     PageSection(f'Worst mistakes{suffix}', lambda: draw_mistakes(run.folder))]
+                     PageSection(f'Worst mistakes{suffix}', lambda: draw_mistakes(run, data))]
     if run.kind in ('detect', 'segment'):
         sections.append(PageSection(f'{"Detections" if run.kind == "detect" else "Masks"}{suffix}',
                                     lambda: draw_objects(run.folder, run.record)))

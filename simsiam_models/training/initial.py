@@ -18,7 +18,7 @@ from ..weights.layouts import load_checkpoint
 from ..weights.networks import find_weights, load_trained
 from ..weights.published import NAME, WEIGHTS, pixel_statistics
 from ..weights.reading import find_export, is_safetensors, read, read_head
-from ..weights.tensorfile import CONFIG, HEADS
+from ..weights.tensorfile import CONFIG, HEADS, MODEL
 from .recipes import Recipe
 
 KEY = 'init_from'  # in args.json
@@ -89,6 +89,14 @@ def find_tag_name(source: str) -> str | None:
     """Returns the published tag that `source` names, with or without the name of the model; None if it names a path."""
     tag = source.removeprefix(f'{NAME}.')
     return tag if tag in WEIGHTS and not Path(source).exists() else None
+
+
+def is_here(source: str) -> bool:
+    """Returns whether these weights can be read without a download."""
+    if not (tag := find_tag_name(source)):
+        return Path(source).exists()
+    files = [MODEL] if WEIGHTS[tag].linear else [MODEL, HEADS]
+    return all(sources.find_cached(f'{NAME}.{tag}', WEIGHTS[tag], filename) for filename in files)
 
 
 def name_source(source: str) -> str:

@@ -92,9 +92,11 @@ def fetch(
         'pretrained_cfg_overlay=dict(file=PATH); pretrained=False starts from random weights.')
 
 
-def find_cached(name: str, weights: Weights, cache_dir: str | Path | None = None) -> Path | None:
-    """Returns the local path of a published backbone if a cache has it, else None. Makes no request."""
-    return _find_in_caches(name, weights, MODEL, cache_dir, hub=may_use_hub(name), reasons=[])
+def find_cached(
+    name: str, weights: Weights, filename: str = MODEL, cache_dir: str | Path | None = None,
+) -> Path | None:
+    """Returns the local path of a published file, as `fetch` does, if a cache has it, else None. Makes no request."""
+    return _find_in_caches(name, weights, filename, cache_dir, hub=may_use_hub(name, filename), reasons=[])
 
 
 def is_proven(tag: str, digest: str, cache_dir: str | Path | None = None) -> bool:

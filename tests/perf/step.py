@@ -4,8 +4,8 @@
   python tests/perf/step.py --model simsiam_resnet50 --size 224 --batch 256 --proj-layers 3 --device cuda \\
     --steps 'plain fp32' 'ours bf16' 'ours bf16, compiled'
 
-plain      two forward passes in fp32 and contiguous memory, torch's default SGD, loss.item() after each step, as in
-           FAIR's main_simsiam.py
+plain      two forward passes in contiguous memory, torch's default SGD, loss.item() after each step, as in FAIR's
+           main_simsiam.py; bf16 adds a line of autocast
 ours       train.py's train_step, channels last and without torch.compile unless the name says otherwise
 """
 import argparse
@@ -30,18 +30,20 @@ from simsiam_models.training.setup import make_model
 from simsiam_models.training.step import Perf, Trainer, train_step
 
 PLAIN = 'plain fp32'
+PLAINS = {PLAIN: False, 'plain bf16': True}  # with autocast
 OURS = {
     'ours fp32': ('off', Perf()), 'ours bf16': ('bfloat16', Perf()), 'ours fp16': ('float16', Perf()),
     'ours bf16, contiguous': ('bfloat16', Perf(channels_last=False)),
     'ours bf16, compiled': ('bfloat16', Perf(compile=True))}
-USUAL = [PLAIN, 'ours fp32', 'ours bf16']
+USUAL = [*PLAINS, 'ours fp32', 'ours bf16']
 
 
-def plain_step(model: SimSiam, recipe: Recipe, x1: Tensor, x2: Tensor) -> Callable[[], object]:
+def plain_step(model: SimSiam, recipe: Recipe, autocast: bool, x1: Tensor, x2: Tensor) -> Callable[[], object]:
     optimizer = torch.optim.SGD(model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
 
     def step() -> float:
-        loss = simsiam_loss(*model(x1, x2))
+        with torch.autocast(x1.device.type, torch.bfloat16, enabled=autocast):
+            loss = simsiam_loss(*model(x1, x2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -81,7 +83,7 @@ def measure(recipe: Recipe, device: torch.device, names: list[str], together: in
         if device.type == 'cuda':
             torch.cuda.reset_peak_memory_stats(device)
         try:
-            step = plain_step(trial, recipe, x1, x2) if name == PLAIN else our_step(
+            step = plain_step(trial, recipe, PLAINS[name], x1, x2) if name in PLAINS else our_step(
                 trial, recipe, *OURS[name], x1, x2)
             found[name]['first_s'] = milliseconds(step, device, 1) / 1000
             milliseconds(step, device, together)
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=15)
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--device', default='cpu')
-    parser.add_argument('--steps', nargs='+', choices=[PLAIN, *OURS], default=USUAL)
+    parser.add_argument('--steps', nargs='+', choices=[*PLAINS, *OURS], default=USUAL)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     recipe = Recipe(
@@ -122,7 +124,7 @@ def main() -> None:
         if name not in medians:
             print(f'{name:22} {f["error"]}')
             continue
-        ratio = f'{medians[PLAIN] / medians[name]:.2f} x plain' if PLAIN in medians else ''
+        ratio = ', '.join(f'{medians[p] / medians[name]:.2f} x {p}' for p in PLAINS if p in medians)
         print(f'{name:22} {medians[name]:9.1f} ms per step ({min(f["ms"]):.1f} .. {max(f["ms"]):.1f})   {ratio}')
 
 

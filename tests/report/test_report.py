@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,37 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     (folder / 'predictions.csv').unlink()
     assert cli.main(['report', str(folder), '--html', str(tmp_path / 'p.html')]) == 0
     assert 'predictions.csv is missing' in (tmp_path / 'p.html').read_text()
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tar'])
+def test_mistakes_are_found_in_an_archive_and_after_the_data_have_moved(kind, data, tmp_path, monkeypatch):
+    def count_cells(*args: str) -> tuple[int, int]:
+        """Returns how many pictures are missing on the page, and how many there should be."""
+        assert cli.main(['report', 'classifier', '--html', 'p.html', *args]) == 0
+        text = Path('p.html').read_text()
+        return text.count('The image cannot be read.'), text.count('class="path"')
+
+    monkeypatch.chdir(tmp_path)
+    name = 'own' if kind == 'folder' else 'own.tar'
+    shutil.copytree(data, 'own')
+    if kind == 'tar':
+        with tarfile.open('own.tar', 'w') as archive:
+            for i, file in enumerate(sorted(p for p in Path('own').rglob('*') if p.is_file())):
+                archive.add(file, f'{i}{file.suffix}')
+                file.with_suffix('.cls').write_text(str(i % 2))
+                archive.add(file.with_suffix('.cls'), f'{i}.cls')
+        shutil.rmtree('own')
+    assert cli.main(['finetune', name, '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1', '--device',
+                     'cpu', '--workers', '0', '--output', 'classifier']) == 0
+    missing, n = count_cells()
+    assert missing == 0 and n > 2
+    Path('elsewhere').mkdir()
+    shutil.move(name, 'elsewhere')
+    assert count_cells() == (n, n)
+    assert 'cannot be opened' in Path('p.html').read_text() and 'pass it with --data' in Path('p.html').read_text()
+    assert count_cells('--data', f'elsewhere/{name}') == (0, n)
+    assert count_cells('--data', str(data)) == ((0, n) if kind == 'folder' else (n, n))
+    assert (f'{n} images of these are not in {data}' in Path('p.html').read_text()) == (kind == 'tar')
 
 
 def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: Browser, capsys):

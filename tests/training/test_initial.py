@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from simsiam_models import SimSiam, create_simsiam
 from simsiam_models.training import pretrain
-from simsiam_models.training.initial import load_initial
+from simsiam_models.training.initial import is_here, load_initial
 from simsiam_models.training.recipes import Recipe
 from simsiam_models.weights import sources, tensorfile
 from simsiam_models.weights.export import export_backbone
@@ -114,6 +114,18 @@ def test_a_tag_gives_backbone_and_heads_and_says_which_pixels_they_took(tmp_path
     assert ('trained on pixels with the mean (0.406, 0.456, 0.485)' in initial.text) == WEIGHTS[tag].bgr
     copy = load_initial(str(tmp_path / 'model.safetensors'), model, RECIPE)  # the header says where it comes from
     assert copy.record['tag'] == tag and ('trained on pixels' in copy.text) == WEIGHTS[tag].bgr
+
+
+@pytest.mark.parametrize(('tag', 'needed'), [
+    ('mm_ep200_in1k', {'model.safetensors', 'heads.safetensors'}), ('mm1x_ep200_lin_in1k', {'model.safetensors'})])
+def test_a_tag_is_here_if_a_cache_has_all_that_is_read_from_it(tag, needed, tmp_path, monkeypatch):
+    name, cached = f'simsiam_resnet50.{tag}', set()
+    monkeypatch.setattr(sources, 'find_cached', lambda *args: (
+        tmp_path if args[:2] == (name, WEIGHTS[tag]) and args[2] in cached else None))
+    for filename in needed:
+        assert not is_here(name) and not is_here(tag)
+        cached.add(filename)
+    assert is_here(name) and is_here(tag) and is_here(str(tmp_path)) and not is_here(str(tmp_path / 'x'))
 
 
 def test_a_supervised_model_of_timm_gives_its_backbone(tmp_path):

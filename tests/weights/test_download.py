@@ -840,14 +840,14 @@ def test_a_repository_that_is_neither_pinned_nor_named_is_not_asked(stranger, mo
 def test_the_cache_of_such_a_repository_does_not_count_either(stranger, monkeypatch):
     path = huggingface_hub.hf_hub_download(OURS, 'model.safetensors', cache_dir=stranger.cache)
     assert source_of(Path(path)) == 'hub'
-    assert sources.find_cached(NAME, stranger.weights, stranger.cache) is None
+    assert sources.find_cached(NAME, stranger.weights, cache_dir=stranger.cache) is None
     stranger.forget()
     with monkeypatch.context() as patch:
         go_offline(patch)
         with pytest.raises(RuntimeError, match='the Hub was not asked, since no repository there is pinned'):
             stranger.fetch()
     assert stranger.source() == 'url' and not stranger.hub.log
-    assert source_of(sources.find_cached(NAME, stranger.weights, stranger.cache)) == 'url'
+    assert source_of(sources.find_cached(NAME, stranger.weights, cache_dir=stranger.cache)) == 'url'
 
 
 def test_the_error_names_the_servers_that_were_asked_and_says_why_the_hub_was_not(stranger):
