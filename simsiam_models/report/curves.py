@@ -14,10 +14,10 @@ ROWS = 40  # of the table of figures
 FIGURES = {  # key in the log -> name of the file, title, format
     'loss': ('loss', 'Loss', '.4f'), 'std': ('std', 'Output std (1 is healthy)', '.3f'),
     'rank': ('rank', 'Effective rank', '.1f'), 'lr': ('lr', 'Learning rate', '.3g'),
-    'images_per_second': ('throughput', 'Images per second', '.0f'),
+    'images_per_second': ('throughput', 'Images per second', '.1f'),
     'waiting': ('waiting', 'Waiting for data, %', '.1f')}
 
-TITLES = {'loss': 'Loss', 'top1': 'Validation top-1, %', 'top5': 'Validation top-5, %'}  # of a classifier
+TITLES = {'top1': 'Validation top-1, %', 'top5': 'Validation top-5, %'}  # of a classifier
 
 
 def list_plots(run: RunFolder) -> list[Plot]:
@@ -31,7 +31,7 @@ def _plot_log(run: RunFolder) -> list[Plot]:
     x = [line['epoch'] + line['step'] / run.steps for line in run.figures]
     plots = []
     for key, (name, title, form) in FIGURES.items():
-        y = [(100 if key == 'waiting' else 1) * _number(line.get(key)) for line in run.figures]
+        y = [_read(line, key) for line in run.figures]
         series = [Series('backbone and projector' if key == 'lr' else title, x, y)]
         if key == 'lr' and run.args.get('fix_pred_lr'):
             series.append(Series('predictor', x, [scaled_lr(read_recipe(run))] * len(x)))
@@ -63,13 +63,18 @@ def _plot_record(run: RunFolder) -> list[Plot]:
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in (x_label, 'seconds')]
     plots = []
     for name in names:
-        points = [(row[x_label], _number(row[name])) for row in rows if isinstance(row.get(name), int | float)]
+        points = [(row[x_label], _read(row, name)) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             x, y = zip(*points, strict=True)
-            file = ''.join(c if c.isalnum() and c.isascii() else '_' for c in name)
-            form = '.4f' if 'loss' in name else '.2f'
-            plots.append(Plot(file, TITLES.get(name, printable(name)), x_label, [Series(name, x, y)], form))
+            file, title, form = FIGURES.get(name) or (
+                ''.join(c if c.isalnum() and c.isascii() else '_' for c in name), TITLES.get(name, printable(name)),
+                '.4f' if 'loss' in name else '.2f')
+            plots.append(Plot(file, title, x_label, [Series(name, x, y)], form))
     return plots
+
+
+def _read(line: dict[str, Any], key: str) -> float:
+    return (100 if key == 'waiting' else 1) * _number(line.get(key))
 
 
 def _number(value: Any) -> float:

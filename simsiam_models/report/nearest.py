@@ -1,4 +1,5 @@
 """What the network finds similar, before training and after it."""
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..benchmarks.backbone import load_backbone
 from ..benchmarks.neighbours.nearest import find_others
@@ -63,7 +65,8 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     rows = [np.arange(i, min(i + BATCH, len(some))) for i in range(0, len(some), BATCH)]
     loader = EvalImages(some, rows, Transform(recipe.eval_resize, recipe.augmentation.size), min(16, cores()))
     features: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
-    for _, x in loader if networks else ():
+    bar = tqdm(loader if networks else (), 'comparing images', len(rows), leave=False, disable=not sys.stderr.isatty())
+    for _, x in bar:
         x = normalize(x.to(device).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
         for name, network in networks.items():
             features[name].append(network(x).float().cpu())

@@ -112,8 +112,9 @@ def _draw_curves(run: RunFolder, drawn: list[plots.Plot]) -> Iterator[str]:
         yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '
                'groups.</p>\n')
     yield plots.draw_plots(drawn)
-    if sizes := next((line['knn_images'] for line in run.lines if isinstance(line.get('knn_images'), list)), None):
-        yield f'<p class="soft">kNN: {escape(" bank images, ".join(map(str, sizes)))} queries.</p>\n'
+    sizes = next((line['knn_images'] for line in run.lines if isinstance(line.get('knn_images'), list)), None)
+    if sizes and all(isinstance(n, int) for n in sizes):
+        yield f'<p class="soft">kNN: {escape(" bank images, ".join(f"{n:,}" for n in sizes))} queries.</p>\n'
     shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced' if len(rows) - 1 < n else counted(n, 'point')
     yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'
     for plot in drawn:

@@ -17,6 +17,9 @@ KINDS = {'finetune': 'fine-tuning', 'detect': 'detector training', 'segment': 's
 NEEDED = {
     'recipe': str, 'model': str, 'images': int, 'digest': str, 'epochs': int, 'batch_size': int, 'seed': int,
     'augmentation': dict}
+NUMBERS = 'variant', 'optimizer', 'epochs', 'iterations', 'batch_size', 'lr', 'amp', 'seed'  # of a protocol
+PARTS = {'train': 'training', 'test': 'test', '': ''}
+NOT_YET = 'recorded when the run ends'
 HASHED = ARGS, LOG, RECORD, 'backbone/model.safetensors', 'model.safetensors'
 
 
@@ -107,8 +110,7 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
     """Returns names and values that say what a run is."""
     a, record = run.args, run.record or {}
     facts = [('Folder', str(run.folder)), ('State', describe_state(run)), ('Model', _describe_model(run))]
-    facts += _list_recipe(a) if run.kind == 'pretrain' else [
-        ('Protocol', short(a.get('protocol') or record.get('protocol', {}).get('name') or 'not recorded'))]
+    facts += _list_recipe(a) if run.kind == 'pretrain' else [('Protocol', _describe_protocol(run))]
     facts.append(('Data', _describe_data(run)))
     facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
                f'of {x["epochs_before"]}: {short(x.get("command"), 400)}')
@@ -119,10 +121,11 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
     if run.damaged:
         facts.append(('Damaged', f'{counted(run.damaged, "line")} of {LOG} left out'))
     command = a.get('command') or record.get('command')
-    facts.append(('Command', command if isinstance(command, str) else 'not recorded'))
+    absent = 'not recorded' if record or run.kind == 'pretrain' else NOT_YET
+    facts.append(('Command', command if isinstance(command, str) else absent))
     versions = a.get('versions') or record.get('versions')
     facts.append(('Versions', ', '.join(
-        f'{k} {v}' for k, v in versions.items()) if isinstance(versions, dict) else 'not recorded'))
+        f'{k} {v}' for k, v in versions.items()) if isinstance(versions, dict) else absent))
     files = [run.folder / name for name in HASHED if (run.folder / name).is_file()]
     facts += [(f'SHA-256 of {file.relative_to(run.folder)}', f'{hash_file(file)}, {size_text(file.stat().st_size)}')
               for file in files]
@@ -131,7 +134,9 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
 
 def _describe_model(run: RunFolder) -> str:
     args = run.args.get('model_args')
-    text = f'{run.args.get("model") or (run.record or {}).get("weights", {}).get("name")}'
+    source = (run.record or {}).get('weights') or run.args.get('source')
+    name = run.args.get('model') or (source.get('name') if isinstance(source, dict) else None)
+    text = str(name or 'not recorded')
     text += f' {json.dumps(args)}' if args else ''
     if run.kind == 'pretrain' and (initial := run.args.get('init_from')):
         text += f', from {initial.get("source")} (SHA-256 {str(initial.get("sha256"))[:16]})'
@@ -140,13 +145,24 @@ def _describe_model(run: RunFolder) -> str:
     return text
 
 
+def _describe_protocol(run: RunFolder) -> str:
+    """Returns the name of a protocol, and its main numbers, which stand beside the name or in `args`."""
+    found = run.args.get('protocol') or (run.record or {}).get('protocol', {})
+    numbers = found if isinstance(found, dict) else run.args
+    name = numbers.get('name') if isinstance(found, dict) else found
+    shown = [f'{key.replace("_", " ")} {short(numbers[key])}' for key in NUMBERS if numbers.get(key) is not None]
+    return f'{short(name)}: {", ".join(shown)}' if name and shown else short(name or 'not recorded')
+
+
 def _describe_data(run: RunFolder) -> str:
     data = (run.record or {}).get('data', {})
     name = run.args.get('data', data.get('path', data.get('name')))
-    name = name or ('the built-in demonstration data' if run.kind == 'pretrain' else 'not recorded')
-    n = run.args.get('images')
-    return f'{name}, {counted(n, "image") if isinstance(n, int) else "images"}, digest ' \
-           f'{data.get("digest") or run.args.get("digest")}'
+    name = name or ('the built-in demonstration data' if run.kind == 'pretrain' else NOT_YET)
+    counts = data.get('counts') or {'': run.args.get('images')}
+    parts = [counted(n, f'{PARTS[part]} image'.lstrip()) for part, n in counts.items() if part in PARTS and isinstance(
+        n, int)]
+    return ', '.join([str(name), *([' and '.join(parts)] if parts else []),
+                      f'digest {data.get("digest") or run.args.get("digest")}'])
 
 
 def _list_recipe(a: dict[str, Any]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from simsiam_models.data.augment import normalize
 from simsiam_models.report.curves import list_plots, read_recipe, tabulate_figures
 from simsiam_models.report.data import open_training_data
 from simsiam_models.report.nearest import find_similar
-from simsiam_models.report.run import describe_state, read_run
+from simsiam_models.report.run import list_facts, read_run
 from simsiam_models.report.views import choose_samples, redraw, to_picture
 from simsiam_models.simsiam import create_simsiam
 
@@ -253,16 +253,26 @@ def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: B
 
 def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     Image.new('RGB', (996, 1200), 'gray').save(tmp_path / 'sheet.jpg')
-    (tmp_path / 'args.json').write_text(json.dumps({'benchmark': 'detect', 'protocol': 'plain', 'model': 'x'}))
+    protocol = {'name': 'coco_fpn_1x', 'variant': 'mmdet', 'iterations': 20, 'batch_size': 2, 'lr': 0.01, 'rois': 64}
+    (tmp_path / 'args.json').write_text(json.dumps({
+        'benchmark': 'detect', **protocol, 'protocol': protocol, 'source': {'name': 'x'}, 'digest': 'abc'}))
+    facts = dict(list_facts(read_run(tmp_path)))
+    assert (facts['Model'], facts['Data'], facts['State'], facts['Command']) == (
+        'x', 'recorded when the run ends, digest abc', 'stopped before the end', 'recorded when the run ends')
+    assert facts['Protocol'] == 'coco_fpn_1x: variant mmdet, iterations 20, batch size 2, lr 0.01'
     record = {
         'format': 'simsiam_models benchmark', 'version': 1, 'benchmark': 'detect_own', 'protocol': {'name': 'plain'},
-        'weights': {'name': 'x', 'tag': None, 'digest': 'ab'}, 'data': {'name': 'folder', 'counts': {'test': 4}},
+        'weights': {'name': 'x', 'tag': None, 'digest': 'ab'},
+        'data': {'name': 'folder', 'counts': {'train': 9, 'test': 4}, 'digest': 'abc'},
         'metrics': {'AP': 12.5}, 'extra': {'per_class': [{'class': '<b>cat</b>', 'objects': 3, 'AP': 12.5}]}}
     (tmp_path / 'record.json').write_text(json.dumps(record))
-    log = [{'step': i, 'loss': 1 / i} for i in range(1, 9)]
+    log = [{'step': i, 'loss': 1 / i, 'lr': 2e-5, 'waiting': 0.5} for i in range(1, 9)]
     (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in [*log, {'step': 8, 'AP': 12.5}]))
-    assert [plot.title for plot in list_plots(read_run(tmp_path))] == ['Loss', 'AP']
-    assert describe_state(read_run(tmp_path)) == 'finished'
+    plots = {plot.title: plot for plot in list_plots(read_run(tmp_path))}
+    assert list(plots) == ['Loss', 'Learning rate', 'Waiting for data, %', 'AP']
+    assert set(plots['Waiting for data, %'].series[0].y) == {50} and f'{2e-5:{plots["Learning rate"].form}}' == '2e-05'
+    facts = dict(list_facts(read_run(tmp_path)))
+    assert facts['State'] == 'finished' and facts['Data'] == 'folder, 9 training images and 4 test images, digest abc'
     assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
     opened = browser.open(tmp_path / 'p.html', 360)
     assert opened.page.locator('img').evaluate('e => e.naturalWidth') == 900
