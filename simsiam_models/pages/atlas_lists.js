@@ -31,6 +31,14 @@ function hideCard() {
   redraw();
 }
 
+/** Zooms around the image of the arrow keys, or else the one whose nearest are listed, if it is in view. */
+function zoom(factor) {
+  const row = [cursor, current].find(row => row >= 0 && within(row, 0)) ?? -1, held = cursor;
+  if (row < 0) return zoomAt(factor);
+  zoomAt(factor, sx(row), sy(row));
+  if (held >= 0) showCard(held);
+}
+
 /** Lists the images nearest to one by the network's features, from the exact search; the image itself comes first. */
 function setCurrent(row) {
   current = row;
@@ -62,7 +70,7 @@ function listImages(title, list, row = -1) {
 function search(text) {
   const wanted = text.trim().toLowerCase();
   const hits = rows.filter(row => wanted && names[row].toLowerCase().includes(wanted));
-  listImages(wanted && `${counted(hits.length, 'name')} with “${text.trim()}”`, hits.map(row => [row, null]));
+  listImages(wanted && `${counted(hits.length, 'file name')} containing “${text.trim()}”`, hits.map(row => [row, null]));
 }
 
 // ---- Classes and findings ----
@@ -152,12 +160,12 @@ function save() {
 }
 
 const copy = () => navigator.clipboard.writeText(writeList()).then(
-  () => say(`${$('count').textContent}, copied`), () => say('This browser does not let pages copy; save the list'));
+  () => say(`${$('count').textContent}, copied`), () => say('This browser does not let the page copy; save the list as CSV instead'));
 
 // ---- What the user does ----
 
 const clicks = {
-  'zoom-in': () => zoomAt(1.6), 'zoom-out': () => zoomAt(1 / 1.6), fit: () => moveTo(0.5, 0.5, fitted),
+  'zoom-in': () => zoom(1.6), 'zoom-out': () => zoom(1 / 1.6), fit: () => moveTo(0.5, 0.5, fitted),
   lasso: () => { lassoing = press('lasso', !lassoing); canvas.classList.toggle('lasso', lassoing); },
   pictures: () => { pictures = press('pictures', !pictures); redraw(); },
   all: () => showClasses(() => true), none: () => showClasses(() => false),
@@ -175,7 +183,7 @@ function press(id, on) {
 }
 
 const keys = {
-  '+': () => zoomAt(1.6), '=': () => zoomAt(1.6), '-': () => zoomAt(1 / 1.6), 0: clicks.fit,
+  '+': clicks['zoom-in'], '=': clicks['zoom-in'], '-': clicks['zoom-out'], 0: clicks.fit,
   PageDown: () => leaf(1), PageUp: () => leaf(-1), Escape: () => { clicks.close(); hideCard(); },
   Enter: () => cursor >= 0 && setCurrent(cursor), ' ': () => cursor >= 0 && toggle(cursor) };
 for (const [key, dx, dy] of [['Left', -1, 0], ['Right', 1, 0], ['Up', 0, -1], ['Down', 0, 1]]) {

@@ -120,7 +120,7 @@ def find_pictures(
             if name := wanted.get(_cut(name_of(images, row), now)):
                 found[name] = partial(load_picture, images, row)
     if (missing := len({*names} - {*found})) and not problem:
-        problem = f'{counted(missing, "image")} of these {"is" if missing == 1 else "are"} not in {given or data}.'
+        problem = f'{missing} of these images {"is" if missing == 1 else "are"} not in {given or data}.'
     return {name: found.get(name, lambda: None) for name in names}, problem
 
 

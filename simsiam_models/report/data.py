@@ -40,9 +40,9 @@ def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData
     if (run.args['digest'], run.args['images']) != (images.digest, len(images)):
         return TrainingData(None, (
             f'{images.name} has changed since the run: it has {len(images):,} images with the digest {images.digest}, '
-            f'but the run had {run.args["images"]:,} with {run.args["digest"]}. So no images are shown.'))
+            f'but the run had {run.args["images"]:,} with {run.args["digest"]}, so no images are shown.'))
     if run.args.get('sizes') not in (None, digest_sizes(images)):
         return TrainingData(None, (
-            f'The image files in {images.name} have the names and labels that they had when the run began, '
-            'but other sizes. So no images are shown.'))
+            f'The image files in {images.name} still have the names and labels that they had when the run '
+            'began, but different file sizes, so no images are shown.'))
     return TrainingData(images)

@@ -109,8 +109,8 @@ def _draw_facts(run: RunFolder) -> Iterator[str]:
 def _draw_curves(run: RunFolder, drawn: list[plots.Plot]) -> Iterator[str]:
     rows, n = tabulate_figures(drawn)
     if n > 2 * plots.GROUPS:
-        yield (f'<p class="soft">Of {n:,} points, each curve shows the lowest and the highest of {plots.GROUPS} equal '
-               'groups.</p>\n')
+        yield (f'<p class="soft">Each curve of {n:,} points is drawn from the lowest and highest point of each of '
+               f'{plots.GROUPS} equal groups.</p>\n')
     yield plots.draw_plots(drawn)
     sizes = next((line['knn_images'] for line in run.lines if isinstance(line.get('knn_images'), list)), None)
     if sizes and all(isinstance(n, int) for n in sizes):

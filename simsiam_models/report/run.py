@@ -112,7 +112,7 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
     facts = [('Folder', str(run.folder)), ('State', describe_state(run)), ('Model', _describe_model(run))]
     facts += _list_recipe(a) if run.kind == 'pretrain' else [('Protocol', _describe_protocol(run))]
     facts.append(('Data', _describe_data(run)))
-    facts += [('Continued', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
+    facts += [('Extended', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
                f'of {x["epochs_before"]}: {short(x.get("command"), 400)}')
               for x in (a.get('extensions', []) if run.kind == 'pretrain' else ())]
     unreadable = [line['unreadable'] for line in run.lines if isinstance(line.get('unreadable'), int)]
@@ -170,4 +170,4 @@ def _list_recipe(a: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ('Recipe', f'{a["recipe"]}: {a["epochs"]} epochs, batch {a["batch_size"]}, learning rate {a.get("lr")} per 256 '
                    f'samples, weight decay {a.get("weight_decay")}, views of {a["augmentation"].get("size")} px'),
-        ('Seed', f'{a["seed"]}; precision {a.get("amp")}, {counted(n, "process", "processes")}')]
+        ('Seed', str(a['seed'])), ('Hardware', f'{counted(n, "process", "processes")}, precision {a.get("amp")}')]

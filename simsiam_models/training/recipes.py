@@ -34,7 +34,7 @@ class Recipe:
 RECIPES = {
     'in1k_bs512_ep100': Recipe(
         'FAIR, released weights: 68.1 linear top-1 (published); --fix-pred-lr as in its README command'),
-    'in1k_bs256_ep100': Recipe('MMSelfSup (and FAIR): 68.28 linear top-1 (published)', batch_size=256),
+    'in1k_bs256_ep100': Recipe('MMSelfSup: 68.28, FAIR: 68.3 linear top-1 (published)', batch_size=256),
     'in1k_bs256_ep200': Recipe('MMSelfSup: 69.84 linear top-1 (published)', batch_size=256, epochs=200),
     # Paper, appendix D: epochs, batch, base rate (0.06 for batch 512 follows by the rule of section 3), weight decay,
     # no blur, 2-layer projector. It says "the CIFAR variant of ResNet-18": the stem is the usual reading of that. It

@@ -140,7 +140,7 @@ def test_data_that_are_gone_or_changed_are_named_and_can_be_given(run, data, tmp
         Image.open(file).save(file, quality=50)
     for name, said in (
             (tmp_path / 'gone', 'gone: no such file or folder'), (other, 'has changed since the'),
-            (sized, 'but other sizes'), (f'pipe:touch {tmp_path}/ran', 'pass the data with --data')):
+            (sized, 'but different file sizes'), (f'pipe:touch {tmp_path}/ran', 'pass the data with --data')):
         (copy / 'args.json').write_text(json.dumps({**args, 'data': str(name)}))
         assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
         page = browser.open(tmp_path / 'p.html').page
@@ -162,7 +162,7 @@ def test_a_thousand_lines_stay_small_and_damaged_ones_are_counted(run, tmp_path,
     assert (tmp_path / 'p.html').stat().st_size < 1_500_000
     opened = browser.open(tmp_path / 'p.html')
     text = opened.page.locator('main').text_content()
-    assert 'Of 1,200 points, each curve shows the lowest and the highest of 150 equal groups.' in text
+    assert 'Each curve of 1,200 points is drawn from the lowest and highest point of each of 150 equal groups.' in text
     assert 'its outputs have collapsed (high learning rate)' in text and '1 line of log.jsonl left out' in text
     assert max(map(len, opened.page.locator('svg').evaluate_all('all => all.map(e => e.outerHTML)'))) < 40_000
 
@@ -233,7 +233,7 @@ def test_mistakes_are_found_in_an_archive_and_after_the_data_have_moved(kind, da
     assert 'cannot be opened' in Path('p.html').read_text() and 'pass it with --data' in Path('p.html').read_text()
     assert count_cells('--data', f'elsewhere/{name}') == (0, n)
     assert count_cells('--data', str(data)) == ((0, n) if kind == 'folder' else (n, n))
-    assert (f'{n} images of these are not in {data}' in Path('p.html').read_text()) == (kind == 'tar')
+    assert (f'{n} of these images are not in {data}' in Path('p.html').read_text()) == (kind == 'tar')
 
 
 def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: Browser, capsys):

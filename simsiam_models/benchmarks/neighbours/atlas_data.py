@@ -47,8 +47,8 @@ def explain_list(root: str) -> str:
     """Returns what to do with a list of images whose paths start at `root`."""
     if not root:
         return 'The images are not separate files here, so no command can read the list.'
-    return (f'Paths in the list are relative to {root}. Put the list there, or enter the path to that folder '
-            'above, and read it with: simsiam pretrain selection.csv')
+    return (f'Paths in the list are relative to {root}. Put the list in that folder, or enter the path to the '
+            'folder in the field above. Then run: simsiam pretrain selection.csv')
 
 
 def _list_findings(found: Findings, names: list[str]) -> list[dict[str, Any]]:

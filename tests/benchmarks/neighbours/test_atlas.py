@@ -367,6 +367,23 @@ def test_the_keyboard_alone_searches_selects_and_saves(page, photos, browser: Br
         assert [row['path'] for row in csv.DictReader(f)] == [name]
 
 
+def test_keys_and_buttons_zoom_around_the_image_in_focus(page, browser: Browser):
+    opened, names = browser.open(page), read(page)['names']
+    opened.page.locator('#map').focus()
+    opened.page.keyboard.press('PageDown')
+    opened.page.keyboard.press('PageDown')
+    row, before = names.index(opened.page.locator('#status').text_content().split(',')[0]), places(opened)
+    for _ in range(9):
+        opened.page.keyboard.press('+')
+    np.testing.assert_allclose(places(opened)[row], before[row], atol=0.5)
+    assert np.ptp(places(opened), 0).min() > 20 * np.ptp(before, 0).min()
+    opened.page.keyboard.press('Enter')
+    assert opened.page.locator('#found-title').text_content() == f'Nearest to {names[row]}'
+    for _ in range(9):
+        opened.page.click('#zoom-out')
+    np.testing.assert_allclose(places(opened), before, atol=1)
+
+
 def test_dragging_moves_the_map_and_the_wheel_zooms_to_the_pointer(page, browser: Browser):
     opened = browser.open(page)
     before = places(opened)
