@@ -85,3 +85,16 @@ def run_train(
     return subprocess.run(
         [python or warm.python(), *launcher, str(ROOT / 'train.py'), *map(str, args)], capture_output=True, text=True,
         timeout=timeout, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n'
+
+
+def put_ghostscript(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts a `gs` first on PATH that leaves a file; returns this file."""
+    (folder / 'bin').mkdir()
+    (folder / 'bin' / 'gs').write_text(f'#!/bin/sh\necho 10; touch {folder}/ran\n')
+    (folder / 'bin' / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{folder}/bin:{os.environ["PATH"]}')
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', None)
+    return folder / 'ran'

@@ -25,6 +25,7 @@ CROP_DRAWS = 2 * CROP_TRIES + 2
 DRAWS = CROP_DRAWS + 10
 ORDERS = np.array(list(itertools.permutations(range(4))))  # of brightness, contrast, saturation, hue
 Planes = Sequence[Tensor]  # red, green and blue, (B, S, S) each
+MAX_SIGMA = kernel.MAX_SIGMA  # pixels, of a blur
 GRAY = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision rounds it
 
 

@@ -20,6 +20,8 @@ SOURCE = Path(__file__).with_name('kernel.c')  # in a clone and in an sdist, but
 # By the instructions that torch uses here, the builds that can run, best first; 'plain' runs anywhere.
 BUILDS = {'AVX512': ('avx512', 'avx2', 'plain'), 'AVX2': ('avx2', 'plain')}
 
+MAX_SIGMA = 100.0  # pixels, of a blur; beyond it, memory and time grow without use
+
 _logger = logging.getLogger('simsiam_models')
 _lock, _thread = threading.Lock(), threading.local()
 
@@ -96,8 +98,9 @@ def cut_views(
     # With a wrong shape the kernel would read and write anywhere.
     if not (all(x.dtype == np.uint8 and x.ndim == 3 and x.shape[2] == 3 and x.size for x in images)
             and u.shape == (n, 22) and rule.shape == (4,) and u.dtype == rule.dtype == np.float64
-            and out.shape[1:] == (size, size, 3) and out.flags.c_contiguous
-            and out.dtype == (np.uint8 if table is None else np.float32) and (table is None or table.shape == (n, 12))
+            and out.shape[1:] == (size, size, 3) and size and out.flags.c_contiguous
+            and out.dtype == (np.uint8 if table is None else np.float32)
+            and (table is None or table.shape == (n, 12) and _is_possible(table))
             and rows.shape == (n,) and ((rows >= 0) & (rows < len(out))).all()):
         raise ValueError(
             f'the kernel needs images (H, W, 3) uint8 and arrays that fit; it got {[x.shape for x in images[:3]]}, '
@@ -114,6 +117,12 @@ def cut_views(
             n, pointers.ctypes.data, sizes.ctypes.data, u.ctypes.data, rule.ctypes.data, parameters,
             targets.ctypes.data, size, _thread.scratch.ctypes.data):
         raise MemoryError(f'out of memory for views of {size} pixels')
+
+
+def _is_possible(table: np.ndarray) -> bool:
+    """Returns whether the numbers of `augment.Finish.table` are finite, and blur over at most MAX_SIGMA pixels."""
+    sigma = table[:, 10]
+    return bool(np.isfinite(table).all() and (sigma >= 0).all() and (sigma <= MAX_SIGMA).all())
 
 
 def resize(image: np.ndarray, width: int, height: int, left: int, top: int, out: np.ndarray) -> None:

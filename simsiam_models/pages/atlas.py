@@ -45,4 +45,4 @@ def _embed(data: dict[str, Any], sheets: Iterable[bytes]) -> Iterator[str]:
 
 def embed_json(data: Any) -> str:
     """Returns ASCII that a script element can hold: no text in it ends the element or opens a comment."""
-    return json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
+    return json.dumps(data, separators=(',', ':'), allow_nan=False).replace('<', '\\u003c')

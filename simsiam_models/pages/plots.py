@@ -107,11 +107,22 @@ def draw_svg(plot: Plot) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box} role="img" aria-label="{escape(plot.describe())}">{inner}'
 
 
+def make_distinct(names: Sequence[str]) -> list[str]:
+    """Returns names for files; repeated ones, whatever their case, get a number."""
+    found: list[str] = []
+    for name in names:
+        taken, n, own = {x.lower() for x in found}, 2, name or '_'
+        while own.lower() in taken:
+            own, n = f'{name or "_"}_{n}', n + 1
+        found.append(own)
+    return found
+
+
 def write_plots(folder: Path, plots: Sequence[Plot], flag: str = '--plots') -> list[Path]:
     """Writes FOLDER/NAME.png for each plot; returns the files. Raises OSError if one cannot be written."""
     files = []
-    for plot in plots:
-        file = folder / f'{plot.name}.png'
+    for name, plot in zip(make_distinct([plot.name for plot in plots]), plots, strict=True):
+        file = folder / f'{name}.png'
         with explain_write_errors(file, flag):
             folder.mkdir(parents=True, exist_ok=True)
             save = functools.partial(_draw_figure(plot, plot.title).savefig, format='png', dpi=200)

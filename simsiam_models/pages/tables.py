@@ -24,7 +24,7 @@ summary { cursor: pointer; padding: .25rem 0; width: fit-content }
   table { font-size: 8pt }
   details::details-content { content-visibility: visible; block-size: auto } }
 '''
-NUMBER = re.compile(r'[-+\u2212]?[\d,]*\.?\d+(e[-+]?\d+)?( ?%)?|-|')
+NUMBER = re.compile(r'[-+\u2212]?(\d[\d,]*(\.\d+)?|\.\d+)(e[-+]?\d+)?( ?%)?|-|')
 
 
 def draw_table(rows: Sequence[Sequence[str]], caption: str, notes: Sequence[str] = ()) -> str:

@@ -5,12 +5,12 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 from PIL import Image
 
-from ..data.readers.images import load_picture, name_of, open_files
-from ..data.readers.labels import split_choice
+from ..data.readers.images import Images, load_picture, name_of, open_files
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..pages.tables import draw_table, wrap_wide
@@ -26,6 +26,8 @@ STYLE = '''
 .matrix tbody th { text-align: right } .matrix td { font-variant-numeric: tabular-nums; border-radius: 3px }
 .matrix td.zero { color: var(--soft) }
 '''
+
+Loader = Callable[[], Image.Image | None]
 
 
 class Mistake(NamedTuple):
@@ -72,7 +74,7 @@ def read_mistakes(folder: Path) -> list[Mistake] | None:
     if not file.is_file():
         return None
     try:
-        with open(file, newline='', encoding='utf-8', errors='surrogateescape') as f:
+        with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
             for row in csv.DictReader(f):
                 path, label, predicted = (restore_cell(row[k]) for k in ('path', 'label', 'predicted'))
                 if label != predicted:
@@ -90,41 +92,59 @@ def draw_mistakes(run: RunFolder, given: str | None) -> Iterator[str]:
                'Fine-tune again into a new folder.</p>\n')
         return
     shown = mistakes[:MISTAKES]
-    pictures, problem = find_pictures(run, [m.path for m in shown], given)
+    pictures, problem = find_pictures(run, shown, given)
     text = (f'Misclassified: {counted(len(mistakes), "validation image")}. Shown: {len(shown)}, highest scores first. '
             + problem)
     yield f'<p class="soft">{escape(text)}</p>\n'
     if shown:
         yield draw_row('Predicted class (score), and the label', [
-            Cell(pictures[m.path], f'{short(m.predicted, 40)} ({m.score:.2f}), label {short(m.label, 40)}',
-                 Path(m.path).name) for m in shown])
+            Cell(pictures.get(m.path, lambda: None), f'{short(m.predicted, 40)} ({m.score:.2f}), label '
+                 f'{short(m.label, 40)}', Path(m.path).name) for m in shown])
 
 
 def find_pictures(
-    run: RunFolder, names: list[str], given: str | None,
-) -> tuple[dict[str, Callable[[], Image.Image | None]], str]:
-    """Returns what loads each of the images that PREDICTIONS names, and a sentence on those that are not found.
+    run: RunFolder, mistakes: list[Mistake], given: str | None,
+) -> tuple[dict[str, Loader], str]:
+    """Returns what loads the image of each path that is found, and a sentence on the others.
 
-    An image is a file, or part of the data that the record names: an archive, for example. `given` replaces these data.
+    An image is the file at the path that PREDICTIONS holds, or part of the data that the record names or that are
+    `given`: the one with the same label whose name has the longest end in common with the path, if there is only one.
     """
-    found = {name: partial(load_picture, open_files([name], name), 0)
-             for name in names if given is None and os.path.isfile(name)}  # Path.is_file raises for some names
+    found: dict[str, Loader] = {
+        m.path: partial(load_picture, open_files([m.path], m.path), 0) for m in mistakes
+        if given is None and os.path.isfile(m.path)}  # Path.is_file raises for some names
     data = (run.record or {}).get('data', {}).get('path')
-    if not isinstance(data, str) or len(found) == len(set(names)):
-        return {name: found.get(name, lambda: None) for name in names}, ''
+    if len(found) == len({m.path for m in mistakes}):
+        return found, ''
+    if given is None and not isinstance(data, str):
+        return found, 'The record does not name the data; pass them with --data.'
     parts, problem = open_recorded(data, given)
-    before, now = (str(Path(split_choice(text)[0])) for text in (data, given or data))
-    wanted = {_cut(name, before): name for name in names if name not in found}
-    for images in parts:
-        for row in range(len(images)):
-            if name := wanted.get(_cut(name_of(images, row), now)):
-                found[name] = partial(load_picture, images, row)
-    if (missing := len({*names} - {*found})) and not problem:
+    for images in reversed(parts):  # the validation part, if there is one
+        found |= _match([m for m in mistakes if m.path not in found], images)
+    missing = len({m.path for m in mistakes} - {*found})
+    if missing and not problem:
         problem = f'{missing} of these images {"is" if missing == 1 else "are"} not in {given or data}.'
-    return {name: found.get(name, lambda: None) for name in names}, problem
+    return found, problem
 
 
-def _cut(name: str, data: str) -> str:
-    """Returns the part of an image's name after the path of its data, which may have been made absolute."""
-    found = re.search(rf'(?:^|/){re.escape(data)}(?![^/: ])', name)
-    return name[found.end() if found else 0:].lstrip('/')
+def _match(mistakes: list[Mistake], images: Images) -> dict[str, Loader]:
+    """Returns what loads the image of each path that one of the images matches."""
+    ends: dict[str, list[tuple[list[str], int]]] = {_split(m.path)[-1]: [] for m in mistakes}
+    for row in range(len(images) if mistakes and images.labels is not None else 0):
+        parts = _split(name_of(images, row))
+        if parts[-1] in ends:
+            ends[parts[-1]].append((parts, row))
+    found: dict[str, Loader] = {}
+    for m in mistakes:
+        own = _split(m.path)
+        shared = [(len(os.path.commonprefix([own[::-1], parts[::-1]])), row) for parts, row in ends[own[-1]]
+                  if str(images.classes[cast(np.ndarray, images.labels)[row]]) == m.label]
+        best = [row for length, row in shared if length == max(shared)[0]]
+        if len(best) == 1:
+            found[m.path] = partial(load_picture, images, best[0])
+    return found
+
+
+def _split(name: str) -> list[str]:
+    """Returns the folders, the archive and the file in the name of an image."""
+    return re.split('/|: ', name)

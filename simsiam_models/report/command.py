@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..benchmarks.results import report
 from ..pages.document import check_page
-from ..pages.plots import write_plots
+from ..pages.plots import make_distinct, write_plots
 from ..runtime.files import explain_write_errors
 from ..runtime.messages import require, size_text
 from .curves import list_plots
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.html is None and args.data is not None:
+        raise ValueError(f'--data {args.data}: only --html shows images; add --html FILE.html')
     if args.html is None and args.plots is None:
-        if args.data is not None:
-            raise ValueError(f'--data {args.data}: only --html shows images; add --html FILE.html')
         return report.run(args)
     require('--html' if args.html else '--plots', matplotlib='matplotlib')
     if args.markdown:
@@ -45,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
         runs = inputs[0]
         if not (drawn := [(one, list_plots(one)) for one in runs]):
             raise ValueError(f'--plots {args.plots}: {args.results[0]} is not the folder of a run; name its OUTPUT')
-        for one, plots in drawn:
-            folder = args.plots / one.folder.resolve().name if len(runs) > 1 else args.plots
+        names = make_distinct([one.folder.resolve().name for one in runs])
+        for name, (_, plots) in zip(names, drawn, strict=True):
+            folder = args.plots / name if len(runs) > 1 else args.plots
             print(f'{len(write_plots(folder, plots))} plots written to {folder}')
     return 0
 

@@ -11,6 +11,7 @@ from ..training.schedule import scaled_lr
 from .run import RunFolder
 
 ROWS = 40  # of the table of figures
+LARGEST = 1e30  # of numbers in a plot
 FIGURES = {  # key in the log -> name of the file, title, format
     'loss': ('loss', 'Loss', '.4f'), 'std': ('std', 'Output std (1 is healthy)', '.3f'),
     'rank': ('rank', 'Effective rank', '.1f'), 'lr': ('lr', 'Learning rate', '.3g'),
@@ -48,7 +49,7 @@ def _plot_knn(run: RunFolder) -> Plot:
     x, y = zip(*start, *points, strict=True) if start or points else ((), ())
     series = [Series('features', x, y)]
     if 'pixels' in before:
-        series.append(Series('raw pixels', [0, max(1, *x)], [_number(before['pixels'])] * 2))
+        series.append(Series('raw pixels', [0, max((1, *x))], [_number(before['pixels'])] * 2))
     return Plot('knn', 'kNN accuracy, %', 'epoch', series if x else [], '.1f')
 
 
@@ -59,7 +60,7 @@ def _plot_record(run: RunFolder) -> list[Plot]:
     x_label = next((k for k in ('step', 'epoch') if rows and k in rows[0]), None)
     if x_label is None:
         return []
-    rows = [row for row in rows if isinstance(row.get(x_label), int)]
+    rows = [row for row in rows if isinstance(row.get(x_label), int) and abs(row[x_label]) < LARGEST]
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in (x_label, 'seconds')]
     plots = []
     for name in names:
@@ -78,14 +79,15 @@ def _read(line: dict[str, Any], key: str) -> float:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
+    """Returns a number that can be drawn, or NaN."""
+    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
 
 
 def read_recipe(run: RunFolder) -> Recipe:
     """Returns the recipe of a pretraining; raises ValueError if args.json lacks numbers."""
     try:
         return restore_recipe(run.args)
-    except (KeyError, TypeError) as e:
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f'{run.folder}/args.json is damaged ({e}); restore the file') from None
 
 

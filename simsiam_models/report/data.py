@@ -1,7 +1,9 @@
 """The images that a run was trained on, if they are still there."""
 from typing import NamedTuple
 
-from ..data import DataError, Images, Stream, open_data
+from ..data import DataError, Images, Stream
+from ..data.opening import open_parts
+from ..data.readers.arrow import ArrowImages
 from ..training.setup import digest_sizes
 from .run import RunFolder
 
@@ -18,17 +20,22 @@ class TrainingData(NamedTuple):
 def open_recorded(name: str | None, given: str | None = None) -> tuple[list[Images], str]:
     """Opens the data that a run names, or `given`; returns the parts for training and validation.
 
+    The latter may have other classes.
+
     If they cannot be shown, returns no part, and a sentence that says why.
     """
     if given is None and str(name).partition(':')[0] in ELSEWHERE:
         return [], f'The report does not open {name} on its own; pass the data with --data.'
     try:
-        train, val = open_data(name if given is None else given)
+        train, val, unusable = open_parts(name if given is None else given)
     except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing
         return [], f'The data cannot be opened ({e}); if the data has moved, pass it with --data.'
     if isinstance(train, Stream):
         return [], f'{train.name} is a stream without random access, so its images cannot be shown.'
-    return [part for part in (train, val) if part is not None], ''
+    parts = [part for part in (train, val, unusable and unusable.images) if part is not None]
+    if given is None and any(isinstance(part, ArrowImages) and part.names_urls() for part in parts):
+        return [], f'{name} names images by URLs, which the report does not open on its own; pass the data with --data.'
+    return parts, ''
 
 
 def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData:

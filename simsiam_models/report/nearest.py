@@ -1,5 +1,4 @@
 """What the network finds similar, before training and after it."""
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..data.readers.images import load_picture, name_of, spread
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..runtime.distributed import choose_device, cores
-from ..runtime.messages import printable, short
+from ..runtime.messages import one_line, printable, short
 from ..training.initial import check_same, is_here, load_initial
 from ..training.recipes import Recipe
 from ..training.setup import make_model
@@ -36,17 +35,17 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     check_network(recipe.model, recipe.model_args, run.folder / 'args.json')
     networks, problem, initial = {}, '', run.args.get('init_from')
     model = make_model(recipe, run.args['seed'])
-    if initial and not is_here(initial['source']):
-        problem = f'The weights that the run started from, {initial["source"]}, are not on this machine. '
-    else:
-        try:
+    try:
+        if initial and not is_here(initial['source']):
+            problem = f'The weights that the run started from, {initial["source"]}, are not on this machine. '
+        else:
             if initial:
                 start = load_initial(initial['source'], model, recipe)
                 check_same(start, initial, run.folder)
                 model.load_state_dict(start.state, strict=False)
             networks['before'] = model.backbone
-        except (ValueError, OSError, RuntimeError) as e:
-            problem = f'The weights that the run started from cannot be used ({e}). '
+    except (ValueError, OSError, RuntimeError) as e:
+        problem = f'The weights that the run started from cannot be used ({e}). '
     try:
         networks['after'] = load_backbone(str(run.folder)).model
     except (ValueError, OSError, RuntimeError) as e:
@@ -65,11 +64,15 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     rows = [np.arange(i, min(i + BATCH, len(some))) for i in range(0, len(some), BATCH)]
     loader = EvalImages(some, rows, Transform(recipe.eval_resize, recipe.augmentation.size), min(16, cores()))
     features: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
-    bar = tqdm(loader if networks else (), 'comparing images', len(rows), leave=False, disable=not sys.stderr.isatty())
-    for _, x in bar:
-        x = normalize(x.to(device).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
-        for name, network in networks.items():
-            features[name].append(network(x).float().cpu())
+    with tqdm(loader if networks else (), 'comparing images', len(rows), leave=False, disable=None) as batches:
+        for _, x in batches:
+            x = normalize(x.to(device).permute(0, 3, 1, 2).float() / 255).contiguous(memory_format=torch.channels_last)
+            for name, network in list(networks.items()):
+                try:
+                    features[name].append(network(x).float().cpu())
+                except (AssertionError, RuntimeError, ValueError) as e:  # another network than the run's
+                    del networks[name], features[name]
+                    problem += f'The network {name} training does not take these images ({one_line(e, 200)}). '
     readable = np.array([i for i in range(len(some)) if i not in loader.unreadable], int)
     if len(readable) < 2:
         return some, {}, f'{problem}Fewer than two images can be read.'

@@ -61,7 +61,7 @@ def read_run(folder: Path) -> RunFolder | None:
     if kind not in ('pretrain', *KINDS):
         return None
     if kind == 'pretrain' and (bad := [k for k, t in NEEDED.items() if not isinstance(args.get(k), t) or not (
-            k == 'seed' or (args[k] > 0 if t is int else args[k]))]):
+            abs(args[k]) < 2**63 and (k == 'seed' or args[k] > 0) if t is int else args[k])]):
         raise ValueError(f'{folder / ARGS} is damaged: it has no usable {bad[0]}; restore the file')
     if kind == 'pretrain' and not (is_sound(args) and isinstance(args.get('data'), str | None)):
         raise ValueError(f'{folder / ARGS} is damaged; restore the file')
@@ -157,12 +157,12 @@ def _describe_protocol(run: RunFolder) -> str:
 def _describe_data(run: RunFolder) -> str:
     data = (run.record or {}).get('data', {})
     name = run.args.get('data', data.get('path', data.get('name')))
-    name = name or ('the built-in demonstration data' if run.kind == 'pretrain' else NOT_YET)
+    absent = 'the built-in demonstration data' if run.kind == 'pretrain' else 'not recorded' if data else NOT_YET
     counts = data.get('counts') or {'': run.args.get('images')}
     parts = [counted(n, f'{PARTS[part]} image'.lstrip()) for part, n in counts.items() if part in PARTS and isinstance(
         n, int)]
-    return ', '.join([str(name), *([' and '.join(parts)] if parts else []),
-                      f'digest {data.get("digest") or run.args.get("digest")}'])
+    digest = data.get('digest') or run.args.get('digest')
+    return ', '.join(filter(None, [str(name or absent), ' and '.join(parts), digest and f'digest {digest}']))
 
 
 def _list_recipe(a: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ Locks of the operating system are missing on many network disks, and the childre
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -204,11 +205,13 @@ def is_alive(holder: dict[str, Any], mine: dict[str, Any]) -> bool | None:
 def read_lock(path: Path) -> tuple[dict[str, Any], int] | None:
     """Returns the holder, {} if the file does not tell, and the time of the file in ns; None if there is no file."""
     try:
-        with open(path, errors='replace') as f:  # opening it makes a network disk ask for the time
-            text, touched = f.read(1 << 16), os.fstat(f.fileno()).st_mtime_ns
+        # Opening it makes a network disk ask for the time, but must not wait for the writer of a pipe.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | getattr(os, 'O_NONBLOCK', 0))) as f:
+            status = os.fstat(f.fileno())
+            text, touched = f.read(1 << 16) if stat.S_ISREG(status.st_mode) else b'', status.st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         holder = json.loads(text)
         kinds: dict[str, type | tuple[type, ...]] = {
             'host': str, 'since': str, 'started': (str, type(None)), 'place': list, 'pid': int, 'restarts': int}

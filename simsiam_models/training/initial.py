@@ -1,5 +1,6 @@
 """Weights to start from: --init-from fills the backbone, and the heads where they fit, before the first step."""
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -94,7 +95,7 @@ def find_tag_name(source: str) -> str | None:
 def is_here(source: str) -> bool:
     """Returns whether these weights can be read without a download."""
     if not (tag := find_tag_name(source)):
-        return Path(source).exists()
+        return os.path.exists(source)  # Path.exists raises for a folder of another user
     files = [MODEL] if WEIGHTS[tag].linear else [MODEL, HEADS]
     return all(sources.find_cached(f'{NAME}.{tag}', WEIGHTS[tag], filename) for filename in files)
 

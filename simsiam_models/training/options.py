@@ -8,7 +8,7 @@ from typing import Any
 from ..data.augment import Augmentation
 from ..runtime.messages import check_flags, json_object
 from ..runtime.precision import AMP
-from .recipes import RECIPES, Recipe
+from .recipes import RECIPES, Recipe, list_rules
 
 # Group -> field of Recipe or Augmentation -> help; without the flag the recipe's own number holds.
 NUMBERS = {
@@ -196,21 +196,10 @@ def _check(args: argparse.Namespace, recipe: Recipe) -> None:
             'batch of one forward pass; accumulated micro-batches are another method. Use more processes or a '
             'smaller batch (the paper reports 66.1 at batch 64, 67.3 at 128, 68.1 at 256)')
     v = {**vars(args), **_numbers(recipe)}
-    least = dict(
-        epochs=1, batch_size=2, log_every=1, checkpoint_steps=1, keep_every=0, images_per_epoch=1, workers=0,
-        knn_every=-1, knn_images=10)
+    least = dict(log_every=1, checkpoint_steps=1, keep_every=0, images_per_epoch=1, workers=0, knn_images=10)
     rules = {
-        **{name: (v[name] is None or v[name] >= n, f'at least {n}') for name, n in least.items()},
-        'lr': (v['lr'] > 0, 'above 0'),
-        'warmup_epochs': (0 <= v['warmup_epochs'] < v['epochs'], '0 .. --epochs - 1'),
-        'size': (v['size'] >= 8, 'at least 8 pixels'),
-        'eval_resize': (v['eval_resize'] >= v['size'], 'at least --image-size'),
-        'crop_scale': (0 < v['crop_scale'][0] <= v['crop_scale'][1] <= 1, '0 < MIN <= MAX <= 1'),
-        'crop_ratio': (0 < v['crop_ratio'][0] <= v['crop_ratio'][1], '0 < MIN <= MAX'),
-        'blur_sigma': (0 < v['blur_sigma'][0] <= v['blur_sigma'][1], '0 < MIN <= MAX'),
-        'hue': (0 <= v['hue'] <= 0.5, 'in 0 .. 0.5'),
+        **list_rules(recipe), **{name: (v[name] is None or v[name] >= n, f'at least {n}') for name, n in least.items()},
         'max_unreadable': (0 <= v['max_unreadable'] < 1, 'at least 0, below 1'),
         'checkpoint_minutes': (v['checkpoint_minutes'] > 0, 'above 0'),
-        'keep_last': (v['keep_last'] >= 2, 'at least 2: a damaged one falls back to the one before'),
-        **{name: (0 <= v[name] <= 1, 'a probability') for name in ('jitter_p', 'gray_p', 'blur_p', 'flip_p')}}
+        'keep_last': (v['keep_last'] >= 2, 'at least 2: a damaged one falls back to the one before')}
     check_flags((_flag(name), v[name], *rule) for name, rule in rules.items())

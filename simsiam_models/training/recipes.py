@@ -1,10 +1,11 @@
 """The pretraining recipes as literal numbers, to be checked against their sources."""
 import dataclasses
+import math
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.augment import Augmentation
+from ..data.augment import MAX_SIGMA, Augmentation
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,35 @@ RECIPES = {
 }
 
 
+def list_rules(recipe: Recipe) -> dict[str, tuple[bool, str]]:
+    """Returns, for each number of a recipe that has a limit, whether it keeps it, and the limit in words."""
+    aug, limit = recipe.augmentation, 2**31 - 1
+    scale, ratio, sigma = aug.crop_scale, aug.crop_ratio, aug.blur_sigma
+    factors, shares = ('brightness', 'contrast', 'saturation'), ('jitter_p', 'gray_p', 'blur_p', 'flip_p')
+    return {
+        'epochs': (1 <= recipe.epochs <= limit, 'at least 1'),
+        'batch_size': (2 <= recipe.batch_size <= limit, 'at least 2'),
+        'knn_every': (-1 <= recipe.knn_every <= limit, 'at least -1'),
+        'lr': (0 < recipe.lr < math.inf, 'above 0'),
+        'warmup_epochs': (0 <= recipe.warmup_epochs < recipe.epochs, '0 .. --epochs - 1'),
+        'size': (8 <= aug.size <= 4096, '8 .. 4096 pixels'),
+        'eval_resize': (aug.size <= recipe.eval_resize <= 2 * 4096, 'at least --image-size, at most 8192'),
+        'crop_scale': (0 < scale[0] <= scale[1] <= 1, '0 < MIN <= MAX <= 1'),
+        'crop_ratio': (0 < ratio[0] <= ratio[1] < math.inf, '0 < MIN <= MAX'),
+        'blur_sigma': (0 < sigma[0] <= sigma[1] <= MAX_SIGMA, f'0 < MIN <= MAX <= {MAX_SIGMA:g}'),
+        'hue': (0 <= aug.hue <= 0.5, 'in 0 .. 0.5'),
+        **{name: (0 <= getattr(aug, name) < math.inf, 'at least 0') for name in factors},
+        **{name: (0 <= getattr(aug, name) <= 1, 'a probability') for name in shares}}
+
+
 def restore_recipe(record: dict[str, Any]) -> Recipe:
-    """Returns the recipe of a run from its args.json; raises KeyError or TypeError if the file lacks numbers."""
+    """Returns the recipe of a run from its args.json; raises KeyError, TypeError or ValueError if it lacks them."""
     numbers = _take(record, Recipe(''), {'about', 'augmentation'})
-    return Recipe('', augmentation=Augmentation(**_take(record['augmentation'], Augmentation())), **numbers)
+    recipe = Recipe('', augmentation=Augmentation(**_take(record['augmentation'], Augmentation())), **numbers)
+    for name, (kept, limit) in list_rules(recipe).items():
+        if not kept:
+            raise ValueError(f'{name} must be {limit}')
+    return recipe
 
 
 def _take(stored: dict[str, Any], like: Any, but: Set[str] = frozenset()) -> dict[str, Any]:
@@ -89,4 +115,5 @@ def _take(stored: dict[str, Any], like: Any, but: Set[str] = frozenset()) -> dic
 def _is_like(value: Any, usual: Any) -> bool:
     if isinstance(value, tuple) and isinstance(usual, tuple):
         return len(value) == len(usual) and all(map(_is_like, value, usual))
-    return isinstance(value, (int, float) if isinstance(usual, float) else type(usual))
+    kind = (int, float) if isinstance(usual, float) else type(usual)
+    return isinstance(value, kind) and isinstance(value, bool) == isinstance(usual, bool)

@@ -286,7 +286,7 @@ def child(*args, launcher=()) -> subprocess.Popen:
 def test_after_a_kill_it_goes_on_to_the_same_bytes(tiny, few_digits, tmp_path, small_shards, after, number):
     extract(tiny, FolderImages(few_digits), ['avgpool', 'feat3'], SMALL, tmp_path / 'whole')
     (tmp_path / 'child.py').write_text(CHILD)
-    process = child(tmp_path / 'child.py', few_digits, tmp_path / 'killed', 0.02)
+    process = child(tmp_path / 'child.py', few_digits, tmp_path / 'killed', 0.08)  # slow enough to be killed in time
     try:
         end = time.monotonic() + 60
         while len(list((tmp_path / 'killed').glob('*/feat3.shards/?'))) < after:

@@ -381,12 +381,24 @@ def test_an_error_in_a_thread_reaches_the_caller():
         list(TwoViews(Broken(), Augmentation(size=8), 8, workers=2).epoch(0))
 
 
+@pytest.mark.parametrize('sigma', [-5.0, 1e9, np.inf, np.nan])
+def test_no_blur_reaches_the_kernel_that_would_leave_its_memory(sigma):
+    table = np.zeros((1, 12), np.float32)
+    good = dict(images=[np.zeros((4, 4, 3), np.uint8)], u=np.zeros((1, 22)), rule=Augmentation().rule(),
+                out=np.zeros((1, 8, 8, 3), np.float32), rows=np.array([0]))
+    kernel.cut_views(**good, table=table)
+    table[0, 10] = sigma
+    with pytest.raises(ValueError, match='the kernel needs'):
+        kernel.cut_views(**good, table=table)
+
+
 @pytest.mark.parametrize('wrong', [
     dict(images=[np.zeros((4, 4), np.uint8)]), dict(images=[np.zeros((4, 4, 3), np.float32)]),
     dict(images=[np.zeros((0, 4, 3), np.uint8)]),
     dict(u=np.zeros((1, 21))), dict(u=np.zeros((1, 22), np.float32)), dict(rows=np.array([1])),
     dict(rows=np.array([-1])), dict(rows=np.array([0, 0])), dict(out=np.zeros((1, 8, 9, 3), np.uint8)),
-    dict(out=np.zeros((1, 8, 8, 3), np.float32)), dict(out=np.zeros((2, 8, 8, 3), np.uint8)[::2][:, ::-1])])
+    dict(out=np.zeros((1, 8, 8, 3), np.float32)), dict(out=np.zeros((1, 0, 0, 3), np.uint8)),
+    dict(out=np.zeros((2, 8, 8, 3), np.uint8)[::2][:, ::-1])])
 def test_wrong_shapes_do_not_reach_the_kernel(wrong):
     good = dict(images=[np.zeros((4, 4, 3), np.uint8)], u=np.zeros((1, 22)), rule=Augmentation().rule(), table=None,
                 out=np.zeros((1, 8, 8, 3), np.uint8), rows=np.array([0]))

@@ -1,27 +1,32 @@
 """The page of a run: complete, quiet, accessible, and true to what the network was given."""
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from browser import HOSTILE, Browser
-from conftest import TINY, write_digits
+from conftest import EPS, TINY, put_ghostscript, write_digits
 from PIL import Image
 
 from simsiam_models import cli
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import TwoViews, open_data
 from simsiam_models.data.augment import normalize
+from simsiam_models.data.readers.decode import UnreadableError
+from simsiam_models.pages.plots import make_distinct
 from simsiam_models.report.curves import list_plots, read_recipe, tabulate_figures
-from simsiam_models.report.data import open_training_data
-from simsiam_models.report.nearest import find_similar
-from simsiam_models.report.run import list_facts, read_run
+from simsiam_models.report.data import open_recorded, open_training_data
+from simsiam_models.report.nearest import find_similar, make_networks
+from simsiam_models.report.run import describe_state, list_facts, read_run
 from simsiam_models.report.views import choose_samples, redraw, to_picture
 from simsiam_models.simsiam import create_simsiam
 
@@ -205,35 +210,155 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     assert 'predictions.csv is missing' in (tmp_path / 'p.html').read_text()
 
 
-@pytest.mark.parametrize('kind', ['folder', 'tar'])
-def test_mistakes_are_found_in_an_archive_and_after_the_data_have_moved(kind, data, tmp_path, monkeypatch):
-    def count_cells(*args: str) -> tuple[int, int]:
-        """Returns how many pictures are missing on the page, and how many there should be."""
-        assert cli.main(['report', 'classifier', '--html', 'p.html', *args]) == 0
-        text = Path('p.html').read_text()
-        return text.count('The image cannot be read.'), text.count('class="path"')
+def fine_tune(name: str) -> None:
+    assert cli.main(['finetune', name, '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1', '--device',
+                     'cpu', '--workers', '0', '--output', 'classifier']) == 0
 
-    monkeypatch.chdir(tmp_path)
-    name = 'own' if kind == 'folder' else 'own.tar'
+
+def count_pictures(*args: str) -> tuple[int, int]:
+    """Returns how many pictures of mistakes are missing on the page, and how many there should be."""
+    assert cli.main(['report', 'classifier', '--html', 'p.html', *args]) == 0
+    text = Path('p.html').read_text()
+    return text.count('The image cannot be read.'), text.count('class="path"')
+
+
+def make_own(kind: str, data: Path) -> str:
+    """Makes labelled images here, in one of the forms of DATA; returns its name."""
     shutil.copytree(data, 'own')
-    if kind == 'tar':
-        with tarfile.open('own.tar', 'w') as archive:
+    if kind == 'list':
+        lines = [f'{p.relative_to("own")},c{p.parent.name}' for p in sorted(Path('own').glob('[2-9]/*'))
+                 if p.stem.isalnum()]
+        Path('own', 'list.csv').write_text('path,label\n' + '\n'.join(lines) + '\n')
+    if kind in ('tar', 'pattern'):
+        with tarfile.open('own-0.tar', 'w') as archive:
             for i, file in enumerate(sorted(p for p in Path('own').rglob('*') if p.is_file())):
                 archive.add(file, f'{i}{file.suffix}')
                 file.with_suffix('.cls').write_text(str(i % 2))
                 archive.add(file.with_suffix('.cls'), f'{i}.cls')
         shutil.rmtree('own')
-    assert cli.main(['finetune', name, '--model', 'resnet10t:random', '--image-size', '32', '--epochs', '1', '--device',
-                     'cpu', '--workers', '0', '--output', 'classifier']) == 0
-    missing, n = count_cells()
+    return {'folder': 'own', 'list': 'own/list.csv', 'tar': 'own-0.tar', 'pattern': 'own-{0..0}.tar'}[kind]
+
+
+@pytest.mark.parametrize('kind', ['folder', 'list', 'tar', 'pattern'])
+def test_mistakes_are_found_wherever_the_data_have_moved_and_however_that_is_spelled(kind, data, tmp_path, monkeypatch):
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path / 'here')
+    name = make_own(kind, data)
+    fine_tune(name)
+    missing, n = count_pictures()
     assert missing == 0 and n > 2
-    Path('elsewhere').mkdir()
-    shutil.move(name, 'elsewhere')
-    assert count_cells() == (n, n)
+    (tmp_path / 'new').mkdir()
+    for file in Path().glob('own*'):
+        shutil.move(file, tmp_path / 'new')
+    assert count_pictures() == (n, n)
     assert 'cannot be opened' in Path('p.html').read_text() and 'pass it with --data' in Path('p.html').read_text()
-    assert count_cells('--data', f'elsewhere/{name}') == (0, n)
-    assert count_cells('--data', str(data)) == ((0, n) if kind == 'folder' else (n, n))
-    assert (f'{n} of these images are not in {data}' in Path('p.html').read_text()) == (kind == 'tar')
+    (tmp_path / 'link').symlink_to(tmp_path / 'new')
+    for root in ('../new', str(tmp_path / 'new'), '../link', '../here/../new'):
+        assert count_pictures('--data', f'{root}/{name}') == (0, n), root
+    (tmp_path / 'other').mkdir()
+    monkeypatch.chdir(tmp_path / 'other')
+    shutil.copytree('../here/classifier', 'classifier')
+    assert count_pictures('--data', f'../new/{name}') == (0, n)
+
+
+def test_mistakes_are_only_shown_with_their_label(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fine_tune(make_own('folder', data))
+    _, n = count_pictures()
+    shutil.move('own', 'moved')
+    first, *rest = sorted(p for p in Path('moved').iterdir())
+    for file in first.iterdir():  # these labels, but other names
+        file.rename(file.with_stem(f'{file.stem}x'))
+    lines = list(csv.DictReader(Path('classifier/predictions.csv').open(newline='', encoding='utf-8')))
+    gone = sum(row['label'] != row['predicted'] and row['label'] == first.name for row in lines)
+    assert count_pictures('--data', 'moved') == (gone, n)
+    assert (f'{gone} of these images' in Path('p.html').read_text()) == bool(gone)
+    for file in rest[0].iterdir():  # these names, but another label
+        file.rename(first / file.name)
+    rest[0].rmdir()
+    gone += sum(row['label'] != row['predicted'] and row['label'] == rest[0].name for row in lines)
+    assert count_pictures('--data', 'moved') == (gone, n) and gone
+    record = json.loads(Path('classifier/record.json').read_text())
+    del record['data']['path']
+    Path('classifier/record.json').write_text(json.dumps(record))
+    assert count_pictures('--data', 'moved') == (gone, n)
+    assert count_pictures() == (n, n) and 'does not name the data' in Path('p.html').read_text()
+
+
+def test_mistakes_of_validation_images_that_lack_a_class_are_found(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, 'own/train')
+    shutil.copytree(data, 'own/val')
+    shutil.rmtree('own/val/9')
+    fine_tune('own')
+    _, n = count_pictures()
+    shutil.move('own', 'moved')
+    assert count_pictures('--data', 'moved') == (0, n)
+    assert '/val/' in open('classifier/predictions.csv').read()
+
+
+def test_odd_numbers_leave_gaps_in_the_curves(run, tmp_path):
+    shutil.copytree(run, tmp_path / 'run')
+    odd = [{'epoch': 0, 'knn': {'pixels': 40.0}}, {'epoch': 0, 'step': 1, 'loss': 1e308}, {
+        'epoch': 0, 'step': 2, 'loss': -1e308}, {'epoch': 0, 'step': 3, 'loss': True, 'std': 'x', 'lr': [1]}]
+    (tmp_path / 'run' / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in odd))
+    assert cli.main(['report', str(tmp_path / 'run'), '--html', str(tmp_path / 'p.html')]) == 0
+    (tmp_path / 'tuned').mkdir()
+    (tmp_path / 'tuned' / 'args.json').write_text('{"benchmark": "finetune"}')
+    record = {
+        'format': 'simsiam_models benchmark', 'version': 1, 'benchmark': 'finetune', 'protocol': {'name': 'plain'},
+        'weights': {'name': 'x', 'tag': None, 'digest': 'ab'}, 'data': {'name': 'folder', 'counts': {'test': 9}},
+        'metrics': {'top1': 10.0},
+        'extra': {'epochs': [{'epoch': 1, 'top1': 10**400}, {'epoch': 10**400, 'top1': 5}, {'epoch': 2, 'top1': 7}]}}
+    (tmp_path / 'tuned' / 'record.json').write_text(json.dumps(record))
+    plot, = list_plots(read_run(tmp_path / 'tuned'))
+    assert list(plot.series[0].x) == [1, 2] and math.isnan(plot.series[0].y[0]) and plot.series[0].y[1] == 7
+    assert cli.main(['report', str(tmp_path / 'tuned'), '--html', str(tmp_path / 'p.html')]) == 0
+
+
+def test_a_pipe_in_place_of_the_lock_does_not_stop_a_report(run, tmp_path):
+    shutil.copytree(run, tmp_path / 'run')
+    os.mkfifo(tmp_path / 'run' / 'lock')
+    assert describe_state(read_run(tmp_path / 'run')).startswith('stopped')
+
+
+def test_networks_that_are_not_the_runs_are_left_out(run, tmp_path, monkeypatch):
+    found = read_run(run)
+    images = open_training_data(found).images
+    start = {'source': str(run / 'backbone' / 'gone'), 'sha256': 'f' * 64, 'heads': True, 'tag': None}
+    networks, problem = make_networks(found._replace(args={**found.args, 'init_from': start}), read_recipe(found))
+    assert 'before' not in networks and 'are not on this machine' in problem
+    start['source'] = str(run)
+    networks, problem = make_networks(found._replace(args={**found.args, 'init_from': start}), read_recipe(found))
+    assert 'before' not in networks and 'cannot be used' in problem and 'ffffffffffffffff' in problem
+    other = timm.create_model('vit_tiny_patch16_224', num_classes=0, depth=1)
+    monkeypatch.setattr('simsiam_models.report.nearest.make_networks', lambda *_: ({
+        'before': create_simsiam(found.args['model'], **found.args['model_args']).backbone, 'after': other}, ''))
+    _, neighbours, problem = find_similar(found, images)
+    assert list(neighbours) == ['before'] and 'The network after training does not take these images (' in problem
+
+
+def test_plots_of_the_same_name_do_not_replace_one_another(run, tmp_path, capsys):
+    for name in ('a', 'b'):
+        shutil.copytree(run, tmp_path / name / 'run')
+    assert cli.main(['report', str(tmp_path / 'a' / 'run'), str(tmp_path / 'b' / 'run'), '--plots',
+                     str(tmp_path / 'p')]) == 0
+    assert sorted(p.name for p in (tmp_path / 'p').iterdir()) == ['run', 'run_2']
+    assert make_distinct(['a_b', 'A_b', '', 'a_b']) == ['a_b', 'A_b_2', '_', 'a_b_3']
+    assert cli.main(['report', str(run), '--plots', str(tmp_path / 'p'), '--data', 'x']) == 1
+    assert 'only --html shows images' in capsys.readouterr().err
+
+
+def test_a_table_of_urls_is_not_opened_unless_it_is_given(tmp_path, monkeypatch):
+    table = pytest.importorskip('pyarrow').table({
+        'image': [{'bytes': None, 'path': f'http://127.0.0.1:9/{i}.png'} for i in range(4)], 'label': ['a', 'b'] * 2})
+    pytest.importorskip('pyarrow.parquet').write_table(table, tmp_path / 'own.parquet')
+    monkeypatch.chdir(tmp_path)
+    assert open_recorded('own.parquet')[0] == [] and 'by URLs' in open_recorded('own.parquet')[1]
+    images = open_recorded('elsewhere', 'own.parquet')[0][0]
+    assert images.names_urls() and len(images) == 4
+    with pytest.raises(UnreadableError, match='cannot be read'):
+        images.read(0)
 
 
 def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: Browser, capsys):
@@ -251,7 +376,7 @@ def test_records_appear_in_the_tables_of_the_terminal(data, tmp_path, browser: B
     assert not opened.violations() and opened.overflow() <= 0 and not opened.unreached()
 
 
-def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
+def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser, monkeypatch):
     Image.new('RGB', (996, 1200), 'gray').save(tmp_path / 'sheet.jpg')
     protocol = {'name': 'coco_fpn_1x', 'variant': 'mmdet', 'iterations': 20, 'batch_size': 2, 'lr': 0.01, 'rois': 64}
     (tmp_path / 'args.json').write_text(json.dumps({
@@ -278,17 +403,23 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser):
     assert opened.page.locator('img').evaluate('e => e.naturalWidth') == 900
     assert opened.page.locator('td').all_text_contents().count('<b>cat</b>') == 1
     assert not opened.violations() and opened.overflow() <= 0
-    (tmp_path / 'sheet.jpg').write_bytes(b'torn')
-    assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
-    assert 'sheet.jpg cannot be read as an image.' in (tmp_path / 'p.html').read_text()
+    for content in (b'torn', EPS, b'DDS ' + bytes(200)):
+        ran = put_ghostscript(Path(tempfile.mkdtemp(dir=tmp_path)), monkeypatch)
+        (tmp_path / 'sheet.jpg').write_bytes(content)
+        assert cli.main(['report', str(tmp_path), '--html', str(tmp_path / 'p.html')]) == 0
+        assert 'sheet.jpg cannot be read as an image.' in (tmp_path / 'p.html').read_text() and not ran.exists()
 
 
 @pytest.mark.parametrize('change', [
     {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None},
-    {'images': -3}, {'data': 5}, {'momentum': 'x'}])
+    {'images': -3}, {'data': 5}, {'momentum': 'x'}, {'batch_size': 10 ** 400}, {'seed': 10 ** 400},
+    {'lr': float('nan')}, {'epochs': True}, {'size': 0}, {'size': True}, {'blur_sigma': [-5, -5]},
+    {'blur_sigma': [1e9, 1e9]}, {'blur_sigma': [float('nan'), 1]}, {'crop_scale': [0, 1]}, {'hue': 7},
+    {'brightness': -1}])
 def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / 'run')
     args = json.loads((run / 'args.json').read_text())
+    args['augmentation'] |= {k: change[k] for k in args['augmentation'] if k in change}
     (tmp_path / 'run' / 'args.json').write_text(json.dumps({**args, **change}))
     assert cli.main(['report', str(tmp_path / 'run'), '--html', str(tmp_path / 'p.html')]) == 1
     error = capsys.readouterr().err

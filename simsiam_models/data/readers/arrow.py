@@ -32,6 +32,9 @@ from .labels import (
 )
 from .names import choose_parts, part_of
 
+# pyarrow's errors are subclasses of the first two; a package for URLs may be missing.
+READ_ERRORS = OSError, ValueError, ImportError
+
 
 def import_datasets() -> ModuleType:
     return import_library('datasets', 'Hugging Face data sets')
@@ -57,7 +60,7 @@ class ArrowImages:
     def read(self, index: int) -> np.ndarray:
         """Returns (H, W, 3) uint8; raises UnreadableError, which names the row, if it cannot be read or decoded."""
         name = f'{self.name}: image {index}'
-        with explain_read_errors(name, OSError, ValueError):  # pyarrow's errors are subclasses of these
+        with explain_read_errors(name, *READ_ERRORS):
             data = read_encoded(self._rows[int(index)][self.column])
         if data is None:
             raise UnreadableError(f'{name}: the table has no image there')
@@ -65,9 +68,19 @@ class ArrowImages:
 
     def stored_bytes(self, index: int, start: int = 0, length: int | None = None) -> bytes:
         """See `images.stored_bytes`."""
-        with explain_read_errors(f'{self.name}: image {index}', OSError, ValueError):
+        with explain_read_errors(f'{self.name}: image {index}', *READ_ERRORS):
             data = read_encoded(self._rows[int(index)][self.column]) or b''
         return data[start:None if length is None else start + length]
+
+    def names_urls(self) -> bool:
+        """Returns whether the table names images by URLs or inside archives, instead of containing them."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        values = self._rows.with_format('arrow')[:][self.column]
+        if not pa.types.is_struct(values.type):
+            return False
+        paths = pc.struct_field(values, 'path').filter(pc.is_null(pc.struct_field(values, 'bytes')))
+        return any('://' in str(path) or '::' in str(path) for path in paths.to_pylist())
 
     def _digest(self) -> str:
         """Hashes the sizes of all images in order, and the labels: reading every byte would take hours."""
@@ -78,6 +91,8 @@ class ArrowImages:
             parts, values = values, pc.struct_field(values, 'bytes')
             if values.null_count:
                 paths = json.dumps(pc.struct_field(parts, 'path').to_pylist())
+        if pa.types.is_null(values.type):  # no row has any bytes
+            values = values.cast(pa.binary())
         sizes = pc.fill_null(pc.cast(pc.binary_length(values), pa.int64()), -1).to_numpy()
         labels = np.zeros(0) if self.labels is None else self.labels
         return digest(json.dumps([self.column, self.classes]), paths, sizes.astype('<i8'), labels.astype('<i8'))

@@ -69,6 +69,8 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
             return pixels
         with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
             width, height = image.size
+            if image.format == 'EPS':  # PIL would hand it to Ghostscript, which runs it
+                raise ValueError('PostScript, a program; convert it to PNG or JPEG')
             if width * height > MAX_PIXELS:
                 raise ValueError(
                     f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '

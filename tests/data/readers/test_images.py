@@ -1,13 +1,15 @@
 """Folders of image files: which files are found, their labels, and files that cannot be read."""
 import errno
+import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_digits
+from conftest import EPS, put_ghostscript, write_digits
 from PIL import Image
 
 from simsiam_models.data import (
@@ -208,6 +210,16 @@ def test_an_image_of_too_many_pixels_is_unreadable_before_it_is_decoded(tmp_path
     monkeypatch.setattr(decode.simplejpeg, 'decode_jpeg', fail(AssertionError()))
     with pytest.raises(UnreadableError, match='300 x 200 pixels, more than 59,999; downscale it'):
         FolderImages(tmp_path).read(0)
+
+
+def test_postscript_under_the_name_of_an_image_is_not_run(tmp_path, monkeypatch):
+    ran = put_ghostscript(tmp_path, monkeypatch)
+    with pytest.raises(UnreadableError, match='PostScript, a program'):
+        decode.decode(EPS, 'a.jpg')
+    assert not ran.exists()
+    with suppress(Exception), Image.open(io.BytesIO(EPS)) as image:
+        image.load()
+    assert ran.exists()  # PIL itself would have run it
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
