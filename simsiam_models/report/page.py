@@ -3,7 +3,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..benchmarks.results.report import make_tables, read_all
+from ..benchmarks.results.report import explain_absence, make_tables, read_all
 from ..pages import gallery, plots, tables
 from ..pages.document import escape, link_sections, open_section, write_page
 from ..runtime.lifecycle import ARGS
@@ -40,16 +40,12 @@ def read_inputs(paths: list[Path]) -> Inputs:
         if not path.exists():
             raise FileNotFoundError(f'{path}: no such file or folder; name the OUTPUT of a run, or a folder of records')
     runs = [run for path in paths if path.is_dir() and (run := read_run(path)) is not None]
-    try:
-        records, left_out = read_all(paths)
-    except FileNotFoundError as e:
-        if not runs:
-            below = next((file.parent for path in paths for file in sorted(path.glob(f'*/{ARGS}'))), None)
-            raise FileNotFoundError(str(e).replace(
-                'no record of a benchmark there', 'neither a run nor a record of a benchmark there') + (
-                f'; a run in it: {below}' if below else '')) from None
-        records, left_out = [], []
-    return runs, records, [text for text in left_out if not text.endswith('of other kinds')]
+    records, left_out, _ = read_all(paths)
+    if not (runs or records):
+        below = next((file.parent for path in paths for file in sorted(path.glob(f'*/{ARGS}'))), None)
+        raise FileNotFoundError(explain_absence(paths, left_out, 'neither a run nor a record') + (
+            f'; a run in it: {below}' if below else ''))
+    return runs, records, left_out
 
 
 def write_report(file: Path, paths: list[Path], inputs: Inputs, data: str | None = None) -> None:

@@ -84,7 +84,10 @@ def report(paths: Sequence[str | Path], markdown: bool = True, width: int = WIDT
     A file in a folder that cannot be read, or is not a record, is left out, and the report says so. Raises ValueError
     or OSError for such a file in `paths`, and FileNotFoundError if there is no record at all.
     """
-    records, left_out = read_all(paths)
+    records, left_out, others = read_all(paths)
+    left_out += [f'{counted(others, "JSON file")} of other kinds'] if others else []
+    if not records:
+        raise FileNotFoundError(explain_absence(paths, left_out))
     blocks = [_to_markdown(table) if markdown else _to_text(table, width) for table in make_tables(records)]
     if left_out:
         lines = [f'- {plain_markdown(text) if markdown else text}' for text in left_out]
@@ -103,8 +106,8 @@ def make_tables(records: list[dict[str, Any]]) -> list[ResultTable]:
     return [_fill(table, compared, label) for table, compared in chosen if compared] + tabulate(others, label)
 
 
-def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the records, and why other files in the folders are left out."""
+def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str], int]:
+    """Returns the records, why damaged files in the folders are left out, and how many JSON files are none of ours."""
     files: dict[Any, tuple[Path, bool]] = {}  # each file once, and whether `paths` names it
     errors: list[OSError] = []
     for path in map(Path, paths):
@@ -127,12 +130,12 @@ def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[st
                 others += 1
             else:
                 left_out.append(short(str(e), 400))
-    if others:
-        left_out.append(f'{counted(others, "JSON file")} of other kinds')
-    if not records:
-        more = f'; left out: {left_out[0]}' if left_out else ''
-        raise FileNotFoundError(f'{", ".join(map(str, paths))}: no record of a benchmark there{more}')
-    return records, left_out
+    return records, left_out, others
+
+
+def explain_absence(paths: Sequence[str | Path], left_out: Sequence[str], what: str = 'no record') -> str:
+    more = f'; left out: {left_out[0]}' if left_out else ''
+    return f'{", ".join(map(str, paths))}: {what} of a benchmark there{more}'
 
 
 def _fill(table: PageTable, chosen: list[Compared], label: Label) -> ResultTable:
