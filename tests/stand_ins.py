@@ -76,8 +76,7 @@ def write_data(root: Path) -> dict[str, Path]:
         'PLACES205': root / 'places205', 'INAT18': root / 'inat18', 'CIFAR10_FOLDER': root / 'cifar',
         'COCO': root / 'coco', 'CITYSCAPES': root / 'cityscapes', 'MY_OBJECTS': root / 'shapes',
         'MY_MASKS': root / 'scenes', 'svm VOCdevkit': root / 'voc07/VOCdevkit',
-        **{f'detect {name}': root / 'voc0712/VOCdevkit' for name in ('VOCdevkit', 'VOCDEVKIT')},
-        **{f'segment {name}': root / 'voc12/VOCdevkit' for name in ('VOCdevkit', 'VOCDEVKIT')}}
+        'detect VOCdevkit': root / 'voc0712/VOCdevkit', 'segment VOCdevkit': root / 'voc12/VOCdevkit'}
 
 
 def write_weights(root: Path, cache: Path) -> dict[str, Path]:

@@ -79,10 +79,10 @@ SMALL = {
     'finetune FOLDER --lr': f'--model resnet10t:random --epochs 1 --batch-size 32 {FEATURES}',
     'detect': '--model resnet10t:random --iterations 2 --batch-size 2 --image-size 64 --rois 8 --pool-size 4 '
               f'--proposals 20 --allow-partial {CPU}',
-    'detect VOCDEVKIT --eval-only': f'--allow-partial {CPU}',
+    'detect VOCdevkit --eval-only': f'--allow-partial {CPU}',
     'segment': f'--model resnet10t:random --iterations 2 --batch-size 2 --image-size 64 --head-channels 8 '
                f'--allow-partial {CPU}',
-    'segment VOCDEVKIT --eval-only': f'--allow-partial {CPU}',
+    'segment VOCdevkit --eval-only': f'--allow-partial {CPU}',
     'predict': CPU, 'embed': FEATURES, 'neighbours': FEATURES, 'neighbours --features': ''}
 # What code finds where it reads, from an earlier command: the page and subcommand that wrote it, and its name.
 WRITTEN = {

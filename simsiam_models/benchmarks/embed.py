@@ -1,10 +1,10 @@
 """Writes the features of any images for other tools, and draws t-SNE pictures of them.
 
-    simsiam embed PHOTOS --out photos.npz                        average pool, paths and labels
-    simsiam embed PHOTOS --out photos.parquet                    or .csv, .npy, .safetensors
-    simsiam embed PHOTOS --what avgpool feat4 --out FOLDER       one .npy file each, for more than memory holds
-    simsiam embed IMAGENET --part val --what feat1 feat2 feat3 feat4 feat5 --out val.npz --tsne
-    torchrun --nproc-per-node 8 -m simsiam_models embed PHOTOS --out photos.parquet   photos-00000-of-00008.parquet, ...
+    simsiam embed PHOTOS --output photos.npz                     average pool, paths and labels
+    simsiam embed PHOTOS --output photos.parquet                 or .csv, .npy, .safetensors
+    simsiam embed PHOTOS --what avgpool feat4 --output FOLDER    one .npy file each, for more than memory holds
+    simsiam embed IMAGENET --part val --what feat1 feat2 feat3 feat4 feat5 --output val.npz --tsne
+    torchrun --nproc-per-node 8 -m simsiam_models embed PHOTOS --output photos.parquet  photos-00000-of-00008.parquet
 
 `feature_table` has the formats, and `tsne` the picture.
 """
@@ -29,7 +29,7 @@ from .protocols import LEAST
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('data', metavar='DATA', help="as for `pretrain`: a folder of images, a list, tar shards, ...")
-    add('--out', '--output', dest='output', type=Path, required=True, metavar='FILE|FOLDER',
+    add('--output', '--out', dest='output', type=Path, required=True, metavar='FILE|FOLDER',
         help='FILE.npz, .npy, .csv, .parquet (under torchrun, one file per process) or .safetensors; or a folder')
     add_model(parser)
     add('--what', nargs='+', choices=NAMES, default=['avgpool'], metavar='FEATURE',
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--part', choices=['train', 'val'], default='train',
         help='part to use, if the data has both (default: train)')
     add('--tsne', nargs='?', type=Path, const=Path(), metavar='PNG',
-        help='also draw a t-SNE picture of each feature (default: named after --out)')
+        help='also draw a t-SNE picture of each feature (default: named after --output)')
     add('--tsne-classes', type=int, default=tsne.CLASSES, metavar='N',
         help='draw the first N classes (default: 20, as published)')
     add('--tsne-pca', type=int, metavar='D',

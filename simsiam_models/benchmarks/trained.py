@@ -38,7 +38,7 @@ def add_run(parser: argparse.ArgumentParser, what: str, protocols: Sequence[str]
     add = parser.add_argument
     add_model(parser)
     add('--model-args', type=json_object, default={}, metavar='JSON', help='keyword arguments of the backbone')
-    add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
+    add('--output', '--out', dest='output', type=Path, required=True, metavar='FOLDER',
         help=f'folder of the run, its {what} and its record; the same command continues the run')
     add('--protocol', choices=list(protocols), default=protocols[0], help=f'default: {protocols[0]}')
     add('--dataset', choices=list(datasets), help="default: the protocol's")

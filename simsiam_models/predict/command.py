@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'name, hf-hub:REPO, or a tag with a classifier')
     add('images', metavar='IMAGES', nargs='+', help='image files, folders (searched recursively), quoted glob '
         'patterns, lists of paths (.txt, .csv), tar shards or Parquet files')
-    add('--out', '--output', dest='output', type=Path, metavar='FILE|FOLDER',
+    add('--output', '--out', dest='output', type=Path, metavar='FILE|FOLDER',
         help='.csv, .json or .parquet file (default: a table on the terminal); for a segmenter, a folder')
     add('--top-k', **COUNT, help='number of most likely classes to report (default: 5); classifiers only')
     add('--score', type=float, metavar='X', help='minimum score of objects to report (default: 0.3); detectors only')

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add('--model-args', type=json_object, default={}, metavar='JSON',
         help='keyword arguments of the backbone, e.g. \'{"drop_path_rate": 0.1}\'')
-    add('--out', '--output', dest='output', type=Path, required=True, metavar='FOLDER',
+    add('--output', '--out', dest='output', type=Path, required=True, metavar='FOLDER',
         help='folder of the run and its classifier; the same command continues the run')
     add('--protocol', choices=['plain', *SEMI_WEIGHT_DECAY], default='plain', help='default: plain')
     add_held_out(parser, seed=False)

@@ -1,11 +1,12 @@
 """Looks at a data set through features: nearest images, copies, outliers, likely wrong labels.
 
-    simsiam neighbours PHOTOS --out photos.csv --html photos.html
+    simsiam neighbours PHOTOS --output photos.csv --html photos.html
     simsiam neighbours PHOTOS --query photo.jpg                          what is similar, and is it there already?
-    simsiam neighbours --features photos-*.parquet --out found.parquet   from files that simsiam embed wrote
+    simsiam neighbours --features photos-*.parquet --output found.parquet   from files that simsiam embed wrote
 
---out NAME.csv lists the k nearest of each image; NAME-copies.csv, NAME-outliers.csv and, with labels, NAME-labels.csv
-list what was found. The search is exact; it uses faiss above a million images, or at any size with --approximate.
+--output NAME.csv lists the k nearest of each image; NAME-copies.csv, NAME-outliers.csv and, with labels,
+NAME-labels.csv list what was found. The search is exact; it uses faiss above a million images, or at any size with
+--approximate.
 """
 import argparse
 import tempfile
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     add('--query', nargs='+', type=Path, metavar='IMAGE', help='only look up the images nearest to these files')
     add('--k', type=int, default=5, metavar='K', help='nearest images to list (default: 5)')
-    add('--out', '--output', dest='output', type=Path, metavar='FILE',
+    add('--output', '--out', dest='output', type=Path, metavar='FILE',
         help='FILE.csv or FILE.parquet for the nearest images; findings go to FILE-copies, FILE-outliers, FILE-labels')
     add('--html', type=Path, metavar='FILE.html', help='contact sheet: a single file to open in a browser')
     add('--approximate', action='store_true', help='search only some of the images, with faiss; prints the recall')
@@ -73,7 +74,7 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for a wrong flag or combination, RuntimeError if a flag lacks a package."""
     check_source(args)
     if args.query is None and args.output is None and args.html is None:
-        raise ValueError('nothing to write: add --out FILE.csv, --html FILE.html, or --query IMAGE')
+        raise ValueError('nothing to write: add --output FILE.csv, --html FILE.html, or --query IMAGE')
     check_k(args)
     if args.output is not None:
         check_table(args.output)

@@ -279,7 +279,7 @@ def test_without_faiss_its_absence_is_named(monkeypatch):
 
 @pytest.mark.parametrize(('args', 'said'), [
     ('--out n.csv', 'give either DATA or --features FILE'), ('x --features y --out n.csv', 'give either DATA or'),
-    ('x', 'nothing to write: add --out FILE.csv, --html FILE.html, or --query IMAGE'),
+    ('x', 'nothing to write: add --output FILE.csv, --html FILE.html, or --query IMAGE'),
     ('x --out n.txt', '--output n.txt: the file name must end in one of .csv, .json, .parquet'),
     ('x --html n.txt', '--html n.txt: must be a file that ends in .html'),
     ('x --out n.csv --k 0', '--k 0: must be at least 1')])
