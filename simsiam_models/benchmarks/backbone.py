@@ -164,7 +164,7 @@ def _explain(name: str, create: Callable[[], nn.Module]) -> nn.Module:
         if type(e) is not RuntimeError or not text.startswith(('the ', name)):  # otherwise it is a sentence of ours
             text = f'--model {name}: {text[:300]}'
         if 'could not be loaded' in text or 'No pretrained weights' in text:
-            text = f'{text.rstrip(".")}. {OTHER_WEIGHTS}'
+            text = f'{text.partition(" To use a checkpoint that you have")[0].rstrip(".")}. {OTHER_WEIGHTS}'
         for problem, hint in WRONG_NAMES.items():
             if problem in text:
                 text = f'{text.rstrip(".")}; {hint}'

@@ -2,13 +2,12 @@
 import csv
 import json
 import re
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..runtime.messages import one_line, require, restore_cell
 from .feature_table import SUFFIXES, FeatureTable
@@ -55,7 +54,7 @@ def _check_shards(files: list[Path]) -> None:
     """Raises ValueError unless the files include all shards of each set; FileNotFoundError if one is not there."""
     sets: dict[tuple[str, str], list[Path]] = {}
     for file in files:
-        if not file.exists():
+        if not (file.is_file() or file.is_dir()):
             raise FileNotFoundError(f'--features {file}: no such file; name a file that simsiam embed wrote')
         if found := SHARD.fullmatch(file.stem):
             sets.setdefault((found[1], found[3]), []).append(file)
@@ -78,15 +77,25 @@ def _read_file(path: Path) -> FeatureTable:
     try:
         arrays, paths, labels, classes, about = read(path)
         x, = arrays.values()
+        if not isinstance(about, dict) or not all(isinstance(v, str) for v in [*paths, *(classes or [])]):
+            raise ValueError('its paths, classes or description are of another kind')
+        if x.dtype.kind not in 'fiu' or labels is not None and np.asarray(labels).dtype.kind not in 'iu':
+            raise ValueError(f'features of the type {x.dtype}, or labels that are no whole numbers')
         x = x if x.dtype == np.float32 else x.astype(np.float32)
         labels = None if labels is None else np.asarray(labels, np.int64)
         counts = {len(x), len(paths), *([] if labels is None else [len(labels)])}
-        if x.ndim != 2 or counts != {len(x)} or not len(x):
+        if x.ndim != 2 or counts != {len(x)} or not x.size or labels is not None and labels.ndim != 1:
             raise ValueError(f'features {x.shape}, {len(paths)} paths')
         if labels is not None and not 0 <= labels.min() <= labels.max() < len(classes or ()):
             raise ValueError(f'labels {labels.min()} to {labels.max()} of {len(classes or ())} classes')
-    # numpy, zipfile, pyarrow, csv and safetensors raise these for damaged files, pyarrow as subclasses
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError, csv.Error) as e:
+    except MemoryError:
+        raise ValueError(f'--features {path}: it needs more memory than is free') from None
+    except OSError as e:
+        if e.errno is not None:
+            raise OSError(f'--features {path}: cannot be read ({e.strerror})') from None
+        raise ValueError(f'--features {path}: damaged ({one_line(e)}); run simsiam embed again') from None
+    # numpy, zipfile, zlib, pyarrow, csv and safetensors raise almost anything for damaged files.
+    except Exception as e:
         raise ValueError(
             f'--features {path}: not as simsiam embed writes it, or damaged ({one_line(e)}); run simsiam embed again'
         ) from None

@@ -199,8 +199,8 @@ def extract(
     if unreadable and not extraction.partial:
         raise DataError(
             f'{images.name}: {len(unreadable)} of {len(images)} images cannot be read '
-            f'({"; ".join(list(unreadable.values())[:3])}{"; ..." if len(unreadable) > 3 else ""}), and a benchmark on '
-            'other images is another benchmark: repair them, or leave them out with --allow-partial')
+            f'({"; ".join(list(unreadable.values())[:3])}{"; ..." if len(unreadable) > 3 else ""}); '
+            'repair them, or leave them out with --allow-partial, which is then a result on other images')
     contents = digest(key, *(x or '' for x in digests))  # replacing an image does not change the folder
     made = sum(shard.stop - shard.start for shard in todo)
     return Features(folder, images, names, contents, dict(sorted(unreadable.items())), made)

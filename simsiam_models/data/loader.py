@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..runtime.messages import counted
 from . import kernel
 from .augment import Augmentation, Sent, cut_crops, draw, finish, finish_colours, send_parameters
 from .philox import permutation
@@ -64,7 +65,8 @@ def check_batch(batch: int, name: str, images: int, world: int) -> None:
     most = images // world * world
     if most < 2 * world:
         raise ValueError(
-            f'{name} has {images} images, but a batch needs 2 for each of {world} processes: add images'
+            f'{name} has {counted(images, "image")}, but a batch needs 2 for each of '
+            f'{counted(world, "process", "processes")}: add images'
             f'{", or use fewer processes" if world > 1 else ""}')
     if batch % world:
         raise ValueError(

@@ -80,7 +80,7 @@ def write_page(
                 file.write(piece.encode())
             file.write(f'</main>\n{f"<script>{script}</script>" if script else ""}\n</body>\n</html>\n'.encode())
 
-        write_atomically(path, write)
+        write_atomically(path, write, shared=True)  # nobody can foresee the name of the temporary file
 
 
 def _make_policy(script: str) -> str:

@@ -126,7 +126,7 @@ def write_plots(folder: Path, plots: Sequence[Plot], flag: str = '--plots') -> l
         with explain_write_errors(file, flag):
             folder.mkdir(parents=True, exist_ok=True)
             save = functools.partial(_draw_figure(plot, plot.title).savefig, format='png', dpi=200)
-            write_atomically(file, save)
+            write_atomically(file, save, shared=True)  # nobody can foresee the name of the temporary file
         files.append(file)
     return files
 

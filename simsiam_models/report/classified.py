@@ -139,7 +139,8 @@ def _match(mistakes: list[Mistake], images: Images) -> dict[str, Loader]:
         own = _split(m.path)
         shared = [(len(os.path.commonprefix([own[::-1], parts[::-1]])), row) for parts, row in ends[own[-1]]
                   if str(images.classes[cast(np.ndarray, images.labels)[row]]) == m.label]
-        best = [row for length, row in shared if length == max(shared)[0]]
+        longest = max(shared, default=(0, 0))[0]
+        best = [row for length, row in shared if length == longest]
         if len(best) == 1:
             found[m.path] = partial(load_picture, images, best[0])
     return found

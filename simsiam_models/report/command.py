@@ -12,8 +12,10 @@ from ..benchmarks.results import report
 from ..pages.document import check_page
 from ..pages.plots import make_distinct, write_plots
 from ..runtime.files import explain_write_errors
+from ..runtime.lifecycle import ARGS
 from ..runtime.messages import require, size_text
 from .curves import list_plots
+from .data import open_recorded
 from .page import read_inputs, write_report
 
 
@@ -31,12 +33,19 @@ def run(args: argparse.Namespace) -> int:
     if args.html is None and args.data is not None:
         raise ValueError(f'--data {args.data}: only --html shows images; add --html FILE.html')
     if args.html is None and args.plots is None:
-        return report.run(args)
+        try:
+            return report.run(args)
+        except FileNotFoundError as e:
+            if not any((path / ARGS).is_file() for path in args.results):
+                raise
+            raise FileNotFoundError(f'{e}; for the page of the run, add --html FILE.html') from None
     require('--html' if args.html else '--plots', matplotlib='matplotlib')
     if args.markdown:
         raise ValueError('--markdown: prints tables to the terminal; leave it out with --html and --plots')
     if args.html is not None:
         check_file(args.html)
+    if args.data is not None and (problem := open_recorded(None, args.data)[1]):
+        raise ValueError(f'--data {args.data}: {problem}')
     inputs = read_inputs(args.results)
     if args.html is not None:
         write_report(args.html, args.results, inputs, args.data)

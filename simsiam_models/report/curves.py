@@ -10,6 +10,7 @@ from ..training.recipes import Recipe, restore_recipe
 from ..training.schedule import scaled_lr
 from .run import RunFolder
 
+MOST_PLOTS = 60  # of a detector or segmenter
 ROWS = 40  # of the table of figures
 LARGEST = 1e30  # of numbers in a plot
 FIGURES = {  # key in the log -> name of the file, title, format
@@ -63,7 +64,7 @@ def _plot_record(run: RunFolder) -> list[Plot]:
     rows = [row for row in rows if isinstance(row.get(x_label), int) and abs(row[x_label]) < LARGEST]
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in (x_label, 'seconds')]
     plots = []
-    for name in names:
+    for name in names[:MOST_PLOTS]:
         points = [(row[x_label], _read(row, name)) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             x, y = zip(*points, strict=True)

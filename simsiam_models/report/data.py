@@ -1,4 +1,6 @@
 """The images that a run was trained on, if they are still there."""
+import glob
+import os
 from typing import NamedTuple
 
 from ..data import DataError, Images, Stream
@@ -8,6 +10,7 @@ from ..training.setup import digest_sizes
 from .run import RunFolder
 
 ELSEWHERE = 'hf', 'hf-stream', 'pipe', 'http', 'https', 'torchvision'  # a file may not make a report fetch or run these
+SYSTEM = '/proc', '/sys', '/dev'  # folders without an end
 
 
 class TrainingData(NamedTuple):
@@ -26,6 +29,8 @@ def open_recorded(name: str | None, given: str | None = None) -> tuple[list[Imag
     """
     if given is None and str(name).partition(':')[0] in ELSEWHERE:
         return [], f'The report does not open {name} on its own; pass the data with --data.'
+    if given is None and (glob.has_magic(str(name)) or os.path.realpath(str(name)).startswith(SYSTEM)):
+        return [], f'The report does not search {name} on its own; pass the data with --data.'
     try:
         train, val, unusable = open_parts(name if given is None else given)
     except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing

@@ -2,6 +2,7 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,19 +23,26 @@ from ..training.initial import check_same, is_here, load_initial
 from ..training.recipes import Recipe
 from ..training.setup import make_model
 from ..weights.folders import check_network
+from ..weights.networks import TIMM_ERRORS
 from .curves import read_recipe
 from .run import RunFolder
 
-MOST, SHOWN, NEAREST, BATCH = 1000, 6, 5, 64  # images compared; images shown, with so many neighbours; images at a time
+MOST, SHOWN, NEAREST = 1000, 6, 5  # images compared; images shown, with so many neighbours
+PIXELS = 64 * 224**2  # of the images that a network takes at a time
+MOST_PARAMETERS = 10**9
 
 Found = dict[str, tuple[np.ndarray, np.ndarray]]  # 'before' or 'after' training -> rows and cosines, (N, NEAREST)
 
 
 def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module], str]:
     """Returns the backbone before and after training, and a sentence on what is missing."""
-    check_network(recipe.model, recipe.model_args, run.folder / 'args.json')
     networks, problem, initial = {}, '', run.args.get('init_from')
-    model = make_model(recipe, run.args['seed'])
+    try:
+        check_network(recipe.model, recipe.model_args, run.folder / 'args.json')
+        _check_size(recipe)
+        model = make_model(recipe, run.args['seed'])
+    except ValueError as e:
+        return {}, f'The network that {run.folder / "args.json"} names cannot be built ({one_line(e, 300)}). '
     try:
         if initial and not is_here(initial['source']):
             problem = f'The weights that the run started from, {initial["source"]}, are not on this machine. '
@@ -53,6 +61,22 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     return networks, problem
 
 
+def _check_size(recipe: Recipe) -> None:
+    """Raises ValueError for a network that takes more time or memory to build than a report may."""
+    def list_numbers(value: Any) -> Iterator[float]:
+        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        for v in values:
+            yield from list_numbers(v) if isinstance(v, dict | list | tuple) else [v] if isinstance(
+                v, int | float) else []
+
+    if sum(map(abs, list_numbers(recipe.model_args))) > 2**16:
+        raise ValueError('its arguments are too large')
+    with torch.device('meta'):
+        n = sum(p.numel() for p in make_model(recipe, 0).parameters())
+    if n > MOST_PARAMETERS:
+        raise ValueError(f'it has {n:,} parameters, more than {MOST_PARAMETERS:,}')
+
+
 @torch.no_grad()
 def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     """Returns at most MOST readable images, the nearest of each by each network, and a sentence on what is missing."""
@@ -61,7 +85,8 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
     some = subset(images, spread(len(images), MOST))
     for network in networks.values():
         network.eval().to(device).to(memory_format=torch.channels_last)
-    rows = [np.arange(i, min(i + BATCH, len(some))) for i in range(0, len(some), BATCH)]
+    batch = max(1, min(64, PIXELS // recipe.augmentation.size**2))
+    rows = [np.arange(i, min(i + batch, len(some))) for i in range(0, len(some), batch)]
     loader = EvalImages(some, rows, Transform(recipe.eval_resize, recipe.augmentation.size), min(16, cores()))
     features: dict[str, list[torch.Tensor]] = {name: [] for name in networks}
     with tqdm(loader if networks else (), 'comparing images', len(rows), leave=False, disable=None) as batches:
@@ -70,7 +95,7 @@ def find_similar(run: RunFolder, images: Images) -> tuple[Images, Found, str]:
             for name, network in list(networks.items()):
                 try:
                     features[name].append(network(x).float().cpu())
-                except (AssertionError, RuntimeError, ValueError) as e:  # another network than the run's
+                except (RuntimeError, ValueError, *TIMM_ERRORS) as e:  # another network than the run's
                     del networks[name], features[name]
                     problem += f'The network {name} training does not take these images ({one_line(e, 200)}). '
     readable = np.array([i for i in range(len(some)) if i not in loader.unreadable], int)

@@ -7,7 +7,7 @@ from ..benchmarks.results.report import explain_absence, make_tables, read_all
 from ..pages import gallery, plots, tables
 from ..pages.document import escape, link_sections, open_section, write_page
 from ..runtime.lifecycle import ARGS
-from ..runtime.messages import counted
+from ..runtime.messages import announce, counted
 from . import classified
 from .classified import draw_confusion, draw_mistakes
 from .curves import list_plots, tabulate_figures
@@ -75,6 +75,8 @@ def _list_sections(run: RunFolder, data: str | None, suffix: str) -> list[PageSe
         sections.append(PageSection(f'Curves{suffix}', lambda: _draw_curves(run, drawn)))
     if run.kind == 'pretrain':
         found = open_training_data(run, data)
+        if found.problem:
+            announce(f'{run.folder}: {found.problem}')
 
         def draw_seen() -> Iterator[str]:
             yield f'<p class="soft">{escape(found.problem or TEXT)}</p>\n'

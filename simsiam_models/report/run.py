@@ -1,5 +1,6 @@
 """Reads the folder of a run, and lists the facts for the first section of its page."""
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ NEEDED = {
     'augmentation': dict}
 NUMBERS = 'variant', 'optimizer', 'epochs', 'iterations', 'batch_size', 'lr', 'amp', 'seed'  # of a protocol
 PARTS = {'train': 'training', 'test': 'test', '': ''}
+LARGEST_LOG = 256 << 20  # bytes
 NOT_YET = 'recorded when the run ends'
 HASHED = ARGS, LOG, RECORD, 'backbone/model.safetensors', 'model.safetensors'
 
@@ -77,6 +79,8 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         return int(text)
 
     lines, damaged = [], 0
+    if path.is_file() and path.stat().st_size > LARGEST_LOG:
+        raise ValueError(f'{path} is larger than {size_text(LARGEST_LOG)}, too large for the log of a run')
     for text in path.read_text(errors='replace').splitlines() if path.is_file() else []:
         try:
             line = json.loads(text, parse_int=read_integer)
@@ -89,7 +93,9 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def describe_state(run: RunFolder) -> str:
     """Returns whether a run is finished, running or stopped, how far it came, and whether its outputs collapsed."""
-    holder, _ = read_lock(run.folder / 'lock') or ({}, 0)
+    holder: dict[str, Any] = {}
+    with suppress(OSError):  # a folder in its place
+        holder, _ = read_lock(run.folder / 'lock') or ({}, 0)
     running = is_alive(holder, describe_process()) if holder else False  # None: only its machine knows
     stopped = f'stopped, or running on {short(holder["host"])},' if running is None else 'stopped'
     if run.kind != 'pretrain':

@@ -208,7 +208,7 @@ def read_lock(path: Path) -> tuple[dict[str, Any], int] | None:
         # Opening it makes a network disk ask for the time, but must not wait for the writer of a pipe.
         with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | getattr(os, 'O_NONBLOCK', 0))) as f:
             status = os.fstat(f.fileno())
-            text, touched = f.read(1 << 16) if stat.S_ISREG(status.st_mode) else b'', status.st_mtime_ns
+            text, touched = f.read(1 << 16) or b'' if stat.S_ISREG(status.st_mode) else b'', status.st_mtime_ns
     except (FileNotFoundError, NotADirectoryError):
         return None
     with suppress(ValueError, RecursionError):

@@ -19,6 +19,7 @@ from ..data.augment import normalize
 from ..data.philox import permutation
 from ..data.threads import split_range
 from ..runtime.distributed import World, gather_rows
+from ..runtime.messages import counted
 from .recipes import Recipe
 
 COLLAPSED_STD, COLLAPSED_RANK = 0.6, 2.0
@@ -219,7 +220,7 @@ class KnnMonitor:
         bank, queries = self.sizes
         text = f'kNN (k={self.k}, T={self.t:g}; {bank} bank images, {queries} queries)'
         bad = [reason for part in reversed(self.unreadable) for reason in part.values()]
-        return f'{text}, {len(bad)} unreadable images left out (the first: {bad[0]}),' if bad else text
+        return f'{text}, {counted(len(bad), "unreadable image")} left out (the first: {bad[0]})' if bad else text
 
     @torch.no_grad()
     def measure_before(self, backbone: nn.Module, start: str = 'random', *, pixels: bool) -> dict[str, float]:

@@ -75,6 +75,8 @@ def list_rules(recipe: Recipe) -> dict[str, tuple[bool, str]]:
     scale, ratio, sigma = aug.crop_scale, aug.crop_ratio, aug.blur_sigma
     factors, shares = ('brightness', 'contrast', 'saturation'), ('jitter_p', 'gray_p', 'blur_p', 'flip_p')
     return {
+        'dim': (1 <= recipe.dim <= 2**16, '1 .. 65536'), 'pred_dim': (1 <= recipe.pred_dim <= 2**16, '1 .. 65536'),
+        'proj_layers': (1 <= recipe.proj_layers <= 100, '1 .. 100'),
         'epochs': (1 <= recipe.epochs <= limit, 'at least 1'),
         'batch_size': (2 <= recipe.batch_size <= limit, 'at least 2'),
         'knn_every': (-1 <= recipe.knn_every <= limit, 'at least -1'),

@@ -24,7 +24,7 @@ from ..runtime.precision import AMP, autocast, choose_amp, has_bfloat16
 from ..runtime.versions import command, versions
 from ..simsiam import SimSiam, create_simsiam, simsiam_loss
 from ..weights.folders import read_json
-from ..weights.networks import BACKBONE
+from ..weights.networks import BACKBONE, TIMM_ERRORS
 from .autoperf import WAYS, choose_perf
 from .extension import check_epochs, extend, match_epochs
 from .initial import KEY as INITIAL
@@ -74,7 +74,7 @@ def make_model(recipe: Recipe, seed: int) -> SimSiam:
     try:
         return create_simsiam(
             recipe.model, dim=recipe.dim, pred_dim=recipe.pred_dim, proj_layers=recipe.proj_layers, **recipe.model_args)
-    except (RuntimeError, TypeError) as e:
+    except (RuntimeError, *TIMM_ERRORS) as e:
         raise ValueError(f'--model {recipe.model} cannot be built ({e}); timm.list_models() names them all') from None
 
 

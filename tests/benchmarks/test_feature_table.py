@@ -108,6 +108,31 @@ def test_a_damaged_file_is_one_sentence(suffix, tmp_path):
     assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('change', [
+    {'paths': [1, 2]}, {'paths': None}, {'about': []}, {'about': 'x'}, {'labels': [10**400, 0], 'classes': ['a']},
+    {'labels': [0.5, 0.5], 'classes': ['a']}, {'labels': [0, 0], 'classes': [1]},
+    {'labels': [[0], [0]], 'classes': ['a']}, '[' * 100_000])
+def test_a_description_of_another_kind_is_one_sentence(change, tmp_path):
+    np.save(tmp_path / 'x.npy', np.zeros((2, 3), np.float32))
+    rest = {'feature': 'avgpool', 'paths': ['a', 'b'], 'about': {}}
+    (tmp_path / 'x.json').write_text(json.dumps(rest))
+    assert len(read_features([tmp_path / 'x.npy']).paths) == 2
+    (tmp_path / 'x.json').write_text(change if isinstance(change, str) else json.dumps({**rest, **change}))
+    with pytest.raises(ValueError, match='not as simsiam embed writes it, or damaged') as e:
+        read_features([tmp_path / 'x.npy'])
+    assert str(tmp_path / 'x.npy') in str(e.value)
+
+
+def test_a_pipe_is_no_file_of_features(tmp_path):
+    for suffix in ('.npz', '.npy', '.csv', '.parquet', '.safetensors'):
+        os.mkfifo(tmp_path / f'x{suffix}')
+        with pytest.raises(FileNotFoundError, match='no such file'):
+            read_features([tmp_path / f'x{suffix}'])
+    (tmp_path / 'y.csv').write_text('path,avgpool_0,avgpool_1\na\n\n')
+    with pytest.raises(ValueError, match='y.csv: not as simsiam embed writes it'):
+        read_features([tmp_path / 'y.csv'])
+
+
 def test_a_file_that_is_not_there_or_no_table_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='--features .*none.npz: no such file'):
         read_features([tmp_path / 'none.npz'])

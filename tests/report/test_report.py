@@ -1,5 +1,6 @@
 """The page of a run: complete, quiet, accessible, and true to what the network was given."""
 import csv
+import dataclasses
 import json
 import math
 import os
@@ -331,6 +332,11 @@ def test_networks_that_are_not_the_runs_are_left_out(run, tmp_path, monkeypatch)
     start['source'] = str(run)
     networks, problem = make_networks(found._replace(args={**found.args, 'init_from': start}), read_recipe(found))
     assert 'before' not in networks and 'cannot be used' in problem and 'ffffffffffffffff' in problem
+    for change in (
+            {'model': 'os.system'}, {'model_args': {'act_layer': 'nope'}}, {'model_args': {'layers': [10**5] * 4}},
+            {'model': 'eva02_enormous_patch14_clip_224', 'model_args': {}}, {'model_args': {'channels': []}}):
+        networks, problem = make_networks(found, dataclasses.replace(read_recipe(found), **change))
+        assert not networks and 'args.json names cannot be built' in problem, change
     other = timm.create_model('vit_tiny_patch16_224', num_classes=0, depth=1)
     monkeypatch.setattr('simsiam_models.report.nearest.make_networks', lambda *_: ({
         'before': create_simsiam(found.args['model'], **found.args['model_args']).backbone, 'after': other}, ''))
@@ -347,6 +353,23 @@ def test_plots_of_the_same_name_do_not_replace_one_another(run, tmp_path, capsys
     assert make_distinct(['a_b', 'A_b', '', 'a_b']) == ['a_b', 'A_b_2', '_', 'a_b_3']
     assert cli.main(['report', str(run), '--plots', str(tmp_path / 'p'), '--data', 'x']) == 1
     assert 'only --html shows images' in capsys.readouterr().err
+    assert cli.main(['report', str(run), '--html', str(tmp_path / 'p.html'), '--data', 'x']) == 1
+    assert 'x: no such file or folder' in capsys.readouterr().err and not (tmp_path / 'p.html').exists()
+    assert cli.main(['report', str(run)]) == 1
+    assert 'for the page of the run, add --html FILE.html' in capsys.readouterr().err
+
+
+def test_nobody_can_foresee_where_a_page_is_written(run, tmp_path):
+    (tmp_path / 'p.html.part').symlink_to(tmp_path / 'victim')
+    os.mkfifo(tmp_path / 'loss.png.part')
+    assert cli.main(['report', str(run), '--html', str(tmp_path / 'p.html'), '--plots', str(tmp_path)]) == 0
+    assert not (tmp_path / 'victim').exists() and (tmp_path / 'loss.png').is_file()
+
+
+@pytest.mark.parametrize('name', ['x-{0..99}{0..99}{0..99}{0..99}.tar', '/*/*/*/*.tar', '/proc'])
+def test_data_that_a_run_names_are_not_searched_without_end(name):
+    parts, problem = open_recorded(name)
+    assert not parts and ('on its own' in problem or 'stands for more than 1,000,000 names' in problem)
 
 
 def test_a_table_of_urls_is_not_opened_unless_it_is_given(tmp_path, monkeypatch):
@@ -411,7 +434,7 @@ def test_a_detector_shows_its_sheet_and_classes(tmp_path, browser: Browser, monk
 
 
 @pytest.mark.parametrize('change', [
-    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'model': 'os.system'}, {'recipe': None},
+    {'images': 0}, {'seed': 'x'}, {'augmentation': {}}, {'extensions': [{}]}, {'recipe': None},
     {'images': -3}, {'data': 5}, {'momentum': 'x'}, {'batch_size': 10 ** 400}, {'seed': 10 ** 400},
     {'lr': float('nan')}, {'epochs': True}, {'size': 0}, {'size': True}, {'blur_sigma': [-5, -5]},
     {'blur_sigma': [1e9, 1e9]}, {'blur_sigma': [float('nan'), 1]}, {'crop_scale': [0, 1]}, {'hue': 7},

@@ -1,5 +1,6 @@
 """Where features and their images come from: DATA and a model, or files that `simsiam embed` wrote."""
 import argparse
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,7 +89,7 @@ def _extract(args: argparse.Namespace, backbone: Backbone, images: Images, world
 
 def open_paths(paths: list[str], name: str) -> FileImages | None:
     """Returns the files at these paths; None, with a line, if the first is no file."""
-    if not Path(paths[0]).is_file():
+    if not os.path.isfile(paths[0]):  # Path.is_file raises for some names
         print(f'{printable(paths[0])} is not a file on this machine, so there is no search for copies, and no '
               'pictures are shown; run the command where the paths in --features exist, or give DATA instead')
         return None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.messages import announce, one_line
+from . import images
 from .decode import DataError, UnreadableError, decode, explain_read_errors, import_library
 from .index import describe_alike, digest
 from .labels import (
@@ -33,7 +34,7 @@ from .labels import (
 from .names import choose_parts, part_of
 
 # pyarrow's errors are subclasses of the first two; a package for URLs may be missing.
-READ_ERRORS = OSError, ValueError, ImportError
+READ_ERRORS = OSError, ValueError, ImportError, UnreadableError
 
 
 def import_datasets() -> ModuleType:
@@ -77,10 +78,10 @@ class ArrowImages:
         import pyarrow as pa
         import pyarrow.compute as pc
         values = self._rows.with_format('arrow')[:][self.column]
-        if not pa.types.is_struct(values.type):
+        if not pa.types.is_struct(values.type) or values.type.get_field_index('path') < 0:
             return False
         paths = pc.struct_field(values, 'path').filter(pc.is_null(pc.struct_field(values, 'bytes')))
-        return any('://' in str(path) or '::' in str(path) for path in paths.to_pylist())
+        return any(map(is_url, map(str, paths.to_pylist())))
 
     def _digest(self) -> str:
         """Hashes the sizes of all images in order, and the labels: reading every byte would take hours."""
@@ -125,12 +126,20 @@ def select_undecoded(rows: Any, column: str) -> Any:
     return rows.cast_column(column, image(decode=False)) if isinstance(rows.features[column], image) else rows
 
 
+def is_url(path: str) -> bool:
+    """Returns whether the datasets library reads this path from elsewhere, or from inside an archive."""
+    return '://' in path or '::' in path
+
+
 def read_encoded(value: Any) -> bytes | None:
     """Returns the bytes of an image that a table contains, or whose file it names."""
     if isinstance(value, dict):
         if value.get('bytes') is None and value.get('path'):
+            path = str(value['path'])
+            if not is_url(path):
+                return images.open_files([path], path).stored_bytes(0)
             from datasets.utils.file_utils import xopen  # also reads files in archives and on the Hub
-            with xopen(value['path'], 'rb') as f:
+            with xopen(path, 'rb') as f:
                 data: bytes = f.read()
                 return data
         value = value.get('bytes')
@@ -246,6 +255,7 @@ def open_files(files: list[Path], name: str, choice: Choice | None = None) -> Ar
     datasets = import_datasets()
     if files[0].suffix.lower() == '.parquet':
         _check_class_names(files, name)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # load_dataset counts local files, too, by a request
         rows = explain_open_errors(
             name, datasets.load_dataset, 'parquet', data_files=[str(f.resolve()) for f in files], split='train')
     else:

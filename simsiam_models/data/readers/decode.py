@@ -1,5 +1,6 @@
 """Decodes image files to RGB pixels, and defines the errors of data that cannot be used."""
 import errno
+import functools
 import importlib
 import io
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ except ImportError:  # it has no wheel for this platform
 
 MAX_PIXELS = 89_478_485  # of an image; above it, Pillow warns of a decompression bomb
 PIL_BYTES = 11  # for each pixel that PIL decodes: its own 4, 1 more before it converts gray ones, and two copies of 3
+FORMATS = (
+    'JPEG', 'MPO', 'PNG', 'BMP', 'DIB', 'GIF', 'TIFF', 'WEBP', 'AVIF', 'HEIF', 'PPM', 'JPEG2000', 'ICO', 'TGA', 'PCX',
+    'SGI', 'QOI')
 FRAMES_BYTES = {'GIF': 18, 'WEBP': 25}  # the same where PIL keeps more than one frame; measured
 JPEG_BYTES = 4  # the same for what simplejpeg decodes: its 3, and some for the decoder
 _EXHAUSTED = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # the process lacks something; the file may be fine
@@ -67,10 +71,8 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
     try:
         if simplejpeg is not None and data[:3] == b'\xff\xd8\xff' and (pixels := _decode_jpeg(data)) is not None:
             return pixels
-        with Image.open(io.BytesIO(data)) as image:  # reads the header and rejects decompression bombs
+        with Image.open(io.BytesIO(data), formats=_list_formats()) as image:  # the header; rejects decompression bombs
             width, height = image.size
-            if image.format == 'EPS':  # PIL would hand it to Ghostscript, which runs it
-                raise ValueError('PostScript, a program; convert it to PNG or JPEG')
             if width * height > MAX_PIXELS:
                 raise ValueError(
                     f'{width} x {height} pixels, more than {MAX_PIXELS:,}; downscale it, since views are far '
@@ -85,7 +87,16 @@ def decode(data: bytes | bytearray, name: str) -> np.ndarray:
         raise UnreadableError(f'{name}: cannot be read as an image ({reason})') from None
 
 
+@functools.cache
+def _list_formats() -> list[str]:
+    """Returns the formats that PIL may read. It would hand PostScript, also in other files, to Ghostscript to run."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def _explain_unknown(data: bytes | bytearray) -> str:
+    if data[:4] == b'%!PS' or data[:4] == b'\xc5\xd0\xd3\xc6':
+        return 'PostScript, a program; convert it to PNG or JPEG'
     if data[:4] in (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+'):
         return 'damaged, or a kind of TIFF that Pillow does not know; convert it to 8 bits per sample'
     return 'unknown format'

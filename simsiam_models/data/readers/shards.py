@@ -11,18 +11,26 @@ from .names import TEST, find_part, is_passed_over, part_of
 TABLES = ('.parquet', '.arrow')
 
 
+MOST = 10**6  # names that a pattern stands for
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """Expands `shards-{000..009}.tar` and `{a,b}.tar` to all names."""
+    """Expands `shards-{000..009}.tar` and `{a,b}.tar` to all names, of which there may be MOST."""
     braces = re.search(r'\{([^{}]*(?:\.\.|,)[^{}]*)\}', pattern)
     if braces is None:
         return [pattern]
     numbers, words = re.fullmatch(r'([0-9]+)\.\.([0-9]+)', braces[1]), braces[1].split(',')
     if numbers is not None:
         first, last = int(numbers[1]), int(numbers[2])
-        if last < first or last - first >= 10**6:
+        if last < first or last - first >= MOST:
             raise ValueError(f'{pattern}: {braces[0]} is not a shard range; use {{FIRST..LAST}}, such as {{000..009}}')
         words = [str(i).zfill(len(numbers[1])) for i in range(first, last + 1)]
-    return [name for word in words for name in expand_braces(pattern[:braces.start()] + word + pattern[braces.end():])]
+    found: list[str] = []
+    for word in words:
+        found += expand_braces(pattern[:braces.start()] + word + pattern[braces.end():])
+        if len(found) > MOST:
+            raise ValueError(f'{pattern}: it stands for more than {MOST:,} names')
+    return found
 
 
 def expand_pattern(pattern: str) -> list[Path]:

@@ -216,6 +216,10 @@ def test_postscript_under_the_name_of_an_image_is_not_run(tmp_path, monkeypatch)
     ran = put_ghostscript(tmp_path, monkeypatch)
     with pytest.raises(UnreadableError, match='PostScript, a program'):
         decode.decode(EPS, 'a.jpg')
+    fields = [(3, 60, b'\1\0'), (3, 20, b'50'), (3, 30, b'50'), (3, 120, b'\5'), (8, 10, EPS)]
+    iptc = b''.join(b'\x1c' + bytes([*tag]) + len(data).to_bytes(2, 'big') + data for *tag, data in fields)
+    with pytest.raises(UnreadableError, match='cannot be read as an image'):
+        decode.decode(iptc, 'a.jpg')
     assert not ran.exists()
     with suppress(Exception), Image.open(io.BytesIO(EPS)) as image:
         image.load()
