@@ -254,8 +254,9 @@ def test_the_key_changes_with_weights_data_transform_and_precision(tiny, images,
 
 
 CHILD = '''
-import os, sys, time
+import os, signal, sys, time
 import torch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from simsiam_models.benchmarks import feature_file, features
 from simsiam_models.benchmarks.backbone import load_backbone
 from simsiam_models.data import FolderImages
