@@ -15,7 +15,6 @@ from ..runtime.files import explain_write_errors
 from ..runtime.lifecycle import ARGS
 from ..runtime.messages import require, size_text
 from .curves import list_plots
-from .data import open_recorded
 from .page import read_inputs, write_report
 
 
@@ -44,8 +43,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--markdown: prints tables to the terminal; leave it out with --html and --plots')
     if args.html is not None:
         check_file(args.html)
-    if args.data is not None and (problem := open_recorded(None, args.data)[1]):
-        raise ValueError(f'--data {args.data}: {problem}')
     inputs = read_inputs(args.results)
     if args.html is not None:
         write_report(args.html, args.results, inputs, args.data)

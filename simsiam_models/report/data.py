@@ -1,7 +1,8 @@
 """The images that a run was trained on, if they are still there."""
 import glob
 import os
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, cast
 
 from ..data import DataError, Images, Stream
 from ..data.opening import open_parts
@@ -21,26 +22,36 @@ class TrainingData(NamedTuple):
 
 
 def open_recorded(name: str | None, given: str | None = None) -> tuple[list[Images], str]:
-    """Opens the data that a run names, or `given`; returns the parts for training and validation.
+    """Opens the data that a run names, or `given`; returns the training and the validation part, if there are both.
 
-    The latter may have other classes.
-
-    If they cannot be shown, returns no part, and a sentence that says why.
+    If the data that a run names cannot be shown, returns no part, and a sentence that says why; raises ValueError if
+    `given` cannot.
     """
     if given is None and str(name).partition(':')[0] in ELSEWHERE:
         return [], f'The report does not open {name} on its own; pass the data with --data.'
-    if given is None and (glob.has_magic(str(name)) or os.path.realpath(str(name)).startswith(SYSTEM)):
+    if given is None and _is_endless(str(name)):
         return [], f'The report does not search {name} on its own; pass the data with --data.'
+    problem = ''
     try:
         train, val, unusable = open_parts(name if given is None else given)
+        if isinstance(train, Stream):
+            problem = f'{train.name} is a stream without random access, so its images cannot be shown.'
     except (ValueError, OSError, RuntimeError, DataError) as e:  # RuntimeError: a package is missing
-        return [], f'The data cannot be opened ({e}); if the data has moved, pass it with --data.'
-    if isinstance(train, Stream):
-        return [], f'{train.name} is a stream without random access, so its images cannot be shown.'
-    parts = [part for part in (train, val, unusable and unusable.images) if part is not None]
+        problem = f'The data cannot be opened ({e}); if the data has moved, pass it with --data.'
+    if problem and given is not None:
+        raise ValueError(f'--data {given}: {problem}')
+    if problem:
+        return [], problem
+    parts = [cast(Images, part) for part in (train, val, unusable and unusable.images) if part is not None]
     if given is None and any(isinstance(part, ArrowImages) and part.names_urls() for part in parts):
         return [], f'{name} names images by URLs, which the report does not open on its own; pass the data with --data.'
     return parts, ''
+
+
+def _is_endless(name: str) -> bool:
+    """Returns whether a path is a pattern to search for, or lies in one of the folders of SYSTEM."""
+    path = Path(os.path.realpath(name))
+    return any(path.is_relative_to(folder) for folder in SYSTEM) or glob.has_magic(name) and not os.path.exists(name)
 
 
 def open_training_data(run: RunFolder, given: str | None = None) -> TrainingData:

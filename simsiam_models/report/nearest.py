@@ -61,15 +61,18 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     return networks, problem
 
 
+def _list_numbers(value: Any) -> Iterator[float]:
+    """Yields all numbers in JSON."""
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _list_numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
 def _check_size(recipe: Recipe) -> None:
     """Raises ValueError for a network that takes more time or memory to build than a report may."""
-    def list_numbers(value: Any) -> Iterator[float]:
-        values = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
-        for v in values:
-            yield from list_numbers(v) if isinstance(v, dict | list | tuple) else [v] if isinstance(
-                v, int | float) else []
-
-    if sum(map(abs, list_numbers(recipe.model_args))) > 2**16:
+    if sum(map(abs, _list_numbers(recipe.model_args))) > 2**16:
         raise ValueError('its arguments are too large')
     with torch.device('meta'):
         n = sum(p.numel() for p in make_model(recipe, 0).parameters())

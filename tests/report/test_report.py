@@ -372,6 +372,14 @@ def test_data_that_a_run_names_are_not_searched_without_end(name):
     assert not parts and ('on its own' in problem or 'stands for more than 1,000,000 names' in problem)
 
 
+@pytest.mark.parametrize('name', ['photos [2024]', 'development', 'x*y'])
+def test_a_folder_is_opened_whatever_its_name_looks_like(name, data, tmp_path, monkeypatch):
+    monkeypatch.setattr('simsiam_models.report.data.SYSTEM', (str(tmp_path / 'dev'),))
+    shutil.copytree(data, tmp_path / name)
+    parts, problem = open_recorded(str(tmp_path / name))
+    assert not problem and len(parts[0]) == 96
+
+
 def test_a_table_of_urls_is_not_opened_unless_it_is_given(tmp_path, monkeypatch):
     table = pytest.importorskip('pyarrow').table({
         'image': [{'bytes': None, 'path': f'http://127.0.0.1:9/{i}.png'} for i in range(4)], 'label': ['a', 'b'] * 2})
