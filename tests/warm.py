@@ -265,7 +265,8 @@ def main() -> None:
     # What Python does at its end, except taking the modules apart, which would copy the server's pages.
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
+    if not sys.stdout.closed:  # multiprocessing's resource tracker closes it
+        sys.stdout.flush()
     os._exit(code)
 
 
