@@ -22,7 +22,7 @@ from simsiam_models.training import pretrain, step
 from simsiam_models.training.doctor import Diagnosis, Doctor
 from simsiam_models.training.journal import Journal
 from simsiam_models.training.monitor import effective_rank, output_std
-from simsiam_models.training.options import resolve_recipe
+from simsiam_models.training.options import name_recipe, resolve_recipe
 from simsiam_models.training.pretrain import build_parser
 from simsiam_models.training.recipes import RECIPES, Recipe
 from simsiam_models.training.schedule import load_optimizer, make_optimizer, scaled_lr
@@ -203,7 +203,8 @@ def test_a_finished_run_is_not_run_again(finished, digits):
     output, _ = finished
     before = (output / 'checkpoint.pth').read_bytes()
     result = run_train(digits, *TINY, '--epochs', '12', '--batch-size', '64', '--lr', '0.2', '--output', output)
-    assert result.returncode == 0 and 'continuing it' in result.stdout
+    assert result.returncode == 0 and 'continuing' not in result.stdout
+    assert f'{output} holds this run, and it is finished; --extend N continues it to N epochs' in result.stdout
     assert (output / 'checkpoint.pth').read_bytes() == before
 
 
@@ -340,6 +341,22 @@ def test_every_number_of_a_recipe_has_a_flag():
     _, recipe = resolve_recipe(args)
     assert (recipe.epochs, recipe.augmentation.hue, recipe.augmentation.size) == (3, 0.2, 64)
     assert not recipe.fix_pred_lr and recipe.augmentation.blur_sigma == (1, 3) and recipe.eval_resize == 64
+
+
+def test_without_a_recipe_the_demonstration_data_get_theirs_and_others_the_papers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [name_recipe(build_parser().parse_args(words)) for words in ([], ['demo'], ['photos'])]
+    assert names == ['demo', 'demo', 'in1k_bs512_ep100']
+    (tmp_path / 'demo').mkdir()
+    assert name_recipe(build_parser().parse_args(['demo'])) == 'in1k_bs512_ep100'
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_on_a_cpu_a_recipe_for_gpus_names_the_one_for_cpus(recipe, few_digits, tmp_path):
+    result = run_train(
+        few_digits, *TINY, '--recipe', recipe, '--batch-size', '16', '--epochs', '1', '--max-steps', '1',
+        '--knn-every', '-1', '--output', tmp_path / 'run')
+    assert ('use --recipe small' in result.stdout) == (recipe not in ('small', 'demo')), result.stderr
 
 
 def test_help_reads_like_a_manual():

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runtime.messages import announce
+from ..runtime.messages import announce, guess_path
 from .demo import demo_images
 from .parts import find_parts
 from .readers import arrow, metadata
@@ -64,6 +64,11 @@ def announce_unusable(unusable: Unusable) -> None:
     announce(f'not used for validation: {unusable}')
 
 
+def is_demo(spec: str | Path | None) -> bool:
+    """Returns whether DATA names the demonstration data, not a file or folder called demo."""
+    return spec is None or str(spec) == 'demo' and not os.path.exists(spec)
+
+
 def open_parts(
     spec: str | Path | None, images_per_epoch: int | None = None,
 ) -> tuple[Images | Stream, Images | None, Unusable | None]:
@@ -71,7 +76,7 @@ def open_parts(
     text, choice = split_choice('demo' if spec is None else str(spec))
     if images_per_epoch is not None and images_per_epoch < 1:
         raise ValueError(f'--images-per-epoch {images_per_epoch}: must be at least 1')
-    if text == 'demo' and (spec is None or not os.path.exists(text)):
+    if spec is None or is_demo(text):
         _refuse_choice(text, choice)
         train, val = demo_images()
         return train, val, None
@@ -114,7 +119,7 @@ def _open_images(text: str, prefix: str, rest: str, choice: Choice | None) -> tu
         if missing := next((file for file in files if not file.is_file()), None):
             raise FileNotFoundError(f'{missing}: no such file, of {len(files)} in {text}')
         return arrow.open_files(files, text, choice), None
-    raise FileNotFoundError(f'{text}: no such file or folder; DATA must be {FORMS}')
+    raise FileNotFoundError(f'{text}: no such file or folder; {guess_path(text) or "DATA must be " + FORMS}')
 
 
 def _open_folder(root: Path, choice: Choice | None) -> tuple[Images, Images | None]:

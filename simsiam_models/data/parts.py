@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ..runtime.messages import announce
-from .readers.index import name_some
+from ..runtime.messages import announce, name_some
 from .readers.names import PARTS, choose_parts, find_part, is_image, is_passed_over, part_of
 
 LONG = 10_000  # entries of a folder that are looked at; a longer one has images or classes, and parts as in PARTS

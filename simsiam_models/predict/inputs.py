@@ -19,7 +19,7 @@ from ..data.readers.lists import CSV_SUFFIXES, TEXT_SUFFIXES, ListImages
 from ..data.readers.names import EXTENSIONS, is_image
 from ..data.readers.shards import TABLES
 from ..data.readers.tars import COMPRESSED
-from ..runtime.messages import announce
+from ..runtime.messages import announce, guess_path
 
 ARCHIVES = ('.tar', *TABLES, *COMPRESSED)
 SOURCE = re.compile(r'(hf|hf-stream|torchvision|pipe|https?):')  # of what is no path
@@ -85,7 +85,7 @@ def _open_spec(spec: str) -> list[Images]:
         return _open_parts(spec)
     if glob.has_magic(spec):
         return [_open_pattern(spec)]
-    raise FileNotFoundError(f'{spec}: no such file or folder; IMAGES can be {FORMS}')
+    raise FileNotFoundError(f'{spec}: no such file or folder; {guess_path(spec) or "IMAGES can be " + FORMS}')
 
 
 def _list_folder(folder: str) -> Index:

@@ -18,7 +18,6 @@ from .trial import Trial
 MEASURED, PUBLISHED, THUMB = 'measured', 'published', 'rule of thumb'
 SMALL = 64  # pixels: at a smaller short side ImageNet's stem throws most of an image away
 LONGEST = 800  # epochs: the paper's longest runs
-CPU_RECIPES = {'small', 'demo'}
 # Small data sets get as many steps as the run on which a recipe was measured; for other recipes, the paper's 800 epochs
 # of 97 steps.
 STEPS = {'small': (3_900, 'the measured run on 10,000 CIFAR-10 images'), 'demo': (920, 'the demonstration')}

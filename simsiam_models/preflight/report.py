@@ -18,8 +18,8 @@ from ..data import Images, open_data
 from ..runtime.distributed import choose_device, cores, default_workers
 from ..runtime.files import write_json
 from ..runtime.messages import check_flags, counted, printable, size_text
-from ..training.recipes import RECIPES
-from .plan import CPU_RECIPES, MEASURED, PUBLISHED, Line, Plan, estimate_cost
+from ..training.recipes import CPU_RECIPES, RECIPES
+from .plan import MEASURED, PUBLISHED, Line, Plan, estimate_cost
 from .survey import ELONGATED, Survey, survey
 from .trial import Trial, run_trial
 

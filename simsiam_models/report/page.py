@@ -7,7 +7,7 @@ from ..benchmarks.results.report import explain_absence, make_tables, read_all
 from ..pages import gallery, plots, tables
 from ..pages.document import escape, link_sections, open_section, write_page
 from ..runtime.lifecycle import ARGS
-from ..runtime.messages import announce, counted
+from ..runtime.messages import announce, counted, guess_path
 from . import classified
 from .classified import draw_confusion, draw_mistakes
 from .curves import list_plots, tabulate_figures
@@ -38,7 +38,8 @@ def read_inputs(paths: list[Path]) -> Inputs:
     """
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f'{path}: no such file or folder; name the OUTPUT of a run, or a folder of records')
+            raise FileNotFoundError(f'{path}: no such file or folder; '
+                                    + (guess_path(path) or 'name the OUTPUT of a run, or a folder of records'))
     runs = [run for path in paths if path.is_dir() and (run := read_run(path)) is not None]
     records, left_out, _ = read_all(paths)
     if not (runs or records):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from . import checkpoint
 from .distributed import World
 from .files import write_atomically, write_json
-from .messages import silent
+from .messages import name_some, silent
 from .runlock import RunLock
 from .signals import Signals, Stopped
 
@@ -103,6 +103,8 @@ class Lifecycle:
 
         def write() -> dict[str, Any]:
             if (old := check()) is None:
+                if others := sorted(path.name for path in self.folder.iterdir() if not path.name.startswith('lock')):
+                    self.say(f'{self.folder} holds other files, too ({name_some(others)}); the run adds its own')
                 write_json(self.folder / ARGS, args)
             self._args = (self.folder / ARGS).read_bytes()
             return old or args

@@ -1,14 +1,18 @@
 """Text for users: errors in one line, rules for flags, lengths of time, sizes."""
+import difflib
 import html
 import importlib.util
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 _logger = logging.getLogger('simsiam_models')
+MAX_NAMED = 5  # names in a message
 FORMULA = tuple('=+-@\t\r\n\uff1d\uff0b\uff0d\uff20')  # the first characters, also in full width (OWASP)
 
 Rule = tuple[str, Any, bool, str]  # flag, its value, whether the value is allowed, what it must be
@@ -80,6 +84,26 @@ def short(value: Any, most: int = 80) -> str:
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
     return text if len(text) <= most else text[:most - 3] + '...'
+
+
+def name_some(names: Sequence[str]) -> str:
+    more = f' and {len(names) - MAX_NAMED:,} more' if len(names) > MAX_NAMED else ''
+    return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
+
+
+def guess(name: str, names: Iterable[str], likeness: float = 0.75) -> str:
+    """Returns 'did you mean X?' for the one of `names` that a misspelt name is most like, or ''."""
+    return ''.join(f'did you mean {printable(near)}?' for near in difflib.get_close_matches(name, names, 1, likeness))
+
+
+def guess_path(path: str | Path) -> str:
+    """Returns 'did you mean X?' for the file or folder beside `path` that a misspelt name is most like, or ''."""
+    try:
+        with os.scandir(Path(path).parent) as entries:
+            names = [os.path.normpath(entry.path) for entry in itertools.islice(entries, 1000)]
+        return guess(os.path.normpath(path), names)
+    except (OSError, ValueError):
+        return ''
 
 
 def clock_time(seconds: float) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, NoReturn, TextIO
 
-from .messages import printable
+from .messages import guess, printable
 
 
 class PlainStream:
@@ -38,10 +38,18 @@ class _Formatter(logging.Formatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, except that an error which quotes the user's words is one line."""
+    """argparse, except that an error is one line, and that one about a misspelt flag suggests the right one."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # That of a subcommand, too, so that the error names it.
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hints = [guess(word.partition('=')[0], self._option_string_actions) for word in unknown if word[:1] == '-']
+            self.error('; '.join([f'unrecognized arguments: {" ".join(unknown)}', *filter(None, hints[:1])]))
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        super().error(printable(message))
+        self.exit(2, f'{self.prog}: error: {printable(message)} (all arguments: {self.prog} --help)\n')
 
 
 @contextmanager

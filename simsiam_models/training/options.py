@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..data.augment import Augmentation
+from ..data.opening import is_demo
 from ..runtime.messages import check_flags, json_object
 from ..runtime.precision import AMP
 from .recipes import RECIPES, Recipe, list_rules
@@ -74,7 +75,7 @@ def _add_run_flags(add: Callable[..., Any]) -> None:
              'https://...tar); default: the demonstration data')
     add('--images-per-epoch', type=int, metavar='N', help='length of an epoch, for a stream that does not state it')
     add('--recipe', choices=RECIPES, metavar='NAME',
-        help='a recipe of the table below (default: in1k_bs512_ep100 for a folder, demo without DATA)')
+        help='a recipe of the table below (default: in1k_bs512_ep100; demo for the demonstration data)')
     add('--output', metavar='DIR',
         help='folder of the run; the same command continues the run (default: runs/RECIPE-DATA)')
     add('--resume', default='auto', metavar='auto|never|FILE',
@@ -169,7 +170,7 @@ def _short(value: Any) -> str:
 
 
 def name_recipe(args: argparse.Namespace) -> str:
-    return args.recipe or ('demo' if args.data is None else 'in1k_bs512_ep100')
+    return args.recipe or ('demo' if is_demo(args.data) else 'in1k_bs512_ep100')
 
 
 def resolve_recipe(args: argparse.Namespace) -> tuple[str, Recipe]:

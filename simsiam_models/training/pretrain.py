@@ -131,7 +131,8 @@ def begin(run: Pretraining, state: dict[str, Any] | None) -> tuple[int, int]:
         trainer.load_state_dict(state)
         journal.load_state_dict(state)
         views.unreadable = state['unreadable']
-        journal.log.say(describe_continuation(epoch, step, life.world.size, state['processes']))
+        if epoch < trainer.recipe.epochs:
+            journal.log.say(describe_continuation(epoch, step, life.world.size, state['processes']))
     journal.log.resume(0 if state is None else state['log_bytes'])
     done = epoch * len(views) + step
     life.world.broadcast_from_main(lambda: journal.log.attach(args.tensorboard, args.wandb, record, done))

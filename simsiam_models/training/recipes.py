@@ -68,6 +68,8 @@ RECIPES = {
         augmentation=Augmentation(size=32, blur_p=0.0), eval_resize=32, knn_t=0.1, knn_every=5),
 }
 
+CPU_RECIPES = {'small', 'demo'}
+
 
 def list_rules(recipe: Recipe) -> dict[str, tuple[bool, str]]:
     """Returns, for each number of a recipe that has a limit, whether it keeps it, and the limit in words."""

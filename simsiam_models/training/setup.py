@@ -113,7 +113,10 @@ def claim(
     if continued and lost and world.broadcast_from_main((life.folder / BACKBONE).exists):
         raise ValueError(f'{life.folder} holds a trained backbone, but no checkpoint; give another --output')
     if continued:
-        life.say(f'{life.folder} holds this run{", but no checkpoint: it begins again" if lost else ": continuing it"}')
+        done = state is not None and state['epoch'] == record['epochs'] and args.extend is None
+        life.say(f'{life.folder} holds this run' + (
+            ', but no checkpoint: it begins again' if lost else
+            ', and it is finished; --extend N continues it to N epochs' if done else ': continuing it'))
     if state is not None and given is not None:
         life.say(f'{life.folder} already has checkpoints, so --resume {args.resume} is ignored')
     state = state or given

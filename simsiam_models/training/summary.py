@@ -3,10 +3,11 @@ from pathlib import Path
 
 from ..data import TwoViews
 from ..runtime.accuracy import difference_error
-from ..runtime.messages import printable
+from ..runtime.messages import counted, printable
 from ..weights.networks import BACKBONE
 from .journal import UNREADABLE, Journal
 from .monitor import KnnMonitor, explain_no_monitor
+from .recipes import CPU_RECIPES
 from .schedule import scaled_lr
 from .step import Trainer
 
@@ -15,12 +16,16 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
     """Describes the data, the recipe and the device of a run, with advice about them."""
     r, images, world = trainer.recipe, views.images, trainer.world
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    kind = 'no labels' if images.labels is None else f'{len(images.classes)} classes'
+    kind = 'no labels' if images.labels is None else counted(len(images.classes), 'class', 'classes')
     lines = [
-        f'{printable(images.name)}: {len(images)} images, {kind}; {len(views)} steps per epoch',
-        f'recipe {name}: {r.model}, {parameters:,} parameters, {r.epochs} epochs, batch {r.batch_size} '
-        f'({r.batch_size // world.size} x {world.size} processes), lr {r.lr:g} per 256 samples = {scaled_lr(r):g}, '
-        f'{world.device.type}, amp {trainer.amp}, {trainer.perf} -> {folder}']
+        f'{printable(images.name)}: {counted(len(images), "image")}, {kind}; {counted(len(views), "step")} per epoch',
+        f'recipe {name}: {r.model}, {parameters:,} parameters, {counted(r.epochs, "epoch")}, batch {r.batch_size} '
+        f'({r.batch_size // world.size} x {counted(world.size, "process", "processes")}), lr {r.lr:g} per 256 samples '
+        f'= {scaled_lr(r):g}, {world.device.type}, amp {trainer.amp}, {trainer.perf} -> {folder}']
+    if world.device.type == 'cpu' and name not in CPU_RECIPES:
+        lines.append(
+            f'{name} is a recipe for GPUs: on a CPU it takes long, and may take more memory than there is; for small '
+            'images of your own, use --recipe small; `simsiam preflight` says what this machine can do')
     if hasattr(images, 'promise'):
         lines.append(images.promise)
     if r.knn_every < 0:

@@ -58,6 +58,21 @@ def test_a_folder_of_something_else_is_not_touched(tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
+def test_a_new_run_beside_other_files_says_so_once(tmp_path):
+    said: list[str] = []
+    for _ in range(2):
+        with life(tmp_path, said=said) as one:
+            one.claim(RUN)
+        assert said == []
+    (tmp_path / 'other').mkdir()
+    for name in ('b.txt', 'a\nb.jpg'):
+        (tmp_path / 'other' / name).touch()
+    for _ in range(2):
+        with life(tmp_path / 'other', said=said) as one:
+            one.claim(RUN)
+        assert said == [f'{tmp_path / "other"} holds other files, too (a b.jpg, b.txt); the run adds its own']
+
+
 def test_a_file_is_no_folder_and_a_broken_record_is_named(tmp_path):
     (tmp_path / 'file').write_text('x')
     with life(tmp_path / 'file') as one, pytest.raises(ValueError, match='is a file'):

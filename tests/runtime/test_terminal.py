@@ -7,7 +7,7 @@ import sys
 import pytest
 from tqdm import tqdm
 
-from simsiam_models.runtime.messages import inert_cell, one_line, plain_markdown, printable
+from simsiam_models.runtime.messages import guess_path, inert_cell, one_line, plain_markdown, printable
 from simsiam_models.runtime.terminal import Parser, PlainStream, plain_terminal
 
 HOSTILE = [
@@ -58,7 +58,7 @@ def test_an_error_of_argparse_quotes_in_one_line(capsys):
     with pytest.raises(SystemExit), plain_terminal():
         Parser('simsiam').parse_args(['a\n\x1b[2Jsimsiam: done'])
     assert capsys.readouterr().err.splitlines()[-1] == (
-        'simsiam: error: unrecognized arguments: a\\n\\x1b[2Jsimsiam: done')
+        'simsiam: error: unrecognized arguments: a\\n\\x1b[2Jsimsiam: done (all arguments: simsiam --help)')
 
 
 @pytest.mark.parametrize('cell', [
@@ -82,3 +82,32 @@ def test_numbers_and_names_stay_as_they_are(cell):
     ('# a', r'\# a'), ('- a', r'\- a'), ('-1.5', '-1.5')])
 def test_markdown_shows_names_and_obeys_none(name, want):
     assert plain_markdown(name) == want
+
+
+@pytest.mark.parametrize('words, name, hint', [
+    (['a', '--epocs', '3'], 'x', '--epochs'), (['sub', '--modle=3'], 'x sub', '--model'), (['a', '--zzz'], 'x', None),
+    (['sub', 'b'], 'x sub', None), (['a', 'b'], 'x', None)])
+def test_a_misspelt_flag_gets_one_line_that_suggests_the_right_one(words, name, hint, capsys):
+    parser = Parser('x', allow_abbrev=False)
+    parser.add_argument('--epochs')
+    if words[0] == 'sub':
+        parser.add_subparsers().add_parser('sub', allow_abbrev=False).add_argument('--model')
+    else:
+        parser.add_argument('data')
+    with pytest.raises(SystemExit) as e:
+        parser.parse_args(words)
+    line, = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and line.startswith(f'{name}: error: unrecognized arguments: ')
+    assert f'(all arguments: {name} --help)' in line
+    assert (f'did you mean {hint}?' in line if hint else 'mean' not in line)
+
+
+@pytest.mark.parametrize('name, near', [
+    ('my_fotos', 'my_photos'), ('./my_fotos/', 'my_photos'), ('a/tran.csv', 'a/train.csv'), ('zzz', ''), ('q/my', ''),
+    ('hf:me/data', ''), ('a\0b', ''), ('', '')])
+def test_a_misspelt_path_gets_the_name_beside_it(name, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my_photos').mkdir()
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'train.csv').touch()
+    assert guess_path(name) == (f'did you mean {near}?' if near else '')

@@ -21,10 +21,10 @@ from PIL import Image
 
 from ...data.readers.decode import DataError, UnreadableError, decode
 from ...data.readers.images import FileImages
-from ...data.readers.index import Listing, digest, name_some
+from ...data.readers.index import Listing, digest
 from ...data.threads import Job, run_in_order
 from ...runtime.distributed import cores
-from ...runtime.messages import announce, printable
+from ...runtime.messages import announce, name_some, printable
 from ..samples import Pair, hold_out_rows
 from .cityscapes import list_cityscapes
 from .exif import WITHIN, is_turned

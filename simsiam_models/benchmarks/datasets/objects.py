@@ -17,9 +17,9 @@ import numpy as np
 from ...data.opening import find_validation_list
 from ...data.readers.decode import DataError, decode
 from ...data.readers.images import FileImages
-from ...data.readers.index import Listing, digest, name_some
+from ...data.readers.index import Listing, digest
 from ...data.readers.names import VALIDATION, is_passed_over, part_of
-from ...runtime.messages import announce, short
+from ...runtime.messages import announce, guess_path, name_some, short
 from ..samples import Pair, hold_out_rows
 from .annotations import MIN_SIDE, VARIANTS, Annotated, Objects
 from .coco import find_images, parse_coco
@@ -251,7 +251,7 @@ def _open_folder(root: Path, variant: str, partial: bool) -> tuple[ObjectImages,
     if root.is_file():
         return _open_json(root, partial)
     if not root.is_dir():
-        raise FileNotFoundError(f'{root}: no such file or folder; {FORMS}')
+        raise FileNotFoundError(f'{root}: no such file or folder; {guess_path(root) or FORMS}')
     voc, files = find_voc(root), _list_json(root)
     if voc and files:
         raise ValueError(f"{root} has annotations in COCO's form, {files[0]}, and in VOC's, {voc[0] / voc[2]}; give "

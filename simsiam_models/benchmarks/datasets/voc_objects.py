@@ -7,9 +7,8 @@ from xml.etree import ElementTree
 import numpy as np
 from PIL import Image
 
-from ...data.readers.index import name_some
 from ...data.readers.names import is_image
-from ...runtime.messages import one_line, short
+from ...runtime.messages import name_some, one_line, short
 from .annotations import Annotated, Annotations
 from .lists import find_present, find_repeated, read_lines
 from .voc import NAMES, find_folder

@@ -65,7 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--list', type=Path, metavar='FILE', help='names of the labelled images, one per line')
     add('--head-multiplier', **NUMBER, help="the classifier's learning rate / --lr: 1, 10 or 100 (default: 10)")
     add('--grid', action='store_true', help='run all nine pairs of --lr .1 .01 .001 and --head-multiplier 1 10 100')
-    add('--dataset', choices=['imagenet', 'folder'], default='imagenet', help='default: imagenet')
+    add('--dataset', choices=['imagenet', 'folder'], default='imagenet',
+        help='what DATA is, with --protocol (default: imagenet)')
     add('--allow-partial', action='store_true', help='accept fewer images than the data set has')
     parser.set_defaults(kept='the same command continues from the last checkpoint')
 

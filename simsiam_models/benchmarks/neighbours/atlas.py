@@ -35,7 +35,8 @@ DETAILS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_data(parser)
-    add('--html', type=Path, required=True, metavar='FILE.html', help='the page: a single file to open in a browser')
+    add('--html', '--output', type=Path, required=True, metavar='FILE.html',
+        help='the page: a single file to open in a browser')
     add('--projection', nargs='+', choices=list(NAMES), metavar='NAME',
         help='tsne, pca or umap; the page can switch between several (default: tsne; pca for 30 images or fewer)')
     add('--k', type=int, default=24, metavar='K', help='how many nearest images a search by image shows (default: 24)')

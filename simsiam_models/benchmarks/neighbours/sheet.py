@@ -26,7 +26,8 @@ def write_sheet(path: Path, title: str, sections: list[Section]) -> None:
 def _list_pieces(sections: list[Section]) -> Iterator[str]:
     yield link_sections(f'{s.title} ({s.total:,})' for s in sections)
     for i, section in enumerate(sections):
-        shown = f' Shown: {len(section.rows):,} of {section.total:,}.' if len(section.rows) < section.total else ''
+        shown = ' None found.' if not section.total else (
+            f' Shown: {len(section.rows):,} of {section.total:,}.' if len(section.rows) < section.total else '')
         yield open_section(i, section.title, f'{section.explanation}{shown}')
         for heading, cells in section.rows:
             yield draw_row(heading, cells)

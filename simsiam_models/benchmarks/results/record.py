@@ -13,7 +13,7 @@ from typing import Any
 from ...data.readers.index import digest
 from ...runtime.accuracy import standard_error
 from ...runtime.files import write_atomically
-from ...runtime.messages import one_line, short
+from ...runtime.messages import guess_path, one_line, short
 from ...runtime.versions import command, versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
@@ -126,7 +126,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
         content = path.read_bytes()
     except OSError as e:
         absent = isinstance(e, FileNotFoundError)
-        hint = '`simsiam knn` and the other benchmarks write records' if absent else 'fix that, or leave the file out'
+        hint = 'fix that, or leave the file out' if not absent else (
+            guess_path(path) or '`simsiam knn` and the other benchmarks write records')
         raise type(e)(f'{path} cannot be read ({e.strerror}); {hint}') from None
     try:
         value = json.loads(content.decode(errors='surrogateescape'), parse_constant=refuse)

@@ -22,6 +22,7 @@ from .compare import TOLERANCE, compare, strip_layer
 from .record import NoRecordError, describe_source, format_published, read_record
 from .sheets import VARIANT, Compared, Label, ResultTable, make_label, tabulate
 
+OF_RUNS = {'args.json', 'config.json'}  # of runs and exported networks, beside which records lie
 Cells = dict[int, str]  # column -> text
 
 
@@ -107,7 +108,7 @@ def make_tables(records: list[dict[str, Any]]) -> list[ResultTable]:
 
 
 def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[str], int]:
-    """Returns the records, why damaged files in the folders are left out, and how many JSON files are none of ours."""
+    """Returns the records, why damaged files in the folders are left out, and how many other JSON files there are."""
     files: dict[Any, tuple[Path, bool]] = {}  # each file once, and whether `paths` names it
     errors: list[OSError] = []
     for path in map(Path, paths):
@@ -127,7 +128,7 @@ def read_all(paths: Sequence[str | Path]) -> tuple[list[dict[str, Any]], list[st
             if named:
                 raise
             if isinstance(e, NoRecordError):
-                others += 1
+                others += path.name not in OF_RUNS
             else:
                 left_out.append(short(str(e), 400))
     return records, left_out, others

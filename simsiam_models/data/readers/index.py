@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.files import cache_folder, replacing
-from ...runtime.messages import short
+from ...runtime.messages import name_some, short
 from .names import is_passed_over
 
 MAGIC = b'simsidx4'  # the last character is the version of the format
@@ -38,7 +38,7 @@ PREFIX = struct.Struct('<8sq32s')
 DTYPES = {  # shards, starts and sizes: the columns of an index of tar shards
     'offsets': '<i8', 'paths': 'u1', 'labels': '<i4', 'shards': '<i4', 'starts': '<i8', 'sizes': '<i8'}
 RACY_NS = 2 * 10**9  # the coarsest clock among file systems in use (FAT)
-MAX_KINDS, MAX_NAMED = 100, 5  # kinds of names that are counted one by one, and that are named
+MAX_KINDS = 100  # of names that are counted one by one
 
 
 @dataclass(eq=False)
@@ -83,11 +83,6 @@ def digest(*parts: bytes | str | np.ndarray) -> str:
 
 def _digest(about: str, classes: list[str], offsets: np.ndarray, paths: np.ndarray, labels: np.ndarray) -> str:
     return digest(json.dumps([about, classes, bool(len(labels))]), offsets, paths, labels)
-
-
-def name_some(names: list[str]) -> str:
-    more = f' and {len(names) - MAX_NAMED:,} more' if len(names) > MAX_NAMED else ''
-    return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
 
 
 def describe_alike(classes: list[str]) -> str:

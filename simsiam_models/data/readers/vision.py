@@ -1,5 +1,4 @@
 """The data sets of torchvision by name, `torchvision:NAME[:ROOT]`. Nothing is downloaded: the files must exist."""
-import difflib
 import inspect
 import json
 import os
@@ -12,7 +11,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 
-from ...runtime.messages import one_line
+from ...runtime.messages import guess, one_line
 from .decode import DataError, explain_read_errors
 from .index import digest
 from .names import VALIDATION
@@ -67,8 +66,7 @@ def open_torchvision(name: str, root: str) -> tuple[TorchvisionImages, Torchvisi
     known = [n for n in torchvision.datasets.__all__ if n not in GENERIC and inspect.isclass(
         getattr(torchvision.datasets, n))]
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = f'did you mean {near[0]}?' if near else 'torchvision.datasets lists them'
+        hint = guess(name, known, 0.5) or 'torchvision.datasets lists them'
         raise ValueError(f'torchvision:{name}: torchvision has no data set of that name; {hint}')
     make: Callable[..., Any] = getattr(torchvision.datasets, name)
     takes = inspect.signature(make).parameters

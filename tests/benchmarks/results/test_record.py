@@ -544,7 +544,8 @@ def test_the_comparison_in_a_file_is_not_trusted(tmp_path: Path):
 
 
 def test_files_in_a_folder_that_are_not_records_are_left_out_by_name(results: Path, tmp_path: Path):
-    (results / 'args.json').write_text('{"model": "x"}')
+    for name in ('args.json', 'config.json', 'other.json'):  # the first two are of a run
+        (results / name).write_text('{"model": "x"}')
     (results / 'torn.json').write_text('{"format"')
     text = report([results])
     assert 'Skipped files that are not records:' in text

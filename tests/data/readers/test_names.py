@@ -12,6 +12,7 @@ from simsiam_models.data import FolderImages, open_data
 from simsiam_models.data.readers import index
 from simsiam_models.data.readers.names import choose_parts, find_passed_over, is_image, is_passed_over, part_of
 from simsiam_models.data.readers.shards import split_by_name
+from simsiam_models.runtime import messages
 
 JUNK = [
     '.DS_Store', '._1.jpg', '.hidden.png', '.ipynb_checkpoints', '.AppleDouble', '.thumbnails', '.Trash-1000', '.git',
@@ -134,7 +135,7 @@ def test_a_folder_of_nothing_but_what_is_left_out_says_so(tmp_path):
 def test_many_kinds_are_counted_and_some_are_named(tmp_path):
     root = fill(tmp_path, ['a/1.jpg', *(f'a/{i}.{i:06}' for i in range(150))])
     note, = FolderImages(root).notes
-    assert ': 150 (' in note and note.count('1 .0000') == index.MAX_NAMED - 1 and 'others' in note
+    assert ': 150 (' in note and note.count('1 .0000') == messages.MAX_NAMED - 1 and 'others' in note
 
 
 def test_names_of_control_characters_and_lone_bytes_are_printable_in_the_notes(tmp_path):
