@@ -36,7 +36,7 @@ def list_texts() -> list[str]:
 
 
 def test_the_messages_that_troubleshooting_quotes_are_those_of_the_package():
-    texts, others = list_texts(), ('error: externally', 'Unknown model', 'Too Many Requests', 'torch.hub')
+    texts, others = list_texts(), ('Killed', 'error: externally', 'Unknown model', 'Too Many Requests', 'torch.hub')
     page = re.sub(r'\s+', ' ', (ROOT / 'docs/troubleshooting.md').read_text())
     quoted = [q for bold in re.findall(r'\*\*(`.*?`.*?)\*\*', page) for q in re.findall('`([^`]+)`', bold)]
     quoted += [name for name in re.findall(r'\| `([a-z ]+)` \|', page)]
