@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from ..runtime.messages import one_line, require, restore_cell
+from ..runtime.messages import one_line, require, restore_cell, size_text
 from .feature_table import SUFFIXES, FeatureTable
 
 SHARD = re.compile(r'(.*)-(\d{5})-of-(\d{5})')
+EXPANSION = 64  # bytes that a byte of a compressed file may become
 _COLUMN = re.compile(r'(.+)_(\d+)')
 _Parts = tuple[dict[str, Any], list[str], Any, list[str] | None, dict[str, Any]]  # the fields of a FeatureTable
 
@@ -109,6 +111,10 @@ def _choose(names: Sequence[str]) -> str:
 
 
 def _read_npz(path: Path) -> _Parts:
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > EXPANSION * max(path.stat().st_size, 1 << 24):  # features shrink by far less
+        raise ValueError(f'it would unpack to {size_text(size)}')
     with np.load(path) as table:
         name = _choose([key for key in table if key not in ('paths', 'labels', 'classes', 'about')])
         labelled = 'labels' in table

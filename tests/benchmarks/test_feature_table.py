@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +122,18 @@ def test_a_description_of_another_kind_is_one_sentence(change, tmp_path):
     with pytest.raises(ValueError, match='not as simsiam embed writes it, or damaged') as e:
         read_features([tmp_path / 'x.npy'])
     assert str(tmp_path / 'x.npy') in str(e.value)
+
+
+def test_a_compressed_file_is_read_unless_it_would_unpack_to_far_more(tmp_path):
+    names = [f'{i}' for i in range(300)]
+    np.savez_compressed(tmp_path / 'x.npz', avgpool=np.zeros((300, 2048), np.float32), paths=names)
+    assert read_features([tmp_path / 'x.npz']).arrays['avgpool'].shape == (300, 2048)
+    with zipfile.ZipFile(tmp_path / 'y.npz', 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open('avgpool.npy', 'w', force_zip64=True) as f:
+            for _ in range(1100):
+                f.write(bytes(1 << 20))
+    with pytest.raises(ValueError, match='it would unpack to 1.15 GB'):
+        read_features([tmp_path / 'y.npz'])
 
 
 def test_a_pipe_is_no_file_of_features(tmp_path):
