@@ -34,6 +34,8 @@ WRONG_NAMES = {  # what timm says -> what to do
     'Unknown model': 'timm.list_models() lists the names',
     'Invalid pretrained tag': 'timm.list_pretrained() lists the tags'}
 VALUES = 9216  # adaptive pooling leaves at most this many values per map
+MOST = 4096  # pixels of the side of an image
+Three = tuple[float, float, float]
 
 _logger = logging.getLogger('simsiam_models')
 
@@ -46,8 +48,8 @@ class Backbone:
     name: str  # as the user wrote it
     tag: str | None  # of published weights, if these are proven to be them
     digest: str  # `weights_digest`
-    mean: tuple[float, float, float]  # of RGB pixels, as std
-    std: tuple[float, float, float]
+    mean: Three  # of RGB pixels, as std
+    std: Three
     num_features: int
     image_size: int = SIZE  # pixels: the side of the images in the model's configuration, or in its run
     architecture: str = ''  # timm's name of the network
@@ -82,8 +84,7 @@ def load_backbone(
     model, tag, args, proven = _load_model(name, branch, model_kwargs)
     model = model.to(device).to(memory_format=torch.channels_last).eval().requires_grad_(False)
     cfg = getattr(model, 'pretrained_cfg', None) or {}
-    mean = _parse_three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
-    std = _parse_three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
+    mean, std, size = read_pixels({**cfg, 'input_size': model_kwargs.get('img_size') or cfg.get('input_size')}, name)
     tag = tag if isinstance(tag, str) and tag in WEIGHTS else None
     found = weights_digest(model)
     if tag and not (proven or sources.is_proven(tag, found, model_kwargs.get('cache_dir'))):
@@ -92,7 +93,6 @@ def load_backbone(
             f"own (`simsiam weights verify {tag}` gets the authors' file to compare with)")
         tag = None
     features: Any = getattr(model, 'head_hidden_size', None) or model.num_features
-    size = _parse_size(model_kwargs.get('img_size') or cfg.get('input_size') or SIZE, name)
     architecture = cfg.get('architecture') or name.removesuffix(RANDOM).split('.')[0]
     return Backbone(model, name, tag, found, mean, std, int(features), size, architecture, args)
 
@@ -123,16 +123,20 @@ def _load_model(
         "a checkpoint, the OUTPUT of `simsiam pretrain`, local-dir:FOLDER or hf-hub:REPO")
 
 
-def _parse_size(values: Any, name: str) -> int:
-    size = values[-1] if isinstance(values, (list, tuple)) and values else values
-    if type(size) is not int or size < LEAST:
+def read_pixels(cfg: dict[str, Any], name: str) -> tuple[Three, Three, int]:
+    """Returns mean, std and the image size in pixels of timm's configuration of a model; raises ValueError."""
+    mean = _parse_three(cfg.get('mean') or timm.data.IMAGENET_DEFAULT_MEAN, f'{name}: mean')
+    std = _parse_three(cfg.get('std') or timm.data.IMAGENET_DEFAULT_STD, f'{name}: std', least=1e-6)
+    values = cfg.get('input_size') or SIZE
+    size = values[-1] if isinstance(values, (list, tuple)) else values
+    if type(size) is not int or not LEAST <= size <= MOST:
         raise ValueError(
-            f'{name}: input_size {str(values)[:60]} in its configuration: channels, height and width are needed, at '
-            f'least {LEAST} px')
-    return size
+            f'{name}: input_size {str(values)[:60]} in its configuration: channels, height and width are needed, '
+            f'{LEAST} to {MOST} px')
+    return mean, std, size
 
 
-def _parse_three(values: Any, what: str, least: float = -math.inf) -> tuple[float, float, float]:
+def _parse_three(values: Any, what: str, least: float = -math.inf) -> Three:
     try:
         numbers = tuple(float(x) for x in values)
     except (TypeError, ValueError):

@@ -35,7 +35,7 @@ from ..data.readers.images import Images, pixels_digest, stored_sizes
 from ..data.readers.index import digest
 from ..runtime.distributed import World, cores
 from ..runtime.files import cache_folder, explain_write_errors, hold_lock, write_atomically
-from ..runtime.messages import one_line
+from ..runtime.messages import counted, one_line
 from ..runtime.precision import AMP, autocast, full_precision
 from ..runtime.versions import versions
 from .backbone import Backbone, forward_stages, has_protocol_sizes, pool_stages
@@ -331,4 +331,5 @@ def _compute(
         writer.close()
     if main and total and bar.disable:
         seconds = time.perf_counter() - began
-        print(f'features: {total} images in {seconds:.1f} s ({total / seconds:.1f} images/s)', file=sys.stderr)
+        text = f'{counted(total, "image")} in {seconds:.1f} s ({total / seconds:.1f} images/s)'
+        print(f'features: {text}', file=sys.stderr)

@@ -39,7 +39,8 @@ def reduce_features(x: np.ndarray, dim: int) -> np.ndarray:
     """Projects (N, D) features onto their first principal components: (N, min(dim, N, D)) float32."""
     from sklearn.decomposition import PCA
 
-    reduced: np.ndarray = PCA(min(dim, *x.shape), random_state=0).fit_transform(x)
+    with np.errstate(invalid='ignore'):  # equal rows have no variance to explain
+        reduced: np.ndarray = PCA(min(dim, *x.shape), random_state=0).fit_transform(x)
     return reduced
 
 

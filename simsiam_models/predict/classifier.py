@@ -14,6 +14,7 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from timm.models import is_model
 from torch import Tensor, nn
 
+from ..benchmarks.backbone import read_pixels
 from ..benchmarks.trained import BACKBONE
 from ..runtime.messages import one_line, short
 from ..weights import tensorfile
@@ -22,6 +23,7 @@ from ..weights.published import NAME, WEIGHTS
 from ..weights.reading import find_export
 from ..weights.tensorfile import CONFIG
 
+CROPS = 'center', 'squash', 'border'  # timm's
 HUB = ('hf-hub:', 'hf_hub:')
 # What timm, torch and Pillow raise for a configuration that describes no working network or transform.
 WRONG = (
@@ -40,6 +42,11 @@ class ImageClassifier:
         self.name, self.device, config = name, device, cast(dict[str, Any], model.pretrained_cfg)
         classes = cast(int, model.num_classes)
         self.classes, self.named = name_classes(config.get('label_names'), classes, imagenet, name)
+        read_pixels(config, name)
+        crop, mode = config.get('crop_pct'), config.get('crop_mode')
+        if crop is not None and not (type(crop) in (int, float) and 0 < crop < 2) or mode not in (None, *CROPS):
+            raise ValueError(f'{name}: crop_pct {short(crop)}, crop_mode {short(mode)} in its configuration: a share '
+                             f'of the image and one of {", ".join(CROPS)} are needed')
         try:
             self.transform = create_transform(**resolve_data_config(pretrained_cfg=config))
             item = self.prepare(np.zeros((48, 64, 3), np.uint8))
@@ -79,6 +86,8 @@ def name_classes(stored: Any, n: int, imagenet: bool, where: str) -> tuple[list[
         if not isinstance(stored, (list, tuple)) or len(stored) != n:
             found = f'{len(stored)} names' if isinstance(stored, (list, tuple)) else short(stored)
             raise ValueError(f'{where}: label_names in its configuration: {n} names are needed, not {found}')
+        if not all(type(name) in (str, int) for name in stored):
+            raise ValueError(f'{where}: label_names in its configuration: not all are names: {short(stored)}')
         return [LONE.sub('\ufffd', str(name)) for name in stored], True
     subset = infer_imagenet_subset({'num_classes': n}) if imagenet else None
     if subset is None:

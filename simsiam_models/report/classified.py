@@ -14,7 +14,7 @@ from ..data.readers.images import Images, load_picture, name_of, open_files
 from ..pages.document import escape
 from ..pages.gallery import Cell, draw_row
 from ..pages.tables import draw_table, wrap_wide
-from ..runtime.messages import counted, restore_cell, short
+from ..runtime.messages import counted, is_count, restore_cell, short
 from .data import open_recorded
 from .run import RunFolder
 
@@ -39,12 +39,19 @@ class Mistake(NamedTuple):
     score: float  # of the predicted class
 
 
+def read_confusion(record: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns label -> predicted class -> images; raises ValueError if damaged."""
+    confusion: dict[str, dict[str, int]] = record['extra']['confusion']
+    given = confusion.values() if isinstance(confusion, dict) else [None]
+    if not all(isinstance(row, dict) and row.keys() <= confusion.keys() and all(map(is_count, row.values()))
+               for row in given):
+        raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
+    return confusion
+
+
 def draw_confusion(record: dict[str, Any]) -> str:
     """Returns the confusion matrix, or for many classes the pairs that are confused most."""
-    confusion = record['extra']['confusion']
-    given = confusion.values() if isinstance(confusion, dict) else [None]
-    if not all(isinstance(row, dict) and all(isinstance(n, int) and n >= 0 for n in row.values()) for row in given):
-        raise ValueError('the confusion matrix in record.json is damaged; fine-tune again, or remove the file')
+    confusion = read_confusion(record)
     classes = list(confusion)
     if len(classes) > MATRIX:
         pairs = sorted(((n, a, b) for a, row in confusion.items() for b, n in row.items() if a != b), reverse=True)
@@ -68,17 +75,29 @@ def _draw_cell(n: int, total: int, right: bool) -> str:
     return f'<td style="background: color-mix(in srgb, var(--s{1 if right else 2}) {share}%, transparent)">{n:,}</td>'
 
 
-def read_mistakes(folder: Path) -> list[Mistake] | None:
-    """Returns the wrong predictions, the surest first; None if the run kept none. Raises ValueError if damaged."""
-    file, found = folder / PREDICTIONS, []
+def read_mistakes(folder: Path, tested: int | None = None) -> list[Mistake] | None:
+    """Returns the wrong ones of the predictions of `tested` images, the surest first; None if the run kept none.
+
+    Raises ValueError if the file is damaged.
+    """
+    file, found, n = folder / PREDICTIONS, list[Mistake](), 0
     if not file.is_file():
         return None
     try:
         with open(file, newline='', encoding='utf-8-sig', errors='surrogateescape') as f:
-            for row in csv.DictReader(f):
+            table = csv.DictReader(f)
+            if table.fieldnames is None:
+                raise ValueError
+            for row in table:
+                n += 1
                 path, label, predicted = (restore_cell(row[k]) for k in ('path', 'label', 'predicted'))
+                score = float(row['score'])
+                if not 0 <= score <= 1:
+                    raise ValueError
                 if label != predicted:
-                    found.append(Mistake(path, label, predicted, float(row['score'])))
+                    found.append(Mistake(path, label, predicted, score))
+        if tested not in (None, n):
+            raise ValueError
     except (KeyError, ValueError, TypeError, AttributeError, csv.Error):
         raise ValueError(f'{file} is damaged; remove it, or fine-tune again') from None
     return sorted(found, key=lambda m: -m.score)
@@ -86,7 +105,9 @@ def read_mistakes(folder: Path) -> list[Mistake] | None:
 
 def draw_mistakes(run: RunFolder, given: str | None) -> Iterator[str]:
     """Yields pictures of the mistakes with the highest scores; `given` names the images if they have moved."""
-    mistakes = read_mistakes(run.folder)
+    confusion = read_confusion(run.record) if run.record and 'confusion' in run.record.get('extra', {}) else None
+    tested = None if confusion is None else sum(sum(row.values()) for row in confusion.values())
+    mistakes = read_mistakes(run.folder, tested)
     if mistakes is None:
         yield (f'<p>{PREDICTIONS} is missing, so mistakes cannot be shown: this run is from an earlier version. '
                'Fine-tune again into a new folder.</p>\n')

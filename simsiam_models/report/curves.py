@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from ..pages.plots import Plot, Series
-from ..runtime.messages import printable
+from ..runtime.messages import is_count, printable
 from ..training.recipes import Recipe, restore_recipe
 from ..training.schedule import scaled_lr
 from .run import RunFolder
@@ -19,6 +19,7 @@ FIGURES = {  # key in the log -> name of the file, title, format
     'images_per_second': ('throughput', 'Images per second', '.1f'),
     'waiting': ('waiting', 'Waiting for data, %', '.1f')}
 
+PERCENT = {'knn', 'pixels', 'random', 'initial', 'waiting', 'top1', 'top5'}
 TITLES = {'top1': 'Validation top-1, %', 'top5': 'Validation top-5, %'}  # of a classifier
 
 
@@ -43,14 +44,14 @@ def _plot_log(run: RunFolder) -> list[Plot]:
 
 def _plot_knn(run: RunFolder) -> Plot:
     """Returns the accuracies of the monitor; before training, it measured the untrained network and the pixels."""
-    lines = [line for line in run.lines if 'knn' in line and isinstance(line.get('epoch'), int)]
-    points = [(line['epoch'], _number(line['knn'])) for line in lines if not isinstance(line['knn'], dict)]
+    lines = [line for line in run.lines if 'knn' in line and 'epoch' in line]
+    points = sorted({line['epoch']: _read(line, 'knn') for line in lines if not isinstance(line['knn'], dict)}.items())
     before = next((line['knn'] for line in lines if isinstance(line['knn'], dict)), {})
-    start = [(0, _number(v)) for k, v in before.items() if k != 'pixels']
+    start = [(0, _read(before, k)) for k in before if k != 'pixels']
     x, y = zip(*start, *points, strict=True) if start or points else ((), ())
     series = [Series('features', x, y)]
     if 'pixels' in before:
-        series.append(Series('raw pixels', [0, max((1, *x))], [_number(before['pixels'])] * 2))
+        series.append(Series('raw pixels', [0, max((1, *x))], [_read(before, 'pixels')] * 2))
     return Plot('knn', 'kNN accuracy, %', 'epoch', series if x else [], '.1f')
 
 
@@ -61,11 +62,11 @@ def _plot_record(run: RunFolder) -> list[Plot]:
     x_label = next((k for k in ('step', 'epoch') if rows and k in rows[0]), None)
     if x_label is None:
         return []
-    rows = [row for row in rows if isinstance(row.get(x_label), int) and abs(row[x_label]) < LARGEST]
+    rows = sorted((row for row in rows if is_count(row.get(x_label))), key=lambda row: row[x_label])
     names = [k for k in dict.fromkeys(k for row in rows for k in row) if k not in (x_label, 'seconds')]
     plots = []
     for name in names[:MOST_PLOTS]:
-        points = [(row[x_label], _read(row, name)) for row in rows if isinstance(row.get(name), int | float)]
+        points = [(row[x_label], _read(row, name)) for row in rows if type(row.get(name)) in (int, float)]
         if points:
             x, y = zip(*points, strict=True)
             file, title, form = FIGURES.get(name) or (
@@ -76,12 +77,13 @@ def _plot_record(run: RunFolder) -> list[Plot]:
 
 
 def _read(line: dict[str, Any], key: str) -> float:
-    return (100 if key == 'waiting' else 1) * _number(line.get(key))
+    value = (100 if key == 'waiting' else 1) * _number(line.get(key))
+    return value if key not in PERCENT or -1e-6 < value < 100 + 1e-6 else math.nan
 
 
 def _number(value: Any) -> float:
     """Returns a number that can be drawn, or NaN."""
-    return float(value) if isinstance(value, int | float) and abs(value) < LARGEST else math.nan
+    return float(value) if type(value) in (int, float) and abs(value) < LARGEST else math.nan
 
 
 def read_recipe(run: RunFolder) -> Recipe:

@@ -2,7 +2,6 @@
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from ..runtime.messages import one_line, printable, short
 from ..training.initial import check_same, is_here, load_initial
 from ..training.recipes import Recipe
 from ..training.setup import make_model
-from ..weights.folders import check_network
+from ..weights.folders import check_network, limit_parameters
 from ..weights.networks import TIMM_ERRORS
 from .curves import read_recipe
 from .run import RunFolder
@@ -39,8 +38,8 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     networks, problem, initial = {}, '', run.args.get('init_from')
     try:
         check_network(recipe.model, recipe.model_args, run.folder / 'args.json')
-        _check_size(recipe)
-        model = make_model(recipe, run.args['seed'])
+        with limit_parameters(run.folder / 'args.json', MOST_PARAMETERS):
+            model = make_model(recipe, run.args['seed'])
     except ValueError as e:
         return {}, f'The network that {run.folder / "args.json"} names cannot be built ({one_line(e, 300)}). '
     try:
@@ -59,25 +58,6 @@ def make_networks(run: RunFolder, recipe: Recipe) -> tuple[dict[str, nn.Module],
     except (ValueError, OSError, RuntimeError) as e:
         problem += f'There are no trained weights ({e}).'
     return networks, problem
-
-
-def _list_numbers(value: Any) -> Iterator[float]:
-    """Yields all numbers in JSON."""
-    if isinstance(value, dict | list | tuple):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _list_numbers(part)
-    elif isinstance(value, int | float):
-        yield value
-
-
-def _check_size(recipe: Recipe) -> None:
-    """Raises ValueError for a network that takes more time or memory to build than a report may."""
-    if sum(map(abs, _list_numbers(recipe.model_args))) > 2**16:
-        raise ValueError('its arguments are too large')
-    with torch.device('meta'):
-        n = sum(p.numel() for p in make_model(recipe, 0).parameters())
-    if n > MOST_PARAMETERS:
-        raise ValueError(f'it has {n:,} parameters, more than {MOST_PARAMETERS:,}')
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ..pages.gallery import embed_image
 from ..pages.tables import draw_table
-from ..runtime.messages import short
+from ..runtime.messages import is_count, short
 
 SHEET = 'sheet.jpg'
 WIDEST = 900, 16_000  # pixels of the sheet on the page
@@ -32,12 +32,12 @@ def draw_objects(folder: Path, record: dict[str, Any] | None) -> Iterator[str]:
         yield f'<p>{SHEET} is missing: the run drew no test image.</p>\n'
     rows = (record or {}).get('extra', {}).get('per_class')
     if isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows):
-        names = list(rows[0])
+        names = list(dict.fromkeys(name for row in rows for name in row))
         table = [names, *([_format(row.get(name)) for name in names] for row in rows[:CLASSES])]
         yield draw_table(table, 'Classes', [f'{len(rows):,} classes; shown: {CLASSES}. per_class.csv lists them all.']
                          if len(rows) > CLASSES else [])
 
 
 def _format(value: Any) -> str:
-    return '-' if value is None else f'{value:.2f}' if isinstance(value, float) else f'{value:,}' if isinstance(
-        value, int) else short(value)
+    return '-' if value is None else f'{value:.2f}' if isinstance(value, float) else f'{value:,}' if is_count(
+        value) else short(value)

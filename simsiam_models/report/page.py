@@ -7,7 +7,7 @@ from ..benchmarks.results.report import explain_absence, make_tables, read_all
 from ..pages import gallery, plots, tables
 from ..pages.document import escape, link_sections, open_section, write_page
 from ..runtime.lifecycle import ARGS
-from ..runtime.messages import announce, counted, guess_path
+from ..runtime.messages import announce, counted, guess_path, is_count
 from . import classified
 from .classified import draw_confusion, draw_mistakes
 from .curves import list_plots, tabulate_figures
@@ -112,7 +112,7 @@ def _draw_curves(run: RunFolder, drawn: list[plots.Plot]) -> Iterator[str]:
                f'{plots.GROUPS} equal groups.</p>\n')
     yield plots.draw_plots(drawn)
     sizes = next((line['knn_images'] for line in run.lines if isinstance(line.get('knn_images'), list)), None)
-    if sizes and all(isinstance(n, int) for n in sizes):
+    if sizes and len(sizes) == 2 and all(map(is_count, sizes)):
         yield f'<p class="soft">kNN: {escape(" bank images, ".join(f"{n:,}" for n in sizes))} queries.</p>\n'
     shown = f'{len(rows) - 1} of {counted(n, "point")}, evenly spaced' if len(rows) - 1 < n else counted(n, 'point')
     yield f'<details><summary>The numbers</summary>{tables.draw_table(rows, f"Figures, {shown}")}'

@@ -1,5 +1,6 @@
 """Reads the folder of a run, and lists the facts for the first section of its page."""
 import json
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 from ..benchmarks.results.record import read_record
 from ..runtime.lifecycle import ARGS
 from ..runtime.log import LOG
-from ..runtime.messages import counted, short, size_text
+from ..runtime.messages import counted, is_count, short, size_text
 from ..runtime.runlock import describe_process, is_alive, read_lock
 from ..training.setup import is_sound
 from ..weights.folders import read_json
@@ -33,13 +34,14 @@ class RunFolder(NamedTuple):
     args: dict[str, Any]  # args.json
     record: dict[str, Any] | None  # None: it is not finished, or pretraining
     lines: list[dict[str, Any]]  # of log.jsonl
-    damaged: int  # lines that are no JSON
+    damaged: int  # lines that are no JSON, or beyond the run
 
     @property
     def figures(self) -> list[dict[str, Any]]:
-        """Returns the lines with the figures of an interval."""
-        return [line for line in self.lines if 'loss' in line and all(
-            isinstance(line.get(key), int) for key in ('epoch', 'step'))]
+        """Returns the lines with the figures of an interval, each once and in order."""
+        lines = {(line['epoch'], line['step']): line for line in self.lines if 'loss' in line and all(
+            is_count(line.get(key)) for key in ('epoch', 'step'))}
+        return [lines[at] for at in sorted(lines)]
 
     @property
     def steps(self) -> int:
@@ -68,7 +70,11 @@ def read_run(folder: Path) -> RunFolder | None:
     if kind == 'pretrain' and not (is_sound(args) and isinstance(args.get('data'), str | None)):
         raise ValueError(f'{folder / ARGS} is damaged; restore the file')
     record = read_record(folder / RECORD) if (folder / RECORD).is_file() else None
-    return RunFolder(folder, kind, args, record, *_read_lines(folder / LOG))
+    lines, damaged = _read_lines(folder / LOG)
+    last = args['epochs'] if kind == 'pretrain' else sys.maxsize
+    sound = [line for line in lines if all(key not in line or is_count(line[key]) for key in ('epoch', 'step')) and (
+        line.get('epoch', 0) <= last)]
+    return RunFolder(folder, kind, args, record, sound, damaged + len(lines) - len(sound))
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -121,7 +127,7 @@ def list_facts(run: RunFolder) -> list[tuple[str, str]]:
     facts += [('Extended', f'from epoch {x["from_epoch"] + 1} on, to {x["epochs"]} epochs in total instead '
                f'of {x["epochs_before"]}: {short(x.get("command"), 400)}')
               for x in (a.get('extensions', []) if run.kind == 'pretrain' else ())]
-    unreadable = [line['unreadable'] for line in run.lines if isinstance(line.get('unreadable'), int)]
+    unreadable = [line['unreadable'] for line in run.lines if is_count(line.get('unreadable'))]
     if unreadable:
         facts.append(('Unreadable', f'{counted(unreadable[-1], "image")}, replaced; unreadable.txt names them'))
     if run.damaged:
@@ -165,8 +171,7 @@ def _describe_data(run: RunFolder) -> str:
     name = run.args.get('data', data.get('path', data.get('name')))
     absent = 'the built-in demonstration data' if run.kind == 'pretrain' else 'not recorded' if data else NOT_YET
     counts = data.get('counts') or {'': run.args.get('images')}
-    parts = [counted(n, f'{PARTS[part]} image'.lstrip()) for part, n in counts.items() if part in PARTS and isinstance(
-        n, int)]
+    parts = [counted(n, f'{PARTS[part]} image'.lstrip()) for part, n in counts.items() if part in PARTS and is_count(n)]
     digest = data.get('digest') or run.args.get('digest')
     return ', '.join(filter(None, [str(name or absent), ' and '.join(parts), digest and f'digest {digest}']))
 

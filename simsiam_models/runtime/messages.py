@@ -30,6 +30,11 @@ def counted(n: int, one: str, many: str | None = None) -> str:
     return f'{n:,} {one if n == 1 else many or one + "s"}'
 
 
+def is_count(value: Any) -> bool:
+    """Returns whether a value of JSON is a whole number from 0 that a float64 holds exactly; true is none."""
+    return type(value) is int and 0 <= value < 2**53
+
+
 def require(what: str, **packages: str) -> None:
     """Raises RuntimeError if a package that `what` needs is not installed. `packages`: import name -> pip's name."""
     missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
@@ -88,7 +93,7 @@ def short(value: Any, most: int = 80) -> str:
 
 def name_some(names: Sequence[str]) -> str:
     more = f' and {len(names) - MAX_NAMED:,} more' if len(names) > MAX_NAMED else ''
-    return f'{", ".join(short(name, 40) for name in names[:MAX_NAMED])}{more}'
+    return f'{", ".join(short(name, 40) or ascii(name) for name in names[:MAX_NAMED])}{more}'
 
 
 def guess(name: str, names: Iterable[str], likeness: float = 0.75) -> str:
@@ -101,7 +106,7 @@ def guess_path(path: str | Path) -> str:
     try:
         with os.scandir(Path(path).parent) as entries:
             names = [os.path.normpath(entry.path) for entry in itertools.islice(entries, 1000)]
-        return guess(os.path.normpath(path), names)
+        return guess(name := os.path.normpath(path), [other for other in names if other != name])
     except (OSError, ValueError):
         return ''
 

@@ -111,7 +111,7 @@ def _take(stored: dict[str, Any], like: Any, but: Set[str] = frozenset()) -> dic
         value, usual = stored[name], getattr(like, name)
         value = tuple(value) if isinstance(value, list) else value
         if not _is_like(value, usual):
-            raise TypeError(f'{name} is {value!r}')
+            raise TypeError(f'{name} is {value!r:.80}')
         found[name] = value
     return found
 

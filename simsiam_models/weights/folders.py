@@ -7,7 +7,9 @@ import dataclasses
 import inspect
 import json
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,11 +17,14 @@ import timm
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg, is_model
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ..runtime.messages import one_line, short
 from .reading import find_export, require_file, require_numbers
-from .tensorfile import CONFIG
+from .tensorfile import CONFIG, MODEL
 
+LARGEST_ARGS = 2**16  # sum of the numbers among the arguments of a network
+MOST_PARAMETERS = 10**10
 LONGEST = 1 << 24  # bytes: 21,000 class names take 0.5 MB
 # What tells timm where weights are, or how to load them.
 SOURCES = {'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source', 'custom_load'}
@@ -45,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > LONGEST:
         raise ValueError(f'{file} is larger than {LONGEST >> 20} MB, too large for a description of weights')
     try:
-        value = json.loads(file.read_text(encoding='utf-8'))
+        value = json.loads(file.read_text(encoding='utf-8-sig'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{file} is not valid JSON ({one_line(e, 80)}); remove it, or download it again') from None
     if not isinstance(value, dict):
@@ -68,7 +73,41 @@ def check_network(name: Any, args: Any, where: Path) -> Network:
         if not _is_plain(value):
             raise ValueError(
                 f'{where}: model_args holds {short(key)!r} {short(value)}, which is not a number or a plain name')
-    return Network(name, {k: v for k, v in args.items() if k != 'num_classes'})
+    args = {k: v for k, v in args.items() if k != 'num_classes'}
+    if sum(map(abs, _list_numbers(args))) > LARGEST_ARGS:
+        raise ValueError(f'{where}: the numbers in model_args are too large for a network: {short(args)}')
+    return Network(name, args)
+
+
+def _list_numbers(value: Any) -> Iterator[float]:
+    """Yields all numbers in a value of JSON."""
+    if isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _list_numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+@contextmanager
+def limit_parameters(where: str | Path, most: int = MOST_PARAMETERS) -> Iterator[None]:
+    """Raises ValueError as soon as the network that `where` names, built in this block, has more parameters."""
+    count, thread = 0, threading.get_ident()
+
+    def add(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if parameter is None or threading.get_ident() != thread else parameter.numel()
+        if count > most:
+            raise ValueError(f'{where}: the network would have more than {most:,} parameters, which cannot be right')
+
+    hook = register_module_parameter_registration_hook(add)
+    try:
+        yield
+    except RuntimeError as e:
+        if 'allocate' not in str(e):
+            raise
+        raise ValueError(f'{where}: the network needs more memory than there is') from None
+    finally:
+        hook.remove()
 
 
 def _is_plain(value: Any, depth: int = 4) -> bool:
@@ -109,7 +148,10 @@ def create_from_folder(folder: str | Path, pretrained: bool = True, **kwargs: An
     args.pop('num_classes', None)
     state = load_file(find_export(Path(folder))) if pretrained else {}
     require_numbers(state, f'{folder}: ')
-    model = timm.create_model(name, pretrained_cfg=cfg, **args)
+    file = Path(folder) / MODEL  # has at least a byte for each parameter; `kwargs` may add some
+    most = file.stat().st_size + 10**7 if file.is_file() else MOST_PARAMETERS
+    with limit_parameters(Path(folder) / CONFIG, most):
+        model = timm.create_model(name, pretrained_cfg=cfg, **args)
     if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in model.state_dict().items()}:
         model.load_state_dict(state)
     elif pretrained:  # timm adapts what `kwargs` change: channels, image size

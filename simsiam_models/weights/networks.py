@@ -14,7 +14,7 @@ from ..runtime.checkpoint import LAST
 from ..runtime.lifecycle import ARGS
 from ..runtime.messages import one_line, short
 from .export import PLAIN_TIMM, describe_mismatch, make_timm_config
-from .folders import Network, check_network, create_from_folder, read_config, read_json
+from .folders import Network, check_network, create_from_folder, limit_parameters, read_config, read_json
 from .layouts import Checkpoint, load_checkpoint
 from .published import NAME, pixel_statistics
 from .reading import find_export, is_safetensors, read, read_head, require_safetensors
@@ -133,7 +133,7 @@ def fill_network(
     """
     shapes = {k: v.shape for k, v in state.items()}
     for network in candidates:
-        with torch.device('meta'):
+        with torch.device('meta'), limit_parameters(network.name):
             model = create(network.name, num_classes=num_classes, **network.args)
         if {k: v.shape for k, v in model.state_dict().items()} == shapes:
             model = create(network.name, num_classes=num_classes, **network.args)
@@ -174,7 +174,7 @@ def _find_network(run: dict[str, Any], where: Path) -> Network | None:
         return None
     try:
         network = check_network(run['model'], run.get('model_args'), where)
-        with torch.device('meta'):
+        with torch.device('meta'), limit_parameters(where):
             timm.create_model(network.name, num_classes=0, **network.args)
     except (ValueError, RuntimeError, *TIMM_ERRORS) as e:
         _logger.warning(f'{one_line(e, 300)}; {where} is not used')

@@ -289,9 +289,13 @@ def test_backbones_without_a_classifier_are_refused_with_the_way_to_one(digits, 
     ('.', None, 'no config.json there; name the --output of a finished `simsiam finetune`'),
     ('m', {'label_names': ['a', 'b']}, 'label_names in its configuration: 3 names are needed, not 2 names'),
     ('m', {'label_names': 'abc'}, '3 names are needed, not abc'),
-    ('m', {'mean': 'abc'}, 'the preprocessing in its configuration cannot be used'),
+    ('m', {'label_names': [1, True, 'c']}, 'label_names in its configuration: not all are names'),
+    ('m', {'mean': 'abc'}, 'mean abc in its configuration: three numbers are needed'),
+    ('m', {'std': [-1, -1, -1]}, 'std [-1, -1, -1] in its configuration'),
+    ('m', {'input_size': [3, 20000, 20000]}, 'input_size [3, 20000, 20000] in its configuration'),
+    ('m', {'crop_pct': 0}, 'crop_pct 0, crop_mode center'), ('m', {'crop_mode': 'zz'}, 'one of center, squash, border'),
     ('m', {'interpolation': 'cubist'}, 'the preprocessing in its configuration cannot be used'),
-    ('m', {'crop_pct': 'all'}, 'the preprocessing in its configuration cannot be used'),
+    ('m', {'crop_pct': 'all'}, 'crop_pct all, crop_mode center'),
     ('m', {'input_size': [1, 32, 32]}, 'm: the classifier cannot be loaded (')])
 def test_models_that_cannot_be_used_are_one_sentence(model, config, said, digits, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -164,6 +164,7 @@ def test_a_thousand_lines_stay_small_and_damaged_ones_are_counted(run, tmp_path,
     many = [{**lines[1], 'epoch': i // 3, 'step': i % 3 + 1, 'loss': rng.normal()} for i in range(1200)]
     many[-1].update(collapsed=True, diagnosis='high learning rate', loss=None)
     (copy / 'log.jsonl').write_text('\n'.join(map(json.dumps, [lines[0], *many])) + '\n{torn')
+    (copy / 'args.json').write_text(json.dumps({**json.loads((copy / 'args.json').read_text()), 'epochs': 400}))
     assert cli.main(['report', str(copy), '--html', str(tmp_path / 'p.html')]) == 0
     assert (tmp_path / 'p.html').stat().st_size < 1_500_000
     opened = browser.open(tmp_path / 'p.html')
@@ -206,6 +207,11 @@ def test_a_classifier_shows_its_confusion_and_its_surest_mistakes(data, tmp_path
     assert len(shown) == min(24, len(wrong)) and scores == sorted(scores, reverse=True)
     assert page.locator('.none').count() == 1  # the removed one
     assert not opened.messages and opened.overflow() <= 0 and not opened.violations()
+    lines = (folder / 'predictions.csv').read_text().splitlines(keepends=True)
+    for text in ('', lines[0], ''.join(lines[:-1]), ''.join([*lines, lines[-1]]), *(
+            ''.join([*lines[:-1], re.sub('[^,]*$', score, lines[-1])]) for score in ('nan', 'inf', '500', '-3', 'x'))):
+        (folder / 'predictions.csv').write_text(text)
+        assert cli.main(['report', str(folder), '--html', str(tmp_path / 'q.html')]) == 1, text[-200:]
     (folder / 'predictions.csv').unlink()
     assert cli.main(['report', str(folder), '--html', str(tmp_path / 'p.html')]) == 0
     assert 'predictions.csv is missing' in (tmp_path / 'p.html').read_text()
@@ -458,6 +464,40 @@ def test_a_damaged_run_is_one_sentence(change, run, tmp_path, capsys):
     assert not (tmp_path / 'p.html').exists()
 
 
+@pytest.mark.parametrize('change', [
+    {'epoch': -5}, {'epoch': True}, {'step': -10**9}, {'epoch': 10**17}, {'step': '1'}, {'epoch': 21}, {'epoch': 1.0}])
+def test_lines_beyond_a_run_are_left_out_and_counted(change, run, tmp_path):
+    (tmp_path / 'args.json').write_bytes((run / 'args.json').read_bytes())
+    lines = [{'epoch': 0, 'step': 1, 'loss': 0.5}, {'epoch': 0, 'step': 2, 'loss': 0.4, **change}]
+    (tmp_path / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    found = read_run(tmp_path)
+    assert found.damaged == 1 and found.reached == (0, 1) and len(found.figures) == 1
+
+
+def test_lines_in_another_order_or_twice_make_the_same_page(run, tmp_path):
+    copy = tmp_path / 'run'
+    shutil.copytree(run, copy)
+    lines = (run / 'log.jsonl').read_text().splitlines(keepends=True)
+    plots, state = list_plots(read_run(copy)), describe_state(read_run(copy))
+    for text in (''.join(reversed(lines)), ''.join([*lines, *lines])):
+        (copy / 'log.jsonl').write_text(text)
+        assert list_plots(read_run(copy)) == plots and describe_state(read_run(copy)) == state
+
+
+@pytest.mark.parametrize('figures', [
+    {'loss': True}, {'knn': True}, {'knn': 500}, {'knn': -1e29}, {'waiting': 7.0}, {'unreadable': -5},
+    {'unreadable': True}, {'knn_images': [True, -5]}, {'knn_images': [5]}, {'knn': {'random': True, 'pixels': 900}}])
+def test_figures_that_cannot_be_are_not_shown(figures, run, tmp_path):
+    shutil.copytree(run, tmp_path / 'run')
+    line = {'epoch': 0, 'step': 1, 'loss': 0.5, **figures}
+    (tmp_path / 'run' / 'log.jsonl').write_text(json.dumps(line) + '\n')
+    found = read_run(tmp_path / 'run')
+    assert [p.name for p in list_plots(found)] == ([] if 'loss' in figures else ['loss']) + ['lr']
+    assert 'Unreadable' not in dict(list_facts(found))
+    assert cli.main(['report', str(tmp_path / 'run'), '--html', str(tmp_path / 'p.html')]) == 0
+    assert 'bank images' not in (tmp_path / 'p.html').read_text()
+
+
 def test_points_of_different_epochs_share_no_row_and_wrong_figures_are_left_out(run, tmp_path):
     (tmp_path / 'args.json').write_bytes((run / 'args.json').read_bytes())
     lines = [{'epoch': 0, 'step': 1, 'loss': 0.5}, {'epoch': 0, 'step': 2, 'loss': 0.4},
@@ -479,7 +519,7 @@ def test_data_of_another_number_of_images_are_not_drawn_again(run):
 
 
 @pytest.mark.parametrize('extra', [
-    {}, {'extra': {'epochs': [5]}}, {'extra': {'epochs': {'a': 1}, 'confusion': {'a': {}}}}])
+    {}, {'extra': {'epochs': [5]}}, {'extra': {'epochs': {'a': 1}, 'confusion': {'a': {'b': 1}, 'b': {}}}}])
 def test_a_record_without_the_usual_parts_is_drawn(extra, tmp_path):
     (tmp_path / 'args.json').write_text('{"benchmark": "finetune", "init_from": "x", "extensions": [1]}')
     (tmp_path / 'record.json').write_text(json.dumps({

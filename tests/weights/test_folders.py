@@ -106,6 +106,9 @@ BESIDE: dict[str, Callable[[str], Any]] = {
     'no object': lambda evil: {'model': 'resnet18', 'model_args': [1]},
     'another trainer': lambda evil: {'model': 'my_own_net', 'lr': 0.1}, 'a number': lambda evil: {'model': 5},
     'a list': lambda evil: [1, 2],
+    'too many layers': lambda evil: {'model': 'resnet18', 'model_args': {**ARGS, 'layers': [10**7, 1, 1, 1]}},
+    'too wide': lambda evil: {'model': 'resnet18', 'model_args': {**ARGS, 'channels': [8, 8, 8, 65000]}},
+    'no number': lambda evil: {'model': 'resnet18', 'model_args': {**ARGS, 'drop_rate': float('inf')}},
     'no heads to divide by': lambda evil: {'model': 'vit_tiny_patch16_224', 'model_args': {'num_heads': 0}},
     'a size without sides': lambda evil: {'model': 'vit_tiny_patch16_224', 'model_args': {'img_size': []}},
 }
@@ -186,6 +189,10 @@ HOSTILE = {
     'pretrained': {'model_args': {**ARGS, 'pretrained': True}},
     'pretrained_cfg': {'model_args': {**ARGS, 'pretrained_cfg': {'file': 'x'}}},
     'a path within': {'model_args': {**ARGS, 'act_layer': '/evil.bin'}}, 'arguments in a list': {'model_args': [1]},
+    'a huge layer': {'model_args': {**ARGS, 'layers': [10**30, 1, 1, 1]}},
+    'many layers': {'model_args': {'layers': [60_000, 1, 1, 1], 'channels': [64, 8, 8, 8]}},
+    'many classes': {'num_classes': 10**9},
+    'wide': {'model_args': {**ARGS, 'channels': [8, 8, 8, 60_000]}},
     'classes': {'num_classes': 'x'}, 'negative classes': {'num_classes': -1}, 'no cfg': {'pretrained_cfg': 'x'},
 }
 

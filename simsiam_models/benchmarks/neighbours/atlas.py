@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     k, kinds = choose_k(args, n), choose_projections(args.projection, n)
     workers = cores() if args.workers is None else args.workers
     (name, x), = source.table.arrays.items()
+    found = examine(source.table, source.images, k, world.device, False, workers)  # first, for it checks the features
     maps, about = _project_all(np.array(x), kinds)
-    found = examine(source.table, source.images, k, world.device, False, workers)
     for text in found.describe():
         print(text)
     about = {'Features': _describe_features(source, name), **about}

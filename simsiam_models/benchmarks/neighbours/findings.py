@@ -1,4 +1,5 @@
 """Outliers, and labels that the neighbours contradict."""
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +58,8 @@ def find_outliers(cosines: np.ndarray, counted: np.ndarray) -> list[Outlier]:
 
 
 def find_wrong_labels(found: np.ndarray, counted: np.ndarray, labels: np.ndarray) -> tuple[list[Doubt], float]:
-    """Returns the doubtful labels, the surest first, and the share of images whose neighbours agree with their label.
+    """Returns the doubtful labels, the surest first, and the share of images whose neighbours agree with their label;
+    NaN if no image has neighbours that count.
 
     Each of the VOTERS nearest `counted` (N, k) neighbours has one vote. A label is doubtful if at least SURE of them
     are of one other class, and at most OWN of its own.
@@ -73,4 +75,4 @@ def find_wrong_labels(found: np.ndarray, counted: np.ndarray, labels: np.ndarray
         agree += own >= shares[best]
         if shares[best] >= SURE and own <= OWN and counts.sum() > VOTERS // 2:
             doubts.append(Doubt(i, int(classes[best]), float(shares[best]), own))
-    return sorted(doubts, key=lambda d: (-d.share, d.own, d.row)), agree / max(1, voted)
+    return sorted(doubts, key=lambda d: (-d.share, d.own, d.row)), agree / voted if voted else math.nan

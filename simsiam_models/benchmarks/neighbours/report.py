@@ -1,4 +1,5 @@
 """What was found, as lines, tables and a contact sheet."""
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -57,8 +58,9 @@ class Findings:
         lines.append(f'outliers: {len(self.outliers):,} of {n:,} images')
         if self.table.labels is not None:
             weak = ', so these features say little about them' if self.agree < 0.5 else ''
-            lines.append(f'likely wrong labels: {len(self.doubts):,} of {n:,} images; the {VOTERS} nearest agree with '
-                         f'{self.agree:.0%} of the labels{weak}')
+            lines.append(f'likely wrong labels: {len(self.doubts):,} of {n:,} images; ' + (
+                'no image has a neighbour that is not a copy of it' if math.isnan(self.agree) else
+                f'the {VOTERS} nearest agree with {self.agree:.0%} of the labels{weak}'))
         return lines
 
 
@@ -156,7 +158,8 @@ def _list_sections(found: Findings) -> list[Section]:
     if found.table.labels is not None:
         sections.append(Section(
             'Likely wrong labels', 'At least seven of ten neighbours belong to one other class, and at most one to '
-            f'the class of the image. The neighbours agree with {found.agree:.0%} of all labels.',
+            'the class of the image.' + (
+                '' if math.isnan(found.agree) else f' The neighbours agree with {found.agree:.0%} of all labels.'),
             [_neighbour_row(found, d.row, f'{short(found.class_of(d.row), 40)}, or '
                             f'{short(found.table.classes[d.suggested], 40)}? ({d.share:.0%} of the votes)')
              for d in found.doubts[:ROWS]], len(found.doubts)))

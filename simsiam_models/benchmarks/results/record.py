@@ -2,6 +2,7 @@
 
 Published numbers are never measured here; see `compare` for when a difference from them is computed.
 """
+import codecs
 import json
 import re
 import tempfile
@@ -13,7 +14,7 @@ from typing import Any
 from ...data.readers.index import digest
 from ...runtime.accuracy import standard_error
 from ...runtime.files import write_atomically
-from ...runtime.messages import guess_path, one_line, short
+from ...runtime.messages import guess_path, is_count, one_line, short
 from ...runtime.versions import command, versions
 from ...weights.published import WEIGHTS
 from ..backbone import Backbone
@@ -115,6 +116,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
     def refuse(constant: str) -> None:
         raise ValueError(f'{constant} is not a number')
 
+    def make_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(table := dict(pairs)) < len(pairs):
+            raise ValueError(f'a name stands twice in the table of {short(", ".join(table))}')
+        return table
+
     path = Path(path)
     try:
         if path.is_dir():
@@ -130,7 +136,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
             guess_path(path) or '`simsiam knn` and the other benchmarks write records')
         raise type(e)(f'{path} cannot be read ({e.strerror}); {hint}') from None
     try:
-        value = json.loads(content.decode(errors='surrogateescape'), parse_constant=refuse)
+        text = content.removeprefix(codecs.BOM_UTF8).decode(errors='surrogateescape')
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=make_table)
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not valid JSON ({one_line(e, 150)})') from None
     if not isinstance(value, dict) or value.get('format') != FORMAT:
@@ -158,10 +165,12 @@ def check_record(record: dict[str, Any], path: Path) -> dict[str, Any]:
     names = ((weights.get('name'), str), (weights.get('digest'), str), (weights.get('tag'), str | None))
     unreadable = record.get('extra', {}).get('unreadable', 0)
     rules = [
-        (all(isinstance(value, kind) for value, kind in names),
+        ('tag' in weights and all(isinstance(value, kind) for value, kind in names),
          f"the record's weights lack a name, tag (or null) or digest: {short(weights)}"),
         (isinstance(data.get('name'), str) and isinstance(data.get('counts'), dict),
          f"the record's data lack a name or counts: {short(data)}"),
+        (all(is_count(n) for n in data['counts'].values() if isinstance(n, int)) if isinstance(
+            data.get('counts'), dict) else True, f"the record's data.counts are not numbers of images: {short(data)}"),
         (metrics, 'the record has no metric'),
         *((type(x) in (int, float) and -1e-6 < x < 100 + 1e-6,
            f'the metric {short(name)} is {short(x)}, which is not a percentage') for name, x in metrics.items()),

@@ -38,6 +38,8 @@ def to_rgb(image: Image.Image, data: bytes | bytearray) -> np.ndarray:
             raise ValueError(f'16 bits per sample in separate planes, which Pillow misreads; {_REMEDY}')
         colours = zip(image.getbands(), np.atleast_2d(image.getextrema()), strict=True)
         _refuse_narrow(max(high for band, (_, high) in colours if band not in 'Aa') << 8 | 255)
+    if image.mode == 'P':
+        image.info.pop('transparency', None)  # it changes no colour, but Pillow would warn of it
     return np.array(image if image.mode == 'RGB' else image.convert('RGB'))  # convert would copy
 
 

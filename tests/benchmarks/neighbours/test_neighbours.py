@@ -2,6 +2,7 @@
 import base64
 import csv
 import io
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,9 @@ from sklearn.datasets import load_sample_image
 from simsiam_models import cli
 from simsiam_models.benchmarks.feature_table import FeatureTable, write_table
 from simsiam_models.benchmarks.neighbours import nearest
-from simsiam_models.benchmarks.neighbours.copies import join
+from simsiam_models.benchmarks.neighbours.copies import LIMIT, compare, join, look_at
 from simsiam_models.benchmarks.neighbours.findings import find_outliers, find_wrong_labels, mask_copies
+from simsiam_models.data.readers.images import MemoryImages
 
 CPU = torch.device('cpu')
 MODEL = ['--model', 'resnet10t:random', '--image-size', '32', '--device', 'cpu', '--workers', '0']
@@ -215,6 +217,30 @@ def test_an_unreadable_image_stops_or_is_left_out_by_name(photos, tmp_path, caps
     assert cli.main([*args, '--allow-partial']) == 0
     said = capsys.readouterr().out
     assert f'left out: {tmp_path}/data/torn.jpg' in said and 'copies: 5 of 29 images, in 5 groups' in said
+
+
+def test_images_without_neighbours_that_count_have_no_agreement(tmp_path, capsys):
+    assert math.isnan(find_wrong_labels(np.array([[1], [0]]), np.zeros((2, 1), bool), np.array([0, 1]))[1])
+    for i in range(6):
+        file = tmp_path / 'photos' / 'ab'[i // 3] / f'{i}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(file)
+    html = tmp_path / 'p.html'
+    assert cli.main(['neighbours', str(tmp_path / 'photos'), '--model', 'resnet10t:random', '--device', 'cpu',
+                     '--workers', '0', '--output', str(tmp_path / 'n.csv'), '--html', str(html)]) == 0
+    out, text = capsys.readouterr().out, html.read_text()
+    assert 'no image has a neighbour that is not a copy of it' in out and 'nan' not in out
+    assert 'None found.' in text and 'nan%' not in text
+
+
+def test_long_narrow_images_are_copies_only_if_their_pixels_agree():
+    rng = np.random.default_rng(0)
+    x = [rng.integers(0, 256, (1, 20_000, 3), np.uint8) for _ in range(3)]
+    pictures = [*x, x[0][:, ::-1], x[1].transpose(1, 0, 2), rng.integers(0, 256, (1, 60_000, 3), np.uint8)]
+    pieces = [np.ascontiguousarray(x) for x in pictures]
+    looks = [look_at(MemoryImages(pieces, None, [], 'noise'), i) for i in range(len(pieces))]
+    alike = {(i, j) for i in range(6) for j in range(i) if compare(looks[i], looks[j])[0] <= LIMIT}
+    assert alike == {(3, 0)} and compare(looks[0], looks[0]) == (0, False)
 
 
 def test_a_planted_wrong_label_is_suspected_and_copies_do_not_vote():

@@ -330,6 +330,10 @@ def edited(tmp_path: Path, **changes) -> bytes:
 def hostile(tmp_path: Path) -> dict[str, bytes]:
     weights = {'name': 'x', 'tag': None, 'digest': 'y'}
     changes = {
+        'no tag': {'weights': {'name': 'x', 'digest': 'y'}},
+        'a truth as count': {'data': {'name': 'x', 'counts': {'train': True}}},
+        'less than no image': {'data': {'name': 'x', 'counts': {'test': -5}}},
+        'too many images': {'data': {'name': 'x', 'counts': {'test': 10**5000 % 10**400 + 10**399}}},
         'version': {'version': 99}, 'no benchmark': {'benchmark': None}, 'a list as protocol': {'protocol': []},
         'no metric': {'metrics': {}}, 'a text as metric': {'metrics': {'k=10': '60.2'}},
         'a truth as metric': {'metrics': {'k=10': True}}, 'a huge metric': {'metrics': {'k=10': 10**400}},
@@ -394,7 +398,7 @@ def test_strange_but_possible_values_do_not_break_the_tables(tmp_path: Path):
     for i, changes in enumerate([
             {'weights': weights}, {'benchmark': 'x\n|y'}, {'metrics': {'a\n|b' * 99: 0.5, 'k=10': 5, 'b_ ' * 99: 1}},
             {'protocol': {'T': {'a': [1]}, 'changed': [{}]}},
-            {'data': {'name': 'imagenet', 'counts': {'train': 10**40}}},
+            {'data': {'name': 'imagenet', 'counts': {'train': 10**15}}},
             {'data': {'name': 'x', 'counts': {'train': None, 'classes': [1]}}},
             {'data': {'name': 'x', 'counts': {}, 'digest': ['|'] * 9}}, {'protocol': {'changed': {'a': 1}, 'name': []}},
             {'published': 3, 'difference': 'all'}]):
