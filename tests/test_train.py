@@ -357,6 +357,7 @@ def test_on_a_cpu_a_recipe_for_gpus_names_the_one_for_cpus(recipe, few_digits, t
         few_digits, *TINY, '--recipe', recipe, '--batch-size', '16', '--epochs', '1', '--max-steps', '1',
         '--knn-every', '-1', '--output', tmp_path / 'run')
     assert ('use --recipe small' in result.stdout) == (recipe not in ('small', 'demo')), result.stderr
+    assert ('in all are few' in result.stdout) == (recipe in ('small', 'demo'))
 
 
 def test_help_reads_like_a_manual():

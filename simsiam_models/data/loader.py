@@ -195,7 +195,7 @@ class TwoViews:
                 advice = f'use --images-per-epoch {had} or less' if had >= self.batch else (
                     f'that is less than a batch of {self.batch}: check the stream')
                 raise DataError(
-                    f'{self.images.name}: the stream ended after {had} images of epoch {epoch}, but '
+                    f'{self.images.name}: the stream ended after {had} images of epoch {epoch + 1}, but '
                     f'{len(self.images)} were expected; {advice}')
 
         jobs = (((b, raw), [functools.partial(take, b, raw)]) for b in range(start, len(self))
@@ -239,7 +239,7 @@ class TwoViews:
                     return cast(Images, self.images).read(at)
                 data = batch.raw[at - first]
                 return data if isinstance(data, np.ndarray) else decode(
-                    data, f'{self.images.name}: image {at} of epoch {batch.epoch}')
+                    data, f'{self.images.name}: image {at} of epoch {batch.epoch + 1}')
             except UnreadableError as e:
                 batch.bad[at if batch.raw is None else batch.epoch * len(self.images) + at] = str(e)
             if batch.raw is None and len(batch.bad) > self._allowed:

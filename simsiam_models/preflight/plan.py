@@ -9,7 +9,7 @@ import torch
 
 from ..training.options import resolve_recipe
 from ..training.pretrain import build_parser
-from ..training.recipes import RECIPES, Recipe
+from ..training.recipes import RECIPES, STEPS, Recipe
 from ..training.setup import name_output
 from ..weights.published import NAME
 from .survey import Survey
@@ -18,9 +18,7 @@ from .trial import Trial
 MEASURED, PUBLISHED, THUMB = 'measured', 'published', 'rule of thumb'
 SMALL = 64  # pixels: at a smaller short side ImageNet's stem throws most of an image away
 LONGEST = 800  # epochs: the paper's longest runs
-# Small data sets get as many steps as the run on which a recipe was measured; for other recipes, the paper's 800 epochs
-# of 97 steps.
-STEPS = {'small': (3_900, 'the measured run on 10,000 CIFAR-10 images'), 'demo': (920, 'the demonstration')}
+# Small data sets get as many steps as STEPS says; for other recipes, the paper's 800 epochs of 97 steps.
 PAPERS_STEPS = 77_600, "the paper's CIFAR-10 run"
 LOG_LINE, LOG_EVERY = 300, 50  # bytes, steps
 

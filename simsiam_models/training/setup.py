@@ -148,7 +148,8 @@ def _match_earlier(
     a new run. Writes nothing.
     """
     recorded, given, initial = _read_recorded(folder), None, None
-    if recorded or not any((folder / name).exists() for name in (ARGS, *OUTPUTS)):  # else `claim` says what is wrong
+    if args.resume != 'never' and (  # else `claim` says what is wrong
+            recorded or not any((folder / name).exists() for name in (ARGS, *OUTPUTS))):
         check_epochs(args.extend, record, recorded, free, folder)
     if args.resume not in ('auto', 'never'):
         if not Path(args.resume).is_file():
@@ -158,7 +159,9 @@ def _match_earlier(
         where = folder if recorded else Path(args.resume)
         record = {
             **record, **{k: v for k, v in earlier.items() if k == 'extensions'},
-            'epochs': match_epochs(recipe.epochs, args.extend, earlier),
+            'epochs': match_epochs(
+                earlier['epochs'] if args.epochs is None and args.extend is not None else recipe.epochs, args.extend,
+                earlier),
             **match_initial(args.init_from, earlier, model, recipe, where)}
     elif args.init_from is not None:
         initial = load_initial(args.init_from, model, recipe)

@@ -7,7 +7,7 @@ from ..runtime.messages import counted, printable
 from ..weights.networks import BACKBONE
 from .journal import UNREADABLE, Journal
 from .monitor import KnnMonitor, explain_no_monitor
-from .recipes import CPU_RECIPES
+from .recipes import CPU_RECIPES, STEPS
 from .schedule import scaled_lr
 from .step import Trainer
 
@@ -26,6 +26,11 @@ def describe(name: str, trainer: Trainer, views: TwoViews, knn: KnnMonitor | Non
         lines.append(
             f'{name} is a recipe for GPUs: on a CPU it takes long, and may take more memory than there is; for small '
             'images of your own, use --recipe small; `simsiam preflight` says what this machine can do')
+    steps = len(views) * r.epochs
+    if name in STEPS and 4 * steps < STEPS[name][0]:
+        lines.append(
+            f'{counted(steps, "step")} in all are few: {name} was measured with {STEPS[name][0]:,}; `simsiam '
+            'preflight` suggests --epochs for these data')
     if hasattr(images, 'promise'):
         lines.append(images.promise)
     if r.knn_every < 0:

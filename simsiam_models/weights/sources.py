@@ -88,8 +88,8 @@ def fetch(
         reasons.append('the Hub was not asked, since no repository there is pinned for this file and '
                        'SIMSIAM_HUB_NAMESPACE names none')
     raise RuntimeError(
-        f'{name}: {filename} could not be loaded. {"; ".join(reasons)}. To use a checkpoint that you have, pass '
-        'pretrained_cfg_overlay=dict(file=PATH); pretrained=False starts from random weights.')
+        f'{name}: {filename} could not be loaded. {"; ".join(reasons)}. To use a checkpoint that you have, name its '
+        'path; in Python, pass pretrained_cfg_overlay=dict(file=PATH), or pretrained=False for random weights.')
 
 
 def find_cached(

@@ -98,6 +98,13 @@ def test_an_extended_run_is_finished_once_and_goes_on_by_either_command(few_digi
     assert (run / 'checkpoint.pth').read_bytes() == checkpoint and arguments(run) == args
 
 
+def test_the_epochs_that_a_run_has_need_not_be_repeated(few_digits, run):
+    for n in (3, 4):
+        train(few_digits, run, '--extend', str(n))
+        assert arguments(run)['epochs'] == n
+    assert rates(run) == pytest.approx({0: cosine(0, 2), 1: cosine(1, 2), 2: cosine(2, 3), 3: cosine(3, 4)})
+
+
 def test_a_run_is_extended_again_and_each_epoch_keeps_the_rate_it_had(few_digits, run):
     train(few_digits, run, '--epochs', '2', '--extend', '3')
     train(few_digits, run, '--epochs', '2', '--extend', '4')
@@ -113,6 +120,7 @@ def test_a_run_is_extended_again_and_each_epoch_keeps_the_rate_it_had(few_digits
     (['--epochs', '1'], r'another run \(epochs: 2 there, 1 here\)'),
     (['--epochs', '2', '--extend', '4', '--lr', '0.1'], 'lr: 0.4 there, 0.1 here'),
     (['--epochs', '2', '--extend', '4', '--resume', 'never'], '--resume never forbids'),
+    (['--epochs', '4', '--resume', 'never'], '--resume never forbids'),
     (['--epochs', '4', '--lr', '0.1'], 'epochs: 2 there, 4 here; lr')])
 def test_what_cannot_be_extended_is_refused_and_nothing_changes(few_digits, done, more, words):
     before = {p: p.read_bytes() for p in done.rglob('*') if p.is_file()}

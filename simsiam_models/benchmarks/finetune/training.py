@@ -122,14 +122,20 @@ def resume(run: Finetuning, free: set[str]) -> None:
         raise ValueError(
             f'{run.life.newest}: the checkpoint does not fit this run ({one_line(e, 150)}); remove the folder or give '
             'another --output') from None
-    run.life.say(f'continuing after epoch {run.epoch}{f", step {run.step}" if run.step else ""}')
+    run.life.say(f'{run.life.folder} holds this run, and it is finished' if is_finished(run) else
+                 f'continuing after epoch {run.epoch}{f", step {run.step}" if run.step else ""}')
+
+
+def is_finished(run: Finetuning) -> bool:
+    s = run.trainer.settings
+    return run.epoch >= s.epochs or bool(s.patience and run.best and run.epoch - run.best['epoch'] >= s.patience)
 
 
 def fit(run: Finetuning) -> None:
     """Trains to the last epoch or the end of the patience. After Stopped or an error there is a checkpoint."""
     s, life, train, val = run.trainer.settings, run.life, run.train, run.val
     life.begin(run.epoch, run.step)
-    while run.epoch < s.epochs and not (s.patience and run.best and run.epoch - run.best['epoch'] >= s.patience):
+    while not is_finished(run):
         known = len(train.unreadable) + len(val.unreadable)
         finish_epoch(run, train_one_epoch(run))
         reasons = [*train.unreadable.values(), *val.unreadable.values()]

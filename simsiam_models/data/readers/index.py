@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.files import cache_folder, replacing
-from ...runtime.messages import name_some, short
+from ...runtime.messages import counted, name_some, short
 from .names import is_passed_over
 
 MAGIC = b'simsidx4'  # the last character is the version of the format
@@ -268,8 +268,8 @@ def _scan(root: str, extensions: tuple[str, ...]) -> Listing:
     if classes := [name for name, n in runs if n]:
         n = len(listing) - sum(n for _, n in runs)
         listing.remarks.append(
-            f'no labels, as {n:,} images lie beside {len(classes):,} folders of images: {short(loose)} beside '
-            f'{name_some(classes)}')
+            f'no labels, as {counted(n, "image")} {"lies" if n == 1 else "lie"} beside '
+            f'{counted(len(classes), "folder")} of images: {short(loose)} beside {name_some(classes)}')
     return listing
 
 

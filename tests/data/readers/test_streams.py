@@ -115,7 +115,7 @@ def test_an_unreadable_sample_is_replaced_by_the_next_one_of_its_batch(samples, 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_stream_that_ends_early_says_how_many_images_it_gave(samples, workers):
     source = Listed([data for _, data, _ in samples], 80)
-    with pytest.raises(DataError, match='ended after 64 images of epoch 3, but 80 were expected'):
+    with pytest.raises(DataError, match='ended after 64 images of epoch 4, but 80 were expected'):
         views(source, epoch=3, workers=workers)
 
 
