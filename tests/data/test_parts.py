@@ -200,7 +200,7 @@ def test_one_class_gives_no_number(tmp_path, classes, parts):
 def test_images_beside_class_folders_are_the_reason_in_the_error(tmp_path, classes):
     shutil.copytree(classes, tmp_path / 'data')
     shutil.copy(next(classes.rglob('*.png')), tmp_path / 'data/loose.png')
-    with pytest.raises(ValueError, match='no labels.*no labels, as 1 images lie beside 2 folders.*loose.png'):
+    with pytest.raises(ValueError, match='no labels.*no labels, as 1 image lies beside 2 folders.*loose.png'):
         open_pair('folder', tmp_path / 'data')
 
 
