@@ -83,8 +83,8 @@ def _read_file(path: Path) -> FeatureTable:
             raise ValueError('its paths, classes or description are of another kind')
         if x.dtype.kind not in 'fiu' or labels is not None and np.asarray(labels).dtype.kind not in 'iu':
             raise ValueError(f'features of the type {x.dtype}, or labels that are no whole numbers')
-        with np.errstate(over='ignore'):  # to infinity, which whoever uses them refuses
-            x = x if x.dtype == np.float32 else x.astype(np.float32)
+        with np.errstate(over='ignore'):  # an overflow gives infinity, and the search refuses that
+            x = x.astype(np.float32, copy=False)
         labels = None if labels is None else np.asarray(labels, np.int64)
         counts = {len(x), len(paths), *([] if labels is None else [len(labels)])}
         if x.ndim != 2 or counts != {len(x)} or not x.size or labels is not None and labels.ndim != 1:

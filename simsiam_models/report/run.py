@@ -39,8 +39,7 @@ class RunFolder(NamedTuple):
     @property
     def figures(self) -> list[dict[str, Any]]:
         """Returns the lines with the figures of an interval, each once and in order."""
-        lines = {(line['epoch'], line['step']): line for line in self.lines if 'loss' in line and all(
-            is_count(line.get(key)) for key in ('epoch', 'step'))}
+        lines = {(line['epoch'], line['step']): line for line in self.lines if {'loss', 'epoch', 'step'} <= line.keys()}
         return [lines[at] for at in sorted(lines)]
 
     @property

@@ -163,14 +163,15 @@ def check_record(record: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(f'{path}: the record has no usable {key!r}: {short(record.get(key))}')
     weights, data, metrics = record['weights'], record['data'], record['metrics']
     names = ((weights.get('name'), str), (weights.get('digest'), str), (weights.get('tag'), str | None))
+    counts = data['counts'] if isinstance(data.get('counts'), dict) else {}
     unreadable = record.get('extra', {}).get('unreadable', 0)
     rules = [
         ('tag' in weights and all(isinstance(value, kind) for value, kind in names),
          f"the record's weights lack a name, tag (or null) or digest: {short(weights)}"),
         (isinstance(data.get('name'), str) and isinstance(data.get('counts'), dict),
          f"the record's data lack a name or counts: {short(data)}"),
-        (all(is_count(n) for n in data['counts'].values() if isinstance(n, int)) if isinstance(
-            data.get('counts'), dict) else True, f"the record's data.counts are not numbers of images: {short(data)}"),
+        (all(is_count(n) for n in counts.values() if isinstance(n, int)),
+         f"the record's data.counts are not numbers of images: {short(data)}"),
         (metrics, 'the record has no metric'),
         *((type(x) in (int, float) and -1e-6 < x < 100 + 1e-6,
            f'the metric {short(name)} is {short(x)}, which is not a percentage') for name, x in metrics.items()),

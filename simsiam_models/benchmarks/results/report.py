@@ -15,14 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...runtime.lifecycle import ARGS
 from ...runtime.messages import counted, plain_markdown, short
+from ...weights.tensorfile import CONFIG
 from ..protocols import KNN_KS, KNN_T, LOW_SHOT_KS
 from .accuracy import note_uncertainty
 from .compare import TOLERANCE, compare, strip_layer
 from .record import NoRecordError, describe_source, format_published, read_record
 from .sheets import VARIANT, Compared, Label, ResultTable, make_label, tabulate
 
-OF_RUNS = {'args.json', 'config.json'}  # of runs and exported networks, beside which records lie
+OF_RUNS = {ARGS, CONFIG}  # of runs and exported networks, beside which records lie
 Cells = dict[int, str]  # column -> text
 
 
